@@ -1,0 +1,1 @@
+"""Pure mathematics on tensors: spectra, subspaces, filters. Knows no model."""

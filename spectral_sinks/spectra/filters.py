@@ -1,0 +1,242 @@
+"""Filters: what is blocked, what takes its place, at which tokens.
+
+A filter is a frozen value and a function of a tensor `[..., tokens, d]`, so it works alone, in a PyTorch
+hook, in anybody's nnsight trace, and at the sites of this package. A custom filter is any such function.
+"""
+
+# torch is typed only in part:
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field, replace
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from spectral_sinks.errors import InputError
+from spectral_sinks.spectra.spectrum import Spectrum
+from spectral_sinks.spectra.subspace import Subspace, intersection, random_subspace
+
+Fill = Callable[[Tensor, Subspace], Tensor]
+"""From the removed component `[..., tokens, d]` and the blocked subspace to what takes its place."""
+
+Tokens = Literal["all", "first", "all-but-first"] | Tensor | Collection[int]
+"""Which tokens are filtered: by position, by a mask `[tokens]` or `[batch, tokens]`, or by token id."""
+
+Reading = Literal["u-e", "e-u", "intersection"]
+
+
+@dataclass(frozen=True)
+class Zero:
+    """Nothing takes its place: projection out of the subspace."""
+
+    def __call__(self, removed: Tensor, blocked: Subspace) -> Tensor:
+        return torch.zeros_like(removed)
+
+
+@dataclass(frozen=True, eq=False)
+class Mean:
+    """The same position's mean over reference documents takes its place."""
+
+    reference: Float[Tensor, "*tokens d"]
+    """Mean residual by position; `[d]` for one mean at every position."""
+
+    def __call__(self, removed: Tensor, blocked: Subspace) -> Tensor:
+        mean = self.reference.to(removed.device, removed.dtype)
+        if mean.ndim == 2 and mean.shape[0] < removed.shape[-2]:
+            raise InputError(
+                f"the mean was taken over {mean.shape[0]} positions, the text has {removed.shape[-2]}"
+            )
+        mean = mean if mean.ndim == 1 else mean[: removed.shape[-2]]
+        return blocked.project(mean).expand_as(removed)
+
+
+@dataclass(frozen=True)
+class Swap:
+    """The same position of another document of the batch takes its place (Cancedda 2024, Fig. 10).
+
+    Row i receives row i - 1. Position 0 is left as it is in effect when all documents begin with one token.
+    """
+
+    def __call__(self, removed: Tensor, blocked: Subspace) -> Tensor:
+        if removed.ndim < 3 or removed.shape[0] < 2:
+            raise InputError(
+                f"fill 'swap' takes another document of the batch: needs [batch >= 2, tokens, d], "
+                f"got shape {tuple(removed.shape)}"
+            )
+        return removed.roll(1, dims=0)
+
+
+@dataclass(frozen=True)
+class Noise:
+    """A random direction of the subspace with the norm of what was removed, token by token.
+
+    The direction is drawn by position and is the same in every document, so results do not depend on how
+    documents are batched; several seeds show what is due to the draw.
+    """
+
+    seed: int = 0
+
+    def __call__(self, removed: Tensor, blocked: Subspace) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed)
+        drawn = torch.randn(removed.shape[-2:], generator=generator, dtype=removed.dtype).to(removed.device)
+        noise = blocked.project(drawn)
+        length = noise.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(noise.dtype).tiny)
+        return noise * (removed.norm(dim=-1, keepdim=True) / length)
+
+
+@dataclass(frozen=True, eq=False)
+class Filter:
+    """Remove the component of the residual in `blocked` and put `fill` in its place.
+
+    With `through`, only what lies in `through` is looked at: removed is `P_blocked P_through x`, the
+    double projection of Psi. Tokens that are not selected come out bit for bit as they went in.
+    """
+
+    blocked: Subspace
+    through: Subspace | None = None
+    fill: Fill = field(default_factory=Zero)
+    tokens: Tokens = "all"
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        if self.through is not None and self.through.d != self.blocked.d:
+            raise InputError(f"{self.blocked!r} and {self.through!r} differ in width")
+        if isinstance(self.tokens, str) and self.tokens not in ("all", "first", "all-but-first"):
+            raise InputError(
+                f"tokens {self.tokens!r}: choose 'all', 'first', 'all-but-first', a mask or token ids"
+            )
+        if not self.name:
+            object.__setattr__(self, "name", f"remove {self.blocked.name}")
+
+    @property
+    def rank(self) -> int:
+        """Number of directions removed: the rank of the operator, an upper bound for Psi."""
+        return min(self.blocked.rank, self.through.rank if self.through is not None else self.blocked.d)
+
+    def __call__(
+        self, x: Float[Tensor, "*batch tokens d"], ids: Int[Tensor, "*batch tokens"] | None = None
+    ) -> Float[Tensor, "*batch tokens d"]:
+        """Filter a residual stream; `ids` are the token ids, needed only to select by token id.
+
+        Computed in float32 at least, returned in the dtype of x. Raises InputError when the widths
+        differ, when ids are needed and missing, or when a mask does not fit.
+        """
+        if x.ndim < 2:
+            raise InputError(f"a filter takes [..., tokens, d], got shape {tuple(x.shape)}")
+        if x.shape[-1] != self.blocked.d:
+            self.blocked.project(x)  # raises with the widths
+        if self.rank == 0:
+            return x
+        precise = x.to(torch.promote_types(x.dtype, torch.float32))
+        seen = precise if self.through is None else self.through.project(precise)
+        removed = self.blocked.project(seen)
+        if isinstance(self.fill, Zero) and self.through is None:
+            out = self.blocked.reject(precise)
+        else:
+            out = precise - removed + self.fill(removed, self.blocked)
+        out = out.to(x.dtype)
+        selected = self.selected(x, ids)
+        return out if selected is None else torch.where(selected.unsqueeze(-1), out, x)
+
+    def selected(self, x: Tensor, ids: Tensor | None) -> Bool[Tensor, "..."] | None:
+        """Which tokens of `x [..., tokens, d]` are filtered, broadcastable; None for all of them."""
+        count = x.shape[-2]
+        if isinstance(self.tokens, str):
+            if self.tokens == "all":
+                return None
+            first = torch.arange(count, device=x.device) == 0
+            return first if self.tokens == "first" else ~first
+        if isinstance(self.tokens, Tensor):
+            if self.tokens.dtype != torch.bool or not _fits(self.tokens, x):
+                raise InputError(
+                    f"a mask of shape {tuple(self.tokens.shape)} and dtype {self.tokens.dtype} "
+                    f"does not select from {tuple(x.shape[:-1])}: expected bool [tokens] or [batch, tokens]"
+                )
+            return self.tokens.to(x.device)
+        if ids is None:
+            raise InputError("a filter that selects by token id needs the ids: filter(x, ids)")
+        if not _fits(ids, x):
+            raise InputError(f"ids of shape {tuple(ids.shape)} for tokens of shape {tuple(x.shape[:-1])}")
+        return torch.isin(ids.to(x.device), torch.tensor(sorted(self.tokens), device=x.device))
+
+    def at(self, tokens: Tokens) -> "Filter":
+        """The same filter at other tokens."""
+        return replace(self, tokens=tokens)
+
+    def filled(self, fill: Fill) -> "Filter":
+        """The same filter with something else in the gap."""
+        return replace(self, fill=fill)
+
+    def complement(self) -> "Filter":
+        """Keeps what this one removes and removes what it keeps (for filters without `through`)."""
+        if self.through is not None:
+            raise InputError("a double projection has no complementary filter")
+        return replace(self, blocked=self.blocked.complement(), name=f"complement of {self.name}")
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> "Filter":
+        """The same filter with its bases on another device or in another dtype."""
+        through = None if self.through is None else self.through.to(device, dtype)
+        return replace(self, blocked=self.blocked.to(device, dtype), through=through)
+
+    def __repr__(self) -> str:
+        where = self.tokens if isinstance(self.tokens, str) else "some"
+        return f"Filter({self.name!r}, rank {self.rank} of {self.blocked.d}, {self.fill}, {where} tokens)"
+
+
+def _fits(mask: Tensor, x: Tensor) -> bool:
+    """Whether a mask over tokens says something about each token of `x [..., tokens, d]` and no other."""
+    sizes = list(zip(reversed(mask.shape), reversed(x.shape[:-1]), strict=False))
+    return 1 <= mask.ndim < x.ndim and mask.shape[-1] == x.shape[-2] and all(a in (1, b) for a, b in sizes)
+
+
+def remove(subspace: Subspace, fill: Fill | None = None, tokens: Tokens = "all") -> Filter:
+    """Block a subspace."""
+    return Filter(subspace, None, fill or Zero(), tokens, f"remove {subspace.name}")
+
+
+def keep(subspace: Subspace, fill: Fill | None = None, tokens: Tokens = "all") -> Filter:
+    """Block all but a subspace."""
+    return Filter(subspace.complement(), None, fill or Zero(), tokens, f"keep {subspace.name}")
+
+
+def phi(spectrum: Spectrum, j: int, k: int) -> Filter:
+    """Phi_{j:k}: keep bands j to k (Cancedda 2024, section 4). Phi over all bands changes no bit."""
+    return replace(keep(spectrum.bands(j, k)), name=f"Phi {j}:{k}")
+
+
+def psi(u: Spectrum, e: Spectrum, j: int, reading: Reading = "u-e") -> Filter:
+    """Psi: keep bands 1 to j, suppressing only what lies in the tails of both spectra.
+
+    With `P_u` and `P_e` the projectors on bands j + 1 onwards of the unembedding and the embedding:
+    `u-e` is `x - P_u P_e x`, `e-u` is `x - P_e P_u x`, `intersection` is `x - P_{E∩U} x`. The paper's text
+    does not fix which; results name the reading.
+    """
+    if reading not in get_args(Reading):
+        raise InputError(f"reading {reading!r} of Psi: choose from {', '.join(get_args(Reading))}")
+    if not 0 <= j <= u.count or u.count != e.count:
+        raise InputError(
+            f"Psi keeps bands 1 to {j} of {u.count} and {e.count}: expected equal numbers, 0 to all"
+        )
+    if j == u.count:
+        return replace(remove(u.subspace("none")), name=f"Psi {j} ({reading})")
+    tail_u, tail_e = u.bands(j + 1, u.count), e.bands(j + 1, e.count)
+    name = f"Psi {j} ({reading})"
+    if reading == "u-e":
+        return Filter(tail_u, tail_e, name=name)
+    if reading == "e-u":
+        return Filter(tail_e, tail_u, name=name)
+    return Filter(intersection(tail_e, tail_u), name=name)
+
+
+def omega(spectrum: Spectrum, j: int) -> Filter:
+    """Omega_j = Phi_{1:j} + Phi_{last}: keep the head and the dark tail, delete the middle."""
+    kept = spectrum.bands(1, j) | spectrum.band(spectrum.count)
+    return replace(keep(kept), name=f"Omega {j}")
+
+
+def rnd(d: int, rank: int, seed: int = 0) -> Filter:
+    """Rnd: remove a random subspace of the given rank, the control for a filter of that rank."""
+    return replace(remove(random_subspace(d, rank, seed)), name=f"Rnd {rank} (seed {seed})")

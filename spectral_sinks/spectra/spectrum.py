@@ -1,0 +1,246 @@
+"""The spectrum of a reading matrix: the residual stream ordered by how strongly the matrix reads it."""
+
+# torch is typed only in part:
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
+import re
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from spectral_sinks.errors import InputError, SpectralWarning
+from spectral_sinks.spectra import cache
+from spectral_sinks.spectra.subspace import Subspace, random_subspace
+
+Convention = Literal["raw", "folded", "centred"]
+
+DEGENERATE = 1e-6
+"""Relative gap of singular values under which a band edge is reported as ill defined [ours]."""
+
+ROWS = 16384
+"""Rows of the matrix that are held in float64 at once."""
+
+
+@dataclass(frozen=True, eq=False)
+class Spectrum:
+    """Right singular vectors of a `rows x d` matrix, strongest first, in equal bands.
+
+    With `W = U S V^T`, column i of `vectors` (`V`, `d x d`, float64) is the direction of the residual
+    stream that the matrix reads with strength `values[i]`. Band 1 holds the largest singular values,
+    the last band is the dark tail (Cancedda 2024, section 2). Signs and the order within equal
+    singular values carry no meaning: only subspaces are compared.
+    """
+
+    vectors: Float[Tensor, "d d"]
+    values: Float[Tensor, "d"]
+    matrix: str = "matrix"
+    """Which matrix was read, for reports."""
+    convention: Convention = "raw"
+    tied: bool = False
+    """Whether the model reads and writes tokens with one and the same matrix."""
+    fingerprint: str = ""
+    """Hash of the weights and the convention."""
+    count: int = 20
+    """Number of bands."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.count <= self.d:
+            raise InputError(f"{self.count} bands of {self.d} directions: give 1 to {self.d} bands")
+        rounding = self.d * torch.finfo(torch.float64).eps * self.values[0]
+        arbitrary: list[str] = []
+        for edge in self.edges[1:-1]:
+            above, below = self.values[edge - 1], self.values[edge]
+            if above - below <= max(DEGENERATE * above, rounding):
+                arbitrary.append(f"after direction {edge} ({above:.9g} and {below:.9g})")
+        if arbitrary:
+            warnings.warn(
+                f"band edges of the {self.matrix} spectrum fall between nearly equal singular values: "
+                f"{', '.join(arbitrary)} of {self.d}; which direction lies on which side of them is "
+                "arbitrary; another number of bands moves the edges",
+                SpectralWarning,
+                stacklevel=3,
+            )
+
+    @classmethod
+    def from_matrix(
+        cls,
+        weight: Float[Tensor, "rows d"],
+        *,
+        name: str = "matrix",
+        convention: Convention = "raw",
+        gain: Float[Tensor, "d"] | None = None,
+        centre_residual: bool = False,
+        tied: bool = False,
+        bands: int = 20,
+        use_cache: bool = True,
+    ) -> "Spectrum":
+        """Decompose a matrix whose rows read the residual stream, in float64 whatever its dtype.
+
+        `folded` multiplies the columns by `gain`, the gain of the norm before the matrix; `centred` also
+        removes the mean over the rows, which a softmax ignores, and, with `centre_residual` (a LayerNorm
+        before the matrix), the residual's own mean. Rows are reduced by QR in blocks, so the memory
+        beyond the matrix is a few `d x d`, and nothing is squared: the tail stays accurate. The result is
+        cached on disk under a hash of the inputs (`use_cache`).
+
+        Raises InputError for a matrix that is not 2-d, is empty or holds NaN or Inf, for an unknown
+        convention, and for `folded` or `centred` without a gain of width d.
+        """
+        if convention not in get_args(Convention):
+            raise InputError(f"convention {convention!r}: choose from {', '.join(get_args(Convention))}")
+        if weight.ndim != 2 or 0 in weight.shape:
+            raise InputError(f"{name} has shape {tuple(weight.shape)}, expected rows x d")
+        if not torch.isfinite(weight).all():
+            bad = int((~torch.isfinite(weight)).sum())
+            raise InputError(f"{name} holds {bad} NaN or Inf of {weight.numel()} values: check the weights")
+        if convention != "raw" and (gain is None or gain.shape != weight.shape[1:]):
+            given = "none" if gain is None else f"shape {tuple(gain.shape)}"
+            raise InputError(
+                f"convention {convention!r} folds the final norm's gain into {name}, "
+                f"expected a gain of width {weight.shape[1]}, got {given}; use convention 'raw'"
+            )
+        if gain is not None and not torch.isfinite(gain).all():
+            raise InputError(f"the gain for {name} holds NaN or Inf: check the weights of the final norm")
+        folded = gain if convention != "raw" else None
+        centre = centre_residual and convention == "centred"
+        fingerprint = cache.fingerprint(weight, folded, f"{convention}-{centre}")
+        stored = cache.load(fingerprint) if use_cache else None
+        if stored is None:
+            stored = _decompose(weight, folded, convention == "centred", centre)
+            if use_cache:
+                cache.store(fingerprint, *stored)
+        values, vectors = stored
+        return cls(vectors, values, name, convention, tied, fingerprint, bands)
+
+    @property
+    def d(self) -> int:
+        return self.values.shape[0]
+
+    @cached_property
+    def edges(self) -> tuple[int, ...]:
+        """Band j holds directions `edges[j - 1]` up to, not including, `edges[j]`."""
+        return tuple(round(self.d * j / self.count) for j in range(self.count + 1))
+
+    def with_bands(self, count: int) -> "Spectrum":
+        """The same decomposition cut into another number of bands."""
+        return Spectrum(
+            self.vectors, self.values, self.matrix, self.convention, self.tied, self.fingerprint, count
+        )
+
+    def directions(self, start: int, stop: int, name: str) -> Subspace:
+        """Singular directions `start` up to, not including, `stop`, counted from 0."""
+        members = torch.zeros(self.d, dtype=torch.bool)
+        members[start:stop] = True
+        return Subspace.of_members(self.vectors, members, name, self.fingerprint)
+
+    def band(self, j: int) -> Subspace:
+        """Band j, counted from 1."""
+        return self.bands(j, j)
+
+    def bands(self, j: int, k: int) -> Subspace:
+        """Bands j to k, both included (the range of Phi_{u,j:k}). Raises InputError outside 1..count."""
+        if not 1 <= j <= k <= self.count:
+            raise InputError(f"bands {j} to {k}: the spectrum has bands 1 to {self.count}")
+        name = f"band {j}" if j == k else f"bands {j}-{k}"
+        return self.directions(self.edges[j - 1], self.edges[k], name)
+
+    def head(self, fraction: float) -> Subspace:
+        """The strongest `fraction` of the directions."""
+        return self.middle(0.0, fraction, name=f"head {fraction:g}")
+
+    def middle(self, start: float, stop: float, name: str = "") -> Subspace:
+        """The directions between two fractions of the spectrum, 0 the strongest and 1 the darkest."""
+        if not 0 <= start < stop <= 1:
+            raise InputError(
+                f"{name or 'middle'}: fractions {start:g} to {stop:g}, expected 0 <= start < stop <= 1"
+            )
+        first, last = round(start * self.d), round(stop * self.d)
+        if first == last:
+            raise InputError(f"{name or 'middle'}: that share of {self.d} directions rounds to none")
+        return self.directions(first, last, name or f"middle {start:g}-{stop:g}")
+
+    def dark(self, fraction: float | None = None) -> Subspace:
+        """The weakest `fraction` of the directions; the last band where none is given (U-dark, E-dark)."""
+        if fraction is None:
+            return self.directions(self.edges[-2], self.d, "dark")
+        return self.middle(1 - fraction, 1.0, name=f"dark {fraction:g}")
+
+    def subspace(self, spec: str, seed: int = 0) -> Subspace:
+        """Read a band specification such as `1-8,20`, `dark`, `dark:0.1`, `head:0.4`, `middle:0.4-0.9`,
+        `all`, `none` or `random:13` (a random subspace of rank 13, drawn from `seed`).
+        """
+        if match := re.fullmatch(r"random:(\d+)", spec.strip()):
+            return random_subspace(self.d, int(match[1]), seed)
+        parts = [self._part(part.strip(), spec) for part in spec.split(",")]
+        joined = parts[0]
+        for part in parts[1:]:
+            joined = joined | part
+        return joined.named(spec)
+
+    def _part(self, part: str, spec: str) -> Subspace:
+        number = r"(\d*\.?\d+)"
+        if match := re.fullmatch(r"(\d+)(?:-(\d+))?", part):
+            return self.bands(int(match[1]), int(match[2] or match[1]))
+        if match := re.fullmatch(f"(head|dark):{number}", part):
+            return (self.head if match[1] == "head" else self.dark)(float(match[2]))
+        if match := re.fullmatch(f"middle:{number}-{number}", part):
+            return self.middle(float(match[1]), float(match[2]))
+        if part in ("dark", "all", "none"):
+            return {
+                "dark": self.dark,
+                "all": lambda: self.directions(0, self.d, "all"),
+                "none": lambda: self.directions(0, 0, "none"),
+            }[part]()
+        raise InputError(
+            f"{part!r} in {spec!r} is no band specification: use bands (1-8,20), dark, dark:0.1, head:0.4, "
+            "middle:0.4-0.9, all, none, or random:13 alone"
+        )
+
+    def shares(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch bands"]:
+        """Share of the energy (squared norm) of each vector in each band; a row sums to 1."""
+        if x.shape[-1] != self.d:
+            raise InputError(f"vectors of width {x.shape[-1]} on a spectrum of width {self.d}")
+        precise = torch.promote_types(x.dtype, torch.float32)
+        squares = (x.to(precise) @ self.vectors.to(x.device, precise)).square()
+        sizes = [b - a for a, b in zip(self.edges, self.edges[1:], strict=False)]
+        by_band = torch.stack([part.sum(-1) for part in squares.split(sizes, dim=-1)], dim=-1)
+        return by_band / by_band.sum(-1, keepdim=True)
+
+    def __iter__(self) -> Iterator[Subspace]:
+        return (self.band(j) for j in range(1, self.count + 1))
+
+    def __repr__(self) -> str:
+        tied = ", tied" if self.tied else ""
+        return (
+            f"Spectrum({self.matrix}, {self.convention}{tied}, d={self.d}, {self.count} bands, "
+            f"singular values {self.values[0]:.4g} to {self.values[-1]:.4g})"
+        )
+
+
+def _decompose(
+    weight: Float[Tensor, "rows d"], gain: Float[Tensor, "d"] | None, centre: bool, centre_residual: bool
+) -> tuple[Float[Tensor, "d"], Float[Tensor, "d d"]]:
+    """Singular values and right singular vectors in float64, by QR over blocks of rows."""
+    d = weight.shape[1]
+    scale = torch.ones(d, dtype=torch.float64) if gain is None else gain.detach().cpu().double()
+    mean = sum((block.sum(0) for block in _blocks(weight)), torch.zeros(d, dtype=torch.float64))
+    mean = mean / weight.shape[0] if centre else torch.zeros(d, dtype=torch.float64)
+    triangle = torch.zeros(0, d, dtype=torch.float64)
+    for block in _blocks(weight):
+        rows = (block - mean) * scale
+        if centre_residual:
+            rows = rows - rows.mean(1, keepdim=True)
+        triangle = torch.linalg.qr(torch.cat([triangle, rows]), mode="r").R
+    _, some, vectors = torch.linalg.svd(triangle, full_matrices=True)
+    values = torch.zeros(d, dtype=torch.float64)
+    values[: some.shape[0]] = some
+    return values, vectors.T.contiguous()
+
+
+def _blocks(weight: Float[Tensor, "rows d"]) -> Iterator[Float[Tensor, "block d"]]:
+    return (block.detach().cpu().double() for block in weight.split(ROWS))

@@ -1,0 +1,181 @@
+"""A subspace of the residual stream: an orthonormal basis and what one does with it."""
+
+# torch is typed only in part:
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from spectral_sinks.errors import InputError
+
+
+@dataclass(frozen=True, eq=False)
+class Subspace:
+    """The span of an orthonormal `d x k` basis, or (`complemented`) all that is orthogonal to it.
+
+    Whichever of the two has fewer directions is stored, never a `d x d` projector.
+    """
+
+    basis: Float[Tensor, "d k"]
+    name: str = "subspace"
+    complemented: bool = False
+    members: Bool[Tensor, "d"] | None = None
+    """Which singular directions of a spectrum span it; None for a subspace of no spectrum."""
+    spectrum: tuple[str, Float[Tensor, "d d"]] | None = None
+    """Fingerprint and right singular vectors of the spectrum that `members` refers to."""
+
+    def __post_init__(self) -> None:
+        if self.basis.ndim != 2 or self.basis.shape[1] > self.basis.shape[0]:
+            raise InputError(f"a basis of shape {tuple(self.basis.shape)}: expected d x k with k <= d")
+        gram = self.basis.double().T @ self.basis.double()
+        error = (gram - torch.eye(self.basis.shape[1], dtype=gram.dtype, device=gram.device)).abs()
+        if error.numel() and not error.max() < 1e-2:  # loose: a bfloat16 copy of a basis passes
+            raise InputError(f"the basis of {self.name!r} is not orthonormal (error {error.max():.2g})")
+
+    @classmethod
+    def of_members(
+        cls, vectors: Float[Tensor, "d d"], members: Bool[Tensor, "d"], name: str, fingerprint: str
+    ) -> "Subspace":
+        """The span of the marked columns of a spectrum's right singular vectors."""
+        thick = int(members.sum()) > members.numel() // 2
+        basis = vectors[:, ~members if thick else members]
+        return cls(basis, name, thick, members, (fingerprint, vectors))
+
+    @classmethod
+    def spanning(cls, columns: Float[Tensor, "d k"], name: str = "subspace") -> "Subspace":
+        """The span of any linearly independent columns; raises InputError if they are not."""
+        if columns.ndim != 2:
+            raise InputError(f"columns of shape {tuple(columns.shape)} for {name!r}: expected d x k")
+        q, r = torch.linalg.qr(columns.double())
+        fresh = r.diagonal().abs() > 1e-10 * r.norm(dim=0)[: r.shape[0]]  # against the columns before it
+        if columns.shape[1] > columns.shape[0] or not fresh.all():
+            raise InputError(f"the columns given for {name!r} are not linearly independent")
+        return cls(q, name)
+
+    @property
+    def d(self) -> int:
+        return self.basis.shape[0]
+
+    @property
+    def rank(self) -> int:
+        """Dimension of the subspace."""
+        stored = self.basis.shape[1]
+        return self.d - stored if self.complemented else stored
+
+    def project(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+        """The component of each vector inside the subspace, in the dtype of x (at least float32 inside)."""
+        precise, stored = self._stored_part(x)
+        return (precise - stored if self.complemented else stored).to(x.dtype)
+
+    def reject(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+        """The component of each vector orthogonal to the subspace; `project + reject` is x."""
+        precise, stored = self._stored_part(x)
+        return (stored if self.complemented else precise - stored).to(x.dtype)
+
+    def share(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
+        """Share of the energy (squared norm) of each vector inside the subspace; r/d for a random one."""
+        precise = x.to(torch.promote_types(x.dtype, torch.float32))
+        return self.project(precise).square().sum(-1) / precise.square().sum(-1)
+
+    def complement(self) -> "Subspace":
+        """All that is orthogonal to the subspace."""
+        members = None if self.members is None else ~self.members
+        return replace(self, complemented=not self.complemented, members=members, name=f"all but {self.name}")
+
+    def named(self, name: str) -> "Subspace":
+        return replace(self, name=name)
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> "Subspace":
+        """The same subspace with its basis on another device or in another dtype."""
+        return replace(self, basis=self.basis.to(device, dtype))
+
+    def orthonormal(self) -> Float[Tensor, "d r"]:
+        """An orthonormal basis of the subspace itself, whichever basis is stored."""
+        if not self.complemented:
+            return self.basis
+        if self.members is not None and self.spectrum is not None:
+            return self.spectrum[1][:, self.members]
+        return torch.linalg.qr(self.basis.double(), mode="complete").Q[:, self.basis.shape[1] :]
+
+    def __or__(self, other: "Subspace") -> "Subspace":
+        """Span of both: exact, for subspaces of one spectrum."""
+        a, b = self._pair(other)
+        return self._combined(a | b, f"{self.name} | {other.name}")
+
+    def __and__(self, other: "Subspace") -> "Subspace":
+        """Intersection: exact, for subspaces of one spectrum; otherwise see `intersection`."""
+        a, b = self._pair(other)
+        return self._combined(a & b, f"{self.name} & {other.name}")
+
+    def __sub__(self, other: "Subspace") -> "Subspace":
+        """What lies in this one and not in the other: exact, for subspaces of one spectrum."""
+        a, b = self._pair(other)
+        return self._combined(a & ~b, f"{self.name} - {other.name}")
+
+    def _stored_part(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if x.shape[-1] != self.d:
+            raise InputError(
+                f"{self.name!r} is a subspace of a residual stream of width {self.d}, "
+                f"got vectors of width {x.shape[-1]}: make it from a spectrum of the same model"
+            )
+        precise = x.to(torch.promote_types(x.dtype, torch.float32))
+        basis = self.basis.to(precise.device, precise.dtype)
+        return precise, (precise @ basis) @ basis.T
+
+    def _pair(self, other: "Subspace") -> tuple[Tensor, Tensor]:
+        ours, theirs = self.spectrum, other.spectrum
+        if self.members is None or other.members is None or ours is None or theirs is None:
+            same = False
+        else:
+            same = ours[1] is theirs[1] or (ours[0] != "" and ours[0] == theirs[0])
+        if not same or self.members is None or other.members is None:
+            raise InputError(
+                f"{self.name!r} and {other.name!r} are not subspaces of one spectrum, so |, & and - have no "
+                "exact meaning; use intersection(a, b) or principal_cosines(a, b)"
+            )
+        return self.members, other.members
+
+    def _combined(self, members: Tensor, name: str) -> "Subspace":
+        assert self.spectrum is not None
+        return Subspace.of_members(self.spectrum[1], members, name, self.spectrum[0])
+
+    def __repr__(self) -> str:
+        return f"Subspace({self.name!r}, rank {self.rank} of {self.d})"
+
+
+def random_subspace(d: int, rank: int, seed: int = 0) -> Subspace:
+    """A subspace of the given rank drawn uniformly (Haar), float64: the control for every other.
+
+    The thinner of it and its complement is drawn, so it costs at most `d x d/2`.
+    """
+    if not 0 <= rank <= d:
+        raise InputError(f"a random subspace of rank {rank}: expected 0 to {d}")
+    thick = rank > d // 2
+    generator = torch.Generator().manual_seed(seed)
+    normal = torch.randn(d, d - rank if thick else rank, generator=generator, dtype=torch.float64)
+    return Subspace(torch.linalg.qr(normal).Q, f"random {rank} (seed {seed})", thick)
+
+
+def principal_cosines(a: Subspace, b: Subspace) -> Float[Tensor, "min_rank"]:
+    """Cosines of the principal angles between two subspaces of one residual stream, largest first."""
+    if a.d != b.d:
+        raise InputError(f"subspaces of width {a.d} and {b.d} share no residual stream")
+    return torch.linalg.svdvals(a.orthonormal().double().T @ b.orthonormal().double()).clamp(max=1.0)
+
+
+def intersection(a: Subspace, b: Subspace, cosine: float = 0.5**0.5) -> Subspace:
+    """The directions of `a` that lie in `b` as well, up to a principal angle.
+
+    Two subspaces of floating-point numbers rarely intersect exactly; kept are the bisectors of the
+    principal vectors whose cosine is at least `cosine` (45 degrees by default [ours]).
+    """
+    if a.d != b.d:
+        raise InputError(f"subspaces of width {a.d} and {b.d} share no residual stream")
+    left, right = a.orthonormal().double(), b.orthonormal().double()
+    u, s, vh = torch.linalg.svd(left.T @ right, full_matrices=False)
+    near = s >= cosine
+    bisectors = left @ u[:, near] + right @ vh.T[:, near]
+    return Subspace(bisectors / bisectors.norm(dim=0), f"{a.name} ∩ {b.name}")
