@@ -1,0 +1,231 @@
+"""A causal language model as the rest of the package sees it: parts, sizes, BOS policy."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from nnsight import TransformersModel
+from torch import Tensor, nn
+
+from spectral_sinks.errors import InputError
+from spectral_sinks.models.layout import FAMILIES, Layout
+
+
+@dataclass(frozen=True, eq=False)
+class LanguageModel:
+    """A transformers causal language model wrapped by nnsight, with its parts found.
+
+    Make one with `load`. `nn` is the nnsight model for traces of one's own; `module` the transformers model.
+    """
+
+    nn: TransformersModel
+    layout: Layout
+    name: str
+    tokenizer: Any = None
+
+    @property
+    def module(self) -> Any:
+        """The transformers model itself."""
+        return self.nn._module
+
+    @cached_property
+    def config(self) -> Any:
+        """The configuration of the text model."""
+        return self.module.config.get_text_config()
+
+    @property
+    def family(self) -> str:
+        return self.config.model_type
+
+    @cached_property
+    def layers(self) -> int:
+        """Number of layers."""
+        return len(self.module.get_submodule(self.layout.layers))
+
+    @property
+    def d(self) -> int:
+        """Width of the residual stream."""
+        return self.config.hidden_size
+
+    @property
+    def heads(self) -> int:
+        """Number of query heads per layer."""
+        return self.config.num_attention_heads
+
+    @property
+    def head_size(self) -> int:
+        return getattr(self.config, "head_dim", None) or self.d // self.heads
+
+    @property
+    def key_heads(self) -> int:
+        """Number of key and value heads per layer (fewer than `heads` in grouped-query attention)."""
+        return getattr(self.config, "num_key_value_heads", None) or self.heads
+
+    @property
+    def vocabulary(self) -> int:
+        return self.config.vocab_size
+
+    @property
+    def context(self) -> int | None:
+        """Longest window the model was made for, in tokens; None where its configuration does not say."""
+        return getattr(self.config, "max_position_embeddings", None)
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding_weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embedding_weight.dtype
+
+    @property
+    def reads_attention(self) -> bool:
+        """Whether a trace can see attention weights: only the eager implementation returns them."""
+        return self.config._attn_implementation == "eager"
+
+    @cached_property
+    def tied(self) -> bool:
+        """Whether embedding and unembedding are one matrix."""
+        a, b = self.embedding_weight, self.unembedding_weight
+        return a is b or (a.data_ptr() == b.data_ptr() and a.device.type != "meta")
+
+    @property
+    def embedding_weight(self) -> Float[Tensor, "vocabulary d"]:
+        return self.module.get_submodule(self.layout.embedding).weight
+
+    @property
+    def unembedding_weight(self) -> Float[Tensor, "vocabulary d"]:
+        return self.module.get_submodule(self.layout.unembedding).weight
+
+    @cached_property
+    def final_gain(self) -> Float[Tensor, "d"]:
+        """The gain of the final norm as it acts, float32: `weight`, or `1 + weight` (Gemma)."""
+        norm = self.module.get_submodule(self.layout.final_norm)
+        weight = getattr(norm, "weight", None)
+        if weight is None:
+            return torch.ones(self.d)
+        probe = torch.ones(self.d, device=weight.device, dtype=weight.dtype)
+        probe[1::2] = -1  # mean 0 and mean square 1: both kinds of norm multiply it by their gain alone
+        with torch.no_grad():
+            acts = (norm.forward(probe[None]) - norm.forward(-probe[None]))[0].float() / 2 * probe.float()
+        for gain in (weight.detach().float(), 1 + weight.detach().float()):
+            if torch.allclose(acts, gain, rtol=2e-2, atol=2e-2):
+                return gain.cpu()
+        raise InputError(
+            f"{type(norm).__name__} is not understood as a norm with a gain: use convention 'raw'"
+        )
+
+    @property
+    def centres_residual(self) -> bool:
+        """Whether the final norm removes the residual's own mean (LayerNorm)."""
+        return isinstance(self.module.get_submodule(self.layout.final_norm), nn.LayerNorm)
+
+    @property
+    def bos(self) -> int | None:
+        """Id of the beginning-of-sequence token; None where the tokenizer has none."""
+        return None if self.tokenizer is None else self.tokenizer.bos_token_id
+
+    @cached_property
+    def opens_with_bos(self) -> bool:
+        """Whether the tokenizer itself puts BOS before a text."""
+        if self.bos is None:
+            return False
+        return self.tokenizer("a")["input_ids"][:1] == [self.bos]
+
+    def layer(self, index: int) -> Any:
+        """The nnsight envoy of a layer. Raises InputError for a layer that does not exist."""
+        if not 0 <= index < self.layers:
+            raise InputError(f"layer {index}: {self.name} has layers 0 to {self.layers - 1}")
+        return self.nn.get(self.layout.layers)[index]
+
+    def part(self, layer: Any, name: str) -> Any:
+        """A named part inside a layer's envoy."""
+        return layer.get(name)
+
+    def unembed(self, final: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch vocabulary"]:
+        """Logits, float32 at least, of residuals that have passed the final norm."""
+        logits = self.module.get_submodule(self.layout.unembedding).forward(final)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        cap = getattr(self.config, "final_logit_softcapping", None)
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def head_write(self, layer: int, head: int) -> Float[Tensor, "head_size d"]:
+        """The slice of W_O that carries one head's output into the residual stream."""
+        if not 0 <= head < self.heads:
+            raise InputError(f"head {head}: {self.name} has heads 0 to {self.heads - 1}")
+        path = f"{self.layout.layers}.{layer}.{self.layout.attention_projection}"
+        projection = self.module.get_submodule(path)
+        weight = projection.weight.T if isinstance(projection, nn.Linear) else projection.weight
+        return weight[head * self.head_size : (head + 1) * self.head_size]
+
+    def projection_index(self, which: str) -> Tensor | slice:
+        """Which outputs of the projection named in the layout are `queries`, `keys` or `values`."""
+        if not self.layout.fused:
+            return slice(None)
+        size, order = self.head_size, ("queries", "keys", "values")
+        if self.layout.fused == "heads":
+            start = torch.arange(self.heads)[:, None] * 3 * size + order.index(which) * size
+            return (start + torch.arange(size)).flatten()
+        lengths = [self.heads * size, self.key_heads * size, self.key_heads * size]
+        start = sum(lengths[: order.index(which)])
+        return slice(start, start + lengths[order.index(which)])
+
+    def check(self) -> None:
+        """Run two tokens and see that the parts add up; raises InputError where they do not.
+
+        Each layer's exit must be its entry plus what attention and MLP wrote, and the unembedding of the
+        final norm's output must be the logits.
+        """
+        if self.vocabulary < 2:
+            raise InputError(f"{self.name} has a vocabulary of {self.vocabulary}")
+        ids = torch.tensor([[0, 1]], device=self.device)
+        seen: dict[str, Tensor] = {}
+        handles: list[Any] = []
+
+        def watch(path: str, key: str) -> None:
+            def hook(_: nn.Module, inputs: Any, output: Any) -> None:
+                seen[key] = output[0] if isinstance(output, tuple) else output
+                seen[key + " input"] = inputs[0] if inputs else seen[key]
+
+            handles.append(self.module.get_submodule(path).register_forward_hook(hook))
+
+        for index in range(self.layers):
+            path = f"{self.layout.layers}.{index}"
+            watch(path, f"exit {index}")
+            watch(f"{path}.{self.layout.attention_write}", f"attention {index}")
+            watch(f"{path}.{self.layout.mlp_write}", f"mlp {index}")
+        watch(self.layout.final_norm, "final")
+        try:
+            with torch.no_grad():
+                logits = self.module(input_ids=ids, use_cache=False).logits
+        finally:
+            for handle in handles:
+                handle.remove()
+        for index in range(self.layers):
+            entry = seen[f"exit {index - 1}"] if index else seen["exit 0 input"]
+            total = entry + seen[f"attention {index}"] + seen[f"mlp {index}"]
+            if not torch.allclose(
+                total, seen[f"exit {index}"], rtol=1e-2, atol=1e-2 * float(total.abs().max())
+            ):
+                raise InputError(
+                    f"{self.name} ({self.family}): layer {index} is not entry + attention + MLP with the "
+                    f"parts {self.layout.attention_write!r} and {self.layout.mlp_write!r}; name them by "
+                    "hand: load(model, parts={'attention_write': ..., 'mlp_write': ...})"
+                )
+        if not torch.allclose(self.unembed(seen["final"]), logits.float(), rtol=1e-2, atol=1e-2):
+            raise InputError(
+                f"{self.name} ({self.family}): logits are not unembedding(final norm); its NLL would be wrong"
+            )
+
+    @property
+    def tested(self) -> bool:
+        return self.family in FAMILIES
+
+    def __repr__(self) -> str:
+        return (
+            f"LanguageModel({self.name}, {self.family}, {self.layers} layers, d {self.d}, "
+            f"{self.heads} heads, vocabulary {self.vocabulary}, {self.dtype}, "
+            f"{'tied' if self.tied else 'untied'})"
+        )

@@ -1,0 +1,152 @@
+"""`load`: a model by name, folder, hub id or object."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from nnsight import TransformersModel
+from safetensors import SafetensorError
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from spectral_sinks.errors import InputError
+from spectral_sinks.models.language import LanguageModel
+from spectral_sinks.models.layout import find_layout
+from spectral_sinks.models.source import DEFAULT, Source, check_finite, find_source
+
+
+def load(
+    model: str | Path | PreTrainedModel | TransformersModel | LanguageModel = DEFAULT,
+    *,
+    tokenizer: Any = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | str = "auto",
+    device_map: Any = None,
+    revision: str | None = None,
+    attention: str = "eager",
+    parts: Mapping[str, str] | None = None,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+) -> LanguageModel:
+    """A causal language model: the embedded `sinklet`, a Hugging Face id, a folder, or a loaded model.
+
+    `dtype` "auto" is the checkpoint's own. `attention` is transformers' `attn_implementation`; only
+    "eager" lets sink mass be read. `parts` names modules by hand where they are not found. A model given
+    as an object stays on its device and in its dtype and is put into evaluation mode.
+
+    Raises InputError for a name that is neither a folder nor reachable, for missing, pickled (unless
+    allowed) or non-finite weights, for a checkpoint that runs code of its own (unless trusted), and for a
+    model whose parts are not found or do not add up.
+    """
+    if isinstance(model, LanguageModel):
+        return model
+    if isinstance(model, (str, Path)):
+        if (
+            isinstance(dtype, str)
+            and dtype != "auto"
+            and not isinstance(getattr(torch, dtype, None), torch.dtype)
+        ):
+            raise InputError(f"dtype {dtype!r}: expected auto, float32, bfloat16 or float16")
+        source = find_source(str(model), revision)
+        module = _load_module(source, dtype, device_map, attention, allow_pickle, trust_remote_code)
+        if device is not None:
+            module = _moved(module, device)
+        tokenizer = tokenizer or load_tokenizer(source, trust_remote_code)
+        name = source.name
+    else:
+        module: Any = model._module if isinstance(model, TransformersModel) else model
+        if not isinstance(module, torch.nn.Module):
+            raise InputError(
+                f"{type(model).__name__} is no model: give a name, a folder, or a model of transformers or "
+                "nnsight"
+            )
+        if device is not None:
+            module = _moved(module, device)
+        if isinstance(model, TransformersModel):
+            tokenizer = tokenizer or model.tokenizer
+        name = getattr(module.config, "name_or_path", "") or type(module).__name__
+        if tokenizer is None and Path(name).is_dir():
+            tokenizer = load_tokenizer(Source(name, Path(name)), trust_remote_code)
+    module.eval()
+    for parameter, weight in module.named_parameters():
+        check_finite(f"{name}: {parameter}", weight)
+    layout = find_layout(module, parts)
+    if isinstance(model, TransformersModel):
+        wrapped = model
+    else:
+        # nnsight asks for a tokenizer even where only ids are traced, which never reach it
+        placeholder = tokenizer or PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({})))
+        wrapped = TransformersModel(module, task="text-generation", tokenizer=placeholder)
+    loaded = LanguageModel(wrapped, layout, name, tokenizer)
+    if not loaded.tested or parts:
+        loaded.check()
+    return loaded
+
+
+def _load_module(
+    source: Source,
+    dtype: torch.dtype | str,
+    device_map: Any,
+    attention: str,
+    allow_pickle: bool,
+    trust_remote_code: bool,
+) -> Any:
+    refuse_code(source, trust_remote_code)
+    source.require_weights(allow_pickle)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source.location,
+            dtype=dtype,
+            device_map=device_map,
+            attn_implementation=attention,
+            revision=source.revision,
+            local_files_only=source.offline or source.folder is not None,
+            use_safetensors=None if allow_pickle else True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+    except (ValueError, KeyError, OSError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"{source.name} cannot be loaded as a causal language model: {error}") from error
+    module, report = loaded
+    if lacking := sorted(report["missing_keys"]):  # transformers would fill them with random numbers
+        raise InputError(
+            f"{source.name} lacks {len(lacking)} of the weights of a {type(module).__name__}: "
+            f"{', '.join(lacking[:3])}{', ...' if len(lacking) > 3 else ''}"
+        )
+    return module
+
+
+def _moved(module: Any, device: str | torch.device) -> Any:
+    try:
+        return module.to(device)
+    except (RuntimeError, AssertionError) as error:  # no such device, none here, or too little memory on it
+        raise InputError(f"the model cannot be put on device {str(device)!r}: {error}") from error
+
+
+def load_tokenizer(source: Source, trust_remote_code: bool) -> Any:
+    """The checkpoint's tokenizer; None where it ships none (token ids can still be measured)."""
+    if not any(source.file(name) for name in ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(
+            source.location,
+            revision=source.revision,
+            local_files_only=source.offline or source.folder is not None,
+            trust_remote_code=trust_remote_code,
+        )
+    except (ValueError, KeyError, OSError) as error:
+        raise InputError(f"the tokenizer of {source.name} cannot be loaded: {error}") from error
+
+
+def refuse_code(source: Source, trust_remote_code: bool) -> None:
+    """Raise InputError for a checkpoint that wants to run its own code, unless it is trusted."""
+    if trust_remote_code or "auto_map" not in source.config:
+        return
+    if source.config.get("model_type") not in CONFIG_MAPPING:
+        raise InputError(
+            f"{source.name} runs code of its own ({', '.join(sorted(source.config['auto_map']))}); "
+            "read it, then allow it: load(..., trust_remote_code=True), --trust-remote-code"
+        )

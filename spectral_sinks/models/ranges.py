@@ -1,0 +1,46 @@
+"""One tensor of a safetensors file on the hub, by range requests: the rest of the file is not fetched."""
+
+import json
+from typing import Any, BinaryIO
+
+import torch
+from huggingface_hub import HfFileSystem
+from torch import Tensor
+
+from spectral_sinks.errors import InputError
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+
+
+def open_remote(name: str, revision: str | None, file: str) -> Any:
+    """A seekable stream over a file of a hub repository."""
+    return HfFileSystem().open(f"{name}@{revision}/{file}" if revision else f"{name}/{file}", "rb")
+
+
+def read_header(stream: BinaryIO) -> dict[str, Any]:
+    """Names, dtypes, shapes and byte ranges of the tensors of a safetensors stream."""
+    size = int.from_bytes(stream.read(8), "little")
+    try:
+        header = json.loads(stream.read(size))
+    except ValueError as error:
+        raise InputError(f"not a safetensors file: its header is not JSON ({error})") from error
+    header.pop("__metadata__", None)
+    return {name: {**entry, "base": 8 + size} for name, entry in header.items()}
+
+
+def read_tensor(stream: BinaryIO, name: str) -> Tensor:
+    """One tensor of a safetensors stream. Raises InputError for a quantized one or a short read."""
+    entry = read_header(stream)[name]
+    if entry["dtype"] not in DTYPES:
+        raise InputError(f"{name} is stored as {entry['dtype']}: expected {', '.join(DTYPES)}")
+    start, stop = entry["data_offsets"]
+    stream.seek(entry["base"] + start)
+    raw = bytearray(stream.read(stop - start))
+    if len(raw) != stop - start:
+        raise InputError(f"{name}: the file ends after {len(raw)} of {stop - start} bytes")
+    return torch.frombuffer(raw, dtype=DTYPES[entry["dtype"]]).reshape(entry["shape"])

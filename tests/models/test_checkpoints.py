@@ -1,0 +1,205 @@
+"""Spectra from a checkpoint: equal to the model's, from the needed tensors alone; what is refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+import spectral_sinks as ss
+from spectral_sinks.models import source
+
+UNEMBEDDING = {
+    "qwen2": "model.embed_tokens.weight",
+    "gemma2": "model.embed_tokens.weight",
+    "gemma3": "model.embed_tokens.weight",
+    "gpt2": "transformer.wte.weight",
+    "gpt_neox": ("lm_head.weight", "embed_out.weight"),
+    "gpt_neox parallel": ("lm_head.weight", "embed_out.weight"),
+}
+NORM = {
+    "gpt2": "transformer.ln_f.weight",
+    "gpt_neox": "gpt_neox.final_layer_norm.weight",
+    "gpt_neox parallel": "gpt_neox.final_layer_norm.weight",
+}
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the tensors read from any file; loading a model is an error."""
+    names: list[str] = []
+    original = source._opened
+
+    class Spy:
+        def __init__(self, path: Path) -> None:
+            self.path = path
+
+        def __enter__(self) -> "Spy":
+            self.stored = original(self.path).__enter__()
+            return self
+
+        def __exit__(self, *_: Any) -> None:
+            self.stored.__exit__(None, None, None)
+
+        def keys(self) -> list[str]:
+            return list(self.stored.keys())
+
+        def get_tensor(self, name: str) -> torch.Tensor:
+            names.append(name)
+            return self.stored.get_tensor(name)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("the model was built")
+
+    monkeypatch.setattr(source, "_opened", Spy)
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", refuse)
+    return names
+
+
+def same(a: ss.Spectrum, b: ss.Spectrum) -> None:
+    assert a.fingerprint == b.fingerprint
+    assert torch.equal(a.values, b.values) and torch.equal(a.vectors, b.vectors)
+    assert (a.matrix, a.convention, a.tied, a.count) == (b.matrix, b.convention, b.tied, b.count)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_the_folder_gives_the_spectrum_of_the_model(family: str, tmp_path: Path, read: list[str]) -> None:
+    folder = tiny.save(tmp_path / "model", family)
+    expected_name = UNEMBEDDING.get(family, "lm_head.weight")
+    norm_name = NORM.get(family, "model.norm.weight")
+    for convention in ("raw", "folded", "centred"):
+        read.clear()
+        found = ss.read_spectrum(folder, convention=convention, use_cache=False)
+        assert len(read) == (1 if convention == "raw" else 2)
+        assert read[-1] in expected_name
+        assert read[:-1] == ([] if convention == "raw" else [norm_name])
+        same(found, ss.read_spectrum(tiny.model(family), convention=convention, use_cache=False))
+    read.clear()
+    same(ss.read_spectrum(folder, "embedding"), ss.read_spectrum(tiny.model(family), "embedding"))
+    assert len(read) == 1
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_conventions_against_their_formulas(family: str) -> None:
+    plain = tiny.plain(family)
+    weight = plain.get_output_embeddings().weight.detach().double()
+    norm = plain.transformer.ln_f if family == "gpt2" else plain.model.norm
+    folded = weight * norm.weight.detach().double()
+    centred = folded - folded.mean(0)
+    if family == "gpt2":  # a LayerNorm takes the residual's own mean away
+        centred = centred - centred.mean(1, keepdim=True)
+    for convention, matrix in (("raw", weight), ("folded", folded), ("centred", centred)):
+        found = ss.read_spectrum(tiny.model(family), convention=convention)
+        squares = found.vectors * found.values.square() @ found.vectors.T
+        assert torch.allclose(squares, matrix.T @ matrix, atol=1e-6)
+
+
+def test_a_sharded_folder(tmp_path: Path, read: list[str]) -> None:
+    whole = tiny.save(tmp_path / "whole")
+    shards = tiny.save(tmp_path / "shards", max_shard_size="20KB")
+    assert len(list(shards.glob("*.safetensors"))) > 2 and not (shards / "model.safetensors").exists()
+    same(ss.read_spectrum(shards, convention="folded"), ss.read_spectrum(whole, convention="folded"))
+    assert read == ["model.norm.weight", "lm_head.weight"] * 2
+    index = json.loads((shards / "model.safetensors.index.json").read_text())["weight_map"]
+    for file in set(index.values()) - {index["lm_head.weight"]}:
+        (shards / file).unlink()  # what is not needed need not be there
+    same(ss.read_spectrum(shards), ss.read_spectrum(whole))
+
+
+def test_any_named_matrix_and_its_side(tmp_path: Path) -> None:
+    folder, plain = tiny.save(tmp_path / "model"), tiny.plain()
+    gate = plain.model.layers[1].mlp.gate_proj.weight.detach()  # reads the residual: 48 x 32
+    down = plain.model.layers[1].mlp.down_proj.weight.detach()  # writes it: 32 x 48
+    for name, matrix in (("gate_proj", gate), ("down_proj", down.T)):
+        found = ss.read_spectrum(folder, f"model.layers.1.mlp.{name}.weight")
+        assert found.d == 32 and not found.tied
+        assert torch.allclose(found.values, torch.linalg.svdvals(matrix.double()))
+
+
+@pytest.mark.parametrize(
+    ("matrix", "convention", "message"),
+    [
+        ("no.such.weight", "raw", "no tensor for 'no.such.weight'; use 'unembedding', 'embedding' or"),
+        ("model.norm.weight", "raw", r"shape \(32,\).*width 32"),
+        ("embedding", "folded", "folds the final norm into the unembedding; embedding has only 'raw'"),
+        ("unembedding", "white", "convention 'white'"),
+    ],
+)
+def test_matrices_that_cannot_be_read(tmp_path: Path, matrix: str, convention: Any, message: str) -> None:
+    folder = tiny.save(tmp_path / "model")
+    with pytest.raises(ss.InputError, match=message):
+        ss.read_spectrum(folder, matrix, convention=convention)
+
+
+def test_a_checkpoint_without_a_tensor_is_not_filled_with_random_numbers(tmp_path: Path) -> None:
+    folder = tiny.save(tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ss.InputError, match=r"lacks .*model\.layers\.1\.mlp\.up_proj\.weight"):
+        ss.load(folder)
+    del weights["lm_head.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ss.InputError, match="holds no unembedding and does not tie one"):
+        ss.read_spectrum(folder)
+    assert not ss.describe(folder)["tied"] and ss.read_spectrum(folder, "embedding").d == 32
+
+
+@pytest.mark.parametrize("damage", ["index", "shard", "missing shard"])
+def test_a_damaged_sharded_checkpoint(tmp_path: Path, damage: str) -> None:
+    folder = tiny.save(tmp_path / "model", max_shard_size="20KB")
+    index = folder / "model.safetensors.index.json"
+    shard = folder / json.loads(index.read_text())["weight_map"]["lm_head.weight"]
+    if damage == "index":
+        index.write_text(index.read_text()[:100])
+    elif damage == "shard":
+        shard.write_bytes(shard.read_bytes()[:1000])
+    else:
+        shard.unlink()
+    for use in (ss.load, ss.read_spectrum):
+        with pytest.raises(ss.InputError):
+            use(folder)
+
+
+def test_load_in_all_its_forms(tmp_path: Path) -> None:
+    folder, ids = tiny.save(tmp_path / "model"), tiny.ids()
+    with torch.no_grad():
+        expected = tiny.plain()(ids).logits
+    by_folder = ss.load(folder)
+    assert torch.equal(tiny.logits(by_folder, ids, {}), expected)
+    assert (by_folder.bos, by_folder.opens_with_bos, by_folder.reads_attention) == (0, True, True)
+    assert ss.load(by_folder) is by_folder
+    assert torch.equal(tiny.logits(ss.load(str(folder)), ids, {}), expected)
+    hugging = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").train()
+    loaded = ss.load(hugging)
+    assert loaded.bos == 0 and not hugging.training, "tokenizer from its folder; dropout off"
+    assert torch.equal(tiny.logits(loaded, ids, {}), expected)
+    wrapped = ss.load(loaded.nn)
+    assert wrapped.nn is loaded.nn and torch.equal(tiny.logits(wrapped, ids, {}), expected)
+    assert ss.load(folder, dtype=torch.bfloat16).dtype == torch.bfloat16
+    with pytest.raises(ss.InputError, match="int is no model"):
+        ss.load(3)  # pyright: ignore[reportArgumentType]
+
+
+def test_describe_reads_no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tiny.save(tmp_path / "model")
+    monkeypatch.setattr(source.Source, "tensor", None)
+    found = ss.describe(folder)
+    assert found["family"] == "llama" and found["layout_tested"] and not found["tied"]
+    assert (found["layers"], found["d_model"], found["heads"], found["key_value_heads"]) == (3, 32, 4, 2)
+    assert (found["vocabulary"], found["context"]) == (tiny.VOCABULARY, tiny.CONTEXT)
+    assert (found["bos_token"], found["bos_token_id"], found["opens_with_bos"]) == ("<bos>", 0, True)
+    assert ss.describe(tiny.save(tmp_path / "tied", "gpt2"))["tied"]
+
+
+def test_the_embedded_model_is_the_default() -> None:
+    model = ss.load()
+    assert model.name == ss.DEFAULT and model.family == "llama" and model.context is not None
+    model.check()
+    same(ss.read_spectrum(), ss.read_spectrum(model))
+    for text in ss.documents(limit=3):
+        assert ss.cut(text, model).opens_with_bos == (model.bos is not None and model.opens_with_bos)

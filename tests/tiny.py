@@ -1,0 +1,148 @@
+"""Small random models of every family, a tokenizer of words, and windows: what many tests measure on."""
+
+import copy
+import functools
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
+from torch import Tensor
+
+import spectral_sinks as ss
+from spectral_sinks.cli import main
+
+VOCABULARY, D, LAYERS, HEADS, CONTEXT = 97, 32, 3, 4, 128
+BOS, EOS = 0, 1
+
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": D,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "max_position_embeddings": CONTEXT,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+    "pad_token_id": EOS,
+}
+GPT2_SIZES = {
+    "vocab_size": VOCABULARY,
+    "n_embd": D,
+    "n_layer": LAYERS,
+    "n_head": HEADS,
+    "n_positions": CONTEXT,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+}
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", SIZES),
+    "mistral": ("MistralConfig", SIZES | {"sliding_window": 8}),
+    "qwen2": ("Qwen2Config", SIZES | {"tie_word_embeddings": True}),
+    "qwen3": ("Qwen3Config", SIZES | {"head_dim": 16}),
+    "gemma2": (
+        "Gemma2Config",
+        SIZES | {"head_dim": 16, "sliding_window": 8, "final_logit_softcapping": 2.0},
+    ),
+    "gemma3": ("Gemma3TextConfig", SIZES | {"head_dim": 16, "sliding_window": 8}),
+    "gpt2": ("GPT2Config", GPT2_SIZES),
+    "gpt_neox parallel": ("GPTNeoXConfig", SIZES | {"use_parallel_residual": True}),
+    "gpt_neox": ("GPTNeoXConfig", SIZES | {"use_parallel_residual": False}),
+    "olmo2": ("Olmo2Config", SIZES),
+    "phi3": ("Phi3Config", SIZES),
+    "gpt_oss": (
+        "GptOssConfig",
+        SIZES | {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8},
+    ),
+}
+FAMILIES = tuple(CONFIGS)
+
+
+def build(family: str = "llama", *, seed: int = 0, attention: str = "eager", **sizes: Any) -> Any:
+    """Make a transformers model with every parameter random: gains and biases too, attention not uniform."""
+    kind, given = CONFIGS[family]
+    config = getattr(transformers, kind)(**given | sizes)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            random = torch.randn(parameter.shape, generator=generator)
+            gain = parameter.ndim == 1 and name.endswith("weight")
+            parameter.copy_(0.3 * random + ("gemma" not in family) if gain else 0.2 * random)
+    return model.eval()
+
+
+@functools.cache
+def plain(family: str = "llama") -> Any:
+    """Return a model that nnsight never touches: the same weights as `model(family)`."""
+    return build(family)
+
+
+@functools.cache
+def model(family: str = "llama") -> ss.LanguageModel:
+    return ss.load(copy.deepcopy(plain(family)), tokenizer=tokenizer())
+
+
+def tokenizer(*, opens: bool = True, bos: bool = True) -> transformers.PreTrainedTokenizerFast:
+    """Split at white space: word `w7` has id 7; `<bos>` has id 0 and `opens` a text."""
+    words = {"<bos>": BOS, "<eos>": EOS, "<unk>": 2} | {f"w{i}": i for i in range(3, VOCABULARY)}
+    made = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    made.pre_tokenizer = WhitespaceSplit()  # pyright: ignore[reportAttributeAccessIssue]
+    if opens and bos:
+        made.post_processor = TemplateProcessing(  # pyright: ignore[reportAttributeAccessIssue]
+            single="<bos> $A", special_tokens=[("<bos>", BOS)]
+        )
+    special = {"bos_token": "<bos>"} if bos else {}
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, eos_token="<eos>", unk_token="<unk>", **special
+    )
+
+
+def save(path: Path, family: str = "llama", **options: Any) -> Path:
+    """Write a checkpoint folder with its tokenizer."""
+    plain(family).save_pretrained(path, **options)
+    tokenizer().save_pretrained(path)
+    return path
+
+
+def text(words: int, seed: int = 0) -> str:
+    drawn = torch.randint(3, VOCABULARY, (words,), generator=torch.Generator().manual_seed(seed))
+    return " ".join(f"w{i}" for i in drawn.tolist())
+
+
+def ids(rows: int = 4, tokens: int = 12, seed: int = 0) -> Tensor:
+    """Token ids that open with BOS."""
+    drawn = torch.randint(2, VOCABULARY, (rows, tokens), generator=torch.Generator().manual_seed(seed))
+    drawn[:, 0] = BOS
+    return drawn
+
+
+class Ran(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> Ran:
+    """Run the command line in this process."""
+    capsys.readouterr()
+    status: Any = 0
+    try:
+        main([*map(str, arguments)])
+    except SystemExit as stopped:
+        status = stopped.code
+    captured = capsys.readouterr()
+    return Ran(status, captured.out, captured.err)
+
+
+def logits(trace_model: ss.LanguageModel, token_ids: Tensor, edits: Any, **options: Any) -> Tensor:
+    """Logits of a traced pass: the unembedding of what leaves the final norm."""
+    return ss.trace(
+        trace_model, token_ids, edits, readout=lambda final, *_: trace_model.unembed(final), **options
+    )
