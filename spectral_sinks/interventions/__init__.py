@@ -1,0 +1,1 @@
+"""Filters at sites of a running model, through nnsight."""

@@ -1,0 +1,64 @@
+"""Where in a model: values that name a place in the residual stream."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from spectral_sinks.errors import InputError
+from spectral_sinks.models.language import LanguageModel
+
+Kind = Literal["embedding", "queries", "keys", "values", "head", "attention", "mlp-input", "mlp", "exit"]
+"""In the order in which a forward pass meets them within a layer."""
+
+ORDER: tuple[Kind, ...] = get_args(Kind)
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place: its kind, the layer, and the head for `head`.
+
+    - `exit`: the residual stream as it leaves the layer
+    - `attention`, `mlp`: what the component adds to the residual stream
+    - `head`: what one head adds (before a norm that follows attention, in Gemma and OLMo 2)
+    - `embedding`: the residual stream that enters layer 0 (positions included where they are added)
+    - `queries`, `keys`, `values`, `mlp-input`: the residual stream as read by that component alone; all
+      others read it untouched, and so does the skip connection. The component's norm acts after the filter.
+    """
+
+    kind: Kind = "exit"
+    layer: int = 0
+    head: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in ORDER:
+            raise InputError(f"site {self.kind!r}: choose from {', '.join(ORDER)}")
+        if (self.kind == "head") != (self.head is not None):
+            raise InputError(
+                "a head site needs its head, as in Site('head', layer, head), and no other has one"
+            )
+        if self.kind == "embedding" and self.layer != 0:
+            raise InputError("the embedding site has no layer: use Site('embedding')")
+
+    @classmethod
+    def parse(cls, text: str, layer: int = 0) -> "Site":
+        """A site from its name on the command line: `exit`, `mlp`, `head:3`, ..."""
+        kind, _, head = text.partition(":")
+        if kind not in ORDER or (head and not head.isdecimal()):
+            raise InputError(f"site {text!r}: choose from {', '.join(ORDER)}; a head is head:N")
+        return cls(kind, 0 if kind == "embedding" else layer, int(head) if head else None)
+
+    def check(self, model: LanguageModel) -> None:
+        """Raise InputError where the model has no such layer or head."""
+        if not 0 <= self.layer < model.layers:
+            raise InputError(f"layer {self.layer}: {model.name} has layers 0 to {model.layers - 1}")
+        if self.head is not None and not 0 <= self.head < model.heads:
+            raise InputError(f"head {self.head}: {model.name} has heads 0 to {model.heads - 1}")
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Place in the order of a forward pass."""
+        return self.layer, ORDER.index(self.kind)
+
+    def __str__(self) -> str:
+        if self.kind == "embedding":
+            return "embedding"
+        return f"{self.kind} {self.layer}" + ("" if self.head is None else f".{self.head}")

@@ -1,0 +1,193 @@
+"""Functions at sites of a running model, through nnsight."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import nnsight
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from spectral_sinks.errors import InputError
+from spectral_sinks.interventions.sites import ORDER, Kind, Site
+from spectral_sinks.models.language import LanguageModel
+from spectral_sinks.spectra.filters import Filter
+
+T = TypeVar("T")
+
+Edit = Callable[[Tensor], Tensor]
+"""From the residual `[batch, tokens, d]` at a site to what takes its place."""
+
+Interventions = Mapping[Site, Edit]
+"""A filter, or any function of a tensor, at each of some sites."""
+
+READS: tuple[Kind, ...] = ("queries", "keys", "values")
+
+Hooks = dict[tuple[int, Kind], list[tuple[Site, Edit]]]
+
+
+@dataclass(frozen=True)
+class Resume:
+    """The residual that leaves `layer`, `[batch, tokens, d]`: a pass that begins above that layer."""
+
+    layer: int
+    residual: Tensor
+
+
+def bind(interventions: Interventions, ids: Int[Tensor, "batch tokens"]) -> dict[Site, Edit]:
+    """Give each filter the token ids of the batch, by which it may select."""
+
+    def bound(edit: Edit) -> Edit:
+        return (lambda x: edit(x, ids)) if isinstance(edit, Filter) else edit
+
+    return {site: bound(edit) for site, edit in interventions.items()}
+
+
+def trace(
+    model: LanguageModel,
+    ids: Int[Tensor, "batch tokens"],
+    edits: Interventions,
+    reads: Sequence[Site] = (),
+    *,
+    readout: Callable[[Tensor, dict[Site, Tensor], list[Tensor]], T],
+    attention: bool = False,
+    resume: Resume | None = None,
+) -> T:
+    """One forward pass with functions at sites, reduced inside the trace to what `readout` returns.
+
+    `readout` receives the output of the final norm `[batch, tokens, d]`, the residuals at the `reads`
+    (after any edit there), and, with `attention`, each layer's attention weights `[batch, heads, tokens,
+    tokens]`; layers that `resume` skips have none. Logits are not computed beyond the last token: `readout`
+    may unembed what it needs. Raises InputError for a site that the model does not have.
+    """
+    if attention and not model.reads_attention:
+        raise InputError(
+            f"attention weights of {model.name} cannot be read: it runs "
+            f"{model.config._attn_implementation!r} attention; load it with attention='eager'"
+        )
+    hooks: Hooks = {}
+    for site, edit in bind(edits, ids).items():
+        site.check(model)
+        hooks.setdefault((site.layer, site.kind), []).append((site, edit))
+    read: dict[Site, Tensor] = {}
+    for site in reads:
+        site.check(model)
+        hooks.setdefault((site.layer, site.kind), []).append((site, _recorder(site, read)))
+    start = 0 if resume is None else resume.layer + 1
+    if any(layer < start for layer, _ in hooks):
+        raise InputError(f"a pass that begins above layer {start - 1} has sites at or below it")
+    weights: list[Tensor] = []
+    with torch.no_grad(), model.nn.trace(input_ids=ids, logits_to_keep=1, use_cache=False):
+        ss_result = nnsight.save(_walk(model, hooks, weights if attention else None, resume, readout, read))
+    return ss_result
+
+
+def _recorder(site: Site, into: dict[Site, Tensor]) -> Edit:
+    def record(x: Tensor) -> Tensor:
+        into[site] = x
+        return x
+
+    return record
+
+
+def _walk(
+    model: LanguageModel,
+    hooks: Hooks,
+    weights: list[Tensor] | None,
+    resume: Resume | None,
+    readout: Callable[[Tensor, dict[Site, Tensor], list[Tensor]], T],
+    read: dict[Site, Tensor],
+) -> T:
+    """Meet the modules in forward order: this runs inside the trace."""
+    start = 0
+    if resume is not None:
+        start = resume.layer + 1
+        for index in range(start):
+            model.layer(index).skip(resume.residual)
+    for index in range(start, model.layers):
+        here: dict[Kind, list[tuple[Site, Edit]]] = {
+            kind: hooks[index, kind] for kind in ORDER if (index, kind) in hooks
+        }
+        if here or weights is not None:
+            _visit(model, model.layer(index), here, weights)
+    return readout(model.nn.get(model.layout.final_norm).output, read, weights or [])
+
+
+def _visit(
+    model: LanguageModel,
+    layer: Any,
+    hooks: dict[Kind, list[tuple[Site, Edit]]],
+    weights: list[Tensor] | None,
+) -> None:
+    """Apply the hooks of one layer and record its attention weights."""
+    layout = model.layout
+    if "embedding" in hooks:
+        layer.input = _chain(layer.input, hooks["embedding"])
+    reads: dict[Kind, list[tuple[Site, Edit]]] = {kind: hooks[kind] for kind in READS if kind in hooks}
+    if reads:
+        _read_projections(model, layer, reads)
+    if "head" in hooks:
+        projection = layer.get(layout.attention_projection)
+        mixed = projection.input
+        change = torch.zeros_like(projection.output)
+        for site, edit in hooks["head"]:
+            assert site.head is not None
+            part = mixed[..., site.head * model.head_size : (site.head + 1) * model.head_size]
+            written = part @ model.head_write(site.layer, site.head)
+            change = change + (edit(written) - written)
+        projection.output = projection.output + change
+    attention = layer.get(layout.attention)
+    if weights is not None:
+        weights.append(attention.output[1])
+    if "attention" in hooks:
+        _rewrite(layer.get(layout.attention_write), hooks["attention"])
+    if "mlp-input" in hooks:
+        reader = layer.get(layout.mlp_norm or layout.mlp)
+        reader.input = _chain(reader.input, hooks["mlp-input"])
+    if "mlp" in hooks:
+        _rewrite(layer.get(layout.mlp_write), hooks["mlp"])
+    if "exit" in hooks:
+        _rewrite(layer, hooks["exit"])
+
+
+def _read_projections(model: LanguageModel, layer: Any, hooks: dict[Kind, list[tuple[Site, Edit]]]) -> None:
+    """Let queries, keys or values read another residual: the projection is run on it beside the true one."""
+    layout = model.layout
+    entry = layer.input
+    edited: dict[Kind, Tensor] = {kind: _chain(entry, edits) for kind, edits in hooks.items()}
+    norm = layer.get(layout.attention_norm) if layout.attention_norm else None
+    names: dict[Kind, str] = {"queries": layout.queries, "keys": layout.keys, "values": layout.values}
+    for path in dict.fromkeys(names[kind] for kind in edited):
+        projection = layer.get(path)
+        extra: dict[Kind, Tensor] = {
+            kind: projection(x if norm is None else norm(x))
+            for kind, x in edited.items()
+            if names[kind] == path and x is not entry
+        }
+        output = projection.output
+        if extra:
+            output = output.clone()
+            for kind, other in extra.items():
+                index = model.projection_index(kind)
+                output[..., index] = other[..., index]
+            projection.output = output
+
+
+def _chain(x: Float[Tensor, "batch tokens d"], edits: list[tuple[Site, Edit]]) -> Tensor:
+    for site, edit in edits:
+        before = x
+        x = edit(x)
+        if x.shape != before.shape:
+            raise InputError(
+                f"the function at {site} returned shape {tuple(x.shape)} for {tuple(before.shape)}"
+            )
+    return x
+
+
+def _rewrite(module: Any, edits: list[tuple[Site, Edit]]) -> None:
+    output = module.output
+    if isinstance(output, tuple):
+        module.output = (_chain(output[0], edits), *output[1:])
+    else:
+        module.output = _chain(output, edits)

@@ -1,0 +1,138 @@
+"""Traces: what may go at a site, where a pass may begin, filters in hooks and in traces of one's own."""
+
+import copy
+
+import pytest
+import tiny
+import torch
+from nnsight import save
+
+import spectral_sinks as ss
+from spectral_sinks.interventions.tracing import Resume
+
+IDS = tiny.ids()
+
+
+@pytest.fixture(scope="module")
+def model() -> ss.LanguageModel:
+    return tiny.model()
+
+
+@pytest.fixture
+def dark(model: ss.LanguageModel) -> ss.Filter:
+    return ss.remove(ss.read_spectrum(model, bands=8).dark())
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_a_pass_from_a_layers_exit_is_the_whole_pass(family: str, layer: int) -> None:
+    model = tiny.model(family)
+    dark = ss.remove(ss.read_spectrum(model, bands=8).dark())
+    site = ss.Site("exit", layer)
+    residual = ss.trace(model, IDS, {}, [site], readout=lambda final, read, weights: read[site])
+    whole = tiny.logits(model, IDS, {site: dark})
+    from_there = tiny.logits(model, IDS, {}, resume=Resume(layer, dark(residual)))
+    assert torch.equal(from_there, whole)
+
+
+def test_reads_come_after_the_edit_at_the_same_site(model: ss.LanguageModel, dark: ss.Filter) -> None:
+    sites = [ss.Site("embedding"), ss.Site("exit", 0), ss.Site("mlp", 1), ss.Site("exit", 2)]
+    before, after = (
+        ss.trace(model, IDS, edits, sites, readout=lambda final, read, weights: dict(read))
+        for edits in ({}, {ss.Site("exit", 0): dark})
+    )
+    states = tiny.plain()(IDS, output_hidden_states=True).hidden_states
+    assert torch.equal(before[sites[0]], states[0]) and torch.equal(before[sites[1]], states[1])
+    assert torch.equal(after[sites[0]], before[sites[0]])
+    assert torch.equal(after[sites[1]], dark(before[sites[1]]))
+    assert not torch.equal(after[sites[2]], before[sites[2]])
+
+
+def test_attention_weights_are_those_of_transformers(model: ss.LanguageModel) -> None:
+    expected = tiny.plain()(IDS, output_attentions=True).attentions
+    found = ss.trace(model, IDS, {}, readout=lambda final, read, weights: weights, attention=True)
+    assert len(found) == 3 and all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_a_filter_works_in_a_hook_and_in_a_trace_of_ones_own(
+    model: ss.LanguageModel, dark: ss.Filter
+) -> None:
+    expected = tiny.logits(model, IDS, {ss.Site("exit", 1): dark})
+    twin = copy.deepcopy(tiny.plain())
+    twin.model.layers[1].register_forward_hook(lambda module, inputs, output: dark(output))
+    with torch.no_grad():
+        assert torch.equal(twin(IDS).logits, expected)
+    with torch.no_grad(), model.nn.trace(input_ids=IDS):
+        layer = model.nn.model.layers[1]
+        layer.output = dark(layer.output)
+        own = save(model.nn.lm_head.output)
+    assert torch.equal(own, expected)
+
+
+def test_tokens_by_id_are_found_at_the_site(model: ss.LanguageModel, dark: ss.Filter) -> None:
+    chosen = sorted({int(i) for i in IDS[:, 5]})
+    site = ss.Site("exit", 2)
+    by_id = ss.trace(model, IDS, {site: dark.at(chosen)}, [site], readout=lambda f, read, w: read[site])
+    plain = ss.trace(model, IDS, {}, [site], readout=lambda f, read, w: read[site])
+    selected = torch.isin(IDS, torch.tensor(chosen))
+    assert torch.equal(by_id[~selected], plain[~selected])
+    assert torch.equal(by_id[selected], dark(plain)[selected])
+
+
+def test_a_model_is_unchanged_after_a_trace(model: ss.LanguageModel, dark: ss.Filter) -> None:
+    before = tiny.logits(model, IDS, {})
+    tiny.logits(model, IDS, {ss.Site(kind, 1): dark for kind in ("queries", "mlp", "exit")})
+    assert torch.equal(tiny.logits(model, IDS, {}), before)
+
+
+@pytest.mark.parametrize(
+    ("site", "message"),
+    [
+        (ss.Site("exit", 3), "layer 3: .* has layers 0 to 2"),
+        (ss.Site("mlp", -1), "layer -1"),
+        (ss.Site("head", 1, 4), "head 4: .* has heads 0 to 3"),
+    ],
+)
+def test_sites_that_the_model_lacks(model: ss.LanguageModel, site: ss.Site, message: str) -> None:
+    for edits, reads in (({site: lambda x: x}, []), ({}, [site])):
+        with pytest.raises(ss.InputError, match=message):
+            ss.trace(model, IDS, edits, reads, readout=lambda *_: 0)
+
+
+def test_what_cannot_be_traced(model: ss.LanguageModel, dark: ss.Filter) -> None:
+    with pytest.raises(
+        ss.InputError, match=r"function at exit 1 returned shape \(4, 11, 32\) for \(4, 12, 32\)"
+    ):
+        tiny.logits(model, IDS, {ss.Site("exit", 1): lambda x: x[:, 1:]})
+    with pytest.raises(ss.InputError, match="begins above layer 1 has sites at or below it"):
+        tiny.logits(model, IDS, {ss.Site("mlp", 1): dark}, resume=Resume(1, torch.zeros(4, 12, 32)))
+    fast = ss.load(tiny.build(attention="sdpa"))
+    with pytest.raises(ss.InputError, match="'sdpa' attention; load it with attention='eager'"):
+        ss.trace(fast, IDS, {}, readout=lambda *_: 0, attention=True)
+
+
+def test_an_error_of_a_users_function_comes_through(model: ss.LanguageModel) -> None:
+    def broken(x: torch.Tensor) -> torch.Tensor:
+        raise ZeroDivisionError("mine")
+
+    with pytest.raises(ZeroDivisionError, match="mine"):
+        tiny.logits(model, IDS, {ss.Site("exit", 1): broken})
+    tiny.logits(model, IDS, {})
+
+
+def test_sites_by_name() -> None:
+    assert ss.Site.parse("exit", 2) == ss.Site("exit", 2)
+    assert ss.Site.parse("head:3", 1) == ss.Site("head", 1, 3)
+    assert ss.Site.parse("embedding", 5) == ss.Site("embedding")
+    assert [str(ss.Site.parse(t, 1)) for t in ("mlp", "head:2", "embedding")] == [
+        "mlp 1",
+        "head 1.2",
+        "embedding",
+    ]
+    assert ss.Site("exit", 0).rank < ss.Site("queries", 1).rank < ss.Site("mlp", 1).rank
+    for text in ("exits", "head", "head:x", "mlp:1", ""):
+        with pytest.raises(ss.InputError, match="site"):
+            ss.Site.parse(text)
+    for wrong in (("head", 1), ("exit", 1, 2), ("embedding", 1), ("nowhere", 1)):
+        with pytest.raises(ss.InputError, match="site"):
+            ss.Site(*wrong)
