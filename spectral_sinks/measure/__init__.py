@@ -1,0 +1,1 @@
+"""Numbers out of one trace: NLL, energy by band, attention."""

@@ -1,0 +1,68 @@
+"""Attention received by a position: the sink's mass."""
+
+from collections.abc import Sequence
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from spectral_sinks.errors import InputError
+from spectral_sinks.interventions.tracing import trace
+from spectral_sinks.models.language import LanguageModel
+from spectral_sinks.texts import Windows
+
+TOKENS = 64
+"""Queries over which attention received is averaged; fixed, since it falls with length (Gu et al. 2025)."""
+
+EPSILON = 0.3
+"""Attention received above which a head counts as having a sink (Gu et al. 2025)."""
+
+
+def attention_received(
+    weights: Sequence[Float[Tensor, "batch heads tokens tokens"]], position: int = 0, tokens: int = TOKENS
+) -> Float[Tensor, "batch layers heads"]:
+    """alpha_k: mean over queries i >= k, among the first `tokens`, of A[i, k], by layer and head.
+
+    The first query's attention to itself, which is 1 for position 0, counts: uniform causal attention gives
+    0.0741 at 64 tokens. Raises InputError when the window is shorter than `tokens`. (Gu et al. 2025, 3.1)
+    """
+    if any(layer.shape[-1] < tokens for layer in weights):
+        raise InputError(f"attention received is taken over {tokens} tokens, the window is shorter")
+    return torch.stack([layer[:, :, position:tokens, position].float().mean(-1) for layer in weights], dim=1)
+
+
+def uniform_attention(position: int = 0, tokens: int = TOKENS) -> float:
+    """alpha_k of uniform causal attention."""
+    return sum(1 / (i + 1) for i in range(position, tokens)) / (tokens - position)
+
+
+def sink_rate(received: Float[Tensor, "batch layers heads"], epsilon: float = EPSILON) -> float:
+    """Sink^eps_k: fraction of (text, layer, head) with attention received above `epsilon`."""
+    return float((received > epsilon).float().mean())
+
+
+def attention_by_head(
+    model: LanguageModel, windows: Windows, position: int = 0, *, tokens: int = TOKENS, batch_size: int = 16
+) -> pd.DataFrame:
+    """Attention received by a position: one row per (document, layer, head), mean over its windows.
+
+    Raises InputError where attention weights cannot be read or a window is shorter than `tokens`.
+    """
+    rows: list[pd.DataFrame] = []
+    for places, ids in windows.batches(batch_size):
+        received = trace(
+            model,
+            ids.to(model.device),
+            {},
+            readout=lambda final, read, weights: attention_received(weights, position, tokens).cpu(),
+            attention=True,
+        )
+        index = pd.MultiIndex.from_product(
+            [[windows.document[place] for place in places], range(model.layers), range(model.heads)],
+            names=["document", "layer", "head"],
+        )
+        rows.append(
+            pd.DataFrame({"attention": received.flatten().double().numpy()}, index=index).reset_index()
+        )
+    return pd.concat(rows).groupby(["document", "layer", "head"], as_index=False).mean()

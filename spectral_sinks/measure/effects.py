@@ -1,0 +1,327 @@
+"""What an intervention does: NLL, divergence from the untouched model, and the sink, by document."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from spectral_sinks.errors import InputError
+from spectral_sinks.interventions.sites import Site
+from spectral_sinks.interventions.tracing import Edit, Interventions, Resume, bind, trace
+from spectral_sinks.measure.attention import TOKENS, attention_received
+from spectral_sinks.measure.nll import Reference, Scores, score
+from spectral_sinks.models.language import LanguageModel
+from spectral_sinks.spectra.filters import Filter, Mean, Swap, Zero
+from spectral_sinks.stats import mean_interval
+from spectral_sinks.texts import Windows
+
+COLUMNS = ("nll", "baseline_nll", "delta_nll", "kl", "top1_agreement", "removed_energy_share")
+
+
+@dataclass(frozen=True, eq=False)
+class Effect:
+    """One intervention on one set of windows: a row per document, and the means over documents."""
+
+    name: str
+    sites: tuple[Site, ...]
+    ranks: tuple[int | None, ...]
+    """Directions removed at each site; None for a custom function."""
+    rows: pd.DataFrame
+    """One row per document: windows, tokens, the columns named above, sink_mass_L, baseline_sink_mass_L."""
+
+    @property
+    def nll(self) -> float:
+        """Nats per token, mean over documents."""
+        return float(self.rows["nll"].mean())
+
+    @property
+    def baseline_nll(self) -> float:
+        return float(self.rows["baseline_nll"].mean())
+
+    @property
+    def delta_nll(self) -> float:
+        return float(self.rows["delta_nll"].mean())
+
+    @property
+    def delta_nll_interval(self) -> tuple[float, float]:
+        """95 % BCa interval of the paired difference over documents."""
+        return mean_interval(self.rows["delta_nll"])
+
+    @property
+    def rank(self) -> int | None:
+        """Directions removed; the sum over sites, None with a custom function."""
+        return None if None in self.ranks else sum(rank for rank in self.ranks if rank is not None)
+
+    @property
+    def sink_mass(self) -> list[float] | None:
+        """Mean attention received by position 0 at T = 64, by layer; None where it cannot be read."""
+        return self._by_layer("sink_mass_")
+
+    @property
+    def baseline_sink_mass(self) -> list[float] | None:
+        return self._by_layer("baseline_sink_mass_")
+
+    def _by_layer(self, prefix: str) -> list[float] | None:
+        names = [name for name in self.rows.columns if name.startswith(prefix)]
+        values = [float(self.rows[name].mean()) for name in names]
+        return values if values and np.isfinite(values).all() else None
+
+    def frame(self) -> pd.DataFrame:
+        """The table by document, with the name of the intervention."""
+        return self.rows.assign(name=self.name)
+
+    def summary(self) -> dict[str, Any]:
+        """Means over documents, the interval, and what was removed."""
+        low, high = self.delta_nll_interval
+        return {
+            "name": self.name,
+            "site": ", ".join(map(str, self.sites)),
+            "rank": self.rank,
+            **{column: float(self.rows[column].mean()) for column in COLUMNS},
+            "delta_nll_low": low,
+            "delta_nll_high": high,
+            "documents": len(self.rows),
+        }
+
+    def __repr__(self) -> str:
+        low, high = self.delta_nll_interval
+        return (
+            f"{self.name} at {', '.join(map(str, self.sites)) or 'no site'}: NLL {self.baseline_nll:.4f} -> "
+            f"{self.nll:.4f}, difference {self.delta_nll:+.4f} [{low:+.4f}, {high:+.4f}] nats "
+            f"({len(self.rows)} documents, rank {self.rank}, removed energy share "
+            f"{self.rows['removed_energy_share'].mean():.3f}, KL {self.rows['kl'].mean():.4f})"
+        )
+
+
+def evaluate(
+    model: LanguageModel,
+    windows: Windows,
+    interventions: Interventions,
+    *,
+    name: str | None = None,
+    batch_size: int = 16,
+) -> Effect:
+    """The effect of a filter, or any function `[batch, tokens, d] -> [batch, tokens, d]`, at each site given.
+
+    Raises InputError for sites the model does not have, filters of another width, and a swap between
+    windows that open with different tokens.
+    """
+    label = name or ", ".join(getattr(edit, "name", "custom") for edit in interventions.values()) or "no-op"
+    return evaluate_all(model, windows, {label: interventions}, batch_size=batch_size)[label]
+
+
+def evaluate_all(
+    model: LanguageModel,
+    windows: Windows,
+    cells: Mapping[str, Interventions],
+    *,
+    batch_size: int = 16,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, Effect]:
+    """The effects of several interventions, each compared with one untouched pass per batch.
+
+    A pass begins at its lowest site: what lies below is taken from the untouched pass, bit for bit. Sink
+    mass is read where attention weights can be read and all windows have 64 tokens. `progress` is called
+    with 1 after each cell of each batch.
+    """
+    for edits in cells.values():
+        for site, edit in edits.items():
+            site.check(model)
+            _check(site, edit, model, windows)
+    attention = model.reads_attention and all(len(row) >= TOKENS for row in windows.rows)
+    needed = sorted({lowest[0] for edits in cells.values() if (lowest := _resume(edits)) is not None})
+    exits = [Site("exit", layer) for layer in needed]
+    tables: dict[str, list[pd.DataFrame]] = {name: [] for name in cells}
+    for places, ids in windows.batches(batch_size):
+        ids = ids.to(model.device)
+
+        def untouched(
+            final: Tensor, read: dict[Site, Tensor], weights: list[Tensor], ids: Tensor = ids
+        ) -> tuple[Reference, Scores, dict[Site, Tensor], Tensor | None]:
+            return Reference.of(model, final), score(model, final, ids), read, _received(weights)
+
+        reference, base, residuals, base_received = trace(
+            model, ids, {}, exits, readout=untouched, attention=attention
+        )
+        for name, edits in cells.items():
+            parts = {site: _rows_of(edit, places, len(windows)) for site, edit in edits.items()}
+            table = _one(model, ids, parts, reference, base, residuals, base_received)
+            table.insert(0, "document", [windows.document[place] for place in places])
+            tables[name].append(table)
+            if progress is not None:
+                progress(1)
+    return {
+        name: Effect(
+            name,
+            tuple(edits),
+            tuple(edit.rank if isinstance(edit, Filter) else None for edit in edits.values()),
+            _by_document(pd.concat(tables[name], ignore_index=True)),
+        )
+        for name, edits in cells.items()
+    }
+
+
+def mean_residual(
+    model: LanguageModel, windows: Windows, site: Site, batch_size: int = 16
+) -> Float[Tensor, "tokens d"]:
+    """Mean over windows of the residual at a site, by position: the reference for the fill `Mean`."""
+    total = torch.zeros(windows.length, model.d, dtype=torch.float64)
+    count = torch.zeros(windows.length, 1, dtype=torch.float64)
+    for _, ids in windows.batches(batch_size):
+        sums = trace(
+            model,
+            ids.to(model.device),
+            {},
+            [site],
+            readout=lambda final, read, weights: read[site].double().sum(0).cpu(),
+        )
+        total[: ids.shape[1]] += sums
+        count[: ids.shape[1]] += len(ids)
+    return total / count
+
+
+def _resume(edits: Interventions) -> tuple[int, bool] | None:
+    """The layer whose exit a pass can begin from, and whether that exit itself is filtered."""
+    if not edits:
+        return None
+    lowest = min(edits, key=lambda site: site.rank)
+    if lowest.kind == "exit":
+        return lowest.layer, True
+    return (lowest.layer - 1, False) if lowest.layer > 0 else None
+
+
+def _one(
+    model: LanguageModel,
+    ids: Int[Tensor, "batch tokens"],
+    edits: Interventions,
+    reference: Reference,
+    base: Scores,
+    residuals: dict[Site, Tensor],
+    base_received: Tensor | None,
+) -> pd.DataFrame:
+    """One intervention on one batch: a row per window."""
+    removed: list[Tensor] = []
+    bound = {
+        site: _weighed(site, edit, inner, ids, removed)
+        for (site, edit), inner in zip(edits.items(), bind(edits, ids).values(), strict=True)
+    }
+    resume = None
+    if (start := _resume(edits)) is not None:
+        residual = residuals[Site("exit", start[0])]
+        if start[1]:
+            residual = bound.pop(Site("exit", start[0]))(residual)
+        resume = Resume(start[0], residual)
+
+    def readout(
+        final: Tensor, read: dict[Site, Tensor], weights: list[Tensor]
+    ) -> tuple[Scores, Tensor | None, list[Tensor]]:
+        return score(model, final, ids, reference), _received(weights), removed
+
+    if edits:
+        scores, received, removed = trace(
+            model, ids, bound, readout=readout, attention=base_received is not None, resume=resume
+        )
+    else:
+        agrees = torch.ones_like(base.nll, dtype=torch.bool)
+        scores, received = Scores(base.nll, torch.zeros_like(base.nll), agrees), base_received
+    if base_received is not None:
+        below = base_received[:, : model.layers - (0 if received is None else received.shape[1])]
+        received = below if received is None else torch.cat([below, received], dim=1)
+    assert scores.kl is not None and scores.agrees is not None
+    share = torch.stack(removed).mean(0) if removed else torch.zeros(len(ids))
+    table = pd.DataFrame(
+        {
+            "tokens": ids.shape[1] - 1,
+            "nll": scores.nll.double().mean(1).cpu().numpy(),
+            "baseline_nll": base.nll.double().mean(1).cpu().numpy(),
+            "delta_nll": (scores.nll.double() - base.nll.double()).mean(1).cpu().numpy(),
+            "kl": scores.kl.double().mean(1).cpu().numpy(),
+            "top1_agreement": scores.agrees.double().mean(1).cpu().numpy(),
+            "removed_energy_share": share.double().cpu().numpy(),
+        }
+    )
+    for prefix, alpha in (("sink_mass_", received), ("baseline_sink_mass_", base_received)):
+        if alpha is not None:
+            for layer, column in enumerate(alpha.mean(-1).T.double().cpu().numpy()):
+                table[f"{prefix}{layer}"] = column
+    return table
+
+
+def _weighed(site: Site, edit: Edit, inner: Edit, ids: Tensor, removed: list[Tensor]) -> Edit:
+    """The edit, recording the share of energy it takes out, mean over the tokens it touches, per window."""
+
+    def weighed(x: Tensor) -> Tensor:
+        out = inner(x)
+        taken = out
+        if isinstance(edit, Filter) and not isinstance(edit.fill, Zero):
+            taken = edit.filled(Zero())(x, ids)
+        precise = x.to(torch.promote_types(x.dtype, torch.float32))
+        lost = (precise - taken.to(precise.dtype)).square().sum(-1) / precise.square().sum(-1)
+        touched = edit.selected(x, ids) if isinstance(edit, Filter) else None
+        weight = torch.ones_like(lost) if touched is None else touched.expand_as(lost).to(lost.dtype)
+        removed.append((lost * weight).sum(-1) / weight.sum(-1).clamp_min(1))
+        return out
+
+    return weighed
+
+
+def _received(weights: list[Tensor]) -> Tensor | None:
+    return attention_received(weights) if weights else None
+
+
+def _rows_of(edit: Edit, places: list[int], windows: int) -> Edit:
+    """A filter whose mask has a row per window, cut to the windows of a batch."""
+    if isinstance(edit, Filter) and isinstance(edit.tokens, Tensor) and edit.tokens.ndim == 2:
+        if edit.tokens.shape[0] != windows:
+            raise InputError(f"a mask of {edit.tokens.shape[0]} rows for {windows} windows")
+        return replace(edit, tokens=edit.tokens[places])
+    return edit
+
+
+def _check(site: Site, edit: Edit, model: LanguageModel, windows: Windows) -> None:
+    if not isinstance(edit, Filter):
+        return
+    if edit.blocked.d != model.d:
+        raise InputError(
+            f"{edit.name!r} at {site} filters a residual stream of width {edit.blocked.d}, "
+            f"{model.name} has width {model.d}"
+        )
+    if not isinstance(edit.tokens, (str, Tensor)) and edit.tokens:
+        wrong = [i for i in sorted(edit.tokens) if not 0 <= i < model.vocabulary]
+        if wrong:
+            raise InputError(f"token id {wrong[0]} lies outside the vocabulary of {model.vocabulary}")
+    if isinstance(edit.fill, Swap) and len(windows.first_token_ids) > 1 and _touches_first(edit, windows):
+        raise InputError(
+            f"fill 'swap' between windows that open with {len(windows.first_token_ids)} different tokens "
+            "would move the sink itself: exempt position 0 with tokens='all-but-first', or open windows "
+            "with BOS"
+        )
+    if isinstance(edit.fill, Mean) and edit.fill.reference.shape[-1] != model.d:
+        raise InputError(f"a mean of width {edit.fill.reference.shape[-1]} for a model of width {model.d}")
+
+
+def _touches_first(edit: Filter, windows: Windows) -> bool:
+    """Whether a filter acts at position 0 of some window."""
+    if isinstance(edit.tokens, str):
+        return edit.tokens != "all-but-first"
+    if isinstance(edit.tokens, Tensor):
+        return bool(edit.tokens[..., 0].any())
+    return not set(edit.tokens).isdisjoint(windows.first_token_ids)
+
+
+def _by_document(windows: pd.DataFrame) -> pd.DataFrame:
+    """Token-weighted means of the windows of each document."""
+    values = [name for name in windows.columns if name not in ("document", "tokens")]
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for document, part in windows.groupby("document"):
+            mean = np.average(part[values].to_numpy(), axis=0, weights=part["tokens"])
+            counts = {"document": document, "windows": len(part), "tokens": int(part["tokens"].sum())}
+            yield counts | dict(zip(values, mean, strict=True))
+
+    return pd.DataFrame(list(rows()))

@@ -1,0 +1,59 @@
+"""Intervals, tests and null distributions; the unit of resampling is the document."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike
+from scipy import stats
+
+RESAMPLES = 4999
+
+
+def mean_interval(values: ArrayLike, level: float = 0.95, seed: int = 0) -> tuple[float, float]:
+    """BCa bootstrap interval of the mean of one value per document; (nan, nan) for fewer than two."""
+    sample = np.asarray(values, dtype=np.float64)
+    if sample.size < 2 or not np.isfinite(sample).all():
+        return float("nan"), float("nan")
+    if np.ptp(sample) <= 1e-12 * max(1.0, float(np.abs(sample).max())):
+        return float(sample.min()), float(sample.max())
+    found = stats.bootstrap(
+        (sample,),
+        np.mean,
+        confidence_level=level,
+        n_resamples=RESAMPLES,
+        method="BCa",
+        rng=np.random.default_rng(seed),
+    )
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+
+
+def sign_flip(values: ArrayLike, seed: int = 0) -> float:
+    """Two-sided p value of a paired permutation test that the mean difference is zero."""
+    sample = np.asarray(values, dtype=np.float64)
+    found = stats.permutation_test(
+        (sample,),
+        lambda x, axis: np.mean(x, axis=axis),
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=RESAMPLES,
+        rng=np.random.default_rng(seed),
+    )
+    return float(found.pvalue)
+
+
+def null_rank(observed: float, null: Sequence[float]) -> int:
+    """How many draws of a null distribution reach the observed value: 0 when it is beyond them all."""
+    return int(np.sum(np.asarray(null) >= observed))
+
+
+def summarise(frame: pd.DataFrame, by: Sequence[str], value: str) -> pd.DataFrame:
+    """Mean over documents of a column, with its 95 % interval, by group: `mean`, `low`, `high`, `n`."""
+    rows: list[dict[str, object]] = []
+    for key, group in frame.groupby(list(by), sort=False):
+        per_document = group.groupby("document")[value].mean()
+        low, high = mean_interval(per_document.to_numpy())
+        row: dict[str, object] = dict(zip(by, key, strict=True))
+        row |= {"mean": per_document.mean(), "low": low, "high": high, "n": len(per_document)}
+        rows.append(row)
+    return pd.DataFrame(rows)

@@ -1,0 +1,1 @@
+"""Many cells: what to run and the tables that come of it."""

@@ -1,0 +1,87 @@
+"""Statistics against scipy called directly, and against what is known of the samples."""
+
+import itertools
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+import spectral_sinks as ss
+
+
+def test_the_interval_is_scipys_bca() -> None:
+    sample = np.random.default_rng(3).gamma(1.0, size=25)
+    expected = stats.bootstrap(
+        (sample,), np.mean, n_resamples=4999, method="BCa", rng=np.random.default_rng(0)
+    ).confidence_interval
+    assert ss.mean_interval(sample) == (expected.low, expected.high)
+    assert ss.mean_interval(sample) == ss.mean_interval(sample.tolist()), "the same seed"
+    narrow, wide = ss.mean_interval(sample, 0.5), ss.mean_interval(sample, 0.99)
+    assert wide[0] < expected.low < narrow[0] < sample.mean() < narrow[1] < expected.high < wide[1]
+
+
+def test_the_interval_covers_the_mean() -> None:
+    draws = np.random.default_rng(0).normal(1.0, 2.0, size=(60, 30))
+    covered = [low < 1.0 < high for low, high in (ss.mean_interval(sample) for sample in draws)]
+    assert 0.85 <= np.mean(covered) <= 1.0
+    widths = [high - low for low, high in (ss.mean_interval(sample) for sample in draws[:20])]
+    assert np.mean(widths) == pytest.approx(2 * 1.96 * 2 / 30**0.5, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([], (np.nan, np.nan)),
+        ([1.0], (np.nan, np.nan)),
+        ([1.0, np.nan, 2.0], (np.nan, np.nan)),
+        ([1.0, np.inf], (np.nan, np.nan)),
+        ([0.0, 0.0, 0.0], (0.0, 0.0)),
+        ([2.5, 2.5], (2.5, 2.5)),
+        ([1e9, 1e9 + 1e-7], (1e9, 1e9 + 1e-7)),
+    ],
+)
+def test_samples_without_a_bootstrap(values: list[float], expected: tuple[float, float]) -> None:
+    np.testing.assert_array_equal(ss.mean_interval(values), expected)
+
+
+def test_two_values_have_an_interval() -> None:
+    low, high = ss.mean_interval([1.0, 2.0])
+    assert 1.0 <= low <= high <= 2.0
+
+
+def test_sign_flips_counted_by_hand() -> None:
+    sample = np.array([0.5, 1.2, -0.3, 0.9, 2.0, 0.7, -0.1])
+    means = np.array([np.mean(sample * signs) for signs in itertools.product((1, -1), repeat=7)])
+    above = np.mean(means >= sample.mean() - 1e-12)
+    assert ss.sign_flip(sample) == pytest.approx(2 * above)
+    assert ss.sign_flip(-sample) == pytest.approx(ss.sign_flip(sample)), "two-sided"
+    assert ss.sign_flip(np.full(20, 1.0)) < 1e-3
+    assert ss.sign_flip([1.0, -1.0, 2.0, -2.0]) == pytest.approx(1.0)
+
+
+def test_the_rank_in_a_null_distribution() -> None:
+    null = [0.1, 0.5, 0.3, 0.5]
+    assert [ss.null_rank(observed, null) for observed in (0.6, 0.5, 0.2, 0.0)] == [0, 2, 3, 4]
+
+
+def test_summarise_resamples_documents() -> None:
+    rng = np.random.default_rng(1)
+    frame = pd.DataFrame(
+        [
+            {"layer": layer, "filter": name, "document": d, "row": r, "value": rng.normal(layer, 1)}
+            for layer in (0, 1)
+            for name in ("a", "b")
+            for d in range(12)
+            for r in range(1 + d % 3)
+        ]
+    )
+    table = ss.summarise(frame, ["layer", "filter"], "value")
+    assert list(table.columns) == ["layer", "filter", "mean", "low", "high", "n"] and len(table) == 4
+    for row in table.itertuples():
+        part = frame[(frame["layer"] == row.layer) & (frame["filter"] == row.filter)]
+        values = [group["value"].mean() for _, group in part.groupby("document")]
+        assert row.n == 12, "documents, not rows"
+        assert row.mean == pytest.approx(np.mean(values))
+        assert (row.low, row.high) == pytest.approx(ss.mean_interval(values))
+    assert ss.summarise(frame, ["layer"], "value")["layer"].tolist() == [0, 1]
