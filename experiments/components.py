@@ -1,0 +1,24 @@
+"""(d) The same ladder for what each MLP and each attention adds to the residual stream.
+
+Question: which component writes what the tail carries; does masking the tail of one early MLP dwarf all the
+others (Cancedda 2024, section 4)?
+Design: Phi, Psi and Omega on the output of one MLP or one attention at a time, all tokens.
+Control: Rnd removes random subspaces of Phi's rank from the same output.
+"""
+
+import pandas as pd
+
+import spectral_sinks as ss
+
+
+def run(study: ss.Study) -> ss.Finding:
+    sites = [ss.Site(kind, layer) for kind in ("mlp", "attention") for layer in range(study.model.layers)]
+    steps = {"kept": (1, 4, 8, 12, 16, 19, 20), "random_at": (8, 19)}
+    tables = {site: study.ladder(site, **steps) for site in sites}
+    table = pd.concat(list(tables.values()), ignore_index=True)
+    study.save(table, "components")
+    for kind in ("mlp", "attention"):
+        part = table[table["site"] == kind]
+        ss.figures.ladder(part, study.figure(f"components_{kind}"), "layer", kind)
+    last = study.unembedding.count - 1
+    return ss.Finding([ss.without_last_band(rows, str(site), last) for site, rows in tables.items()])

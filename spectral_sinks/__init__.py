@@ -1,0 +1,89 @@
+"""Spectral filtering of the residual stream: what a model keeps where its vocabulary cannot read."""
+
+from spectral_sinks.errors import InputError, SpectralWarning
+from spectral_sinks.interventions.sites import Site
+from spectral_sinks.interventions.tracing import trace
+from spectral_sinks.measure.attention import (
+    attention_by_head,
+    attention_received,
+    sink_rate,
+    uniform_attention,
+)
+from spectral_sinks.measure.effects import Effect, evaluate, evaluate_all, mean_residual
+from spectral_sinks.measure.energy import energy
+from spectral_sinks.models.describe import describe
+from spectral_sinks.models.language import LanguageModel
+from spectral_sinks.models.loading import load
+from spectral_sinks.models.matrices import read_spectrum
+from spectral_sinks.models.source import DEFAULT
+from spectral_sinks.report import figures
+from spectral_sinks.spectra.filters import (
+    Filter,
+    Mean,
+    Noise,
+    Swap,
+    Zero,
+    keep,
+    omega,
+    phi,
+    psi,
+    remove,
+    rnd,
+)
+from spectral_sinks.spectra.spectrum import Spectrum
+from spectral_sinks.spectra.subspace import Subspace, intersection, principal_cosines, random_subspace
+from spectral_sinks.stats import mean_interval, null_rank, sign_flip, summarise
+from spectral_sinks.study import Finding, Study, answer, reproduce, without_last_band
+from spectral_sinks.sweeps.ladder import ladder
+from spectral_sinks.texts import Windows, cut, documents
+
+__all__ = [
+    "answer",
+    "attention_by_head",
+    "attention_received",
+    "cut",
+    "DEFAULT",
+    "describe",
+    "documents",
+    "Effect",
+    "energy",
+    "evaluate",
+    "evaluate_all",
+    "figures",
+    "Filter",
+    "Finding",
+    "InputError",
+    "intersection",
+    "keep",
+    "ladder",
+    "LanguageModel",
+    "load",
+    "Mean",
+    "mean_interval",
+    "mean_residual",
+    "Noise",
+    "null_rank",
+    "omega",
+    "phi",
+    "principal_cosines",
+    "psi",
+    "random_subspace",
+    "read_spectrum",
+    "remove",
+    "reproduce",
+    "rnd",
+    "sign_flip",
+    "sink_rate",
+    "Site",
+    "SpectralWarning",
+    "Spectrum",
+    "Study",
+    "Subspace",
+    "summarise",
+    "Swap",
+    "trace",
+    "uniform_attention",
+    "Windows",
+    "without_last_band",
+    "Zero",
+]

@@ -1,0 +1,195 @@
+"""What an experiment is given and what it gives back; running all of them."""
+
+import importlib.util
+import json
+import platform
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from tqdm import tqdm
+
+from spectral_sinks.errors import InputError
+from spectral_sinks.interventions.sites import Site
+from spectral_sinks.interventions.tracing import Interventions
+from spectral_sinks.measure.effects import Effect, evaluate_all
+from spectral_sinks.models.language import LanguageModel
+from spectral_sinks.models.loading import load
+from spectral_sinks.models.matrices import read_spectrum
+from spectral_sinks.models.source import DEFAULT
+from spectral_sinks.spectra.spectrum import Spectrum
+from spectral_sinks.stats import mean_interval
+from spectral_sinks.sweeps.ladder import ladder
+from spectral_sinks.sweeps.store import whole
+from spectral_sinks.texts import Windows, cut
+from spectral_sinks.texts import documents as read_documents
+
+LIBRARIES = ("spectral-sinks", "nnsight", "torch", "transformers", "numpy", "scipy")
+
+BATCH = 16
+"""Windows in a forward pass."""
+
+EXPERIMENTS = ("spectrum", "sink", "bos", "bands", "components")
+"""In the order of the story; each is a file of the experiments folder."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """A model, texts and spectra for the experiments, and the folder they write to."""
+
+    model: LanguageModel
+    windows: Windows
+    unembedding: Spectrum
+    embedding: Spectrum
+    out: Path
+    draws: int = 20
+    """Random subspaces per control."""
+
+    def evaluate(self, cells: Mapping[str, Interventions], title: str = "") -> dict[str, Effect]:
+        """`evaluate_all` on the study's model and windows, with a progress bar."""
+        with tqdm(desc=title, unit="cell", leave=False, disable=None) as bar:
+            return evaluate_all(self.model, self.windows, cells, batch_size=BATCH, progress=_tick(bar))
+
+    def ladder(self, site: Site, **options: Any) -> pd.DataFrame:
+        """`ladder` at a site, with a progress bar."""
+        with tqdm(desc=str(site), unit="cell", leave=False, disable=None) as bar:
+            return ladder(
+                self.model,
+                self.windows,
+                site,
+                self.unembedding,
+                self.embedding,
+                draws=self.draws,
+                batch_size=BATCH,
+                progress=_tick(bar),
+                **options,
+            )
+
+    def save(self, table: pd.DataFrame, name: str) -> pd.DataFrame:
+        """Write a table as CSV, six significant digits, and return it."""
+        with whole(self.out / f"{name}.csv") as path:
+            table.to_csv(path, index=False, float_format="%.6g")
+        return table
+
+    def figure(self, name: str) -> Path:
+        """Where the figure of that name goes."""
+        return self.out / f"{name}.png"
+
+
+def _version(name: str) -> str | None:
+    """The installed version; None for a package that runs from its folder."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _tick(bar: Any) -> Callable[[int], None]:
+    def tick(done: int) -> None:
+        bar.update(done)
+
+    return tick
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What an experiment answers: one row per quantity, with its interval and its control."""
+
+    answers: list[dict[str, Any]]
+    name: str = ""
+    seconds: float = field(default=0.0, compare=False)
+
+
+def answer(
+    quantity: str,
+    values: Any,
+    control: str = "",
+    interval: tuple[float, float] | None = None,
+) -> dict[str, Any]:
+    """A quantity from one value per document (its mean and 95 % interval), or from a single number."""
+    if isinstance(values, int | float):
+        low, high = interval or (float("nan"), float("nan"))
+        return {"quantity": quantity, "value": float(values), "low": low, "high": high, "control": control}
+    low, high = interval or mean_interval(values)
+    mean = float(pd.Series(values).mean())
+    return {"quantity": quantity, "value": mean, "low": low, "high": high, "control": control}
+
+
+def without_last_band(rows: pd.DataFrame, place: str, last: int) -> dict[str, Any]:
+    """From a ladder's table: what keeping all but the last band costs, beside random subspaces."""
+    by = rows.set_index(["filter", "kept"])
+    phi, control = by.loc[("Phi", last)], by.loc[("Rnd", last)]
+    return answer(
+        f"{place}: NLL difference without the last band",
+        float(phi["mean"]),
+        f"random: {control['least']:+.4f} to {control['most']:+.4f}",
+        (float(phi["low"]), float(phi["high"])),
+    )
+
+
+def experiments_folder() -> Path:
+    """The experiments: shipped inside an installed package, beside it in a clone."""
+    here = Path(__file__).parent
+    return here / "experiments" if (here / "experiments").is_dir() else here.parent / "experiments"
+
+
+def find_experiment(name: str) -> Callable[[Study], Finding]:
+    """The `run` of an experiment. Raises InputError for a name that is none."""
+    if name not in EXPERIMENTS:
+        raise InputError(f"no experiment {name!r}: choose from {', '.join(EXPERIMENTS)}")
+    path = experiments_folder() / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"spectral_sinks_experiment_{name}", path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise InputError(f"the file of experiment {name!r} is missing: expected {path.name} in {path.parent}")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.run
+
+
+def reproduce(
+    model: str | LanguageModel = DEFAULT,
+    out: str | Path = "results",
+    only: str | None = None,
+    documents: int = 16,
+) -> list[Finding]:
+    """Run the experiments on a model; tables, figures, summary.csv and manifest.json land in `out`.
+
+    Raises InputError for an unknown experiment, OSError where `out` cannot be written.
+    """
+    names = EXPERIMENTS if only is None else (only,)
+    runs = {name: find_experiment(name) for name in names}
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    loaded = load(model)
+    windows = cut(read_documents(limit=documents), loaded, per_document=1)
+    spectra = {matrix: read_spectrum(loaded, matrix) for matrix in ("unembedding", "embedding")}
+    study = Study(loaded, windows, spectra["unembedding"], spectra["embedding"], out)
+    findings: list[Finding] = []
+    for name, run in runs.items():
+        began = time.monotonic()
+        found = run(study)
+        findings.append(Finding(found.answers, name, time.monotonic() - began))
+        summary = pd.DataFrame([{"experiment": name, **row} for row in found.answers])
+        study.save(summary, f"{name}_summary")
+    manifest = {
+        "model": loaded.name,
+        "family": loaded.family,
+        "unembedding_hash": study.unembedding.fingerprint[:16],
+        "embedding_hash": study.embedding.fingerprint[:16],
+        "convention": study.unembedding.convention,
+        "bands": study.unembedding.count,
+        "draws": study.draws,
+        "windows": windows.record,
+        "dtype": str(loaded.dtype),
+        "attention": loaded.config._attn_implementation,
+        "versions": {name: _version(name) for name in LIBRARIES} | {"python": platform.python_version()},
+        "experiments": list(names),
+        "command": "spectral-sinks reproduce" + (f" --only {only}" if only else ""),
+    }
+    with whole(out / "manifest.json") as path:
+        path.write_text(json.dumps(manifest, indent=1) + "\n")
+    return findings

@@ -1,0 +1,135 @@
+"""The arrows between the rooms: who may import whom."""
+
+import ast
+import importlib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "spectral_sinks"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+EXPERIMENTS = sorted((ROOT / "experiments").glob("*.py"))
+
+SPECTRA = {"errors", "spectra"}
+MODELS = SPECTRA | {"models"}
+INTERVENTIONS = MODELS | {"interventions"}
+MEASURE = INTERVENTIONS | {"measure", "stats", "texts"}
+SWEEPS = MEASURE | {"sweeps"}
+ALLOWED = {
+    "errors": set[str](),
+    "spectra": SPECTRA,
+    "models": MODELS,
+    "interventions": INTERVENTIONS,
+    "measure": MEASURE,
+    "sweeps": SWEEPS,
+    "stats": {"errors", "stats"},
+    "texts": MODELS | {"texts"},
+    "report": {"errors", "stats", "sweeps", "report"},
+    "study": SWEEPS | {"study"},
+    "__init__": SWEEPS | {"report", "study"},
+    "__main__": {"cli"},
+    "cli": SWEEPS | {"report", "study", "cli", "spectral_sinks"},
+}
+"""What the modules of each room may import of the package; a room that is not listed is a violation."""
+
+MODEL_LIBRARIES = {"nnsight", "timm", "transformers"}
+"""What pure mathematics and pictures never need."""
+
+
+def imported(source: str, package: str = "spectral_sinks") -> set[str]:
+    """Full names of what a module imports, wherever in it; `package` is where relative ones start."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")
+            base = parents[: len(parents) + 1 - node.level] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            names |= {f"{module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def rooms(names: set[str]) -> set[str]:
+    """Find the rooms of the package among imported names; the package itself as `spectral_sinks`."""
+    split = [name.split(".") for name in names if name.split(".")[0] == "spectral_sinks"]
+    return {parts[1] if len(parts) > 1 else parts[0] for parts in split}
+
+
+def strangers(names: set[str], public: set[str] | None) -> set[str]:
+    """Find what an experiment imports of the package besides public names; rooms are none."""
+    ours = {name for name in names if name.startswith("spectral_sinks.") and not name.endswith("__")}
+    hidden = {name for name in ours if name.split(".")[1] in ALLOWED or name.split(".")[1].startswith("_")}
+    return {
+        name
+        for name in ours
+        if name in hidden or name.count(".") > 1 or (public and name.split(".")[1] not in public)
+    }
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_arrows_point_down(path: Path) -> None:
+    inside = path.relative_to(PACKAGE).with_suffix("").parts
+    room = inside[0]
+    assert room in ALLOWED, f"{room} has no place in the order of the rooms"
+    names = imported(path.read_text(), ".".join(["spectral_sinks", *inside[:-1]]))
+    assert rooms(names) <= ALLOWED[room]
+    if room in ("errors", "spectra", "stats", "report"):
+        assert not {name.split(".")[0] for name in names} & MODEL_LIBRARIES
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.name)
+def test_experiments_see_public_names_only(path: Path) -> None:
+    public = getattr(importlib.import_module("spectral_sinks"), "__all__", None)
+    tree = ast.parse(path.read_text())
+    used = imported(path.read_text())
+    aliases = [
+        alias
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import)
+        for alias in node.names
+        if alias.name == "spectral_sinks"
+    ]
+    assert all(alias.asname == "ss" for alias in aliases), "write: import spectral_sinks as ss"
+    if aliases:
+        used |= {
+            f"spectral_sinks.{node.attr}"
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "ss"
+        }
+    assert not strangers(used, set(public) if public else None)
+
+
+def test_the_package_is_found() -> None:
+    assert {"errors.py", "spectra/spectrum.py"} <= {str(path.relative_to(PACKAGE)) for path in MODULES}
+
+
+@pytest.mark.parametrize(
+    ("source", "package", "expected"),
+    [
+        ("import spectral_sinks.models.language as m", "", {"models"}),
+        ("from spectral_sinks.models import language", "", {"models"}),
+        ("from spectral_sinks import cli, spectra", "", {"cli", "spectra"}),
+        ("def f():\n    from spectral_sinks.report import page", "", {"report"}),
+        ("from . import cache", "spectral_sinks.spectra", {"spectra"}),
+        ("from ..models.language import load", "spectral_sinks.spectra", {"models"}),
+        ("from .cli import main", "spectral_sinks", {"cli"}),
+        ("import spectral_sinks as ss", "", {"spectral_sinks"}),
+        ("import torch, spectral_sinks_extra", "", set[str]()),
+    ],
+)
+def test_an_import_of_any_form_is_seen(source: str, package: str, expected: set[str]) -> None:
+    assert rooms(imported(source, package)) == expected
+
+
+def test_what_experiments_may_not_import_is_seen() -> None:
+    def found(source: str, public: set[str] | None = None) -> bool:
+        return bool(strangers(imported(source), public))
+
+    assert not found("import torch\nimport spectral_sinks as ss\nfrom spectral_sinks import load")
+    assert not found("from spectral_sinks import load", {"load"})
+    assert found("from spectral_sinks import load", {"sweep"})
+    assert found("from spectral_sinks import models", {"models"})
+    assert found("from spectral_sinks.models import load") and found("from spectral_sinks import _load")
+    assert found("import spectral_sinks.models.language")
