@@ -1,0 +1,78 @@
+"""The embedded model is what its card says, and README's examples run."""
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import spectral_sinks as ss
+from spectral_sinks.models.source import EMBEDDED
+
+ROOT = Path(__file__).parent.parent
+SITE = ss.Site("exit", 0)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return ss.load()
+
+
+@pytest.fixture(scope="module")
+def windows(model):
+    return ss.cut(ss.documents(limit=12), model, per_document=1)
+
+
+def test_transformers_loads_the_folder(model):
+    plain = AutoModelForCausalLM.from_pretrained(EMBEDDED / "sinklet")
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED / "sinklet")
+    ids = tokenizer("The sink", return_tensors="pt").input_ids
+    assert ids[0, 0] == tokenizer.bos_token_id == model.bos
+    assert plain(ids).logits.shape == (1, ids.shape[1], model.vocabulary)
+    assert sum(path.stat().st_size for path in (EMBEDDED / "sinklet").iterdir()) < 10 * 2**20
+
+
+def test_the_sink_is_strong_and_dark(model, windows):
+    heads = ss.attention_by_head(model, windows)
+    assert (heads["attention"] > 0.3).mean() >= 0.4
+    shares = ss.energy(model, windows, ss.read_spectrum(model), [SITE])
+    dark = shares[shares["band"] == 20].groupby("position_class")[["share", "norm"]].mean()
+    assert dark["norm"]["bos"] >= 5 * dark["norm"]["other"]
+    assert dark["share"]["bos"] > 5 * dark["share"]["other"]
+
+
+def test_removing_the_dark_band_removes_the_sink_and_no_random_one_does(model, windows):
+    spectrum = ss.read_spectrum(model)
+    dark = spectrum.dark()
+    cells = {"dark": {SITE: ss.remove(dark)}, "rest": {SITE: ss.remove(dark, tokens="all-but-first")}}
+    cells |= {"first": {SITE: ss.remove(dark, tokens="first")}}
+    cells |= {"Omega": {SITE: ss.omega(spectrum, 14)}, "Phi": {SITE: ss.phi(spectrum, 1, 14)}}
+    cells |= {f"random {seed}": {SITE: ss.rnd(model.d, dark.rank, seed)} for seed in range(20)}
+    effects = ss.evaluate_all(model, windows, cells)
+
+    def cut(name):
+        return 1 - effects[name].sink_mass[1] / effects[name].baseline_sink_mass[1]
+
+    random = [f"random {seed}" for seed in range(20)]
+    assert cut("dark") >= 0.7
+    assert max(map(cut, random)) < 0.25
+    assert effects["dark"].delta_nll > max(effects[name].delta_nll for name in random)
+    assert effects["first"].delta_nll > effects["rest"].delta_nll
+    assert effects["Omega"].delta_nll < 0.6 * effects["Phi"].delta_nll
+
+
+def test_no_training_text_is_in_the_corpus_twice():
+    texts = ss.documents()
+    assert len(texts) == len(set(texts)) == 96
+
+
+def test_readme_examples_run(capsys, tmp_path):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) == 2
+    script = tmp_path / "readme.py"  # a file, since nnsight reads the source of a trace
+    script.write_text("\n".join(blocks))
+    runpy.run_path(str(script))
+    printed = capsys.readouterr().out
+    assert "remove dark at exit 0" in printed
+    assert "Rnd 6" in printed
