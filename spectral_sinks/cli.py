@@ -13,7 +13,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
-from tyro.conf import Positional, subcommand
+from tyro.conf import FlagCreatePairsOff, Positional, subcommand
 
 import spectral_sinks as ss
 
@@ -258,6 +258,11 @@ def run_nll(options: Nll) -> None:
         effects = ss.evaluate_all(model, windows, cells, batch_size=options.batch_size, progress=tick)
     effect, *controls = effects.values()
     low, high = effect.delta_nll_interval
+    if len(effect.rows) < 2:
+        warnings.warn("one window has no interval: give a longer text", ss.SpectralWarning, stacklevel=2)
+    if effect.sink_mass is None:
+        reason = "attention cannot be read" if not model.reads_attention else "a window has under 64 tokens"
+        warnings.warn(f"no sink mass: {reason}", ss.SpectralWarning, stacklevel=2)
     found = {
         "model": model.name,
         "nll": effect.nll,
@@ -425,7 +430,13 @@ def quiet() -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of `spectral-sinks`: exit status 0, 2 for bad input, 130 when interrupted."""
-    options: Any = tyro.cli(Command, prog="spectral-sinks", description=ss.__doc__, args=arguments)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    options: Any = tyro.cli(  # pyright: ignore[reportCallIssue]
+        Command,  # pyright: ignore[reportArgumentType]
+        prog="spectral-sinks",
+        description=ss.__doc__,
+        args=arguments,
+        config=(FlagCreatePairsOff,),
+    )
     quiet()
     try:
         RUN[type(options)](options)

@@ -48,8 +48,8 @@ def documents(
         source = CORPUS
     if isinstance(source, str) and (any(c.isspace() for c in source) or not source):
         found: Iterable[Any] = [source]
-    elif isinstance(source, Path) or (isinstance(source, str) and Path(source).exists()):
-        found = _from_file(Path(source), separator)
+    elif isinstance(source, Path) or (isinstance(source, str) and _is_path(source)):
+        found = _from_file(Path(source).expanduser(), separator)
     elif isinstance(source, str):
         found = _from_hub(source, name, split)
     else:
@@ -69,6 +69,11 @@ def documents(
     if not taken:
         raise InputError("the text is empty: give at least one document of two tokens")
     return taken
+
+
+def _is_path(source: str) -> bool:
+    """Whether a name without white space is meant as a file rather than as a data set of the hub."""
+    return source[0] in "./~" or Path(source).suffix in {".txt", *BUILDERS} or Path(source).exists()
 
 
 def _from_file(path: Path, separator: str | None) -> Iterable[Any]:

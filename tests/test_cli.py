@@ -193,8 +193,18 @@ def test_every_site(nll: Run, model: ss.LanguageModel, windows: ss.Windows, site
     assert found["site"] == site and found["layer"] == place.layer
 
 
-def test_short_windows_have_no_sink_mass(run: Run, checkpoint: Path, text: Path) -> None:
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Collect what the command line warns of."""
+    messages: list[str] = []
+    warn = "spectral_sinks.cli.warnings.warn"
+    monkeypatch.setattr(warn, lambda message, *_, **__: messages.append(message))
+    return messages
+
+
+def test_short_windows_have_no_sink_mass(run: Run, checkpoint: Path, text: Path, said: list[str]) -> None:
     found = run("nll", checkpoint, "--text", text, "--length", 30, "--layer", 0, "--remove", "dark")
+    assert said == ["no sink mass: a window has under 64 tokens"]
     assert found["sink_mass"] is None and found["baseline_sink_mass"] is None
 
 
@@ -292,22 +302,29 @@ def test_as_a_program(tmp_path: Path) -> None:
     assert failed.stderr.startswith("spectral-sinks: error: ") and failed.stderr.count("\n") == 1
 
 
-def test_one_document_is_resampled_by_window(checkpoint: Path, tmp_path: Path, run: Run) -> None:
+def test_one_document_is_resampled_by_window(
+    checkpoint: Path, tmp_path: Path, run: Run, said: list[str]
+) -> None:
     text = tmp_path / "one.txt"
     text.write_text(" ".join(f"w{3 + i % 90}" for i in range(400)))
-    with pytest.MonkeyPatch.context() as patch:
-        said: list[str] = []
-        patch.setattr("spectral_sinks.cli.warnings.warn", lambda message, *_, **__: said.append(message))
-        tiny_run = run("nll", checkpoint, "--text", text, "--layer", 0, "--remove", "dark")
+    one = run("nll", checkpoint, "--text", text, "--layer", 0, "--remove", "dark")
     assert len(said) == 1 and "intervals are over its windows" in said[0]
-    assert tiny_run["documents"] == 1
-    assert tiny_run["interval_over"] == "windows"
-    low, high = tiny_run["delta_nll_interval"]
-    assert low <= tiny_run["delta_nll"] <= high
+    assert one["documents"] == 1
+    assert one["interval_over"] == "windows"
+    low, high = one["delta_nll_interval"]
+    assert low <= one["delta_nll"] <= high
     text.write_text("\n\n".join(" ".join(f"w{3 + (i * j) % 90}" for i in range(200)) for j in (1, 7, 11)))
     found = run("nll", checkpoint, "--text", text, "--separator", r"\n\n")
     assert found["documents"] == 3
     assert found["interval_over"] == "documents"
+
+
+def test_one_window_has_no_interval(checkpoint: Path, tmp_path: Path, run: Run, said: list[str]) -> None:
+    text = tmp_path / "short.txt"
+    text.write_text("w5 w6 w7 w8")
+    found = run("nll", checkpoint, "--text", text, "--layer", 0, "--remove", "dark")
+    assert found["delta_nll_interval"] == [None, None]
+    assert said[0] == "one window has no interval: give a longer text"
 
 
 def test_options_of_a_filter_need_one(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
