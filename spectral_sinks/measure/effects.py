@@ -89,13 +89,16 @@ class Effect:
         }
 
     def __repr__(self) -> str:
-        low, high = self.delta_nll_interval
-        return (
-            f"{self.name} at {', '.join(map(str, self.sites)) or 'no site'}: NLL {self.baseline_nll:.4f} -> "
-            f"{self.nll:.4f}, difference {self.delta_nll:+.4f} [{low:+.4f}, {high:+.4f}] nats "
-            f"({len(self.rows)} documents, rank {self.rank}, removed energy share "
-            f"{self.rows['removed_energy_share'].mean():.3f}, KL {self.rows['kl'].mean():.4f})"
-        )
+        """Two tables: the means over documents, and the sink mass by layer where it was read."""
+        shown = {key: value for key, value in self.summary().items() if key not in ("name", "site")}
+        lines = [
+            f"{self.name} at {', '.join(map(str, self.sites)) or 'no site'} (nats per token)",
+            pd.DataFrame([shown]).to_string(index=False, float_format="%.4f"),
+        ]
+        if self.sink_mass is not None:
+            masses = pd.DataFrame([self.baseline_sink_mass, self.sink_mass], ["untouched", self.name])
+            lines += ["sink mass by layer", masses.to_string(float_format="%.4f")]
+        return "\n".join(lines)
 
 
 def evaluate(
