@@ -4,7 +4,7 @@ import importlib.util
 import json
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -78,6 +78,17 @@ class Study:
     def figure(self, name: str) -> Path:
         """Where the figure of that name goes."""
         return self.out / f"{name}.png"
+
+
+def _together(path: Path, manifest: dict[str, Any], names: Sequence[str]) -> list[str]:
+    """The experiments of this run, and those of an earlier one in the same folder on all the same things."""
+    try:
+        earlier = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return list(names)
+    same = all(earlier.get(key) == value for key, value in manifest.items())
+    done = {*names, *(earlier.get("experiments", ()) if same else ())}
+    return [name for name in EXPERIMENTS if name in done]
 
 
 def _version(name: str) -> str | None:
@@ -156,7 +167,7 @@ def reproduce(
     only: str | None = None,
     documents: int = 16,
 ) -> list[Finding]:
-    """Run the experiments on a model; tables, figures, summary.csv and manifest.json land in `out`.
+    """Run the experiments on a model; tables, figures, NAME_summary.csv and manifest.json land in `out`.
 
     Raises InputError for an unknown experiment, OSError where `out` cannot be written.
     """
@@ -182,14 +193,13 @@ def reproduce(
         "embedding_hash": study.embedding.fingerprint[:16],
         "convention": study.unembedding.convention,
         "bands": study.unembedding.count,
-        "draws": study.draws,
         "windows": windows.record,
         "dtype": str(loaded.dtype),
         "attention": loaded.config._attn_implementation,
         "versions": {name: _version(name) for name in LIBRARIES} | {"python": platform.python_version()},
-        "experiments": list(names),
-        "command": "spectral-sinks reproduce" + (f" --only {only}" if only else ""),
+        "draws_per_control": study.draws,
     }
+    manifest |= {"experiments": _together(out / "manifest.json", manifest, names)}
     with whole(out / "manifest.json") as path:
         path.write_text(json.dumps(manifest, indent=1) + "\n")
     return findings

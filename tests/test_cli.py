@@ -276,7 +276,7 @@ def test_reproduce_one_experiment(run: Run, tmp_path: Path) -> None:
     assert {"spectrum_values.csv", "spectrum_alignment.csv", "spectrum.png", "manifest.json"} <= names
     assert not any(name.endswith(".part") for name in names)
     manifest = json.loads((out / "manifest.json").read_text())
-    assert manifest["command"] == "spectral-sinks reproduce --only spectrum"
+    assert manifest["experiments"] == ["spectrum"]
     assert manifest["unembedding_hash"] == ss.read_spectrum().fingerprint[:16]
     assert len(pd.read_csv(out / "spectrum_alignment.csv")) == 20
 

@@ -198,6 +198,7 @@ def _resume(edits: Interventions) -> tuple[int, bool] | None:
     return (lowest.layer - 1, False) if lowest.layer > 0 else None
 
 
+@torch.no_grad()
 def _one(
     model: LanguageModel,
     ids: Int[Tensor, "batch tokens"],
@@ -267,7 +268,7 @@ def _weighed(site: Site, edit: Edit, inner: Edit, ids: Tensor, removed: list[Ten
         lost = (precise - taken.to(precise.dtype)).square().sum(-1) / precise.square().sum(-1)
         touched = edit.selected(x, ids) if isinstance(edit, Filter) else None
         weight = torch.ones_like(lost) if touched is None else touched.expand_as(lost).to(lost.dtype)
-        removed.append((lost * weight).sum(-1) / weight.sum(-1).clamp_min(1))
+        removed.append(((lost * weight).sum(-1) / weight.sum(-1).clamp_min(1)).cpu())
         return out
 
     return weighed

@@ -72,6 +72,7 @@ def store(key: str, values: Tensor, vectors: Tensor) -> None:
         temporary = Path(name)
         tensors = {"values": values.contiguous(), "vectors": vectors.contiguous()}
         save_file(tensors, temporary, {"checksum": _checksum(values, vectors)})
+        temporary.chmod(0o644)  # mkstemp keeps others out, who may share the folder
         temporary.replace(folder() / f"{key}.safetensors")
     except (OSError, SafetensorError) as error:
         if temporary is not None:

@@ -241,4 +241,11 @@ def test_the_tables(model: ss.LanguageModel, windows: ss.Windows, dark: ss.Filte
         5,
     )
     assert (summary["delta_nll_low"], summary["delta_nll_high"]) == effect.delta_nll_interval
-    assert "mine at exit 1: NLL" in repr(effect) and "rank 4" in repr(effect)
+    head, names, values, *rest = repr(effect).splitlines()
+    assert head == "mine at exit 1 (nats per token)"
+    printed = dict(zip(names.split(), values.split(), strict=True))
+    assert printed["rank"] == "4" and printed["nll"] == f"{effect.nll:.4f}"
+    masses = [line.split() for line in rest[-2:]]
+    assert effect.sink_mass is not None and effect.baseline_sink_mass is not None
+    assert masses[0] == ["untouched", *(f"{mass:.4f}" for mass in effect.baseline_sink_mass)]
+    assert masses[1] == ["mine", *(f"{mass:.4f}" for mass in effect.sink_mass)]

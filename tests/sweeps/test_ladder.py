@@ -1,5 +1,6 @@
 """The ladder's table against effects evaluated one by one; files that are written whole or not at all."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import tiny
 
 import spectral_sinks as ss
+from spectral_sinks.study import _together
 from spectral_sinks.sweeps.store import whole
 
 SITE = ss.Site("exit", 0)
@@ -106,3 +108,13 @@ def test_a_file_is_whole_or_not_there(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         stopped()
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_the_manifest_gathers_runs_on_the_same_things_alone(tmp_path: Path) -> None:
+    path = tmp_path / "manifest.json"
+    assert _together(path, {"model": "a"}, ["bos"]) == ["bos"]
+    path.write_text(json.dumps({"model": "a", "experiments": ["bos", "sink"]}))
+    assert _together(path, {"model": "a"}, ["spectrum"]) == ["spectrum", "sink", "bos"]
+    assert _together(path, {"model": "b"}, ["spectrum"]) == ["spectrum"]
+    path.write_text("{")
+    assert _together(path, {"model": "a"}, ["bos"]) == ["bos"]
