@@ -3,6 +3,7 @@
 import hashlib
 import tempfile
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -178,13 +179,19 @@ class Windows:
     def batches(self, size: int) -> Iterator[tuple[list[int], Int[Tensor, "batch tokens"]]]:
         """Windows of one length at a time, at most `size`, and their places in `rows`.
 
-        No batch has a single row unless its length occurs once, so that each finds a donor for a swap.
+        No batch has a single row unless its length occurs once, and the first windows of all documents come
+        before the second ones, so that each finds a donor for a swap in another document.
         """
         if size < 1:
             raise InputError(f"batches of {size} windows: give at least 1")
         lengths = [len(row) for row in self.rows]
+        seen: Counter[int] = Counter()
+        turn: list[int] = []
+        for owner in self.document:
+            turn.append(seen[owner])
+            seen[owner] += 1
         for length in sorted(set(lengths), reverse=True):
-            places = [i for i, n in enumerate(lengths) if n == length]
+            places = sorted((i for i, n in enumerate(lengths) if n == length), key=turn.__getitem__)
             count = -(-len(places) // size)
             for part in range(count):
                 chosen = places[part * len(places) // count : (part + 1) * len(places) // count]

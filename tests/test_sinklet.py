@@ -5,6 +5,7 @@ import runpy
 from pathlib import Path
 
 import pytest
+from nnsight import TransformersModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import spectral_sinks as ss
@@ -31,6 +32,20 @@ def test_transformers_loads_the_folder(model):
     assert ids[0, 0] == tokenizer.bos_token_id == model.bos
     assert plain(ids).logits.shape == (1, ids.shape[1], model.vocabulary)
     assert sum(path.stat().st_size for path in (EMBEDDED / "sinklet").iterdir()) < 10 * 2**20
+
+
+@pytest.mark.parametrize("form", ["nnsight", "nnsight on meta", "device_map"])
+def test_other_ways_to_load_it_give_the_same(model, windows, form):
+    folder = str(EMBEDDED / "sinklet")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    options = {"task": "text-generation", "tokenizer": tokenizer, "attn_implementation": "eager"}
+    if form == "device_map":
+        other = ss.load(device_map="cpu")
+    else:
+        wrapped = TransformersModel(folder, **options, dispatch=form == "nnsight")
+        other = ss.load(wrapped)
+        assert other.nn is wrapped
+    assert ss.evaluate(other, windows, {}).nll == ss.evaluate(model, windows, {}).nll
 
 
 def test_the_sink_is_strong_and_dark(model, windows):

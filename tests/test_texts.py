@@ -266,3 +266,9 @@ def test_a_data_set_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("spectral_sinks.texts.HfApi.dataset_info", unknown)
     with pytest.raises(ss.InputError, match=r"is no file, and as a data set of the hub .*no network"):
         ss.documents("owner/set")
+
+
+def test_neighbours_in_a_batch_are_of_different_documents() -> None:
+    windows = ss.cut(["w5 w6 w7 w8", "w8 w9 w5 w6", "w7 w5 w9 w8"], OPENING, length=3)
+    for places, _ in windows.batches(3):
+        assert sorted(windows.document[place] for place in places) == [0, 1, 2]

@@ -57,7 +57,10 @@ def load(
         tokenizer = tokenizer or load_tokenizer(source, trust_remote_code)
         name = source.name
     else:
-        module: Any = model._module if isinstance(model, TransformersModel) else model
+        given: Any = model
+        if isinstance(model, TransformersModel):
+            given.dispatch()  # loads the weights of a model that is still on the meta device
+        module: Any = given._module if isinstance(model, TransformersModel) else model
         if not isinstance(module, torch.nn.Module):
             raise InputError(
                 f"{type(model).__name__} is no model: give a name, a folder, or a model of transformers or "
