@@ -51,15 +51,16 @@ def trace(
     reads: Sequence[Site] = (),
     *,
     readout: Callable[[Tensor, dict[Site, Tensor], list[Tensor]], T],
-    attention: bool = False,
+    attention: bool | Edit = False,
     resume: Resume | None = None,
 ) -> T:
     """One forward pass with functions at sites, reduced inside the trace to what `readout` returns.
 
     `readout` receives the output of the final norm `[batch, tokens, d]`, the residuals at the `reads`
     (after any edit there), and, with `attention`, each layer's attention weights `[batch, heads, tokens,
-    tokens]`; layers that `resume` skips have none. Logits are not computed beyond the last token: `readout`
-    may unembed what it needs. Raises InputError for a site that the model does not have.
+    tokens]` (of the first 64 tokens under "sdpa_opening"), or what a function given as `attention` makes of
+    them as they arise; layers that `resume` skips have none. Logits are not computed beyond the last token:
+    `readout` may unembed what it needs. Raises InputError for a site that the model does not have.
     """
     if attention and not model.reads_attention:
         raise InputError(
@@ -77,9 +78,9 @@ def trace(
     start = 0 if resume is None else resume.layer + 1
     if any(layer < start for layer, _ in hooks):
         raise InputError(f"a pass that begins above layer {start - 1} has sites at or below it")
-    weights: list[Tensor] = []
+    seen = (lambda weights: weights) if attention is True else attention or None
     with torch.no_grad(), model.nn.trace(input_ids=ids, logits_to_keep=1, use_cache=False):
-        ss_result = nnsight.save(_walk(model, hooks, weights if attention else None, resume, readout, read))
+        ss_result = nnsight.save(_walk(model, hooks, seen, resume, readout, read))
     return ss_result
 
 
@@ -94,13 +95,14 @@ def _recorder(site: Site, into: dict[Site, Tensor]) -> Edit:
 def _walk(
     model: LanguageModel,
     hooks: Hooks,
-    weights: list[Tensor] | None,
+    attention: Edit | None,
     resume: Resume | None,
     readout: Callable[[Tensor, dict[Site, Tensor], list[Tensor]], T],
     read: dict[Site, Tensor],
 ) -> T:
     """Meet the modules in forward order: this runs inside the trace."""
     start = 0
+    weights: list[Tensor] = []
     if resume is not None:
         start = resume.layer + 1
         for index in range(start):
@@ -109,18 +111,19 @@ def _walk(
         here: dict[Kind, list[tuple[Site, Edit]]] = {
             kind: hooks[index, kind] for kind in ORDER if (index, kind) in hooks
         }
-        if here or weights is not None:
-            _visit(model, model.layer(index), here, weights)
-    return readout(model.nn.get(model.layout.final_norm).output, read, weights or [])
+        if here or attention is not None:
+            _visit(model, model.layer(index), here, attention, weights)
+    return readout(model.nn.get(model.layout.final_norm).output, read, weights)
 
 
 def _visit(
     model: LanguageModel,
     layer: Any,
     hooks: dict[Kind, list[tuple[Site, Edit]]],
-    weights: list[Tensor] | None,
+    look: Edit | None,
+    weights: list[Tensor],
 ) -> None:
-    """Apply the hooks of one layer and record its attention weights."""
+    """Apply the hooks of one layer and look at its attention weights."""
     layout = model.layout
     if "embedding" in hooks:
         layer.input = _chain(layer.input, hooks["embedding"])
@@ -138,8 +141,8 @@ def _visit(
             change = change + (edit(written) - written)
         projection.output = projection.output + change
     attention = layer.get(layout.attention)
-    if weights is not None:
-        weights.append(attention.output[1])
+    if look is not None:
+        weights.append(look(attention.output[1]))
     if "attention" in hooks:
         _rewrite(layer.get(layout.attention_write), hooks["attention"])
     if "mlp-input" in hooks:

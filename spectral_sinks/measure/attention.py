@@ -10,10 +10,8 @@ from torch import Tensor
 from spectral_sinks.errors import InputError
 from spectral_sinks.interventions.tracing import trace
 from spectral_sinks.models.language import LanguageModel
+from spectral_sinks.models.opening import TOKENS
 from spectral_sinks.texts import Windows
-
-TOKENS = 64
-"""Queries over which attention received is averaged; fixed, since it falls with length (Gu et al. 2025)."""
 
 EPSILON = 0.3
 """Attention received above which a head counts as having a sink (Gu et al. 2025)."""

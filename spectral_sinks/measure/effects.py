@@ -1,22 +1,22 @@
 """What an intervention does: NLL, divergence from the untouched model, and the sink, by document."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from spectral_sinks.errors import InputError
 from spectral_sinks.interventions.sites import Site
-from spectral_sinks.interventions.tracing import Edit, Interventions, Resume, bind, trace
-from spectral_sinks.measure.attention import TOKENS, attention_received
-from spectral_sinks.measure.nll import Reference, Scores, score
+from spectral_sinks.interventions.tracing import Edit, Interventions, trace
+from spectral_sinks.measure.memory import Memory
+from spectral_sinks.measure.replay import Batch, Measured, start
 from spectral_sinks.models.language import LanguageModel
-from spectral_sinks.spectra.filters import Filter, Mean, Swap, Zero
+from spectral_sinks.spectra.filters import Filter, Mean, Swap
 from spectral_sinks.stats import mean_interval
 from spectral_sinks.texts import Windows
 
@@ -136,28 +136,14 @@ def evaluate_all(
         for site, edit in edits.items():
             site.check(model)
             _check(site, edit, model, windows)
-    attention = model.reads_attention and all(len(row) >= TOKENS for row in windows.rows)
-    needed = sorted({lowest[0] for edits in cells.values() if (lowest := _resume(edits)) is not None})
-    exits = [Site("exit", layer) for layer in needed]
+    starts = {start(edits) for edits in cells.values()}
+    memory = Memory(model, windows.length)
     tables: dict[str, list[pd.DataFrame]] = {name: [] for name in cells}
     for places, ids in windows.batches(batch_size):
-        ids = ids.to(model.device)
-
-        def untouched(
-            final: Tensor, read: dict[Site, Tensor], weights: list[Tensor], ids: Tensor = ids
-        ) -> tuple[Reference, Scores, dict[Site, Tensor], Tensor | None]:
-            return Reference.of(model, final), score(model, final, ids), read, _received(weights)
-
-        reference, base, residuals, base_received = trace(
-            model, ids, {}, exits, readout=untouched, attention=attention
-        )
-        for name, edits in cells.items():
-            parts = {site: _rows_of(edit, places, len(windows)) for site, edit in edits.items()}
-            table = _one(model, ids, parts, reference, base, residuals, base_received)
-            table.insert(0, "document", [windows.document[place] for place in places])
-            tables[name].append(table)
-            if progress is not None:
-                progress(1)
+        batch = Batch(model, windows, places, ids, starts, memory)
+        found = batch.measure(list(cells.values()), progress)
+        for index, name in enumerate(cells):
+            tables[name].append(window_rows(batch, found, index))
     return {
         name: Effect(
             name,
@@ -167,6 +153,30 @@ def evaluate_all(
         )
         for name, edits in cells.items()
     }
+
+
+def window_rows(batch: Batch, found: Measured, cell: int) -> pd.DataFrame:
+    """A row per window of a batch for one of the cells measured on it."""
+    base = batch.baseline
+    table = pd.DataFrame(
+        {
+            "document": [batch.windows.document[place] for place in batch.places],
+            "tokens": batch.ids.shape[1] - 1,
+            "nll": found.nll[cell],
+            "baseline_nll": base.nll[0],
+            "delta_nll": found.nll[cell] - base.nll[0],
+            "kl": found.kl[cell],
+            "top1_agreement": found.top1_agreement[cell],
+            "removed_energy_share": found.removed_energy_share[cell],
+        }
+    )
+    if found.sink_mass is not None and base.sink_mass is not None:
+        for prefix, mass in (
+            ("sink_mass_", found.sink_mass[cell]),
+            ("baseline_sink_mass_", base.sink_mass[0]),
+        ):
+            table = table.assign(**{f"{prefix}{layer}": column for layer, column in enumerate(mass.T)})
+    return table
 
 
 def mean_residual(
@@ -186,105 +196,6 @@ def mean_residual(
         total[: ids.shape[1]] += sums
         count[: ids.shape[1]] += len(ids)
     return total / count
-
-
-def _resume(edits: Interventions) -> tuple[int, bool] | None:
-    """The layer whose exit a pass can begin from, and whether that exit itself is filtered."""
-    if not edits:
-        return None
-    lowest = min(edits, key=lambda site: site.rank)
-    if lowest.kind == "exit":
-        return lowest.layer, True
-    return (lowest.layer - 1, False) if lowest.layer > 0 else None
-
-
-@torch.no_grad()
-def _one(
-    model: LanguageModel,
-    ids: Int[Tensor, "batch tokens"],
-    edits: Interventions,
-    reference: Reference,
-    base: Scores,
-    residuals: dict[Site, Tensor],
-    base_received: Tensor | None,
-) -> pd.DataFrame:
-    """One intervention on one batch: a row per window."""
-    removed: list[Tensor] = []
-    bound = {
-        site: _weighed(site, edit, inner, ids, removed)
-        for (site, edit), inner in zip(edits.items(), bind(edits, ids).values(), strict=True)
-    }
-    resume = None
-    if (start := _resume(edits)) is not None:
-        residual = residuals[Site("exit", start[0])]
-        if start[1]:
-            residual = bound.pop(Site("exit", start[0]))(residual)
-        resume = Resume(start[0], residual)
-
-    def readout(
-        final: Tensor, read: dict[Site, Tensor], weights: list[Tensor]
-    ) -> tuple[Scores, Tensor | None, list[Tensor]]:
-        return score(model, final, ids, reference), _received(weights), removed
-
-    if edits:
-        scores, received, removed = trace(
-            model, ids, bound, readout=readout, attention=base_received is not None, resume=resume
-        )
-    else:
-        agrees = torch.ones_like(base.nll, dtype=torch.bool)
-        scores, received = Scores(base.nll, torch.zeros_like(base.nll), agrees), base_received
-    if base_received is not None:
-        below = base_received[:, : model.layers - (0 if received is None else received.shape[1])]
-        received = below if received is None else torch.cat([below, received], dim=1)
-    assert scores.kl is not None and scores.agrees is not None
-    share = torch.stack(removed).mean(0) if removed else torch.zeros(len(ids))
-    table = pd.DataFrame(
-        {
-            "tokens": ids.shape[1] - 1,
-            "nll": scores.nll.double().mean(1).cpu().numpy(),
-            "baseline_nll": base.nll.double().mean(1).cpu().numpy(),
-            "delta_nll": (scores.nll.double() - base.nll.double()).mean(1).cpu().numpy(),
-            "kl": scores.kl.double().mean(1).cpu().numpy(),
-            "top1_agreement": scores.agrees.double().mean(1).cpu().numpy(),
-            "removed_energy_share": share.double().cpu().numpy(),
-        }
-    )
-    for prefix, alpha in (("sink_mass_", received), ("baseline_sink_mass_", base_received)):
-        if alpha is not None:
-            for layer, column in enumerate(alpha.mean(-1).T.double().cpu().numpy()):
-                table[f"{prefix}{layer}"] = column
-    return table
-
-
-def _weighed(site: Site, edit: Edit, inner: Edit, ids: Tensor, removed: list[Tensor]) -> Edit:
-    """The edit, recording the share of energy it takes out, mean over the tokens it touches, per window."""
-
-    def weighed(x: Tensor) -> Tensor:
-        out = inner(x)
-        taken = out
-        if isinstance(edit, Filter) and not isinstance(edit.fill, Zero):
-            taken = edit.filled(Zero())(x, ids)
-        precise = x.to(torch.promote_types(x.dtype, torch.float32))
-        lost = (precise - taken.to(precise.dtype)).square().sum(-1) / precise.square().sum(-1)
-        touched = edit.selected(x, ids) if isinstance(edit, Filter) else None
-        weight = torch.ones_like(lost) if touched is None else touched.expand_as(lost).to(lost.dtype)
-        removed.append(((lost * weight).sum(-1) / weight.sum(-1).clamp_min(1)).cpu())
-        return out
-
-    return weighed
-
-
-def _received(weights: list[Tensor]) -> Tensor | None:
-    return attention_received(weights) if weights else None
-
-
-def _rows_of(edit: Edit, places: list[int], windows: int) -> Edit:
-    """A filter whose mask has a row per window, cut to the windows of a batch."""
-    if isinstance(edit, Filter) and isinstance(edit.tokens, Tensor) and edit.tokens.ndim == 2:
-        if edit.tokens.shape[0] != windows:
-            raise InputError(f"a mask of {edit.tokens.shape[0]} rows for {windows} windows")
-        return replace(edit, tokens=edit.tokens[places])
-    return edit
 
 
 def _check(site: Site, edit: Edit, model: LanguageModel, windows: Windows) -> None:

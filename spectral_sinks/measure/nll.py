@@ -1,5 +1,6 @@
 """Negative log-likelihood per token, and how far a filtered model has moved from the untouched one."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,8 +9,12 @@ from torch import Tensor
 
 from spectral_sinks.models.language import LanguageModel
 
-BUDGET = 2**26
-"""Logits (float32 numbers) held at once."""
+ROWS = 256
+"""Predictions unembedded at once, at least: with fewer, reading the unembedding costs more than products."""
+
+LOGITS = {"cpu": 2**19, "cuda": 2**26}
+"""Logits held at once where more than `ROWS` predictions fit: what stays in a processor's cache, or keeps a
+GPU busy."""
 
 
 @dataclass(frozen=True)
@@ -21,28 +26,70 @@ class Scores:
     kl: Float[Tensor, "batch predicted"] | None = None
     """KL(untouched || filtered) of the next-token distributions, nats."""
     agrees: Bool[Tensor, "batch predicted"] | None = None
-    """Whether both give the same most likely token."""
+    """Whether the untouched pass's most likely token is one of this pass's."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The untouched pass that a filtered one is compared with."""
+    """What of the untouched pass a filtered one is compared with: nothing in it is as wide as the vocabulary.
 
-    final: Float[Tensor, "batch tokens d"]
+    With `z = W f + b` and `p = softmax(z)` of the untouched pass and z', f' of another, `KL(p || q)` is
+    `lse(z') - lse(z) - p W (f' - f)`: the expected unembedding row `p W` makes it a product of width d.
+    """
+
+    final: Float[Tensor, "rows d"]
     """Output of the final norm."""
-    logs: Float[Tensor, "rows vocabulary"] | None
-    """Log probabilities of all predictions where they fit into `BUDGET`; else unembedded when needed."""
+    total: Float[Tensor, "rows"]
+    """Log of the sum of the exponentials of the logits."""
+    top: Int[Tensor, "rows"]
+    """Most likely next token."""
+    expected: Float[Tensor, "rows d"] | None
+    """`p W`; None where logits are capped or rounded to half precision, and are computed anew."""
 
-    top: Int[Tensor, "rows"] | None
-    """Most likely next token of all predictions, kept with them."""
+    def to(self, device: torch.device) -> "Reference":
+        return self._each(lambda x: x.to(device))
+
+    def windows(self, start: int, stop: int, predicted: int) -> "Reference":
+        """The reference for some windows of the batch, of `predicted` predictions each."""
+        return self._each(lambda x: x[start * predicted : stop * predicted])
 
     @classmethod
-    def of(cls, model: LanguageModel, final: Float[Tensor, "batch tokens d"]) -> "Reference":
-        rows = final[:, :-1].flatten(0, 1)
-        if len(rows) * model.vocabulary > BUDGET:
-            return cls(final, None, None)
-        logs = model.unembed(rows).log_softmax(-1)
-        return cls(final, logs, logs.argmax(-1))
+    def joined(cls, parts: Sequence["Reference"]) -> "Reference":
+        """One reference from those of consecutive windows."""
+        expected = [part.expected for part in parts if part.expected is not None]
+        return cls(
+            torch.cat([part.final for part in parts]),
+            torch.cat([part.total for part in parts]),
+            torch.cat([part.top for part in parts]),
+            torch.cat(expected) if expected else None,
+        )
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Reference":
+        expected = None if self.expected is None else change(self.expected)
+        return Reference(change(self.final), change(self.total), change(self.top), expected)
+
+
+def untouched(
+    model: LanguageModel, final: Float[Tensor, "batch tokens d"], ids: Int[Tensor, "batch tokens"]
+) -> tuple[Scores, Reference]:
+    """Score the untouched pass and keep what others are compared with."""
+    rows = final[:, :-1].flatten(0, 1)
+    targets = ids[:, 1:].to(final.device).flatten()
+    linear = getattr(model.config, "final_logit_softcapping", None) is None
+    linear = linear and torch.finfo(final.dtype).bits >= 32
+    weight = model.unembedding_weight
+    nll, total, top, expected = [], [], [], []
+    for part in _chunks(model, rows):
+        logits = model.unembed(rows[part])
+        hit = logits.gather(-1, targets[part, None])[:, 0]
+        top.append(logits.argmax(-1))
+        most, sums, exponentials = _exponentials(logits)
+        total.append(most + sums.log())
+        nll.append(total[-1] - hit)
+        if linear:
+            expected.append((exponentials / sums[:, None]) @ weight.to(final.device, exponentials.dtype))
+    scores = Scores(torch.cat(nll).view(len(ids), -1))
+    return scores, Reference(rows, torch.cat(total), torch.cat(top), torch.cat(expected) if linear else None)
 
 
 def score(
@@ -51,31 +98,56 @@ def score(
     ids: Int[Tensor, "batch tokens"],
     reference: Reference | None = None,
 ) -> Scores:
-    """Score token ids from the output of the final norm, a chunk of tokens at a time, in float32 at least.
+    """Score token ids from the output of the final norm, a chunk of predictions at a time.
 
-    Token t + 1 is predicted from position t: T tokens give T - 1 values. At most `BUDGET` logits of this
-    pass, and as many of the `reference`, exist at once. Runs inside a trace or outside.
+    Token t + 1 is predicted from position t: T tokens give T - 1 values, in float32 at least. The batch may
+    be several times that of the `reference`, whose rows then repeat. Runs inside a trace or outside.
     """
-    before = final[:, :-1].flatten(0, 1)
-    targets = ids[:, 1:].to(final.device).flatten()
-    nll: list[Tensor] = []
-    kl: list[Tensor] = []
-    agrees: list[Tensor] = []
-    step = max(1, BUDGET // model.vocabulary)
-    for start in range(0, len(before), step):
-        part = slice(start, start + step)
-        logs = model.unembed(before[part]).log_softmax(-1)
-        nll.append(-logs.gather(-1, targets[part, None])[:, 0])
-        if reference is not None:
-            if reference.logs is not None and reference.top is not None:
-                theirs, top = reference.logs[part].to(logs.device), reference.top[part].to(logs.device)
-            else:
-                other = reference.final[:, :-1].flatten(0, 1)[part]
-                theirs = model.unembed(other.to(final.device)).log_softmax(-1)
-                top = theirs.argmax(-1)
-            kl.append((theirs.exp() * (theirs - logs)).sum(-1))
-            agrees.append(top == logs.argmax(-1))
-    shape = (ids.shape[0], ids.shape[1] - 1)
     if reference is None:
-        return Scores(torch.cat(nll).view(shape))
-    return Scores(torch.cat(nll).view(shape), torch.cat(kl).view(shape), torch.cat(agrees).view(shape))
+        return untouched(model, final, ids)[0]
+    rows = final[:, :-1].flatten(0, 1)
+    targets = ids[:, 1:].to(final.device).flatten()
+    reference = reference.to(final.device)
+    period = len(reference.total)
+    nll, kl, agrees = (
+        torch.empty(len(rows), device=final.device, dtype=reference.total.dtype) for _ in "123"
+    )
+    for part in _chunks(model, reference.final):
+        theirs = None
+        if reference.expected is None:
+            theirs = model.unembed(reference.final[part]).log_softmax(-1)
+        for start in range(0, len(rows), period):
+            here = slice(start + part.start, start + part.stop)
+            logits = model.unembed(rows[here])
+            hit = logits.gather(-1, targets[here, None])[:, 0]
+            at_top = logits.gather(-1, reference.top[part, None])[:, 0]
+            cross = None if theirs is None else (theirs.exp() * (theirs - logits)).sum(-1)
+            most, sums, _ = _exponentials(logits)
+            total = most + sums.log()
+            nll[here] = total - hit
+            agrees[here] = (at_top >= most).to(agrees.dtype)
+            if cross is not None:
+                kl[here] = cross + total
+            else:
+                assert reference.expected is not None
+                moved = (rows[here] - reference.final[part]).to(reference.expected.dtype)
+                kl[here] = total - reference.total[part] - (reference.expected[part] * moved).sum(-1)
+    shape = (ids.shape[0], ids.shape[1] - 1)
+    return Scores(nll.view(shape), kl.view(shape), agrees.view(shape).bool())
+
+
+def chunk(model: LanguageModel, device: torch.device) -> int:
+    """Predictions unembedded at once."""
+    return max(ROWS, LOGITS.get(device.type, LOGITS["cpu"]) // model.vocabulary)
+
+
+def _chunks(model: LanguageModel, rows: Tensor) -> list[slice]:
+    step = chunk(model, rows.device)
+    return [slice(start, min(start + step, len(rows))) for start in range(0, len(rows), step)]
+
+
+def _exponentials(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Largest logit, sum of exponentials relative to it, and these in place of the logits."""
+    most = logits.amax(-1)
+    exponentials = logits.sub_(most[:, None]).exp_()
+    return most, exponentials.sum(-1), exponentials

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from spectral_sinks.errors import InputError
 from spectral_sinks.models.layout import FAMILIES, Layout
+from spectral_sinks.models.opening import OPENING
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,8 +83,8 @@ class LanguageModel:
 
     @property
     def reads_attention(self) -> bool:
-        """Whether a trace can see attention weights: only the eager implementation returns them."""
-        return self.config._attn_implementation == "eager"
+        """Whether a trace can see attention weights, of the first 64 tokens at least."""
+        return self.config._attn_implementation in ("eager", OPENING)
 
     @cached_property
     def tied(self) -> bool:

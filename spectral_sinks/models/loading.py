@@ -15,6 +15,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from spectral_sinks.errors import InputError
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.models.layout import find_layout
+from spectral_sinks.models.opening import OPENING
 from spectral_sinks.models.source import DEFAULT, Source, check_finite, find_source
 
 
@@ -26,16 +27,18 @@ def load(
     dtype: torch.dtype | str = "auto",
     device_map: Any = None,
     revision: str | None = None,
-    attention: str = "eager",
+    attention: str = "auto",
     parts: Mapping[str, str] | None = None,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
 ) -> LanguageModel:
     """A causal language model: the embedded `sinklet`, a Hugging Face id, a folder, or a loaded model.
 
-    `dtype` "auto" is the checkpoint's own. `attention` is transformers' `attn_implementation`; only
-    "eager" lets sink mass be read. `parts` names modules by hand where they are not found. A model given
-    as an object stays on its device and in its dtype and is put into evaluation mode.
+    `dtype` "auto" is the checkpoint's own. `attention` is transformers' `attn_implementation`: sink mass can
+    be read from "eager" and from "sdpa_opening", which is torch's fast kernel with the maps of the first 64
+    tokens beside it; "auto" is the latter where the model supports it (not Gemma 2 and gpt-oss), else eager.
+    `parts` names modules by hand where they are not found. A model given as an object stays on its device, in
+    its dtype and with its attention, and is put into evaluation mode.
 
     Raises InputError for a name that is neither a folder nor reachable, for missing, pickled (unless
     allowed) or non-finite weights, for a checkpoint that runs code of its own (unless trusted), and for a
@@ -104,7 +107,7 @@ def _load_module(
             source.location,
             dtype=dtype,
             device_map=device_map,
-            attn_implementation=attention,
+            attn_implementation="eager" if attention in ("auto", OPENING) else attention,
             revision=source.revision,
             local_files_only=source.offline or source.folder is not None,
             use_safetensors=None if allow_pickle else True,
@@ -119,6 +122,12 @@ def _load_module(
             f"{source.name} lacks {len(lacking)} of the weights of a {type(module).__name__}: "
             f"{', '.join(lacking[:3])}{', ...' if len(lacking) > 3 else ''}"
         )
+    if attention == OPENING and not module._supports_sdpa:
+        raise InputError(
+            f"{source.name}: {type(module).__name__} has no sdpa attention: use attention='eager'"
+        )
+    if attention == OPENING or (attention == "auto" and module._supports_sdpa):
+        module.set_attn_implementation(OPENING)
     return module
 
 

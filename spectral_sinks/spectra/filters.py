@@ -130,14 +130,28 @@ class Filter:
             self.blocked.project(x)  # raises with the widths
         if self.rank == 0:
             return x
-        precise = x.to(torch.promote_types(x.dtype, torch.float32))
-        seen = precise if self.through is None else self.through.project(precise)
-        removed = self.blocked.project(seen)
         if isinstance(self.fill, Zero) and self.through is None:
-            out = self.blocked.reject(precise)
-        else:
-            out = precise - removed + self.fill(removed, self.blocked)
-        out = out.to(x.dtype)
+            return self._at_selected(self.blocked.reject(x), x, ids)
+        return self.replaced(x, self.removed(x), ids)
+
+    def removed(self, x: Float[Tensor, "*batch tokens d"]) -> Float[Tensor, "*batch tokens d"]:
+        """The component that leaves, at every token, in float32 at least."""
+        precise = x.to(torch.promote_types(x.dtype, torch.float32))
+        return self.blocked.project(precise if self.through is None else self.through.project(precise))
+
+    def replaced(
+        self,
+        x: Float[Tensor, "*batch tokens d"],
+        removed: Float[Tensor, "*batch tokens d"],
+        ids: Int[Tensor, "*batch tokens"] | None = None,
+    ) -> Float[Tensor, "*batch tokens d"]:
+        """Put the fill in the place of a component of x that `removed` found, at the selected tokens."""
+        out = x.to(removed.dtype) - removed
+        if not isinstance(self.fill, Zero):
+            out = out + self.fill(removed, self.blocked)
+        return self._at_selected(out.to(x.dtype), x, ids)
+
+    def _at_selected(self, out: Tensor, x: Tensor, ids: Tensor | None) -> Tensor:
         selected = self.selected(x, ids)
         return out if selected is None else torch.where(selected.unsqueeze(-1), out, x)
 
