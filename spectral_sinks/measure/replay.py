@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -41,7 +40,8 @@ class Measured:
     """Attention received by position 0 at T = 64, mean over heads."""
 
 
-class Found(NamedTuple):
+@dataclass(frozen=True)
+class Found:
     """One part of a pass, reduced: `[rows]` each, and `[rows]` per layer that ran."""
 
     nll: Tensor
@@ -229,7 +229,10 @@ class Batch:
         shares.extend(torch.cat(site) for site in zip(*taken, strict=True))
         found = [part for part, _ in parts]
         received = [torch.cat(layer) for layer in zip(*(part.received for part in found), strict=True)]
-        return Found(*(torch.cat([part[i] for part in found]) for i in range(3)), received)
+        nll, kl, agrees = (
+            torch.cat([getattr(part, name) for part in found]) for name in ("nll", "kl", "agrees")
+        )
+        return Found(nll, kl, agrees, received)
 
     def _run(
         self,
@@ -263,8 +266,8 @@ class Batch:
         def readout(final: Tensor, read: dict[Site, Tensor], weights: list[Tensor]) -> Found:
             scores = score(model, final, ids, reference)
             assert scores.kl is not None and scores.agrees is not None
-            means = (x.double().mean(1).cpu() for x in (scores.nll, scores.kl, scores.agrees))
-            return Found(*means, [layer.cpu() for layer in weights])
+            nll, kl, agrees = (x.double().mean(1).cpu() for x in (scores.nll, scores.kl, scores.agrees))
+            return Found(nll, kl, agrees, [layer.cpu() for layer in weights])
 
         return trace(
             model,
