@@ -34,17 +34,26 @@ from spectral_sinks.spectra.spectrum import Spectrum
 from spectral_sinks.spectra.subspace import Subspace, intersection, principal_cosines, random_subspace
 from spectral_sinks.stats import mean_interval, null_rank, sign_flip, summarise
 from spectral_sinks.study import Finding, Study, answer, reproduce, without_last_band
+from spectral_sinks.sweeps.cells import Cell, grid
+from spectral_sinks.sweeps.cost import Cost
+from spectral_sinks.sweeps.file import SweepFile
 from spectral_sinks.sweeps.ladder import ladder
+from spectral_sinks.sweeps.run import Done, Report, plan, sweep
+from spectral_sinks.sweeps.store import Store
+from spectral_sinks.sweeps.sweep import Sweep
 from spectral_sinks.texts import Windows, cut, documents
 
 __all__ = [
     "answer",
     "attention_by_head",
     "attention_received",
+    "Cell",
+    "Cost",
     "cut",
     "DEFAULT",
     "describe",
     "documents",
+    "Done",
     "Effect",
     "energy",
     "evaluate",
@@ -52,6 +61,7 @@ __all__ = [
     "figures",
     "Filter",
     "Finding",
+    "grid",
     "InputError",
     "intersection",
     "keep",
@@ -65,11 +75,13 @@ __all__ = [
     "null_rank",
     "omega",
     "phi",
+    "plan",
     "principal_cosines",
     "psi",
     "random_subspace",
     "read_spectrum",
     "remove",
+    "Report",
     "reproduce",
     "rnd",
     "sign_flip",
@@ -77,10 +89,14 @@ __all__ = [
     "Site",
     "SpectralWarning",
     "Spectrum",
+    "Store",
     "Study",
     "Subspace",
     "summarise",
     "Swap",
+    "Sweep",
+    "sweep",
+    "SweepFile",
     "trace",
     "uniform_attention",
     "Windows",

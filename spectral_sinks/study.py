@@ -2,11 +2,9 @@
 
 import importlib.util
 import json
-import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +23,9 @@ from spectral_sinks.spectra.spectrum import Spectrum
 from spectral_sinks.stats import mean_interval
 from spectral_sinks.sweeps.ladder import ladder
 from spectral_sinks.sweeps.store import whole
+from spectral_sinks.sweeps.sweep import versions
 from spectral_sinks.texts import Windows, cut
 from spectral_sinks.texts import documents as read_documents
-
-LIBRARIES = ("spectral-sinks", "nnsight", "torch", "transformers", "numpy", "scipy")
 
 BATCH = 16
 """Windows in a forward pass."""
@@ -89,14 +86,6 @@ def _together(path: Path, manifest: dict[str, Any], names: Sequence[str]) -> lis
     same = all(earlier.get(key) == value for key, value in manifest.items())
     done = {*names, *(earlier.get("experiments", ()) if same else ())}
     return [name for name in EXPERIMENTS if name in done]
-
-
-def _version(name: str) -> str | None:
-    """The installed version; None for a package that runs from its folder."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def _tick(bar: Any) -> Callable[[int], None]:
@@ -196,7 +185,7 @@ def reproduce(
         "windows": windows.record,
         "dtype": str(loaded.dtype),
         "attention": loaded.config._attn_implementation,
-        "versions": {name: _version(name) for name in LIBRARIES} | {"python": platform.python_version()},
+        "versions": versions(),
         "draws_per_control": study.draws,
     }
     manifest |= {"experiments": _together(out / "manifest.json", manifest, names)}

@@ -197,7 +197,7 @@ def test_every_site(nll: Run, model: ss.LanguageModel, windows: ss.Windows, site
 def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Collect what the command line warns of."""
     messages: list[str] = []
-    warn = "spectral_sinks.cli.warnings.warn"
+    warn = "spectral_sinks.cli.commands.warnings.warn"
     monkeypatch.setattr(warn, lambda message, *_, **__: messages.append(message))
     return messages
 

@@ -1,6 +1,6 @@
 """What an intervention does: NLL, divergence from the untouched model, and the sink, by document."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,8 +134,7 @@ def evaluate_all(
     """
     for edits in cells.values():
         for site, edit in edits.items():
-            site.check(model)
-            _check(site, edit, model, windows)
+            check(site, edit, model, windows)
     starts = {start(edits) for edits in cells.values()}
     memory = Memory(model, windows.length)
     tables: dict[str, list[pd.DataFrame]] = {name: [] for name in cells}
@@ -183,22 +182,32 @@ def mean_residual(
     model: LanguageModel, windows: Windows, site: Site, batch_size: int = 16
 ) -> Float[Tensor, "tokens d"]:
     """Mean over windows of the residual at a site, by position: the reference for the fill `Mean`."""
-    total = torch.zeros(windows.length, model.d, dtype=torch.float64)
+    return mean_residuals(model, windows, [site], batch_size)[site]
+
+
+def mean_residuals(
+    model: LanguageModel, windows: Windows, sites: Sequence[Site], batch_size: int = 16
+) -> dict[Site, Tensor]:
+    """`mean_residual` at several sites from one pass, `[tokens, d]` each, float64."""
+    total = {site: torch.zeros(windows.length, model.d, dtype=torch.float64) for site in sites}
     count = torch.zeros(windows.length, 1, dtype=torch.float64)
     for _, ids in windows.batches(batch_size):
         sums = trace(
             model,
             ids.to(model.device),
             {},
-            [site],
-            readout=lambda final, read, weights: read[site].double().sum(0).cpu(),
+            sites,
+            readout=lambda final, read, weights: {s: x.double().sum(0).cpu() for s, x in read.items()},
         )
-        total[: ids.shape[1]] += sums
+        for site, part in sums.items():
+            total[site][: ids.shape[1]] += part
         count[: ids.shape[1]] += len(ids)
-    return total / count
+    return {site: part / count for site, part in total.items()}
 
 
-def _check(site: Site, edit: Edit, model: LanguageModel, windows: Windows) -> None:
+def check(site: Site, edit: Edit, model: LanguageModel, windows: Windows) -> None:
+    """Raise InputError for a filter that means nothing at a site of this model or on these windows."""
+    site.check(model)
     if not isinstance(edit, Filter):
         return
     if edit.blocked.d != model.d:

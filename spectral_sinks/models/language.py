@@ -1,5 +1,7 @@
 """A causal language model as the rest of the package sees it: parts, sizes, BOS policy."""
 
+import hashlib
+import json
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -12,6 +14,9 @@ from torch import Tensor, nn
 from spectral_sinks.errors import InputError
 from spectral_sinks.models.layout import FAMILIES, Layout
 from spectral_sinks.models.opening import OPENING
+
+INCIDENTAL = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
+"""Settings that do not change what a model computes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -219,6 +224,19 @@ class LanguageModel:
             raise InputError(
                 f"{self.name} ({self.family}): logits are not unembedding(final norm); its NLL would be wrong"
             )
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over all weights and the configuration: what the model computes depends on nothing else."""
+        digest = hashlib.sha256()
+        settings = {k: v for k, v in self.config.to_dict().items() if k not in INCIDENTAL}
+        digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+        for name, tensor in sorted(self.module.state_dict().items()):
+            if tensor.device.type == "meta":
+                raise InputError(f"{self.name}: the weights of {name!r} are not in memory, so have no hash")
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
     @property
     def tested(self) -> bool:

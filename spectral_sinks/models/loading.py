@@ -7,15 +7,14 @@ from typing import Any
 import torch
 from nnsight import TransformersModel
 from safetensors import SafetensorError
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from spectral_sinks.errors import InputError
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.models.layout import find_layout
 from spectral_sinks.models.opening import OPENING
+from spectral_sinks.models.parcel import wrap
 from spectral_sinks.models.source import DEFAULT, Source, check_finite, find_source
 
 
@@ -80,12 +79,7 @@ def load(
     for parameter, weight in module.named_parameters():
         check_finite(f"{name}: {parameter}", weight)
     layout = find_layout(module, parts)
-    if isinstance(model, TransformersModel):
-        wrapped = model
-    else:
-        # nnsight asks for a tokenizer even where only ids are traced, which never reach it
-        placeholder = tokenizer or PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({})))
-        wrapped = TransformersModel(module, task="text-generation", tokenizer=placeholder)
+    wrapped = model if isinstance(model, TransformersModel) else wrap(module, tokenizer)
     loaded = LanguageModel(wrapped, layout, name, tokenizer)
     if not loaded.tested or parts:
         loaded.check()

@@ -1,0 +1,55 @@
+"""The command line: the library's calls, as tables for people and JSON for machines."""
+
+import sys
+from typing import Annotated, Any
+
+import tyro
+from tyro.conf import FlagCreatePairsOff, subcommand
+
+import spectral_sinks as ss
+from spectral_sinks.cli.commands import run_energy, run_info, run_nll, run_reproduce, run_spectrum
+from spectral_sinks.cli.options import Energy, Info, Nll, Reproduce, SpectrumCommand
+from spectral_sinks.cli.printing import quiet
+from spectral_sinks.cli.sweeping import Merge, Sweep, run_merge, run_sweep
+
+Command = (
+    Annotated[Info, subcommand("info")]
+    | Annotated[SpectrumCommand, subcommand("spectrum")]
+    | Annotated[Nll, subcommand("nll")]
+    | Annotated[Energy, subcommand("energy")]
+    | Annotated[Sweep, subcommand("sweep")]
+    | Annotated[Merge, subcommand("merge")]
+    | Annotated[Reproduce, subcommand("reproduce")]
+)
+
+
+RUN: dict[type, Any] = {
+    Info: run_info,
+    SpectrumCommand: run_spectrum,
+    Nll: run_nll,
+    Energy: run_energy,
+    Sweep: run_sweep,
+    Merge: run_merge,
+    Reproduce: run_reproduce,
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of `spectral-sinks`: exit status 0, 2 for bad input, 130 when interrupted."""
+    options: Any = tyro.cli(  # pyright: ignore[reportCallIssue]
+        Command,  # pyright: ignore[reportArgumentType]
+        prog="spectral-sinks",
+        description=ss.__doc__,
+        args=arguments,
+        config=(FlagCreatePairsOff,),
+    )
+    quiet()
+    try:
+        RUN[type(options)](options)
+    except (ss.InputError, OSError) as error:
+        message = " ".join(str(error).split())
+        print(f"spectral-sinks: error: {message}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("spectral-sinks: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None

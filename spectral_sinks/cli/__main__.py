@@ -1,0 +1,5 @@
+"""`python -m spectral_sinks.cli`."""
+
+from spectral_sinks.cli import main
+
+main()

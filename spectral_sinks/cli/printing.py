@@ -1,0 +1,60 @@
+"""Tables for people, JSON for machines, warnings in one line."""
+
+import json
+import math
+import sys
+import warnings
+from typing import Any
+
+import datasets
+from rich.console import Console
+from rich.table import Table
+
+
+def plain(value: Any) -> str:
+    """A value as a person reads it."""
+    if isinstance(value, list | tuple):
+        return " ".join(plain(part) for part in value)
+    if isinstance(value, float):
+        return "-" if math.isnan(value) else f"{value:.4f}"
+    return "-" if value is None else str(value)
+
+
+def table(title: str, columns: tuple[str, ...], rows: Any) -> Table:
+    made = Table(*columns, title=title or None, show_header=any(columns), title_justify="left")
+    for row in rows:
+        made.add_row(*row)
+    return made
+
+
+def show(as_json: bool, found: dict[str, Any], shown: Table) -> None:
+    if as_json:
+        print(json.dumps(without_nan(found)))
+    else:
+        Console().print(shown)
+
+
+def without_nan(value: Any) -> Any:
+    """JSON has no NaN: null instead."""
+    if isinstance(value, dict):
+        return {k: without_nan(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def quiet() -> None:
+    """Warnings in one line on standard error; no chatter from libraries."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+
+    def line(message: Any, category: Any, *rest: Any, **more: Any) -> None:
+        print(f"spectral-sinks: warning: {message}", file=sys.stderr)
+
+    warnings.showwarning = line

@@ -1,0 +1,70 @@
+"""A model on its way to another process: pickled as its weights, shared where the pickler shares memory.
+
+`pickle` copies the weights; the pickler of `torch.multiprocessing` hands over memory that both sides then
+use. nnsight's wrapper stays behind and is put on again.
+"""
+
+import copyreg
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from nnsight import TransformersModel
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
+
+from spectral_sinks.models.language import LanguageModel
+from spectral_sinks.models.layout import Layout
+
+
+def wrap(module: Any, tokenizer: Any) -> TransformersModel:
+    """A transformers model as an nnsight model."""
+    # nnsight asks for a tokenizer even where only ids are traced, which never reach it
+    placeholder = tokenizer or PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({})))
+    return TransformersModel(module, task="text-generation", tokenizer=placeholder)
+
+
+def pack(model: LanguageModel) -> tuple[Any, ...]:
+    """How `pickle` takes a model apart."""
+    module = model.module
+    tensors = {
+        **dict(module.named_parameters(remove_duplicate=False)),  # tied weights stay tied
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }
+    attention = module.config._attn_implementation
+    return unpack, (
+        type(module),
+        module.config,
+        attention,
+        tensors,
+        model.layout,
+        model.name,
+        model.tokenizer,
+    )
+
+
+def unpack(
+    kind: type[Any],
+    config: Any,
+    attention: str,
+    tensors: Mapping[str, torch.Tensor],
+    layout: Layout,
+    name: str,
+    tokenizer: Any,
+) -> LanguageModel:
+    """The model again, on the tensors given, without copying them."""
+    with torch.device("meta"):
+        module = kind(config)
+    module.config._attn_implementation = attention
+    for path, tensor in tensors.items():
+        owner, _, own = path.rpartition(".")
+        part = module.get_submodule(owner)
+        if own in part._parameters:
+            part._parameters[own] = torch.nn.Parameter(tensor, requires_grad=False)
+        else:
+            part._buffers[own] = tensor
+    return LanguageModel(wrap(module.eval(), tokenizer), layout, name, tokenizer)
+
+
+copyreg.pickle(LanguageModel, pack)

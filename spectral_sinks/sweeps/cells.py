@@ -1,0 +1,149 @@
+"""The cells of a sweep: sites x filters x fills x tokens x draws."""
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from spectral_sinks.errors import InputError
+from spectral_sinks.interventions.sites import Site
+from spectral_sinks.interventions.tracing import Interventions
+from spectral_sinks.measure.effects import mean_residuals
+from spectral_sinks.models.language import LanguageModel
+from spectral_sinks.spectra.filters import (
+    Fill,
+    Filter,
+    Mean,
+    Noise,
+    Swap,
+    Tokens,
+    Zero,
+    keep,
+    omega,
+    phi,
+    psi,
+    remove,
+    rnd,
+)
+from spectral_sinks.spectra.spectrum import Spectrum
+from spectral_sinks.texts import Windows
+
+FillName = Literal["zero", "mean", "swap", "noise"]
+Rung = Literal["phi", "psi", "omega"]
+
+
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """Interventions to measure, by a name that no other cell of the sweep has."""
+
+    name: str
+    edits: Interventions
+    draw: int | None = None
+    """Number of the random draw; None where nothing is drawn."""
+
+
+def grid(
+    model: LanguageModel,
+    windows: Windows,
+    spectrum: Spectrum,
+    embedding: Spectrum | None = None,
+    *,
+    sites: Iterable[str] = ("exit",),
+    layers: Sequence[int | Sequence[int]] | None = None,
+    keep: Iterable[str] = (),
+    remove: Iterable[str] = (),
+    ladder: Iterable[Rung] = (),
+    kept: Sequence[int] | None = None,
+    fills: Sequence[FillName] = ("zero",),
+    tokens: Sequence[Tokens] = ("all",),
+    controls: int = 0,
+) -> list[Cell]:
+    """Every combination, as cells.
+
+    `sites` are kinds as `Site.parse` reads them, at each of the `layers` (all of them by default); several
+    layers in one entry are filtered at once. What is blocked: `keep` and `remove` are band specifications,
+    `ladder` names Phi, Psi (reading u-e, which needs `embedding`) and Omega with each number of bands in
+    `kept` (1 to all). `controls` random subspaces of the rank of each filter, seeds 0, 1, ..., stand beside
+    it with the same fill and tokens. Fills "mean" and "noise" take the position's mean over the windows and
+    seed 0. Raises InputError for what a site, a band or the model does not have, and for an empty grid.
+    """
+    filters = _filters(spectrum, embedding, keep, remove, ladder, kept)
+    entries = [entry if isinstance(entry, Sequence) else (entry,) for entry in layers or range(model.layers)]
+    places: list[tuple[Site, ...]] = []
+    for kind in sites:
+        here = entries if Site.parse(kind).kind != "embedding" else [(0,)]
+        places += [tuple(Site.parse(kind, layer) for layer in entry) for entry in here]
+    for site in {site for place in places for site in place}:
+        site.check(model)
+    for name in fills:
+        if name not in get_args(FillName):
+            raise InputError(f"fill {name!r}: choose from {', '.join(get_args(FillName))}")
+    means = {}
+    if "mean" in fills:
+        means = mean_residuals(model, windows, sorted({s for p in places for s in p}, key=lambda s: s.rank))
+    plain: dict[str, Callable[[], Fill]] = {"zero": Zero, "swap": Swap, "noise": Noise}
+    random: dict[tuple[int, int], Filter] = {}
+
+    def blocks(chosen: Filter) -> Iterator[tuple[int | None, Filter]]:
+        yield None, chosen
+        for draw in range(controls if 0 < chosen.rank < spectrum.d else 0):
+            key = chosen.rank, draw
+            if key not in random:
+                random[key] = rnd(spectrum.d, *key)
+            yield draw, random[key]
+
+    cells: dict[str, Cell] = {}
+    for place, fill, which in itertools.product(places, fills, tokens):
+        for draw, block in itertools.chain.from_iterable(map(blocks, filters)):
+            name = f"{' + '.join(map(str, place))}: {block.name}{_suffix(fill, which)}"
+            if name not in cells:
+                fillings = {site: Mean(means[site]) if fill == "mean" else plain[fill]() for site in place}
+                edits = {site: block.filled(filling).at(which) for site, filling in fillings.items()}
+                cells[name] = Cell(name, edits, draw)
+    return list(cells.values())
+
+
+def named(cells: Mapping[str, Interventions] | Iterable[Cell]) -> list[Cell]:
+    """Cells from interventions by name, or as they are. Raises InputError for none, and for a name twice."""
+    if isinstance(cells, Mapping):
+        found = [Cell(str(name), edits) for name, edits in cells.items()]
+    else:
+        found = list(cells)
+    if not found:
+        raise InputError("a sweep without cells: give at least one")
+    if twice := [name for name, count in Counter(cell.name for cell in found).items() if count > 1]:
+        raise InputError(f"{len(twice)} names of cells occur more than once, such as {twice[0]!r}")
+    return found
+
+
+def _filters(
+    spectrum: Spectrum,
+    embedding: Spectrum | None,
+    kept_specs: Iterable[str],
+    removed_specs: Iterable[str],
+    ladder: Iterable[Rung],
+    kept: Sequence[int] | None,
+) -> list[Filter]:
+    filters = [keep(spectrum.subspace(spec)) for spec in kept_specs]
+    filters += [remove(spectrum.subspace(spec)) for spec in removed_specs]
+    for rung in ladder:
+        if rung not in get_args(Rung):
+            raise InputError(f"ladder {rung!r}: choose from {', '.join(get_args(Rung))}")
+        for k in kept or range(1, spectrum.count + 1):
+            if rung == "phi":
+                filters.append(phi(spectrum, 1, k))
+            elif rung == "omega" and k < spectrum.count:
+                filters.append(omega(spectrum, k))
+            elif rung == "psi":
+                if embedding is None:
+                    raise InputError("Psi needs the spectrum of the embedding as well")
+                filters.append(psi(spectrum, embedding, k))
+    if not filters:
+        raise InputError("a grid without filters: give keep, remove or ladder")
+    return filters
+
+
+def _suffix(fill: str, tokens: Tokens) -> str:
+    where = tokens if isinstance(tokens, str) else "some tokens"
+    return ("" if fill == "zero" else f", {fill}") + ("" if where == "all" else f", {where}")
