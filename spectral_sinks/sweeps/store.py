@@ -1,16 +1,269 @@
-"""Files that are written whole or not at all."""
+"""Sweep results in a folder: Parquet parts and a manifest, each written whole or not at all.
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+    manifest.json                  the format, and what was run
+    parts/UNIT-CHECKSUM.parquet    finished work; pandas.read_parquet("parts") reads it without this package
+    .locks/                        who is at work; the operating system frees the locks of a dead process
+
+Made for a local file system: the locks may not hold between machines on a network one. Give each machine a
+folder of its own and merge them.
+"""
+
+import json
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+from filelock import FileLock, Timeout
+
+from spectral_sinks.errors import InputError, SpectralWarning
+from spectral_sinks.sweeps.files import PATIENCE, clearly, listing, whole
+from spectral_sinks.sweeps.schema import (
+    FORMAT,
+    PART,
+    UNIT,
+    Damaged,
+    by_document,
+    canonical,
+    check_format,
+    checksum,
+    decode,
+    encode,
+)
+
+KIND = "spectral_sinks sweep"
+"""Tells the manifest of a store from any other manifest.json."""
 
 
-@contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, renamed to it at the end, removed on any error (a full disk)."""
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+class Store:
+    """The rows of a sweep on disk, one per cell and window, each unit of work all there or not there at all.
+
+    Any number of processes may read, write and be killed at once. `create=False` opens what is there only.
+    Raises InputError for a folder that holds something else or another format, or that cannot be written.
+    """
+
+    def __init__(self, folder: str | Path, create: bool = True) -> None:
+        self.folder = Path(folder).expanduser()
+        self.parts = self.folder / "parts"
+        self._manifest = self.folder / "manifest.json"
+        self._locks = self.folder / ".locks"
+        self._finished: dict[str, set[tuple[str, int]]] = {}
+        self._tidy = False
+        if not os.path.exists(self._manifest):  # false as well where it cannot be seen
+            self._begin(create)
+        _ = self.manifest  # refuses another format
+
+    def _begin(self, create: bool) -> None:
+        present = listing(self.folder)
+        if not create and "parts" not in present:
+            raise InputError(f"{self.folder} holds no sweep results")
+        if strangers := sorted(set(present) - {"parts", "manifest.json"}):
+            raise InputError(
+                f"{self.folder} holds other things than sweep results ({strangers[0]}): give an empty folder"
+            )
+        earlier = self.finished()  # refuses parts of another format
+        with self._alone():
+            if self._manifest.exists():  # another process just began it
+                return
+            self.parts.mkdir(exist_ok=True)
+            self._write_manifest({})
+        if earlier:
+            warnings.warn(
+                f"{self._manifest} was gone: the rows are there, what earlier runs recorded is not",
+                SpectralWarning,
+                stacklevel=3,
+            )
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """`format`, and `runs` by key. Raises InputError if damaged, foreign or of another format."""
+        try:
+            found = json.loads(self._manifest.read_bytes())
+        except OSError as error:
+            raise InputError(f"{self._manifest} cannot be read: {error.strerror}") from error
+        except ValueError as error:
+            raise self._damaged_manifest(str(error)) from error
+        if not isinstance(found, dict) or found.get("store") != KIND:
+            raise InputError(f"{self._manifest} belongs to something else than a sweep: give another folder")
+        check_format(found.get("format"), str(self.folder))
+        runs = found.get("runs")
+        if not isinstance(runs, dict) or not all(isinstance(run, dict) for run in runs.values()):
+            raise self._damaged_manifest("no runs")
+        return found
+
+    def _damaged_manifest(self, reason: str) -> InputError:
+        return InputError(
+            f"{self._manifest} is damaged ({reason}): restore it, or delete it and run again; "
+            "the rows are kept, what earlier runs recorded is lost"
+        )
+
+    def record(self, run_key: str, run: dict[str, Any]) -> None:
+        """Merge what describes a run into the manifest.
+
+        `run["cells"]` lists addresses in the order that rows take; all shards of a sweep record the same.
+        """
+        with self._alone():
+            runs = self.manifest["runs"]
+            old = runs.get(run_key, {})
+            cells = dict.fromkeys([*old.get("cells", ()), *run.get("cells", ())])
+            runs[run_key] = {**old, **run, "cells": list(cells)}
+            self._write_manifest(runs)
+
+    def add(self, unit: str, rows: pd.DataFrame) -> Path:
+        """Write the rows of one unit of work: when this returns they are finished and on the disk.
+
+        Raises InputError for rows that do not fit the schema, a full disk and a read-only folder; the store
+        is then as it was.
+        """
+        data = encode(rows)
+        return self._put(f"{_unit(unit)}-{checksum(data)}.parquet", data)
+
+    def finished(self) -> set[tuple[str, int]]:
+        """Cell and window of all sound rows; a part is read once. Damaged ones are reported and set aside."""
+        names, known = self._names(), self._finished
+        self._finished = {name: known[name] for name in names if name in known}
+        for name, _, table in self._sound(name for name in names if name not in known):
+            pairs = zip(table["cell"].to_pylist(), table["window"].to_pylist(), strict=True)
+            self._finished[name] = set(pairs)
+        return set().union(*self._finished.values())
+
+    def rows(self) -> pd.DataFrame:
+        """Each cell and window once, in the order of the cells recorded: equal rows give equal frames."""
+        tables = {name: table for name, _, table in self._sound(self._names())}
+        self._finished = {name: pairs for name, pairs in self._finished.items() if name in tables}
+        runs = self.manifest["runs"]
+        cells = dict.fromkeys(cell for key in sorted(runs) for cell in runs[key].get("cells", ()))
+        return canonical(list(tables.values()), list(cells))
+
+    def table(self) -> pd.DataFrame:
+        """One row per cell and document: token-weighted means over the windows that are there."""
+        return by_document(self.rows())
+
+    @contextmanager
+    def claim(self, unit: str) -> Iterator[bool]:
+        """Whether the unit is this process's to compute until the block ends; does not wait.
+
+        Look at `finished` again inside: another process may have finished the unit just before.
+        """
+        lock = self._lock(f"unit-{_unit(unit)}.lock")
+        with clearly(self.folder), suppress(Timeout):
+            self._locks.mkdir(parents=True, exist_ok=True)
+            lock.acquire(blocking=False)
+        try:
+            yield lock.is_locked
+        finally:
+            lock.release()
+
+    def clear(self) -> None:
+        """Remove all rows and records, and no file that the store did not write.
+
+        Raises InputError while another process has claimed a unit.
+        """
+        with self._alone():
+            for path in self._locks.glob("unit-*.lock"):
+                with self.claim(path.name.removeprefix("unit-").removesuffix(".lock")) as free:
+                    if not free:
+                        raise InputError(f"another process is at work on {self.folder}: stop it first")
+            for path in self.parts.iterdir():
+                if PART.fullmatch(path.name.removeprefix(".damaged-")):
+                    path.unlink()
+            self._write_manifest({})
+        self._finished = {}
+
+    @staticmethod
+    def merge(folders: Sequence[str | Path], out: str | Path) -> "Store":
+        """All sound rows and records of several stores in `out`, which may have rows of its own.
+
+        Raises InputError, before anything is written, for a folder that is no store of this format.
+        """
+        stores = [Store(folder, create=False) for folder in folders]
+        merged = Store(out)
+        for store in stores:
+            for name, data, _ in store._sound(store._names()):
+                merged._put(name, data)
+            for key, run in store.manifest["runs"].items():
+                merged.record(key, run)
+        return merged
+
+    def _put(self, name: str, data: bytes) -> Path:
+        with self._alone(), whole(self.parts / name) as path:
+            path.write_bytes(data)
+        return self.parts / name
+
+    def _write_manifest(self, runs: dict[str, Any]) -> None:
+        found = {"store": KIND, "format": FORMAT, "runs": dict(sorted(runs.items()))}
+        text = json.dumps(found, indent=1, ensure_ascii=False) + "\n"
+        with whole(self._manifest) as path:
+            path.write_text(text, encoding="utf-8")
+
+    def _names(self) -> list[str]:
+        return sorted(name for name in listing(self.parts) if name.endswith(".parquet"))
+
+    def _sound(self, names: Iterable[str]) -> Iterator[tuple[str, bytes, pa.Table]]:
+        """Name, bytes and rows of the sound parts; the others are reported."""
+        for name in names:
+            try:
+                data = (self.parts / name).read_bytes()
+                table = decode(data, name)
+            except FileNotFoundError:  # another process set it aside
+                continue
+            except OSError as error:
+                self._report(name, f"cannot be read ({error.strerror})", "left there")
+            except Damaged as error:
+                if (fate := self._set_aside(name)) is not None:
+                    self._report(name, f"is damaged ({error})", fate)
+                else:
+                    yield from self._sound([name])
+            else:
+                yield name, data, table
+
+    def _set_aside(self, name: str) -> str | None:
+        """What became of a damaged part; None if another process just set it aside, or computed it anew."""
+        path = self.parts / name
+        with suppress(InputError), self._alone():
+            try:
+                decode(path.read_bytes(), name)
+            except FileNotFoundError:
+                return None
+            except Damaged:
+                path.replace(path.with_name(f".damaged-{name}"))
+                return f"set aside as .damaged-{name}"
+            else:
+                return None
+        return "left there, for the folder cannot be written"
+
+    def _report(self, name: str, trouble: str, fate: str) -> None:
+        warnings.warn(
+            f"part {self.parts / name} {trouble}: {fate}, its rows count as not computed",
+            SpectralWarning,
+            stacklevel=5,
+        )
+
+    def _lock(self, name: str) -> FileLock:
+        # a soft lock would outlive its process
+        return FileLock(self._locks / name, timeout=PATIENCE, poll_interval=0.005, fallback_to_soft=False)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """No other process changes files meanwhile: a temporary file found on the way in is a dead one's."""
+        with clearly(self.folder):
+            self._locks.mkdir(parents=True, exist_ok=True)
+            with self._lock("store.lock"):
+                if not self._tidy:
+                    for path in (self.folder / ".manifest.json.part", *self.parts.glob(".*.parquet.part")):
+                        path.unlink(missing_ok=True)
+                    self._tidy = True
+                yield
+
+
+def _unit(name: str) -> str:
+    """The name, if it can be that of a file. Raises InputError."""
+    if not UNIT.fullmatch(name):
+        raise InputError(
+            f"unit {name!r}: give 1 to 150 letters, digits and . _ = -, beginning with a letter or digit"
+        )
+    return name

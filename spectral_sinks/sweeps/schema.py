@@ -1,0 +1,172 @@
+"""A row of a sweep: its columns, its bytes in a Parquet part, and the means over a document."""
+
+import hashlib
+import re
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from spectral_sinks.errors import InputError
+
+FORMAT = 1
+"""Raised when the layout of a store's folder or the meaning of a column changes."""
+
+MEANS = ("nll", "baseline_nll", "delta_nll", "kl", "top1_agreement", "removed_energy_share")
+"""Nats per token, or shares; NaN where not measured."""
+
+BY_LAYER = ("sink_mass", "baseline_sink_mass")
+"""One value per layer; null where attention cannot be read."""
+
+CELL = pa.schema(
+    [
+        pa.field("cell", pa.string(), nullable=False),  # the content address
+        pa.field("name", pa.string(), nullable=False),
+        pa.field("model", pa.string(), nullable=False),
+        pa.field("site", pa.string(), nullable=False),  # kinds, joined by " + "
+        pa.field("layer", pa.int32()),  # the lowest; null without a site
+        pa.field("head", pa.int32()),
+        pa.field("filter", pa.string(), nullable=False),
+        pa.field("rank", pa.int32()),  # directions removed; null for a custom function
+        pa.field("fill", pa.string(), nullable=False),
+        pa.field("at", pa.string(), nullable=False),  # which tokens were filtered
+        pa.field("draw", pa.int32()),
+    ]
+)
+"""What a cell is."""
+
+SCHEMA = pa.schema(
+    [
+        *CELL,
+        pa.field("document", pa.int32(), nullable=False),
+        pa.field("window", pa.int32(), nullable=False),
+        pa.field("tokens", pa.int32(), nullable=False),  # predicted ones
+        *(pa.field(name, pa.float64()) for name in MEANS),
+        *(pa.field(name, pa.list_(pa.float64())) for name in BY_LAYER),
+    ]
+)
+"""One row per cell and window."""
+
+UNIT = re.compile(r"[A-Za-z0-9][\w.=-]{0,149}", re.ASCII)
+"""The name of a unit of work."""
+
+PART = re.compile(rf"{UNIT.pattern}-(?P<checksum>[0-9a-f]{{32}})\.parquet", re.ASCII)
+"""The name of a part: the unit of work, and the first 128 bits of the SHA-256 of the bytes."""
+
+MARK = b"spectral_sinks.format"
+
+
+class Damaged(Exception):
+    """The bytes are not those that were written; the message says how that is known."""
+
+
+def encode(rows: pd.DataFrame) -> bytes:
+    """A part: the same bytes for the same rows. Raises InputError for rows that do not fit the schema."""
+    missing = [name for name in SCHEMA.names if name not in rows.columns]
+    unknown = [name for name in rows.columns if name not in SCHEMA.names]
+    if missing or unknown or len(rows.columns) != len(SCHEMA.names):
+        raise InputError(
+            f"rows of a sweep: missing columns {missing}, unknown columns {unknown}, "
+            f"expected each once: {', '.join(SCHEMA.names)}"
+        )
+    try:
+        table = pa.Table.from_pandas(rows, SCHEMA, preserve_index=False)
+    except (pa.ArrowException, TypeError, ValueError) as error:
+        raise InputError(f"rows of a sweep do not fit their columns: {error}") from error
+    sink = pa.BufferOutputStream()
+    # without what pandas adds, which depends on how the frame was made
+    pq.write_table(table.replace_schema_metadata({MARK: str(FORMAT)}), sink, compression="zstd")
+    return sink.getvalue().to_pybytes()
+
+
+def checksum(data: bytes) -> str:
+    """The first 128 bits of the SHA-256, in hexadecimal."""
+    return hashlib.sha256(data).hexdigest()[:32]
+
+
+def decode(data: bytes, name: str) -> pa.Table:
+    """The rows of the part of that name, checked.
+
+    Raises Damaged for other bytes than were written or other columns, InputError for another format.
+    """
+    parsed = PART.fullmatch(name)
+    if parsed is None:
+        raise Damaged("its name holds no checksum")
+    if checksum(data) != parsed["checksum"]:
+        raise Damaged("its checksum does not match" if data.endswith(b"PAR1") else "it is truncated")
+    try:
+        table = pq.ParquetFile(pa.BufferReader(data)).read()
+    except (pa.ArrowException, OSError) as error:
+        raise Damaged(f"it is no Parquet file: {error}") from error
+    check_format((table.schema.metadata or {}).get(MARK, b"unknown").decode(), f"part {name}")
+    if not table.schema.equals(SCHEMA):
+        raise Damaged("its columns are not those of a sweep")
+    return table
+
+
+def check_format(found: object, what: str) -> None:
+    """Raise InputError for any format but this version's."""
+    if str(found) != str(FORMAT):
+        raise InputError(
+            f"{what} has format {found} of sweep results, this version reads format {FORMAT}: "
+            "use the version of spectral_sinks that wrote it, or give another folder"
+        )
+
+
+def canonical(tables: Sequence[pa.Table], cells: Sequence[str] = ()) -> pd.DataFrame:
+    """Each cell and window once, by the place in `cells` (others after them, by address), then by window.
+
+    Of several rows for one cell and window the first in the order of their columns is taken, so that the
+    result depends on the rows alone and not on the parts that held them.
+    """
+    key = ["cell", "window"]
+    frame = pa.concat_tables([SCHEMA.empty_table(), *tables]).to_pandas()
+    integers = [field.name for field in SCHEMA if field.nullable and field.type == pa.int32()]
+    frame = frame.astype(dict.fromkeys(integers, "Int32"))
+    again = frame.duplicated(key, keep=False)
+    if again.any():
+        in_order = frame[again].sort_values([name for name in SCHEMA.names if name not in BY_LAYER])
+        frame = frame.drop(index=in_order.index[in_order.duplicated(key)])
+    places = {cell: place for place, cell in enumerate(cells)}
+    frame["place"] = [places.get(cell, len(places)) for cell in frame["cell"]]
+    return frame.sort_values(["place", *key], ignore_index=True).drop(columns="place")
+
+
+def by_document(rows: pd.DataFrame) -> pd.DataFrame:
+    """Token-weighted means over the windows of each cell and document, in the order of the cells.
+
+    `windows` counts the rows that went in and `tokens` sums theirs. A value that one window lacks is
+    missing in the mean.
+    """
+    place = rows.groupby("cell", sort=False).ngroup()
+    rows = rows.iloc[np.lexsort((rows["window"], rows["document"], place))]
+    group = rows.groupby(["cell", "document"], sort=False).ngroup().to_numpy()
+    starts = np.flatnonzero(np.diff(group, prepend=-1))
+    stops = np.append(starts, len(rows))[1:]
+    weights = rows["tokens"].to_numpy(np.float64)
+    total = np.add.reduceat(weights, starts)
+
+    table = rows.iloc[starts][[*CELL.names, "document"]].reset_index(drop=True)
+    table["windows"] = stops - starts
+    table["tokens"] = total.astype(np.int64)
+    for name in MEANS:
+        table[name] = np.add.reduceat(rows[name].to_numpy(np.float64) * weights, starts) / total
+    for name in BY_LAYER:
+        table[name] = pd.Series(_by_layer(list(rows[name]), weights, starts), dtype=object)
+    return table
+
+
+def _by_layer(
+    values: list[np.ndarray | None], weights: np.ndarray, starts: np.ndarray
+) -> list[np.ndarray | None]:
+    """Weighted means of the runs of rows that begin at `starts`; None where a row has none."""
+    layers = np.array([0 if value is None else len(value) for value in values], dtype=int)
+    padded = np.full((len(values), layers.max(initial=0)), np.nan)
+    present = [value for value in values if value is not None]
+    padded[np.arange(padded.shape[1]) < layers[:, None]] = np.concatenate([*present, []])
+    sums = np.add.reduceat(padded * weights[:, None], starts)
+    means = sums / np.add.reduceat(weights, starts)[:, None]
+    counts = np.minimum.reduceat(layers, starts)
+    return [mean[:count] if count else None for mean, count in zip(means, counts, strict=True)]
