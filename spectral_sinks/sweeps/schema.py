@@ -154,15 +154,19 @@ def by_document(rows: pd.DataFrame) -> pd.DataFrame:
     for name in MEANS:
         table[name] = np.add.reduceat(rows[name].to_numpy(np.float64) * weights, starts) / total
     for name in BY_LAYER:
-        values = list(rows[name])
-        means: list[object] = [
-            _mean(values[start:stop], weights[start:stop]) for start, stop in zip(starts, stops, strict=True)
-        ]
-        table[name] = pd.Series(means, dtype=object)
+        table[name] = pd.Series(_by_layer(list(rows[name]), weights, starts), dtype=object)
     return table
 
 
-def _mean(values: list[np.ndarray | None], weights: np.ndarray) -> np.ndarray | None:
-    """By layer; None where a window has none."""
+def _by_layer(
+    values: list[np.ndarray | None], weights: np.ndarray, starts: np.ndarray
+) -> list[np.ndarray | None]:
+    """Weighted means of the runs of rows that begin at `starts`; None where a row has none."""
+    layers = np.array([0 if value is None else len(value) for value in values], dtype=int)
+    padded = np.full((len(values), layers.max(initial=0)), np.nan)
     present = [value for value in values if value is not None]
-    return np.average(present, axis=0, weights=weights) if len(present) == len(values) else None
+    padded[np.arange(padded.shape[1]) < layers[:, None]] = np.concatenate([*present, []])
+    sums = np.add.reduceat(padded * weights[:, None], starts)
+    means = sums / np.add.reduceat(weights, starts)[:, None]
+    counts = np.minimum.reduceat(layers, starts)
+    return [mean[:count] if count else None for mean, count in zip(means, counts, strict=True)]
