@@ -146,8 +146,8 @@ class Batch:
 
         parts = self.memory.parts(len(self), 1, run)
         nll = _columns([part[0].double().mean(1) for part in parts], 1)
-        received = [torch.cat(layer) for layer in zip(*(part[3] for part in parts), strict=True)]
-        mass = torch.stack(received, -1).cpu().numpy()[None] if received else None
+        received = [torch.cat(layer).cpu() for layer in zip(*(part[3] for part in parts), strict=True)]
+        mass = torch.stack(received, -1).numpy()[None] if received else None
         zero = np.zeros_like(nll)
         self.baseline = Measured(nll, zero, np.ones_like(nll), zero, mass)
         self._reference = parts[0][1] if len(parts) == 1 else Reference.joined([part[1] for part in parts])
