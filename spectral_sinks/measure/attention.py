@@ -10,7 +10,7 @@ from torch import Tensor
 from spectral_sinks.errors import InputError
 from spectral_sinks.interventions.tracing import trace
 from spectral_sinks.models.language import LanguageModel
-from spectral_sinks.models.opening import TOKENS
+from spectral_sinks.models.opening import OPENING, TOKENS
 from spectral_sinks.texts import Windows
 
 EPSILON = 0.3
@@ -45,8 +45,14 @@ def attention_by_head(
 ) -> pd.DataFrame:
     """Attention received by a position: one row per (document, layer, head), mean over its windows.
 
-    Raises InputError where attention weights cannot be read or a window is shorter than `tokens`.
+    Raises InputError where attention weights cannot be read or a window is shorter than `tokens`, and for
+    more than 64 tokens under "sdpa_opening".
     """
+    if model.config._attn_implementation == OPENING and tokens > TOKENS:
+        raise InputError(
+            f"attention received is taken over {tokens} tokens, and {OPENING!r} keeps the maps of only "
+            f"the first {TOKENS}: load the model with attention='eager'"
+        )
     rows: list[pd.DataFrame] = []
     for places, ids in windows.batches(batch_size):
         received = trace(

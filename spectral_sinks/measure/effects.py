@@ -130,7 +130,7 @@ def evaluate_all(
 
     A pass begins at its lowest site: what lies below is taken from the untouched pass, bit for bit. Sink
     mass is read where attention weights can be read and all windows have 64 tokens. `progress` is called
-    with 1 after each cell of each batch.
+    with the number of cells just done, for each batch anew.
     """
     for edits in cells.values():
         for site, edit in edits.items():

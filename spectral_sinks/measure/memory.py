@@ -79,7 +79,7 @@ def out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     if isinstance(error, RuntimeError) and re.search(
-        r"out of memory|not enough memory|can't allocate memory", str(error)
+        r"out of memory|not enough memory|can't allocate memory|ALLOC_FAILED|bad_alloc", str(error)
     ):
         return True
     cause = error.__cause__

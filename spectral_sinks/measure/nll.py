@@ -87,7 +87,8 @@ def untouched(
         total.append(most + sums.log())
         nll.append(total[-1] - hit)
         if linear:
-            expected.append((exponentials / sums[:, None]) @ weight.to(final.device, exponentials.dtype))
+            mean = exponentials @ weight.to(final.device, exponentials.dtype)
+            expected.append(mean / sums[:, None])
     scores = Scores(torch.cat(nll).view(len(ids), -1))
     return scores, Reference(rows, torch.cat(total), torch.cat(top), torch.cat(expected) if linear else None)
 
@@ -113,25 +114,26 @@ def score(
         torch.empty(len(rows), device=final.device, dtype=reference.total.dtype) for _ in "123"
     )
     for part in _chunks(model, reference.final):
-        theirs = None
+        theirs, p = None, None
         if reference.expected is None:
-            theirs = model.unembed(reference.final[part]).log_softmax(-1)
+            theirs = model.unembed(reference.final[part])
+            p = (theirs - reference.total[part, None]).exp()
         for start in range(0, len(rows), period):
             here = slice(start + part.start, start + part.stop)
             logits = model.unembed(rows[here])
             hit = logits.gather(-1, targets[here, None])[:, 0]
             at_top = logits.gather(-1, reference.top[part, None])[:, 0]
-            cross = None if theirs is None else (theirs.exp() * (theirs - logits)).sum(-1)
+            if reference.expected is not None:
+                moved = (rows[here] - reference.final[part]).to(reference.expected.dtype)
+                gained = (reference.expected[part] * moved).sum(-1)
+            else:
+                assert theirs is not None and p is not None
+                gained = (p * (logits - theirs)).sum(-1)
             most, sums, _ = _exponentials(logits)
             total = most + sums.log()
             nll[here] = total - hit
             agrees[here] = (at_top >= most).to(agrees.dtype)
-            if cross is not None:
-                kl[here] = cross + total
-            else:
-                assert reference.expected is not None
-                moved = (rows[here] - reference.final[part]).to(reference.expected.dtype)
-                kl[here] = total - reference.total[part] - (reference.expected[part] * moved).sum(-1)
+            kl[here] = total - reference.total[part] - gained
     shape = (ids.shape[0], ids.shape[1] - 1)
     return Scores(nll.view(shape), kl.view(shape), agrees.view(shape).bool())
 

@@ -13,11 +13,11 @@ from spectral_sinks.errors import InputError
 from spectral_sinks.interventions.sites import Site
 from spectral_sinks.interventions.tracing import Edit, Interventions, Resume, trace
 from spectral_sinks.measure.attention import attention_received
-from spectral_sinks.measure.memory import SHARE, Memory, free
+from spectral_sinks.measure.memory import SHARE, Memory, free, out_of_memory
 from spectral_sinks.measure.nll import Reference, score, untouched
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.models.opening import TOKENS
-from spectral_sinks.spectra.filters import Filter, Swap
+from spectral_sinks.spectra.filters import Filter, Mean, Noise, Zero
 from spectral_sinks.spectra.nested import Nested
 from spectral_sinks.texts import Windows
 
@@ -83,10 +83,7 @@ class Batch:
         self.attention = reads_sink(model, windows)
         self.memory = memory or Memory(model, ids.shape[1])
         self._starts = sorted({layer for layer in starts if layer is not None and layer >= 0})
-        self._residuals: dict[int, Tensor] = {}
-        self.baseline: Measured
-        self._reference: Reference
-        self._pass(self._starts)
+        self.baseline, self._reference, self._residuals = self._untouched()
 
     def __len__(self) -> int:
         return len(self.places)
@@ -97,7 +94,7 @@ class Batch:
         """What each of some cells does: those that begin at one exit share passes, as many as fit.
 
         `progress` is called with the number of cells just done. Raises InputError where memory is short and
-        a cell needs the whole batch at once, as a swap does.
+        a cell needs the whole batch at once, as a swap does, and a function of a user's own may.
         """
         bound = [{site: self._cut(edit) for site, edit in edits.items()} for edits in cells]
         by_start: dict[int | None, list[int]] = {}
@@ -126,12 +123,15 @@ class Batch:
                 mass[indices] = np.concatenate([below[..., : layers - above.shape[-1]], above], axis=-1)
         return Measured(nll, kl, agrees, removed, mass if layers else None)
 
-    def _pass(self, keep: Sequence[int]) -> None:
+    def _fitting(self, layers: Sequence[int]) -> list[Site]:
+        """The first of some exits: as many as their residuals fit into memory."""
+        each = self.ids.numel() * self.model.d * self.model.dtype.itemsize
+        fit = max(1, int(SHARE * free(self.model.device) / 2 / each))
+        return [Site("exit", layer) for layer in layers[:fit]]
+
+    def _untouched(self) -> tuple[Measured, Reference, dict[int, Tensor]]:
         """The untouched pass: the baseline, the reference, and residuals at as many exits as fit."""
-        model = self.model
-        each = self.ids.numel() * model.d * model.dtype.itemsize
-        fit = max(1, int(SHARE * free(model.device) / 2 / each))
-        exits = [Site("exit", layer) for layer in keep[:fit]]
+        model, exits = self.model, self._fitting(self._starts)
 
         def run(a: int, b: int) -> tuple[Tensor, Reference, dict[Site, Tensor], list[Tensor]]:
             ids = self.ids[a:b]
@@ -149,14 +149,19 @@ class Batch:
         received = [torch.cat(layer).cpu() for layer in zip(*(part[3] for part in parts), strict=True)]
         mass = torch.stack(received, -1).numpy()[None] if received else None
         zero = np.zeros_like(nll)
-        self.baseline = Measured(nll, zero, np.ones_like(nll), zero, mass)
-        self._reference = parts[0][1] if len(parts) == 1 else Reference.joined([part[1] for part in parts])
-        self._residuals = {site.layer: torch.cat([part[2][site] for part in parts]) for site in exits}
+        baseline = Measured(nll, zero, np.ones_like(nll), zero, mass)
+        return baseline, Reference.joined([part[1] for part in parts]), _joined([part[2] for part in parts])
 
     def _residual(self, layer: int) -> Tensor:
+        """What leaves an exit in the untouched pass: kept, or computed again with others that fit."""
         if layer not in self._residuals:
             self._residuals.clear()
-            self._pass([layer, *(other for other in self._starts if other > layer)])
+            exits = self._fitting([layer, *(other for other in self._starts if other > layer)])
+
+            def run(a: int, b: int) -> dict[Site, Tensor]:
+                return trace(self.model, self.ids[a:b], {}, exits, readout=lambda final, read, weights: read)
+
+            self._residuals = _joined(self.memory.parts(len(self), 1, run))
         return self._residuals[layer]
 
     def _suffix(
@@ -176,8 +181,10 @@ class Batch:
                 entries = [self._entry(first, nest, cells[i], shares[i]) for i in range(a, b)]
                 residuals = torch.cat(entries) if len(entries) > 1 else entries[0]
             inner = [{s: e for s, e in cell.items() if s != exit} for cell in cells[a:b]]
-            if b - a == 1 and self.memory.rows < size:
+            if b - a == 1 and self.memory.rows < size and all(map(_by_window, inner[0].values())):
                 found = self._by_rows(first, residuals, inner[0], shares[a])
+            elif b - a == 1 and self.memory.rows < size:
+                found = self._whole(first, residuals, inner[0], shares[a])
             else:
                 found = self._run(first, residuals, inner, shares[a:b], slice(0, size))
             if progress is not None:
@@ -210,13 +217,6 @@ class Batch:
         self, first: int, residuals: Tensor | None, edits: dict[Site, Edit], shares: list[Tensor]
     ) -> Found:
         """One cell whose batch does not fit: some rows of it at a time."""
-        for site, edit in edits.items():
-            if isinstance(edit, Filter) and isinstance(edit.fill, Swap):
-                raise InputError(
-                    f"{edit.name!r} at {site} swaps within batches, and a batch of {len(self)} windows "
-                    "does not fit into memory: give a smaller batch_size"
-                )
-        taken: list[list[Tensor]] = []
 
         def run(a: int, b: int) -> tuple[Found, list[Tensor]]:
             here: list[Tensor] = []
@@ -225,14 +225,28 @@ class Batch:
             return self._run(first, cut, [part], [here], slice(a, b)), here
 
         parts = self.memory.parts(len(self), 1, run)
-        taken = [here for _, here in parts]
-        shares.extend(torch.cat(site) for site in zip(*taken, strict=True))
+        shares.extend(torch.cat(site) for site in zip(*(here for _, here in parts), strict=True))
         found = [part for part, _ in parts]
         received = [torch.cat(layer) for layer in zip(*(part.received for part in found), strict=True)]
         nll, kl, agrees = (
             torch.cat([getattr(part, name) for part in found]) for name in ("nll", "kl", "agrees")
         )
         return Found(nll, kl, agrees, received)
+
+    def _whole(
+        self, first: int, residuals: Tensor | None, edits: dict[Site, Edit], shares: list[Tensor]
+    ) -> Found:
+        """One cell that needs the whole batch at once, though it may not fit."""
+        try:
+            return self._run(first, residuals, [edits], [shares], slice(0, len(self)))
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            site, edit = next((site, edit) for site, edit in edits.items() if not _by_window(edit))
+            raise InputError(
+                f"{getattr(edit, 'name', 'a function')!r} at {site} acts on whole batches, and a batch of "
+                f"{len(self)} windows does not fit into memory: give a smaller batch_size"
+            ) from None
 
     def _run(
         self,
@@ -261,17 +275,17 @@ class Batch:
             return edit
 
         sites = dict.fromkeys(site for edits in cells for site in edits)
-        ids = ids.repeat(len(cells), 1)
+        repeated = ids.repeat(len(cells), 1)
 
         def readout(final: Tensor, read: dict[Site, Tensor], weights: list[Tensor]) -> Found:
-            scores = score(model, final, ids, reference)
+            scores = score(model, final, repeated, reference)
             assert scores.kl is not None and scores.agrees is not None
             nll, kl, agrees = (x.double().mean(1).cpu() for x in (scores.nll, scores.kl, scores.agrees))
             return Found(nll, kl, agrees, [layer.cpu() for layer in weights])
 
         return trace(
             model,
-            ids,
+            repeated,
             {site: stacked(site) for site in sites},
             readout=readout,
             attention=self.attention and _received,
@@ -301,7 +315,7 @@ def applied(
         out = x if edit.rank == 0 else edit.replaced(x, removed, ids)
         lost = removed.square().sum(-1)
     else:
-        out = edit(x)
+        out = edit(x.clone())  # a function of a user's own may write into what it is given
         lost = (x - out).to(torch.promote_types(x.dtype, torch.float32)).square().sum(-1)
     energy = x.to(lost.dtype).square().sum(-1)
     share = lost / energy.clamp_min(torch.finfo(lost.dtype).tiny)
@@ -309,10 +323,20 @@ def applied(
     return out, ((share * weight).sum(-1) / weight.sum(-1).clamp_min(1)).cpu()
 
 
+def _by_window(edit: Edit) -> bool:
+    """Whether what an edit does to a window is known not to depend on the others of the batch."""
+    return isinstance(edit, Filter) and isinstance(edit.fill, Zero | Mean | Noise)
+
+
 def _rows_of(edit: Edit, rows: slice) -> Edit:
     if isinstance(edit, Filter) and isinstance(edit.tokens, Tensor) and edit.tokens.ndim == 2:
         return replace(edit, tokens=edit.tokens[rows])
     return edit
+
+
+def _joined(parts: list[dict[Site, Tensor]]) -> dict[int, Tensor]:
+    """Residuals by layer, from those of consecutive windows."""
+    return {site.layer: torch.cat([part[site] for part in parts]) for site in parts[0]}
 
 
 def _received(weights: Float[Tensor, "batch heads tokens tokens"]) -> Float[Tensor, "batch"]:

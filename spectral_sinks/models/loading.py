@@ -75,6 +75,8 @@ def load(
         name = getattr(module.config, "name_or_path", "") or type(module).__name__
         if tokenizer is None and Path(name).is_dir():
             tokenizer = load_tokenizer(Source(name, Path(name)), trust_remote_code)
+    if getattr(module.config, "_attn_implementation", "") == OPENING:
+        _check_opening(name, module)
     module.eval()
     for parameter, weight in module.named_parameters():
         check_finite(f"{name}: {parameter}", weight)
@@ -116,13 +118,17 @@ def _load_module(
             f"{source.name} lacks {len(lacking)} of the weights of a {type(module).__name__}: "
             f"{', '.join(lacking[:3])}{', ...' if len(lacking) > 3 else ''}"
         )
-    if attention == OPENING and not module._supports_sdpa:
-        raise InputError(
-            f"{source.name}: {type(module).__name__} has no sdpa attention: use attention='eager'"
-        )
+    if attention == OPENING:
+        _check_opening(source.name, module)
     if attention == OPENING or (attention == "auto" and module._supports_sdpa):
         module.set_attn_implementation(OPENING)
     return module
+
+
+def _check_opening(name: str, module: Any) -> None:
+    """Raise InputError where the kernel would leave out a cap or a learned sink."""
+    if not module._supports_sdpa:
+        raise InputError(f"{name}: {type(module).__name__} has no sdpa attention: use attention='eager'")
 
 
 def _moved(module: Any, device: str | torch.device) -> Any:

@@ -148,7 +148,7 @@ class Filter:
         """Put the fill in the place of a component of x that `removed` found, at the selected tokens."""
         out = x.to(removed.dtype) - removed
         if not isinstance(self.fill, Zero):
-            out = out + self.fill(removed, self.blocked)
+            out = out + self.fill(removed.clone(), self.blocked)  # a fill of a user's own may write into it
         return self._at_selected(out.to(x.dtype), x, ids)
 
     def _at_selected(self, out: Tensor, x: Tensor, ids: Tensor | None) -> Tensor:

@@ -19,7 +19,7 @@ class Nested:
 
     def __init__(self, x: Float[Tensor, "*batch tokens d"]) -> None:
         self.x = x.to(torch.promote_types(x.dtype, torch.float32))
-        self._last: dict[str, tuple[Tensor, Tensor]] = {}
+        self._last: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
 
     def removed(self, edit: Filter) -> Float[Tensor, "*batch tokens d"]:
         """The same as `edit.removed(x)`, up to rounding."""
@@ -29,13 +29,13 @@ class Nested:
         fingerprint, vectors = block.spectrum
         key = fingerprint or str(id(vectors))
         last = self._last.get(key)
-        changed = block.members if last is None else block.members ^ last[0]
+        changed = block.members if last is None else block.members ^ last[1]
         if last is None or int(changed.sum()) >= min(block.rank, block.d - block.rank):
             found = edit.removed(self.x)
         else:
-            found = last[1] + self._part(vectors, changed & block.members)
-            found = found - self._part(vectors, changed & last[0])
-        self._last[key] = (block.members, found)
+            found = last[2] + self._part(vectors, changed & block.members)
+            found = found - self._part(vectors, changed & last[1])
+        self._last[key] = (vectors, block.members, found)  # the vectors too, lest others take their id
         return found
 
     def _part(self, vectors: Float[Tensor, "d d"], members: Bool[Tensor, "d"]) -> Tensor | float:
