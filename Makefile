@@ -5,7 +5,7 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 BIN := .venv/bin
 
-.PHONY: install reproduce test check clean
+.PHONY: install reproduce bench test check clean
 
 install: .venv/installed
 
@@ -18,6 +18,9 @@ install: .venv/installed
 
 reproduce: install
 	$(BIN)/spectral-sinks reproduce --out results
+
+bench: install
+	OMP_NUM_THREADS=1 $(BIN)/python experiments/bench.py --out results
 
 check: install
 	$(BIN)/ruff check .

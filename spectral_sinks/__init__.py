@@ -11,6 +11,7 @@ from spectral_sinks.measure.attention import (
 )
 from spectral_sinks.measure.effects import Effect, evaluate, evaluate_all, mean_residual
 from spectral_sinks.measure.energy import energy
+from spectral_sinks.measure.screen import first_order
 from spectral_sinks.models.describe import describe
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.models.loading import load
@@ -32,7 +33,7 @@ from spectral_sinks.spectra.filters import (
 )
 from spectral_sinks.spectra.spectrum import Spectrum
 from spectral_sinks.spectra.subspace import Subspace, intersection, principal_cosines, random_subspace
-from spectral_sinks.stats import mean_interval, null_rank, sign_flip, summarise
+from spectral_sinks.stats import mean_interval, null_rank, sequential_p, sign_flip, summarise
 from spectral_sinks.study import Finding, Study, answer, reproduce, without_last_band
 from spectral_sinks.sweeps.cells import Cell, grid
 from spectral_sinks.sweeps.cost import Cost
@@ -61,6 +62,7 @@ __all__ = [
     "figures",
     "Filter",
     "Finding",
+    "first_order",
     "grid",
     "InputError",
     "intersection",
@@ -84,6 +86,7 @@ __all__ = [
     "Report",
     "reproduce",
     "rnd",
+    "sequential_p",
     "sign_flip",
     "sink_rate",
     "Site",

@@ -1,11 +1,13 @@
 """Intervals, tests and null distributions; the unit of resampling is the document."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 from scipy import stats
+
+from spectral_sinks.errors import InputError
 
 RESAMPLES = 4999
 
@@ -45,6 +47,28 @@ def sign_flip(values: ArrayLike, seed: int = 0) -> float:
 def null_rank(observed: float, null: Sequence[float]) -> int:
     """How many draws of a null distribution reach the observed value: 0 when it is beyond them all."""
     return int(np.sum(np.asarray(null) >= observed))
+
+
+def sequential_p(
+    observed: float, draw: Callable[[int], float], *, h: int = 10, n: int = 999
+) -> tuple[float, int]:
+    """One-sided Monte Carlo p value that stops drawing once the answer is clear, and the draws it used.
+
+    `draw(i)` is draw i = 0, 1, ... of the null. Draws are taken until `h` of them reach the observed value:
+    p is then `h / used`; or until `n` are spent: then (how many reach it + 1) / (n + 1), as without stopping.
+    The error rate is kept exactly: under the null, for draws exchangeable with the observed value,
+    `P(p <= a) <= a` for every a, with equality at each value that p can take; ties only make p larger.
+    Large p values, the uninteresting ones, cost about `h / p` draws instead of n. Raises InputError unless
+    1 <= h <= n. (Besag & Clifford 1991, Biometrika 78)
+    """
+    if not 1 <= h <= n:
+        raise InputError(f"stopping after {h} of at most {n} draws: expected 1 <= h <= n")
+    reached = 0
+    for used in range(1, n + 1):
+        reached += bool(draw(used - 1) >= observed)
+        if reached == h:
+            return h / used, used
+    return (reached + 1) / (n + 1), n
 
 
 def summarise(frame: pd.DataFrame, by: Sequence[str], value: str) -> pd.DataFrame:

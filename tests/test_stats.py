@@ -65,6 +65,41 @@ def test_the_rank_in_a_null_distribution() -> None:
     assert [ss.null_rank(observed, null) for observed in (0.6, 0.5, 0.2, 0.0)] == [0, 2, 3, 4]
 
 
+@pytest.mark.parametrize(("h", "n"), [(1, 1), (1, 5), (2, 5), (3, 6), (6, 6)])
+def test_the_error_rate_of_sequential_draws_over_all_orders(h: int, n: int) -> None:
+    found = []
+    for order in itertools.permutations(range(n + 1)):
+        p, used = ss.sequential_p(order[0], lambda i, order=order: order[i + 1], h=h, n=n)
+        reach = np.cumsum(np.array(order[1:]) >= order[0])
+        stopped = np.flatnonzero(reach == h)
+        assert used == (stopped[0] + 1 if stopped.size else n)
+        assert p == (h / used if stopped.size else (reach[-1] + 1) / (n + 1))
+        found.append(p)
+    for level in set(found):
+        assert np.mean(np.array(found) <= level) == pytest.approx(level), "exact wherever p can be"
+
+
+def test_sequential_draws_under_the_null_and_away_from_it() -> None:
+    rng = np.random.default_rng(0)
+    found = [ss.sequential_p(rng.normal(), lambda _: rng.normal(), h=5, n=99) for _ in range(4000)]
+    p, used = np.array(found).T
+    for level in (0.01, 0.05, 0.1, 0.25, 0.5, 0.9):
+        assert np.mean(p <= level) <= level + 3 * (level * (1 - level) / 4000) ** 0.5
+    assert used.mean() < 25, "a quarter of the draws"
+    assert ss.sequential_p(9.0, lambda _: rng.normal(), h=5, n=99) == (0.01, 99), "what is extreme costs all"
+    tied = [
+        ss.sequential_p(int(rng.integers(3)), lambda _: int(rng.integers(3)), h=5, n=99)[0]
+        for _ in range(4000)
+    ]
+    assert np.mean(np.array(tied) <= 0.05) <= 0.05
+
+
+@pytest.mark.parametrize(("h", "n"), [(0, 5), (6, 5)])
+def test_sequential_draws_that_cannot_stop(h: int, n: int) -> None:
+    with pytest.raises(ss.InputError, match=f"after {h} of at most {n} draws"):
+        ss.sequential_p(0.0, float, h=h, n=n)
+
+
 def test_summarise_resamples_documents() -> None:
     rng = np.random.default_rng(1)
     frame = pd.DataFrame(

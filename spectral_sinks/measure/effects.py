@@ -1,6 +1,6 @@
 """What an intervention does: NLL, divergence from the untouched model, and the sink, by document."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -157,25 +157,23 @@ def evaluate_all(
 def window_rows(batch: Batch, found: Measured, cell: int) -> pd.DataFrame:
     """A row per window of a batch for one of the cells measured on it."""
     base = batch.baseline
-    table = pd.DataFrame(
-        {
-            "document": [batch.windows.document[place] for place in batch.places],
-            "tokens": batch.ids.shape[1] - 1,
-            "nll": found.nll[cell],
-            "baseline_nll": base.nll[0],
-            "delta_nll": found.nll[cell] - base.nll[0],
-            "kl": found.kl[cell],
-            "top1_agreement": found.top1_agreement[cell],
-            "removed_energy_share": found.removed_energy_share[cell],
-        }
-    )
+    columns: dict[str, Any] = {
+        "document": [batch.windows.document[place] for place in batch.places],
+        "tokens": batch.ids.shape[1] - 1,
+        "nll": found.nll[cell],
+        "baseline_nll": base.nll[0],
+        "delta_nll": found.nll[cell] - base.nll[0],
+        "kl": found.kl[cell],
+        "top1_agreement": found.top1_agreement[cell],
+        "removed_energy_share": found.removed_energy_share[cell],
+    }
     if found.sink_mass is not None and base.sink_mass is not None:
         for prefix, mass in (
             ("sink_mass_", found.sink_mass[cell]),
             ("baseline_sink_mass_", base.sink_mass[0]),
         ):
-            table = table.assign(**{f"{prefix}{layer}": column for layer, column in enumerate(mass.T)})
-    return table
+            columns |= {f"{prefix}{layer}": column for layer, column in enumerate(mass.T)}
+    return pd.DataFrame(columns)
 
 
 def mean_residual(
@@ -240,12 +238,14 @@ def _touches_first(edit: Filter, windows: Windows) -> bool:
 
 def _by_document(windows: pd.DataFrame) -> pd.DataFrame:
     """Token-weighted means of the windows of each document."""
-    values = [name for name in windows.columns if name not in ("document", "tokens")]
-
-    def rows() -> Iterator[dict[str, Any]]:
-        for document, part in windows.groupby("document"):
-            mean = np.average(part[values].to_numpy(), axis=0, weights=part["tokens"])
-            counts = {"document": document, "windows": len(part), "tokens": int(part["tokens"].sum())}
-            yield counts | dict(zip(values, mean, strict=True))
-
-    return pd.DataFrame(list(rows()))
+    names = [name for name in windows.columns if name not in ("document", "tokens")]
+    documents, owner, counts = np.unique(
+        windows["document"].to_numpy(), return_inverse=True, return_counts=True
+    )
+    weights = windows["tokens"].to_numpy()
+    tokens = np.zeros(len(documents), dtype=np.int64)
+    np.add.at(tokens, owner, weights)
+    sums = np.zeros((len(documents), len(names)))
+    np.add.at(sums, owner, windows[names].to_numpy() * weights[:, None])
+    means = dict(zip(names, (sums / tokens[:, None]).T, strict=True))
+    return pd.DataFrame({"document": documents, "windows": counts, "tokens": tokens} | means)

@@ -1,0 +1,95 @@
+"""A first-order screen: what removing each band at each exit would cost, all at once, to first order."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from spectral_sinks.errors import InputError
+from spectral_sinks.interventions.sites import Site
+from spectral_sinks.interventions.tracing import trace
+from spectral_sinks.measure.nll import chunk
+from spectral_sinks.models.language import LanguageModel
+from spectral_sinks.spectra.spectrum import Spectrum
+from spectral_sinks.texts import Windows
+
+
+def first_order(
+    model: LanguageModel,
+    windows: Windows,
+    spectrum: Spectrum,
+    layers: Sequence[int] | None = None,
+    *,
+    batch_size: int = 16,
+) -> pd.DataFrame:
+    """A screen, never a result: the change of NLL per band and exit, extrapolated from the untouched model.
+
+    One row per (layer, band): `estimate`, nats per token, mean over documents as in `evaluate`, is
+    `-sum_t g_t P_b x_t` with x the residual at the exit and g the gradient of the mean NLL there, from one
+    forward and one backward pass per batch for all layers and bands. The estimate of a filter that removes
+    several bands is the sum of theirs. It is exact for a vanishing part of a band; removing a whole band is
+    far from that, so it may order candidates, and what it selects is to be measured with `evaluate_all`.
+    Raises InputError for a spectrum of another width and layers that the model does not have. (Attribution
+    patching: Nanda 2023; Syed et al. 2023)
+    """
+    if spectrum.d != model.d:
+        raise InputError(f"a spectrum of width {spectrum.d} for a model of width {model.d}")
+    exits = [Site("exit", layer) for layer in (range(model.layers) if layers is None else layers)]
+    entry = Site("embedding")
+    vectors = spectrum.vectors.to(model.device, torch.promote_types(model.dtype, torch.float32))
+    sizes = np.diff(spectrum.edges).tolist()
+    estimates = np.zeros((len(windows), len(exits), spectrum.count))
+    tokens = np.zeros(len(windows))
+    for places, ids in windows.batches(batch_size):
+        ids = ids.to(model.device)
+
+        def readout(final: Tensor, read: dict[Site, Tensor], _: list[Tensor], ids: Tensor = ids) -> Tensor:
+            states = [read[site] for site in exits]
+            gradients = torch.autograd.grad(final, states, _gradient(model, final, ids))
+            with torch.no_grad():
+                return torch.stack([_by_band(g, x) for g, x in zip(gradients, states, strict=True)], 1)
+
+        def _by_band(g: Tensor, x: Tensor) -> Tensor:
+            products = (g.to(vectors.dtype) @ vectors) * (x.to(vectors.dtype) @ vectors)
+            return torch.stack([-part.sum((1, 2)) for part in products.split(sizes, dim=-1)], -1).cpu()
+
+        found = trace(
+            model,
+            ids,
+            {entry: lambda x: x.detach().requires_grad_()},  # whether or not the weights want gradients
+            exits,
+            readout=readout,
+            gradients=True,
+        )
+        estimates[places] = found.double().numpy()
+        tokens[places] = ids.shape[1] - 1
+    weight = tokens / pd.Series(tokens).groupby(list(windows.document)).transform("sum").to_numpy()
+    mean = np.tensordot(weight, estimates, 1) / len(set(windows.document))
+    return pd.DataFrame(
+        [
+            {"layer": site.layer, "band": band + 1, "estimate": mean[index, band]}
+            for index, site in enumerate(exits)
+            for band in range(spectrum.count)
+        ]
+    )
+
+
+def _gradient(
+    model: LanguageModel, final: Float[Tensor, "batch tokens d"], ids: Int[Tensor, "batch tokens"]
+) -> Float[Tensor, "batch tokens d"]:
+    """Of each window's mean NLL by the output of the final norm, a chunk of logits at a time."""
+    rows = final.detach()[:, :-1].flatten(0, 1)
+    targets = ids[:, 1:].flatten()
+    step = chunk(model, final.device)
+    parts: list[Tensor] = []
+    for start in range(0, len(rows), step):
+        part = rows[start : start + step].requires_grad_()
+        loss = cross_entropy(model.unembed(part), targets[start : start + step], reduction="sum")
+        parts.append(torch.autograd.grad(loss / (ids.shape[1] - 1), part)[0])
+    gradient = torch.zeros_like(final)
+    gradient[:, :-1] = torch.cat(parts).view(len(ids), -1, final.shape[-1])
+    return gradient
