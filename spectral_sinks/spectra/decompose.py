@@ -57,17 +57,16 @@ def right_singular(
 
 
 def cut_after(squares: Float[Tensor, "n"]) -> int:
-    """The number of directions before the last relative gap of `log(CEILING / FLOOR) / n` between the two.
+    """The number of directions before the last gap over FLOOR of at least `log(CEILING / FLOOR) / n`.
 
-    There is always one. So equal singular values are never parted, the rotation between head and tail is
-    small enough for its first order whatever the spectrum, and the tail is as short as it can be.
+    There is one under CEILING, since at most n gaps lead from there to FLOOR. So equal singular values are
+    never parted, the rotation between head and tail is small enough for its first order whatever the
+    spectrum, and the tail is short.
     """
     share = squares.clamp(min=0).sqrt() / squares[0].sqrt()
-    above, below = share[:-1], share[1:]
-    inside = (above >= FLOOR) & (below <= CEILING)
-    width = torch.where(inside, above.log() - below.log(), 0)
-    wide = width >= min(math.log(CEILING / FLOOR) / len(squares), float(width.max()))  # one, if by rounding
-    return int(wide.nonzero()[-1]) + 1
+    width = torch.where(share[:-1] >= FLOOR, -share.log().diff(), 0)
+    enough = min(math.log(CEILING / FLOOR) / len(squares), float(width.max()))  # all the same but rounding
+    return int((width >= enough).nonzero()[-1]) + 1
 
 
 def _settle_tail(
@@ -100,7 +99,6 @@ def _read_tail(
         read = block @ tail
         cross.addmm_((block @ head if short else block).T, read)
         _add_gram(gram, read)
-        del read  # before the next one is there
     return gram, cross if short else head.T @ cross
 
 

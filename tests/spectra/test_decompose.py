@@ -214,6 +214,14 @@ def test_a_matrix_of_lower_rank(rank):
     assert abs(vectors.T @ vectors - np.eye(D)).max() < 1e-14
 
 
+def test_fewer_rows_than_directions_end_at_rounding():
+    matrix = torch.randn(10, 30, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    values, vectors, reads = decomposed(matrix)
+    np.testing.assert_allclose(values[:10], scipy.linalg.svdvals(matrix.numpy()), rtol=1e-12)
+    assert (values[10:] <= 30 * EPS * values[0]).all() and reads == 2
+    assert abs(vectors.T @ vectors - np.eye(30)).max() < 1e-14
+
+
 @pytest.mark.parametrize("shape", [steep, outlier])
 def test_the_path_of_other_devices_agrees(monkeypatch, shape):
     """What runs on a GPU, run here on the CPU."""
@@ -252,7 +260,7 @@ with open("/proc/self/clear_refs", "w") as peak:
     peak.write("5")
 before = status("VmRSS")
 spectrum.Spectrum.from_matrix(weight, bands=1, use_cache=False)
-print((status("VmHWM") - before - 8 * d * spectrum.ROWS) / (8 * d * d))
+print((status("VmHWM") - before - 8 * d * 1024) / (8 * d * d))
 """
 
 
