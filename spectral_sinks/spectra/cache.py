@@ -16,7 +16,7 @@ from torch import Tensor
 
 from spectral_sinks.errors import SpectralWarning
 
-VERSION = 1
+VERSION = 2
 """Raised when the decomposition or the layout of the file changes."""
 
 

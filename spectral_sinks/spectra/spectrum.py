@@ -3,6 +3,7 @@
 # torch is typed only in part:
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
+import math
 import re
 import warnings
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from spectral_sinks.errors import InputError, SpectralWarning
 from spectral_sinks.spectra import cache
+from spectral_sinks.spectra.decompose import right_singular
 from spectral_sinks.spectra.subspace import Subspace, random_subspace
 
 Convention = Literal["raw", "folded", "centred"]
@@ -23,7 +25,7 @@ Convention = Literal["raw", "folded", "centred"]
 DEGENERATE = 1e-6
 """Relative gap of singular values under which a band edge is reported as ill defined [ours]."""
 
-ROWS = 16384
+ROWS = 1024
 """Rows of the matrix that are held in float64 at once."""
 
 
@@ -84,9 +86,10 @@ class Spectrum:
 
         `folded` multiplies the columns by `gain`, the gain of the norm before the matrix; `centred` also
         removes the mean over the rows, which a softmax ignores, and, with `centre_residual` (a LayerNorm
-        before the matrix), the residual's own mean. Rows are reduced by QR in blocks, so the memory
-        beyond the matrix is a few `d x d`, and nothing is squared: the tail stays accurate. The result is
-        cached on disk under a hash of the inputs (`use_cache`).
+        before the matrix), the residual's own mean. Rows are read in blocks, on a GPU where the matrix
+        lies on one and else on the CPU; the memory beyond the matrix is four `d x d` and a few blocks. The
+        tail is as accurate as the head (`decompose.right_singular` says how, by condition number). The
+        result lies on the CPU and is cached on disk under a hash of the inputs (`use_cache`).
 
         Raises InputError for a matrix that is not 2-d, is empty or holds NaN or Inf, for an unknown
         convention, and for `folded` or `centred` without a gain of width d.
@@ -95,7 +98,7 @@ class Spectrum:
             raise InputError(f"convention {convention!r}: choose from {', '.join(get_args(Convention))}")
         if weight.ndim != 2 or 0 in weight.shape:
             raise InputError(f"{name} has shape {tuple(weight.shape)}, expected rows x d")
-        if not torch.isfinite(weight).all():
+        if not torch.stack(torch.aminmax(weight.detach())).isfinite().all():  # without a mask of its size
             bad = int((~torch.isfinite(weight)).sum())
             raise InputError(f"{name} holds {bad} NaN or Inf of {weight.numel()} values: check the weights")
         if convention != "raw" and (gain is None or gain.shape != weight.shape[1:]):
@@ -225,22 +228,30 @@ class Spectrum:
 def _decompose(
     weight: Float[Tensor, "rows d"], gain: Float[Tensor, "d"] | None, centre: bool, centre_residual: bool
 ) -> tuple[Float[Tensor, "d"], Float[Tensor, "d d"]]:
-    """Singular values and right singular vectors in float64, by QR over blocks of rows."""
-    d = weight.shape[1]
-    scale = torch.ones(d, dtype=torch.float64) if gain is None else gain.detach().cpu().double()
-    mean = sum((block.sum(0) for block in _blocks(weight)), torch.zeros(d, dtype=torch.float64))
-    mean = mean / weight.shape[0] if centre else torch.zeros(d, dtype=torch.float64)
-    triangle = torch.zeros(0, d, dtype=torch.float64)
-    for block in _blocks(weight):
-        rows = (block - mean) * scale
-        if centre_residual:
-            rows = rows - rows.mean(1, keepdim=True)
-        triangle = torch.linalg.qr(torch.cat([triangle, rows]), mode="r").R
-    _, some, vectors = torch.linalg.svd(triangle, full_matrices=True)
-    values = torch.zeros(d, dtype=torch.float64)
-    values[: some.shape[0]] = some
-    return values, vectors.T.contiguous()
+    """Singular values and right singular vectors in float64, computed on the weight's device."""
+    rows, d = weight.shape
+    device = weight.device if weight.is_cuda else torch.device("cpu")
+    exponent = math.frexp(max(abs(float(end)) for end in torch.aminmax(weight.detach())))[1]
+    unit = 2.0 ** (exponent - 1)  # squares stay in range, and dividing by a power of two rounds nothing
+    factor = None if gain is None else gain.detach().to(device, torch.float64)
 
+    def plain() -> Iterator[Float[Tensor, "block d"]]:
+        buffer = torch.empty(min(rows, ROWS), d, dtype=torch.float64, device=device)
+        return (buffer[: len(part)].copy_(part).div_(unit) for part in weight.detach().split(ROWS))
 
-def _blocks(weight: Float[Tensor, "rows d"]) -> Iterator[Float[Tensor, "block d"]]:
-    return (block.detach().cpu().double() for block in weight.split(ROWS))
+    zero = torch.zeros(d, dtype=torch.float64, device=device)
+    mean = sum((block.sum(0) for block in plain()), zero) / rows if centre else zero
+
+    def read() -> Iterator[Float[Tensor, "block d"]]:
+        for block in plain():
+            if centre:
+                block -= mean
+            if factor is not None:
+                block *= factor
+            if centre_residual:
+                block -= block.mean(1, keepdim=True)
+            yield block
+
+    values, vectors = right_singular(read, d, device)
+    values[rows:] = 0  # what a matrix of lower rank leaves there is rounding
+    return (values * unit).cpu(), vectors.cpu().contiguous()

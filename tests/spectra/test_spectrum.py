@@ -106,6 +106,42 @@ def test_conventions(planted, monkeypatch, case, block):
         assert sine(spectrum.vectors[:, -1:], np.ones((D, 1))) < 1e-6
 
 
+@pytest.mark.parametrize("exponent", [-900, -40, 500, 900])
+def test_the_scale_of_the_weights_is_of_no_matter(planted, exponent):
+    """Squares of the last ones are out of the range of float64."""
+    weight = planted(decaying(1e4), ROWS)
+    plain, scaled = Spectrum.from_matrix(weight), Spectrum.from_matrix(weight * 2.0**exponent)
+    assert torch.equal(scaled.values, plain.values * 2.0**exponent)
+    assert torch.equal(scaled.vectors, plain.vectors)
+
+
+@pytest.mark.filterwarnings("ignore:band edges")
+def test_a_matrix_of_zeros():
+    spectrum = Spectrum.from_matrix(torch.zeros(50, 30))
+    assert not spectrum.values.any()
+    torch.testing.assert_close(spectrum.vectors.T @ spectrum.vectors, torch.eye(30).double())
+
+
+@pytest.mark.parametrize(
+    "form", [torch.nn.Parameter, lambda w: w.T.contiguous().T, lambda w: w.repeat(2, 1)[::2]]
+)
+def test_the_weights_are_only_read(planted, form):
+    plain = planted(decaying(100.0), ROWS)
+    weight = form(plain)
+    before = weight.detach().clone()
+    spectrum = Spectrum.from_matrix(weight, convention="centred", gain=GAIN, centre_residual=True)
+    assert torch.equal(weight, before) and not spectrum.vectors.requires_grad
+    assert (
+        sine(
+            spectrum.dark(0.5).basis,
+            Spectrum.from_matrix(before, convention="centred", gain=GAIN, centre_residual=True)
+            .dark(0.5)
+            .basis,
+        )
+        < 1e-12
+    )
+
+
 @pytest.mark.parametrize("convention", ["raw", "folded"])
 def test_only_the_centred_convention_removes_the_mean_of_the_residual(planted, convention):
     weight = planted(decaying(10.0))
