@@ -153,10 +153,10 @@ class Floor:
             for above in plain.model.layers[layer + 1 :]:
                 x = above(x, **self.options)
             rows = plain.model.norm(x)[:, :-1].flatten(0, 1).split(CHUNK)
-            found += [
-                cross_entropy(plain.lm_head(part).float(), hit, reduction="none")
-                for part, hit in zip(rows, targets, strict=True)
-            ]
+            for part, hit in zip(rows, targets, strict=True):
+                logits = plain.lm_head(part).float()
+                wanted, most = logits.gather(-1, hit[:, None])[:, 0], logits.amax(-1)
+                found.append(most + logits.sub_(most[:, None]).exp_().sum(-1).log() - wanted)
         return found
 
 
