@@ -5,10 +5,11 @@ sink) follow the one, the other, what they share, or what only one of them has (
 Design: principal angles and alignment by band; then, at one exit at a time, all tokens: U-dark, E-dark and
 their union removed; and at the exit below the strongest sink also what each has outside the other, the half
 of each that is nearest to and farthest from the other, and their intersection (within 45 degrees) if any.
-Control: random subspaces of each rank that is removed; what share of the energy was removed is beside it. A
+Control: random subspaces of each rank that is removed, and the line of their NLL by the energy they remove. A
 tied model has one tail: there is nothing to compare, and the answer says so.
 """
 
+import numpy as np
 import pandas as pd
 
 import spectral_sinks as ss
@@ -65,6 +66,10 @@ def run(study: ss.Study) -> ss.Finding:
         ss.answer("rank of the intersection (45 degrees)", shared.rank),
     ]
     at = table[table["layer"] == layer]
+    drawn = at[at["random"]]
+    slope, level = np.polyfit(drawn["energy"], drawn["delta_nll"], 1)
+    beyond = at["delta_nll"] - (level + slope * at["energy"])
+    chance = beyond[drawn.index]
     for name in [*main, *(name for name, s in parts.items() if s.rank)]:
         row = at[at["name"] == name].iloc[0]
         null = at[(at["rank"] == row["rank"]) & at["random"]]
@@ -76,7 +81,16 @@ def run(study: ss.Study) -> ss.Finding:
                 f"energy removed {row['energy']:.3f}, random {null['energy'].mean():.3f}",
             )
         )
-        if row["sink_next"] == row["sink_next"]:
+        if name in main:
+            answers.append(
+                ss.answer(
+                    f"exit {layer}: NLL difference without {name}, beyond the line of random ones by energy",
+                    float(beyond[row.name]),
+                    f"{len(drawn)} random: {chance.min():+.4f} to {chance.max():+.4f}",
+                    tuple(row[["low", "high"]] - row["delta_nll"] + beyond[row.name]),
+                )
+            )
+        if not np.isnan(row["sink_next"]):
             answers.append(
                 ss.answer(
                     f"exit {layer}: share of the next layer's sink mass cut without {name}",

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import pandas as pd
@@ -61,17 +60,22 @@ class Reader:
         return cls(spectrum, weight @ reading, constant)
 
     def steps(
-        self, coordinates: Float[Tensor, "rows d"]
+        self, coordinates: Float[Tensor, "rows d"], bands: Sequence[int] | None = None
     ) -> Iterator[tuple[int, Float[Tensor, "rows vocabulary"], Float[Tensor, "rows vocabulary"]]]:
-        """Band by band: its number, the logits of bands 1 to it, and of it alone, both with the constant.
+        """For each of some bands (all): its number, the logits of bands 1 to it, and of it alone.
 
-        `coordinates` are those of the scaled residual in the basis. The next band is added in place.
+        Both hold the constant. `coordinates` are those of the scaled residual in the basis. The running
+        logits are changed in place by what comes next; bands between those asked for are added at once.
         """
         running = self.constant.expand(len(coordinates), -1).clone()
-        edges = self.spectrum.edges
-        for band, (a, b) in enumerate(pairwise(edges), start=1):
+        edges, done = self.spectrum.edges, 0
+        for band in range(1, self.spectrum.count + 1) if bands is None else sorted(set(bands)):
+            a, b = edges[band - 1], edges[band]
+            if a > done:
+                running.addmm_(coordinates[:, done:a], self.columns[:, done:a].T)
             part = coordinates[:, a:b] @ self.columns[:, a:b].T
             running += part
+            done = b
             yield band, running, part.add_(self.constant)
 
 
@@ -112,9 +116,13 @@ def band_lens(
     `nll` of the next token in nats, `kl` of the model's own distribution from the lens's, and `top1`, how
     often both have the same most likely token. All bands at the last exit are the model itself, at another
     the logit lens. Each band is reached by adding its part to the logits of those before it, with the final
-    norm's scale of the whole residual. Raises InputError for a spectrum of another width.
+    norm's scale of the whole residual. Raises InputError for a spectrum of another width and for bands
+    that it has not.
     """
     sites = residual_sites(model) if sites is None else list(sites)
+    for spectrum in spectra.values():
+        if bands is not None and not set(bands) <= set(range(1, spectrum.count + 1)):
+            raise InputError(f"bands {sorted(bands)}: {spectrum!r} has bands 1 to {spectrum.count}")
     readers = {name: Reader.of(model, spectrum) for name, spectrum in spectra.items()}
     readings = (TOGETHER, ALONE) if alone else (TOGETHER,)
     rows: list[dict[str, Any]] = []
@@ -181,9 +189,7 @@ class Scorer:
         sums = torch.nn.functional.pad((coordinates * self.expected).double().cumsum(-1), (1, 0))
         found: dict[tuple[str, int], Tensor] = {}
         edges = self.reader.spectrum.edges
-        for band, running, part in self.reader.steps(coordinates):
-            if bands is not None and band not in bands:
-                continue
+        for band, running, part in self.reader.steps(coordinates, bands):
             for reading, logits, start in ((TOGETHER, running, 0), (ALONE, part, edges[band - 1])):
                 if reading in readings:
                     cross = self.base + sums[:, edges[band]] - sums[:, start]

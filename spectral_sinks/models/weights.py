@@ -68,14 +68,14 @@ def residual_weights(model: LanguageModel) -> Iterator[Weight]:
     for layer in range(model.layers):
         block: Any = model.module.get_submodule(f"{layout.layers}.{layer}")
         gain, centres = _norm(block, layout.attention_norm, model.d)
-        projections: tuple[tuple[Part, str, str, int], ...] = (
-            ("q", layout.queries, "queries", model.heads),
-            ("k", layout.keys, "keys", model.key_heads),
-            ("v", layout.values, "values", model.key_heads),
+        projections: tuple[tuple[Part, str, str], ...] = (
+            ("q", layout.queries, "queries"),
+            ("k", layout.keys, "keys"),
+            ("v", layout.values, "values"),
         )
-        for part, path, which, heads in projections:
+        for part, path, which in projections:
             weight = _outputs(block.get_submodule(path))[model.projection_index(which)]
-            for head, rows in enumerate(weight.chunk(heads)):
+            for head, rows in enumerate(weight.split(model.head_size)):
                 yield Weight(part, layer, head, rows, gain, centres)
         after = "" if layout.attention_write == layout.attention else layout.attention_write
         gain, centres = _norm(block, after, model.d)

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.ticker import MaxNLocator
 
 from spectral_sinks.report.figures import FIRST, OTHER, STYLES, _figure, _line
 
@@ -58,6 +59,7 @@ def bars(levels: pd.DataFrame, correlation: pd.DataFrame, tokens: pd.DataFrame, 
         axis.set_yticks(places, names, fontsize=7)
         axis.invert_yaxis()
         axis.margins(x=0.15)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set(xlabel="bars (label: share of the token's pairs that are bars)")
 
 

@@ -55,7 +55,9 @@ def eu_dark(
             part = table[table["name"] == name].sort_values("layer").rename(columns={"delta_nll": "mean"})
             _line(axis, part["layer"], part, name, style)
         axis.set(xlabel="exit of layer", ylabel="NLL above untouched (nats)")
-        axis.legend()
+        low, high = axis.get_ylim()
+        axis.set_ylim(low, high + 0.35 * (high - low))
+        axis.legend(loc="upper left", ncols=2)
 
         here = table[table["layer"] == layer]
         named = here[~here["random"]]

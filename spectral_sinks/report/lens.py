@@ -32,6 +32,9 @@ def lens(table: pd.DataFrame, spread: pd.DataFrame, path: Path) -> None:
         axes[0, 0].set(xlabel="bands read (1 to k)", ylabel="NLL of the logit lens (nats per token)")
         low, high = axes[0, 0].get_ylim()
         axes[0, 0].set_ylim(low, high + 0.3 * (high - low))
+        ticks = sorted({1, *range(5, table["band"].max(), 5), table["band"].max()})
+        for axis in axes[0]:
+            axis.set_xticks(ticks)
         axes[0, 0].legend(ncols=3, fontsize=7, loc="upper center")
 
         last = layers[-1]
