@@ -9,9 +9,12 @@ from spectral_sinks.measure.attention import (
     sink_rate,
     uniform_attention,
 )
+from spectral_sinks.measure.bars import candidates, mark_bars, matched, received
 from spectral_sinks.measure.effects import Effect, evaluate, evaluate_all, mean_residual
 from spectral_sinks.measure.energy import energy
+from spectral_sinks.measure.lens import ALONE, TOGETHER, band_lens
 from spectral_sinks.measure.screen import first_order
+from spectral_sinks.measure.weights import weight_shares
 from spectral_sinks.models.describe import describe
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.models.loading import load
@@ -31,9 +34,24 @@ from spectral_sinks.spectra.filters import (
     remove,
     rnd,
 )
+from spectral_sinks.spectra.pairs import (
+    farthest,
+    nearest,
+    outside,
+    random_spectrum,
+    share_deviation,
+    union,
+)
 from spectral_sinks.spectra.spectrum import Spectrum
 from spectral_sinks.spectra.subspace import Subspace, intersection, principal_cosines, random_subspace
-from spectral_sinks.stats import mean_interval, null_rank, sequential_p, sign_flip, summarise
+from spectral_sinks.stats import (
+    mean_interval,
+    null_rank,
+    rank_correlation,
+    sequential_p,
+    sign_flip,
+    summarise,
+)
 from spectral_sinks.study import Finding, Study, answer, reproduce, without_last_band
 from spectral_sinks.sweeps.cells import Cell, grid
 from spectral_sinks.sweeps.cost import Cost
@@ -45,9 +63,12 @@ from spectral_sinks.sweeps.sweep import Sweep
 from spectral_sinks.texts import Windows, cut, documents
 
 __all__ = [
+    "ALONE",
     "answer",
     "attention_by_head",
     "attention_received",
+    "band_lens",
+    "candidates",
     "Cell",
     "Cost",
     "cut",
@@ -59,6 +80,7 @@ __all__ = [
     "energy",
     "evaluate",
     "evaluate_all",
+    "farthest",
     "figures",
     "Filter",
     "Finding",
@@ -70,23 +92,31 @@ __all__ = [
     "ladder",
     "LanguageModel",
     "load",
+    "mark_bars",
+    "matched",
     "Mean",
     "mean_interval",
     "mean_residual",
+    "nearest",
     "Noise",
     "null_rank",
     "omega",
+    "outside",
     "phi",
     "plan",
     "principal_cosines",
     "psi",
+    "random_spectrum",
     "random_subspace",
+    "rank_correlation",
     "read_spectrum",
+    "received",
     "remove",
     "Report",
     "reproduce",
     "rnd",
     "sequential_p",
+    "share_deviation",
     "sign_flip",
     "sink_rate",
     "Site",
@@ -97,11 +127,14 @@ __all__ = [
     "Subspace",
     "summarise",
     "Swap",
-    "Sweep",
     "sweep",
+    "Sweep",
     "SweepFile",
+    "TOGETHER",
     "trace",
     "uniform_attention",
+    "union",
+    "weight_shares",
     "Windows",
     "without_last_band",
     "Zero",

@@ -71,6 +71,23 @@ def sequential_p(
     return (reached + 1) / (n + 1), n
 
 
+def rank_correlation(x: ArrayLike, y: ArrayLike, given: Sequence[ArrayLike] = ()) -> float:
+    """Spearman's rank correlation; with `given`, of what their ranks do not explain linearly (partial).
+
+    NaN for fewer than three values beyond those given, or where nothing varies.
+    """
+    ranked = [stats.rankdata(np.asarray(values, dtype=np.float64)) for values in (x, y, *given)]
+    a, b, *others = ranked
+    if len(a) < 3 + len(others):
+        return float("nan")
+    design = np.column_stack([np.ones(len(a)), *others])
+    a, b = (v - design @ np.linalg.lstsq(design, v, rcond=None)[0] for v in (a, b))
+    scale = np.linalg.norm(a) * np.linalg.norm(b)
+    if min(np.linalg.norm(a), np.linalg.norm(b)) <= 1e-9 * len(a):
+        return float("nan")
+    return float(np.clip(a @ b / scale, -1, 1))
+
+
 def summarise(frame: pd.DataFrame, by: Sequence[str], value: str) -> pd.DataFrame:
     """Mean over documents of a column, with its 95 % interval, by group: `mean`, `low`, `high`, `n`."""
     rows: list[dict[str, object]] = []

@@ -21,6 +21,25 @@ def test_the_interval_is_scipys_bca() -> None:
     assert wide[0] < expected.low < narrow[0] < sample.mean() < narrow[1] < expected.high < wide[1]
 
 
+def test_rank_correlation_is_scipys() -> None:
+    draw = np.random.default_rng(1)
+    x, z = draw.normal(size=60), draw.integers(0, 5, 60)
+    y = x + z + draw.normal(size=60)
+    assert ss.rank_correlation(x, y) == pytest.approx(stats.spearmanr(x, y).statistic)
+    ranks = [stats.rankdata(v) for v in (x, y, z)]
+    xy, xz, yz = (np.corrcoef(ranks[a], ranks[b])[0, 1] for a, b in ((0, 1), (0, 2), (1, 2)))
+    partial = (xy - xz * yz) / np.sqrt((1 - xz**2) * (1 - yz**2))
+    assert ss.rank_correlation(x, y, [z]) == pytest.approx(partial)
+    assert partial > xy, "what z does to y is taken out"
+    assert abs(ss.rank_correlation(z + draw.normal(0, 0.01, 60), y - x, [z, x])) < 0.35
+
+
+def test_rank_correlation_of_too_little() -> None:
+    assert np.isnan(ss.rank_correlation([1, 2], [3, 4]))
+    assert np.isnan(ss.rank_correlation([1, 1, 1, 1], [1, 2, 3, 4]))
+    assert np.isnan(ss.rank_correlation([1, 2, 3, 4, 5], [2, 1, 4, 3, 5], [[1, 2, 3, 4, 5]])), "it is given"
+
+
 def test_the_interval_covers_the_mean() -> None:
     draws = np.random.default_rng(0).normal(1.0, 2.0, size=(60, 30))
     covered = [low < 1.0 < high for low, high in (ss.mean_interval(sample) for sample in draws)]

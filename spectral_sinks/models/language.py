@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from spectral_sinks.errors import InputError
 from spectral_sinks.models.layout import FAMILIES, Layout
+from spectral_sinks.models.norms import gain_of
 from spectral_sinks.models.opening import OPENING
 
 INCIDENTAL = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
@@ -108,20 +109,7 @@ class LanguageModel:
     @cached_property
     def final_gain(self) -> Float[Tensor, "d"]:
         """The gain of the final norm as it acts, float32: `weight`, or `1 + weight` (Gemma)."""
-        norm = self.module.get_submodule(self.layout.final_norm)
-        weight = getattr(norm, "weight", None)
-        if weight is None:
-            return torch.ones(self.d)
-        probe = torch.ones(self.d, device=weight.device, dtype=weight.dtype)
-        probe[1::2] = -1  # mean 0 and mean square 1: both kinds of norm multiply it by their gain alone
-        with torch.no_grad():
-            acts = (norm.forward(probe[None]) - norm.forward(-probe[None]))[0].float() / 2 * probe.float()
-        for gain in (weight.detach().float(), 1 + weight.detach().float()):
-            if torch.allclose(acts, gain, rtol=2e-2, atol=2e-2):
-                return gain.cpu()
-        raise InputError(
-            f"{type(norm).__name__} is not understood as a norm with a gain: use convention 'raw'"
-        )
+        return gain_of(self.module.get_submodule(self.layout.final_norm), self.d)
 
     @property
     def centres_residual(self) -> bool:
@@ -153,7 +141,10 @@ class LanguageModel:
     def unembed(self, final: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch vocabulary"]:
         """Logits, float32 at least, of residuals that have passed the final norm."""
         logits = self.module.get_submodule(self.layout.unembedding).forward(final)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return self.capped(logits.to(torch.promote_types(logits.dtype, torch.float32)))
+
+    def capped(self, logits: Float[Tensor, "*batch vocabulary"]) -> Float[Tensor, "*batch vocabulary"]:
+        """Logits after the model's soft cap, where it has one (Gemma 2)."""
         cap = getattr(self.config, "final_logit_softcapping", None)
         return logits if cap is None else cap * torch.tanh(logits / cap)
 

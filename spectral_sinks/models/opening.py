@@ -7,7 +7,9 @@ kernel itself is given (positions, grouped heads and masks included). Registered
 `OPENING`, for every model that supports `sdpa`.
 """
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -15,6 +17,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+if TYPE_CHECKING:
+    from spectral_sinks.models.language import LanguageModel
 
 OPENING = "sdpa_opening"
 """Name of the implementation."""
@@ -50,6 +55,19 @@ def opening_attention(
         later = torch.ones(count, count, dtype=torch.bool, device=scores.device).triu(1)
         scores = scores.masked_fill(later, -torch.inf)
     return output, scores.softmax(-1, dtype=torch.float32)
+
+
+@contextmanager
+def whole_maps(model: "LanguageModel") -> Iterator[None]:
+    """Eager attention inside the block, so that a trace sees whole maps; the model's own after it."""
+    before = model.config._attn_implementation
+    if before != "eager":
+        model.module.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        if before != "eager":
+            model.module.set_attn_implementation(before)
 
 
 AttentionInterface.register(OPENING, opening_attention)

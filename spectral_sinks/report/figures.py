@@ -211,3 +211,11 @@ def birth(log: pd.DataFrame, path: Path) -> None:
         axes[0, 1].set_ylim(bottom=0)
         axes[0, 3].set_ylim(0, 1)
         axes[0, 0].legend()
+
+
+from spectral_sinks.report.bars import bars  # noqa: E402  these draw with what is defined above
+from spectral_sinks.report.eu_dark import eu_dark  # noqa: E402
+from spectral_sinks.report.lens import lens  # noqa: E402
+from spectral_sinks.report.weights import weights  # noqa: E402
+
+__all__ = ["bars", "birth", "bos", "eu_dark", "ladder", "lens", "sink", "spectrum", "weights"]

@@ -1,0 +1,143 @@
+"""(h) Attention bars: are tokens that all later ones attend to, evenly, darker than the rest?
+
+Question: besides BOS, do the tokens that receive much attention with little variance have a larger dark ratio
+|P_dark x| / |x|, and does attention received go with it (Cancedda 2024, section 7)?
+Design: every token of every layer from the one where the sink is in place, without BOS and the last eighth;
+x is the residual that enters the layer. Bars: by layer, the 10 % that receive most from later tokens, and of
+these the half with the lower variance, 5 % in all. Rank correlation of attention and ratio by text and layer.
+Control: other tokens of the same layer, matched in position and frequency (early and frequent tokens receive
+more attention whatever they hold), the correlation given both, and random subspaces of the same rank.
+"""
+
+import numpy as np
+import pandas as pd
+
+import spectral_sinks as ss
+
+GIVEN = ("position", "usual", "count")
+"""Position, the mean attention that its position receives over the texts, and the token's count."""
+
+
+def run(study: ss.Study) -> ss.Finding:
+    model, dark = study.model, study.unembedding.dark()
+    spaces = {"dark": dark}
+    spaces |= {f"random {seed}": ss.random_subspace(dark.d, dark.rank, seed) for seed in range(study.draws)}
+    table = ss.candidates(ss.received(model, study.windows, spaces), model)
+    table = table.assign(
+        count=table.groupby(["layer", "token"])["token"].transform("size"),
+        usual=table.groupby(["layer", "position"])["attention"].transform("mean"),
+    )
+    marked = ss.mark_bars(table)
+    bars = ss.matched(table, marked, "dark")
+    excess = bars.assign(excess=bars["dark"] - bars["control"])
+    null = [_excess(ss.matched(table, marked, name), name) for name in list(spaces)[1:]]
+
+    classes = {"bars": (bars, "dark"), "matched": (bars, "control"), "rest": (table[~marked], "dark")}
+    levels = pd.concat(
+        ss.summarise(rows, ["layer"], column).assign(tokens=name) for name, (rows, column) in classes.items()
+    )
+    random = table.groupby("layer")[list(spaces)[1:]].mean()
+    levels = levels.merge(
+        pd.DataFrame({"random_low": random.min(axis=1), "random_high": random.max(axis=1)}), on="layer"
+    )
+    links = pd.concat(_correlations(table, name) for name in spaces)
+    own = links[links["subspace"] == "dark"]
+    correlation = pd.concat(
+        ss.summarise(own, ["layer"], kind).assign(kind=kind) for kind in ("plain", "given both")
+    )
+    drawn = links[links["subspace"] != "dark"].groupby(["layer", "subspace"])[["plain", "given both"]].mean()
+    spread = drawn.groupby("layer").agg(["min", "max"])
+    correlation = correlation.assign(
+        random_low=[spread.loc[r["layer"], (r["kind"], "min")] for _, r in correlation.iterrows()],
+        random_high=[spread.loc[r["layer"], (r["kind"], "max")] for _, r in correlation.iterrows()],
+    )
+    tokens = _tokens(table, marked, model)
+    steps = pd.DataFrame([_step(table, most) for most in (0.02, 0.05, 0.1, 0.2)])
+    for rows, name in (
+        (levels, ""),
+        (correlation, "_correlation"),
+        (tokens, "_tokens"),
+        (steps, "_quantiles"),
+    ):
+        study.save(rows, f"bars{name}")
+    ss.figures.bars(levels, correlation, tokens.head(15), study.figure("bars"))
+
+    by = own.groupby("document")[["plain", "given both"]].mean()
+    over = drawn.groupby("subspace").mean()
+    ten = tokens.head(10)
+    chance = float(np.sqrt(dark.rank / dark.d))
+    return ss.Finding(
+        [
+            ss.answer(
+                "dark ratio of bars",
+                bars.groupby("document")["dark"].mean(),
+                f"matched {bars.groupby('document')['control'].mean().mean():.4f}, "
+                f"rest {table[~marked].groupby('document')['dark'].mean().mean():.4f}, chance {chance:.4f}",
+            ),
+            ss.answer(
+                "dark ratio of bars above tokens matched in position and frequency",
+                excess.groupby("document")["excess"].mean(),
+                f"{study.draws} random: {min(null):+.4f} to {max(null):+.4f}",
+            ),
+            ss.answer(
+                "bars among (token, layer) pairs",
+                float(marked.mean()),
+                f"{int(marked.sum())} of {len(table)}, by quantile; with a match {len(bars)}; "
+                f"layers {table['layer'].min()} to {table['layer'].max()}",
+            ),
+            ss.answer(
+                "median position of bars",
+                float(table[marked]["position"].median()),
+                f"all candidates {table['position'].median():.0f}",
+            ),
+            *(
+                ss.answer(
+                    f"rank correlation of attention received with dark ratio, {label}",
+                    by[kind],
+                    f"{study.draws} random: {over[kind].min():+.3f} to {over[kind].max():+.3f}",
+                )
+                for kind, label in (("plain", "plain"), ("given both", "given position and frequency"))
+            ),
+            ss.answer(
+                f"share of bars on ten tokens ({', '.join(ten['text'].map(repr))})",
+                float(ten["bars"].sum() / tokens["bars"].sum()),
+                f"their share of all candidates {ten['pairs'].sum() / tokens['pairs'].sum():.3f}",
+            ),
+        ]
+    )
+
+
+def _excess(bars: pd.DataFrame, column: str) -> float:
+    """Mean over documents of bars above their matches."""
+    return float((bars[column] - bars["control"]).groupby(bars["document"]).mean().mean())
+
+
+def _step(table: pd.DataFrame, most: float) -> dict[str, object]:
+    """The excess at another quantile of attention."""
+    found = ss.matched(table, ss.mark_bars(table, most), "dark")
+    by = (found["dark"] - found["control"]).groupby(found["document"]).mean()
+    low, high = ss.mean_interval(by)
+    return {"most": most, "bars": len(found), "excess": float(by.mean()), "low": low, "high": high}
+
+
+def _correlations(table: pd.DataFrame, column: str) -> pd.DataFrame:
+    """Rank correlation of attention received with a ratio, by document and layer."""
+    rows: list[dict[str, object]] = []
+    for (document, layer), part in table.groupby(["document", "layer"]):
+        pair = part["attention"], part[column]
+        given = [part[name] for name in GIVEN]
+        row: dict[str, object] = {"document": document, "layer": layer, "subspace": column}
+        row |= {"plain": ss.rank_correlation(*pair), "given both": ss.rank_correlation(*pair, given)}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _tokens(table: pd.DataFrame, marked: pd.Series, model: ss.LanguageModel) -> pd.DataFrame:
+    """How often each token is a bar, most often first."""
+    found = table.assign(bar=marked).groupby("token")["bar"].agg(["sum", "size"]).reset_index()
+    found = found.rename(columns={"sum": "bars", "size": "pairs"}).sort_values(
+        ["bars", "token"], ascending=[False, True]
+    )
+    ids = found["token"].tolist()
+    text = [str(i) if model.tokenizer is None else model.tokenizer.decode([i]) for i in ids]
+    return found.assign(text=text, rate=found["bars"] / found["pairs"]).reset_index(drop=True)

@@ -1,0 +1,160 @@
+"""(g) E-dark and U-dark: where the two tails overlap, and which of them carries the effect.
+
+Question: is what the embedding hardly writes what the unembedding hardly reads, and does the loss (and the
+sink) follow the one, the other, what they share, or what only one of them has (Cancedda 2024, Eq. 2, Fig. 3)?
+Design: principal angles and alignment by band; then, at one exit at a time, all tokens: U-dark, E-dark and
+their union removed; and at the exit below the strongest sink also what each has outside the other, the half
+of each that is nearest to and farthest from the other, and their intersection (within 45 degrees) if any.
+Control: random subspaces of each rank that is removed, and the line of their NLL by the energy they remove. A
+tied model has one tail: there is nothing to compare, and the answer says so.
+"""
+
+import numpy as np
+import pandas as pd
+
+import spectral_sinks as ss
+
+
+def run(study: ss.Study) -> ss.Finding:
+    model, u, e = study.model, study.unembedding.dark(), study.embedding.dark()
+    cosines = ss.principal_cosines(e, u)
+    if model.tied:
+        return ss.Finding([ss.answer("tied model: E-dark is U-dark, smallest cosine", float(cosines.min()))])
+    overlap, alignment = _overlap(study, u, e)
+    u, e = u.named("U-dark"), e.named("E-dark")
+    main = {"U-dark": u, "E-dark": e, "union": ss.union(u, e)}
+    exits = [ss.Site("exit", layer) for layer in range(model.layers)]
+    cells = {f"{name}/{site.layer}": {site: ss.remove(s)} for site in exits for name, s in main.items()}
+    cells |= {
+        f"random {u.rank} #{seed}/{site.layer}": {site: ss.rnd(u.d, u.rank, seed)}
+        for site in exits
+        for seed in range(study.draws)
+    }
+    found = study.evaluate(cells, "eu_dark, exits")
+    mass = found["U-dark/0"].baseline_sink_mass
+    layer = 0 if mass is None or model.layers < 2 else max(range(1, model.layers), key=lambda k: mass[k]) - 1
+
+    half = u.rank // 2
+    shared = ss.intersection(u, e).named("intersection")
+    parts = {"U outside E": ss.outside(u, e), "E outside U": ss.outside(e, u)}
+    parts |= {"U nearest E": ss.nearest(u, e, half), "U farthest from E": ss.farthest(u, e, half)}
+    parts |= {"E nearest U": ss.nearest(e, u, half), "E farthest from U": ss.farthest(e, u, half)}
+    parts |= {"intersection": shared} if shared.rank else {}
+    ranks = {s.rank for s in [*main.values(), *parts.values()]} - {0, u.rank}
+    here = ss.Site("exit", layer)
+    cells = {f"{name}/{layer}": {here: ss.remove(s)} for name, s in parts.items() if s.rank}
+    cells |= {
+        f"random {rank} #{seed}/{layer}": {here: ss.rnd(u.d, rank, seed)}
+        for rank in sorted(ranks)
+        for seed in range(study.draws)
+    }
+    found |= study.evaluate(cells, "eu_dark, parts")
+
+    table = pd.DataFrame([_row(name, effect) for name, effect in found.items()])
+    study.save(table, "eu_dark")
+    study.save(overlap, "eu_dark_angles")
+    study.save(alignment, "eu_dark_alignment")
+    ss.figures.eu_dark(table, overlap, alignment, layer, study.figure("eu_dark"))
+
+    largest = overlap.iloc[0]
+    answers = [
+        ss.answer(
+            "largest cosine between E-dark and U-dark",
+            float(largest["cosine"]),
+            f"{study.draws} random: {largest['random_low']:.3f} to {largest['random_high']:.3f}",
+        ),
+        ss.answer("rank of the intersection (45 degrees)", shared.rank),
+    ]
+    at = table[table["layer"] == layer]
+    drawn = at[at["random"]]
+    slope, level = np.polyfit(drawn["energy"], drawn["delta_nll"], 1)
+    beyond = at["delta_nll"] - (level + slope * at["energy"])
+    chance = beyond[drawn.index]
+    for name in [*main, *(name for name, s in parts.items() if s.rank)]:
+        row = at[at["name"] == name].iloc[0]
+        null = at[(at["rank"] == row["rank"]) & at["random"]]
+        answers.append(
+            ss.answer(
+                f"exit {layer}: NLL difference without {name} (rank {row['rank']})",
+                found[f"{name}/{layer}"].rows["delta_nll"],
+                f"random: {null['delta_nll'].min():+.4f} to {null['delta_nll'].max():+.4f}; "
+                f"energy removed {row['energy']:.3f}, random {null['energy'].mean():.3f}",
+            )
+        )
+        if name in main:
+            answers.append(
+                ss.answer(
+                    f"exit {layer}: NLL difference without {name}, beyond the line of random ones by energy",
+                    float(beyond[row.name]),
+                    f"{len(drawn)} random: {chance.min():+.4f} to {chance.max():+.4f}",
+                    tuple(row[["low", "high"]] - row["delta_nll"] + beyond[row.name]),
+                )
+            )
+        if not np.isnan(row["sink_next"]):
+            answers.append(
+                ss.answer(
+                    f"exit {layer}: share of the next layer's sink mass cut without {name}",
+                    float(row["sink_cut"]),
+                    f"random: {null['sink_cut'].min():+.3f} to {null['sink_cut'].max():+.3f}",
+                    (row["sink_cut_low"], row["sink_cut_high"]),
+                )
+            )
+    return ss.Finding(answers)
+
+
+def _overlap(study: ss.Study, u: ss.Subspace, e: ss.Subspace) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Principal cosines, and each tail's share in every band of the other's spectrum, with random ranges."""
+    drawn = [ss.random_subspace(u.d, u.rank, seed) for seed in range(study.draws)]
+    null = pd.DataFrame([ss.principal_cosines(s, u).numpy() for s in drawn])
+    overlap = pd.DataFrame(
+        {
+            "pair": range(1, len(null.columns) + 1),
+            "cosine": ss.principal_cosines(e, u).numpy(),
+            "random_low": null.min().to_numpy(),
+            "random_high": null.max().to_numpy(),
+        }
+    )
+    tables: list[pd.DataFrame] = []
+    for tail, of, basis in (("E-dark", e, study.unembedding), ("U-dark", u, study.embedding)):
+        share = pd.DataFrame([basis.shares(s.orthonormal().T).mean(0).numpy() for s in drawn])
+        tables.append(
+            pd.DataFrame(
+                {
+                    "tail": tail,
+                    "band": range(1, basis.count + 1),
+                    "share": basis.shares(of.orthonormal().T).mean(0).numpy(),
+                    "random_low": share.min().to_numpy(),
+                    "random_high": share.max().to_numpy(),
+                }
+            )
+        )
+    return overlap, pd.concat(tables, ignore_index=True)
+
+
+def _row(name: str, effect: ss.Effect) -> dict[str, object]:
+    """One removal: rank, energy taken, NLL, and what becomes of the next layer's sink (NaN without one)."""
+    label, layer = name.split("/")
+    low, high = effect.delta_nll_interval
+    column = f"sink_mass_{int(layer) + 1}"
+    lost = pd.Series(float("nan"), effect.rows.index)
+    masses = {"sink_next": float("nan"), "sink_before": float("nan")}
+    if column in effect.rows:
+        after, before = effect.rows[column], effect.rows[f"baseline_{column}"]
+        lost = 1 - after / before
+        masses = {"sink_next": float(after.mean()), "sink_before": float(before.mean())}
+    cut_low, cut_high = ss.mean_interval(lost)
+    return {
+        "name": label,
+        "layer": int(layer),
+        "random": label.startswith("random"),
+        "rank": effect.rank,
+        "energy": float(effect.rows["removed_energy_share"].mean()),
+        "delta_nll": effect.delta_nll,
+        "low": low,
+        "high": high,
+        **masses,
+        "sink_cut": float(lost.mean()),
+        "sink_cut_low": cut_low,
+        "sink_cut_high": cut_high,
+        "n": len(effect.rows),
+    }

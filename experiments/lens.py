@@ -1,0 +1,68 @@
+"""(f) Logit spectroscopy: how the next-token distribution builds up as bands are added, at every exit.
+
+Question: which bands carry the model's prediction, and does the dark band, which the vocabulary hardly reads,
+add anything to it (Cancedda 2024, sections 2 and 3)?
+Design: the final norm and the unembedding read bands 1 to k of the residual, and band k alone, at the
+embedding and every exit; NLL of the next token, KL from the model's own distribution, agreement of the most
+likely token. The norm keeps the scale of the whole residual, so what bands contribute to a logit adds up.
+Control: random (Haar) bases cut into as many bands; their bands are alike, so any order of them is one.
+"""
+
+import pandas as pd
+
+import spectral_sinks as ss
+
+SCORES = ("nll", "kl", "top1")
+
+
+def run(study: ss.Study) -> ss.Finding:
+    model, windows, u = study.model, study.windows, study.unembedding
+    count, last = u.count, model.layers - 1
+    own = ss.band_lens(model, windows, {"U": u})
+    steps = sorted({max(1, round(count * part)) for part in (0.25, 0.5, 0.75)} | {max(1, count - 1), count})
+    random = pd.concat(
+        ss.band_lens(model, windows, {f"random {seed}": ss.random_spectrum(u.d, count, seed)}, bands=steps)
+        for seed in range(study.draws)
+    )
+    keys = ["reading", "layer", "band"]
+    table = pd.concat(ss.summarise(own, keys, score).assign(score=score) for score in SCORES)
+    draws = random.groupby(["basis", *keys], as_index=False)[list(SCORES)].mean()
+    draws = draws.melt(["basis", *keys], list(SCORES), var_name="score")
+    spread = draws.groupby([*keys, "score"], as_index=False)["value"].agg(["mean", "min", "max"])
+    study.save(table, "lens")
+    study.save(spread, "lens_random")
+    ss.figures.lens(table, spread, study.figure("lens"))
+
+    def at(frame: pd.DataFrame, reading: str, layer: int, band: int, by: str, score: str) -> pd.Series:
+        rows = frame[(frame["reading"] == reading) & (frame["layer"] == layer) & (frame["band"] == band)]
+        return rows.groupby(by)[score].mean()
+
+    def random_range(values: pd.Series) -> str:
+        return f"{study.draws} random bases: {values.min():.3f} to {values.max():.3f}"
+
+    answers: list[dict[str, object]] = []
+    for layer in range(-1, last + 1):
+        nll = at(own, ss.TOGETHER, layer, count, "document", "nll")
+        place = "embedding" if layer < 0 else f"exit {layer}"
+        answers.append(ss.answer(f"{place}: NLL of the logit lens, all bands", nll))
+    for layer in dict.fromkeys([max(0, last // 2), last]):
+        step = at(own, ss.TOGETHER, layer, count - 1, "document", "nll") - at(
+            own, ss.TOGETHER, layer, count, "document", "nll"
+        )
+        other = at(random, ss.TOGETHER, layer, count - 1, "basis", "nll") - at(
+            random, ss.TOGETHER, layer, count, "basis", "nll"
+        )
+        answers.append(
+            ss.answer(f"exit {layer}: NLL that the last band takes off the lens", step, random_range(other))
+        )
+    for band in (steps[1], count - 1):
+        agree = at(own, ss.TOGETHER, last, band, "document", "top1")
+        other = at(random, ss.TOGETHER, last, band, "basis", "top1")
+        answers.append(
+            ss.answer(f"exit {last}: top-1 agreement from bands 1 to {band}", agree, random_range(other))
+        )
+    for band in (1, count):
+        alone = at(own, ss.ALONE, last, band, "document", "kl")
+        other = at(random, ss.ALONE, last, count, "basis", "kl")
+        answers.append(ss.answer(f"exit {last}: KL from band {band} alone", alone, random_range(other)))
+    return ss.Finding(answers)

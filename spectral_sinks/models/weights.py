@@ -1,0 +1,137 @@
+"""The matrices that read the residual stream and those that write to it, of every supported family."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from spectral_sinks.errors import InputError
+from spectral_sinks.models.language import LanguageModel
+from spectral_sinks.models.norms import gain_of
+
+Part = Literal["q", "k", "v", "gate", "up", "o", "down"]
+"""W_q, W_k, W_v, W_gate and W_up read the residual stream, W_o and W_down write to it."""
+
+PARTS: tuple[Part, ...] = get_args(Part)
+WRITERS: tuple[Part, ...] = ("o", "down")
+
+UP = ("up_proj", "c_fc", "dense_h_to_4h")
+DOWN = ("down_proj", "c_proj", "dense_4h_to_h")
+
+
+@dataclass(frozen=True, eq=False)
+class Weight:
+    """One matrix as the residual stream meets it: each row is a direction that is read or written.
+
+    Biases are left out: they read nothing, and what they write does not depend on the text.
+    """
+
+    part: Part
+    layer: int
+    unit: int
+    """The head (a key head for k and v), or the expert of a mixture; -1 for a plain MLP."""
+    rows: Float[Tensor, "rows d"]
+    gain: Float[Tensor, "d"] | None
+    """Gain of the norm that a reader reads through, or that what is written passes; None without one."""
+    centres: bool
+    """Whether that norm also removes the mean over the coordinates (LayerNorm)."""
+
+    @property
+    def writes(self) -> bool:
+        return self.part in WRITERS
+
+    def folded(self) -> Float[Tensor, "rows d"]:
+        """The rows with the norm's gain in them, and a LayerNorm's centring, in float32 at least.
+
+        A reader's `W norm(x)` is `folded x` up to the norm's scale, one number per token.
+        """
+        rows = self.rows.to(torch.promote_types(self.rows.dtype, torch.float32))
+        if self.writes and self.centres:
+            rows = rows - rows.mean(1, keepdim=True)
+        if self.gain is not None:
+            rows = rows * self.gain.to(rows.device, rows.dtype)
+        if not self.writes and self.centres:
+            rows = rows - rows.mean(1, keepdim=True)
+        return rows
+
+
+def residual_weights(model: LanguageModel) -> Iterator[Weight]:
+    """The readers and writers of every layer, by head; `gate` only where the MLP has one.
+
+    Fused projections are taken apart, and so are the experts of gpt-oss. Raises InputError for an MLP whose
+    matrices are not found.
+    """
+    layout = model.layout
+    for layer in range(model.layers):
+        block: Any = model.module.get_submodule(f"{layout.layers}.{layer}")
+        gain, centres = _norm(block, layout.attention_norm, model.d)
+        projections: tuple[tuple[Part, str, str], ...] = (
+            ("q", layout.queries, "queries"),
+            ("k", layout.keys, "keys"),
+            ("v", layout.values, "values"),
+        )
+        for part, path, which in projections:
+            weight = _outputs(block.get_submodule(path))[model.projection_index(which)]
+            for head, rows in enumerate(weight.split(model.head_size)):
+                yield Weight(part, layer, head, rows, gain, centres)
+        after = "" if layout.attention_write == layout.attention else layout.attention_write
+        gain, centres = _norm(block, after, model.d)
+        for head in range(model.heads):
+            yield Weight("o", layer, head, model.head_write(layer, head).detach(), gain, centres)
+
+        before = _norm(block, layout.mlp_norm, model.d)
+        after = _norm(block, "" if layout.mlp_write == layout.mlp else layout.mlp_write, model.d)
+        for part, unit, rows in _mlp(block.get_submodule(layout.mlp), model):
+            yield Weight(part, layer, unit, rows, *(after if part in WRITERS else before))
+
+
+def _norm(block: Any, path: str, d: int) -> tuple[Tensor | None, bool]:
+    if not path:
+        return None, False
+    norm = block.get_submodule(path)
+    return gain_of(norm, d), isinstance(norm, nn.LayerNorm)
+
+
+def _outputs(module: Any) -> Float[Tensor, "outputs inputs"]:
+    """The weight with a row per output; all but `nn.Linear` (GPT-2's Conv1D) store the transpose."""
+    return (module.weight if isinstance(module, nn.Linear) else module.weight.T).detach()
+
+
+def _mlp(mlp: Any, model: LanguageModel) -> Iterator[tuple[Part, int, Tensor]]:
+    experts = getattr(mlp, "experts", None)
+    if experts is not None:
+        yield from _experts(experts, model)
+        return
+    down = next((name for name in DOWN if hasattr(mlp, name)), None)
+    up = next((name for name in UP if hasattr(mlp, name)), None)
+    if down is None or (up is None and not hasattr(mlp, "gate_up_proj")):
+        raise InputError(
+            f"the matrices of {type(mlp).__name__} of {model.name} ({model.family}) were not found: tried "
+            f"gate_up_proj, {', '.join(UP)} and {', '.join(DOWN)}"
+        )
+    if up is None:
+        gate, ups = _outputs(mlp.gate_up_proj).chunk(2)
+        yield "gate", -1, gate
+        yield "up", -1, ups
+    else:
+        if hasattr(mlp, "gate_proj"):
+            yield "gate", -1, _outputs(mlp.gate_proj)
+        yield "up", -1, _outputs(getattr(mlp, up))
+    yield "down", -1, _outputs(getattr(mlp, down)).T
+
+
+def _experts(experts: Any, model: LanguageModel) -> Iterator[tuple[Part, int, Tensor]]:
+    """Experts as gpt-oss stores them: `experts x d x 2 inner`, gate and up alternating."""
+    both, down = getattr(experts, "gate_up_proj", None), getattr(experts, "down_proj", None)
+    if model.family != "gpt_oss" or not isinstance(both, Tensor) or not isinstance(down, Tensor):
+        raise InputError(
+            f"the experts of {model.name} ({model.family}) are not stored as those of gpt_oss: their "
+            "matrices cannot be taken apart"
+        )
+    for unit, (pair, out) in enumerate(zip(both.detach(), down.detach(), strict=True)):
+        yield "gate", unit, pair[:, ::2].T
+        yield "up", unit, pair[:, 1::2].T
+        yield "down", unit, out
