@@ -21,6 +21,7 @@ import bench_sides as sides
 import numpy as np
 import torch
 from bench_cases import BATCH, CHUNK, Bench, Case, random_llama
+from bench_spectra import spectra
 from bench_timing import Row, in_turn, peak, row, show
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -219,7 +220,7 @@ BENCHMARKS: dict[str, Callable[[Bench], list[Row]]] = {
     "compile": factors.compiled,
     "stopping": factors.stopping,
     "screen": factors.screen,
-    # spectra: add `"spectra": function` here, from Bench to a list of rows
+    "spectra": spectra,
     "gpu": gpu,
 }
 
