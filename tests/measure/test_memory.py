@@ -209,6 +209,17 @@ def test_an_edit_at_the_exit_may_fail_too(
     same(ss.evaluate_all(model, windows, cells()), ample)
 
 
+def test_what_a_failed_attempt_removed_does_not_count(
+    model: ss.LanguageModel, windows: ss.Windows, fail: Callable[..., Fault]
+) -> None:
+    """It got as far as the exit, twice in all, and to the MLP once: the mean is over the two sites."""
+    stack = {str(k): {ss.Site("exit", 1): ss.rnd(32, 2, k), MLP: ss.rnd(32, 20, k)} for k in range(2)}
+    expected = ss.evaluate_all(model, windows, stack)
+    fault = fail("inside", MemoryError, 9)
+    same(ss.evaluate_all(model, windows, stack), expected)
+    assert fault.tall == [10]
+
+
 @pytest.mark.parametrize("place", ["inside", "readout", "edit"])
 def test_not_even_one_window(
     model: ss.LanguageModel, windows: ss.Windows, fail: Callable[..., Fault], place: str

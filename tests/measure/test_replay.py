@@ -441,6 +441,17 @@ def test_exits_that_do_not_fit_are_computed_again(
             pd.testing.assert_frame_equal(effect.rows, fitting[name].rows)
 
 
+def test_exits_are_computed_again_together_with_others_that_fit(
+    spectrum: ss.Spectrum, monkeypatch: pytest.MonkeyPatch, passes: list[tuple[int, int]]
+) -> None:
+    model = ss.load(tiny.build(num_hidden_layers=5))
+    dark = ss.remove(spectrum.dark())
+    cells: Cells = {str(layer): {ss.Site("exit", layer): dark} for layer in range(5)}
+    monkeypatch.setattr(replay, "free", lambda device: int(2 * IDS.numel() * 32 * 4 / replay.SHARE * 2))
+    ss.evaluate_all(model, ss.Windows.of_ids(IDS, model), cells)
+    assert passes == [(0, 5), (1, 5), (2, 5), (0, 5), (3, 5), (4, 5), (0, 5), (5, 5)]
+
+
 def test_a_batch_by_itself(model: ss.LanguageModel, windows: ss.Windows, spectrum: ss.Spectrum) -> None:
     """Cells from exits that were not named, in any order, as often as one likes, give the same."""
     dark = ss.remove(spectrum.dark())
