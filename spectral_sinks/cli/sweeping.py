@@ -69,9 +69,10 @@ def run_sweep(options: Sweep) -> None:
         show(options.json, asdict(cost), table(str(cost), ("", ""), rows))
         return
     with ExitStack() as stack:
-        executor = None
+        executor, in_flight = None, 8
         if options.dask:
-            executor = stack.enter_context(dask_client(options.dask)).get_executor()
+            client = stack.enter_context(dask_client(options.dask))
+            executor, in_flight = client.get_executor(), max(in_flight, 2 * sum(client.nthreads().values()))
         done = ss.sweep(
             file,
             out,
@@ -80,7 +81,8 @@ def run_sweep(options: Sweep) -> None:
             executor=executor,
             workers=options.workers,
             devices=options.devices.split(",") if options.devices else (),
-            say=None if options.json else print,
+            in_flight=in_flight,
+            say=(lambda _: None) if options.json else print,
         )
     summary = done.summary()
     found: dict[str, Any] = {"out": str(out), **asdict(done.report), "cells": summary.to_dict("records")}
