@@ -260,8 +260,8 @@ class _Workers:
     def _broke(self, error: Exception) -> None:
         if self._make is None:
             raise InputError(
-                f"the executor broke ({str(error) or 'it gave up what it had in hand'}): start another and run "
-                "the sweep again, which goes on from there"
+                f"the executor broke ({str(error) or 'it gave up what it had in hand'}): start another and "
+                "run the sweep again, which goes on from there"
             ) from error
         assert self._current is not None
         self._current.shutdown(wait=False)

@@ -108,7 +108,10 @@ class Sweep:
     @cached_property
     def distinct(self) -> tuple[int, ...]:
         """The first cell of each address: what does the same under several names is measured once."""
-        return tuple({address: i for i, address in reversed([*enumerate(self.addresses)])}.values())
+        first: dict[str, int] = {}
+        for cell, found in enumerate(self.addresses):
+            first.setdefault(found, cell)
+        return tuple(first.values())
 
     @cached_property
     def key(self) -> str:
