@@ -14,6 +14,9 @@ from spectral_sinks.cli.printing import plain, show, table
 SHOWN = 40
 """Rows of a summary that are printed; the file has all."""
 
+PATIENCE = 10
+"""Seconds to wait for a scheduler."""
+
 
 @dataclass(frozen=True)
 class Sweep:
@@ -105,7 +108,7 @@ def dask_client(address: str) -> Any:
     except ImportError as error:
         raise ss.InputError("Dask is not installed: pip install 'spectral-sinks[cluster]'") from error
     try:
-        return Client(address, timeout=10)
+        return Client(address, timeout=PATIENCE)
     except (OSError, ValueError) as error:
         raise ss.InputError(f"no Dask scheduler answers at {address}: {error}") from error
 

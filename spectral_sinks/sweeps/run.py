@@ -242,8 +242,12 @@ class _Workers:
         self.waiting[future] = unit, claim, self._current
 
     def done(self) -> Iterator[tuple[Unit, ExitStack, Result | None]]:
-        """Units that are finished, with their result; None for one whose worker died."""
-        for future in wait(self.waiting, return_when=FIRST_COMPLETED).done:
+        """Units that are finished, with their result; None for one whose worker died. Errors come last."""
+
+        def failed(future: Future[Result]) -> bool:
+            return future.cancelled() or future.exception() is not None
+
+        for future in sorted(wait(self.waiting, return_when=FIRST_COMPLETED).done, key=failed):
             unit, claim, executor = self.waiting.pop(future)
             with ExitStack() as undo:
                 undo.push(claim)
