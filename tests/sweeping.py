@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Iterable
 from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
 from pathlib import Path
@@ -88,12 +87,16 @@ def rows_agree(one: pd.DataFrame, other: pd.DataFrame) -> None:
 
 
 def fast() -> BaseContext:
-    """Processes that are forked from one that has imported everything: without a second's start."""
+    """Processes that are forked from one that has made everything: they start at once."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["sweeping"])
+    context.set_forkserver_preload(["nursery"])
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")  # threads do not survive a fork
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
         forkserver.ensure_running()
+    first = context.Process(target=int)
+    first.start()
+    first.join()
     return context
 
 
@@ -103,12 +106,9 @@ def run(out: Path, cells_per_unit: int = 1, seconds: float = 0) -> None:
     ss.sweep(sweep() if not seconds else sweep(scaled(20, seconds)), out)
 
 
-def addresses(cells: Iterable[str] = ()) -> tuple[str, ...]:
-    return sweep().addresses
-
-
 def peek(key: str) -> tuple[bool, float, str, int]:
     """What a worker of a pool has: whether its weights are in shared memory, one, its device, threads."""
     model = workers._SWEEPS[key].model
     weight = model.unembedding_weight
-    return weight.is_shared(), float(weight[3, 5]), str(model.device), os.getpid()
+    value = 0.0 if weight.is_meta else float(weight[3, 5])
+    return weight.is_shared(), value, str(model.device), os.getpid()
