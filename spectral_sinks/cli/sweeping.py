@@ -14,6 +14,9 @@ from spectral_sinks.cli.printing import plain, show, table
 SHOWN = 40
 """Rows of a summary that are printed; the file has all."""
 
+PATIENCE = 10
+"""Seconds to wait for a scheduler."""
+
 
 @dataclass(frozen=True)
 class Sweep:
@@ -69,9 +72,10 @@ def run_sweep(options: Sweep) -> None:
         show(options.json, asdict(cost), table(str(cost), ("", ""), rows))
         return
     with ExitStack() as stack:
-        executor = None
+        executor, in_flight = None, 8
         if options.dask:
-            executor = stack.enter_context(dask_client(options.dask)).get_executor()
+            client = stack.enter_context(dask_client(options.dask))
+            executor, in_flight = client.get_executor(), max(in_flight, 2 * sum(client.nthreads().values()))
         done = ss.sweep(
             file,
             out,
@@ -80,7 +84,8 @@ def run_sweep(options: Sweep) -> None:
             executor=executor,
             workers=options.workers,
             devices=options.devices.split(",") if options.devices else (),
-            say=None if options.json else print,
+            in_flight=in_flight,
+            say=(lambda _: None) if options.json else print,
         )
     summary = done.summary()
     found: dict[str, Any] = {"out": str(out), **asdict(done.report), "cells": summary.to_dict("records")}
@@ -103,7 +108,7 @@ def dask_client(address: str) -> Any:
     except ImportError as error:
         raise ss.InputError("Dask is not installed: pip install 'spectral-sinks[cluster]'") from error
     try:
-        return Client(address, timeout=10)
+        return Client(address, timeout=PATIENCE)
     except (OSError, ValueError) as error:
         raise ss.InputError(f"no Dask scheduler answers at {address}: {error}") from error
 

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
+from spectral_sinks.errors import InputError
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.models.layout import Layout
 
@@ -26,8 +27,13 @@ def wrap(module: Any, tokenizer: Any) -> TransformersModel:
 
 
 def pack(model: LanguageModel) -> tuple[Any, ...]:
-    """How `pickle` takes a model apart."""
+    """How `pickle` takes a model apart. Raises InputError for one that is spread over several devices."""
     module = model.module
+    if len(set((getattr(module, "hf_device_map", None) or {}).values())) > 1:
+        raise InputError(
+            f"{model.name} is spread over several devices by its device_map, so it cannot be handed to other "
+            "processes: run it in one process"
+        )
     tensors = {
         **dict(module.named_parameters(remove_duplicate=False)),  # tied weights stay tied
         **dict(module.named_buffers(remove_duplicate=False)),

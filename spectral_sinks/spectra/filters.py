@@ -42,6 +42,8 @@ class Mean:
 
     reference: Float[Tensor, "*tokens d"]
     """Mean residual by position; `[d]` for one mean at every position."""
+    source: str = ""
+    """What determines the mean: its numbers are rounded on each machine anew."""
 
     def __call__(self, removed: Tensor, blocked: Subspace) -> Tensor:
         mean = self.reference.to(removed.device, removed.dtype)

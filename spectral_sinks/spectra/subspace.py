@@ -26,6 +26,8 @@ class Subspace:
     """Which singular directions of a spectrum span it; None for a subspace of no spectrum."""
     spectrum: tuple[str, Float[Tensor, "d d"]] | None = None
     """Fingerprint and right singular vectors of the spectrum that `members` refers to."""
+    source: str = ""
+    """What determines a subspace of no spectrum, as a seed does: each machine rounds the basis anew."""
 
     def __post_init__(self) -> None:
         if self.basis.ndim != 2 or self.basis.shape[1] > self.basis.shape[0]:
@@ -156,7 +158,8 @@ def random_subspace(d: int, rank: int, seed: int = 0) -> Subspace:
     thick = rank > d // 2
     generator = torch.Generator().manual_seed(seed)
     normal = torch.randn(d, d - rank if thick else rank, generator=generator, dtype=torch.float64)
-    return Subspace(torch.linalg.qr(normal).Q, f"random {rank} (seed {seed})", thick)
+    basis = torch.linalg.qr(normal).Q
+    return Subspace(basis, f"random {rank} (seed {seed})", thick, source=f"random {d} {rank} {seed}")
 
 
 def principal_cosines(a: Subspace, b: Subspace) -> Float[Tensor, "min_rank"]:

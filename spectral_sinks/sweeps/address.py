@@ -27,7 +27,7 @@ def address(context: Mapping[str, Any], edits: Interventions) -> str:
     changes whenever its results do.
     """
     what = {key: value for key, value in context.items() if key != "batch_size"}
-    if any(isinstance(edit, Filter) and isinstance(edit.fill, Swap) for edit in edits.values()):
+    if swapping(edits):
         what["batch_size"] = context["batch_size"]
     places = sorted((site.rank, str(site), of_edit(edit)) for site, edit in edits.items())
     return digest(what | {"edits": [place[1:] for place in places]})
@@ -37,11 +37,16 @@ def context(model: LanguageModel, windows: Windows, batch_size: int) -> dict[str
     """What all cells of a sweep share."""
     return {
         "weights": model.fingerprint,
-        "data": digest([[row.tolist() for row in windows.rows], windows.document]),
+        "data": digest([of_rows(windows), list(map(int, windows.document))]),
         "metrics": [*METRICS, *(["sink_mass"] if replay.reads_sink(model, windows) else [])],
         "version": replay.VERSION,
         "batch_size": batch_size,
     }
+
+
+def swapping(edits: Interventions) -> bool:
+    """Whether what a cell does depends on how windows are batched."""
+    return any(isinstance(edit, Filter) and isinstance(edit.fill, Swap) for edit in edits.values())
 
 
 def of_edit(edit: Edit) -> Any:
@@ -52,12 +57,19 @@ def of_edit(edit: Edit) -> Any:
     if isinstance(tokens, Tensor):
         tokens = fingerprint(tokens, None, "mask")
     elif not isinstance(tokens, str):
-        tokens = sorted(tokens)
+        tokens = sorted(set(map(int, tokens)))
     through = None if edit.through is None else of_subspace(edit.through)
     return [of_subspace(edit.blocked), through, of_fill(edit.fill), tokens]
 
 
+def of_rows(windows: Windows) -> str:
+    """The token ids of some windows."""
+    return digest([row.tolist() for row in windows.rows])
+
+
 def of_subspace(subspace: Subspace) -> str:
+    if subspace.source:
+        return f"{subspace.source}, complemented: {subspace.complemented}"
     if subspace.members is not None and subspace.spectrum is not None and subspace.spectrum[0]:
         return fingerprint(subspace.members, None, f"members of {subspace.spectrum[0]}")
     return fingerprint(subspace.basis, None, f"basis, complemented: {subspace.complemented}")
@@ -69,6 +81,8 @@ def of_fill(fill: Fill) -> str:
     if isinstance(fill, Noise):
         return f"noise {fill.seed}"
     if isinstance(fill, Mean):
+        if fill.source:
+            return f"mean {fill.source}"
         return fingerprint(fill.reference, None, "mean")
     return _own(fill)
 

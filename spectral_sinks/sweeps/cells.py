@@ -6,11 +6,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from torch import Tensor
+
 from spectral_sinks.errors import InputError
 from spectral_sinks.interventions.sites import Site
 from spectral_sinks.interventions.tracing import Interventions
 from spectral_sinks.measure.effects import mean_residuals
 from spectral_sinks.models.language import LanguageModel
+from spectral_sinks.spectra.cache import fingerprint
 from spectral_sinks.spectra.filters import (
     Fill,
     Filter,
@@ -27,6 +30,7 @@ from spectral_sinks.spectra.filters import (
     rnd,
 )
 from spectral_sinks.spectra.spectrum import Spectrum
+from spectral_sinks.sweeps.address import digest, of_rows
 from spectral_sinks.texts import Windows
 
 FillName = Literal["zero", "mean", "swap", "noise"]
@@ -69,19 +73,25 @@ def grid(
     seed 0. Raises InputError for what a site, a band or the model does not have, and for an empty grid.
     """
     filters = _filters(spectrum, embedding, keep, remove, ladder, kept)
-    entries = [entry if isinstance(entry, Sequence) else (entry,) for entry in layers or range(model.layers)]
+    chosen_layers = range(model.layers) if layers is None else layers
+    entries = [entry if isinstance(entry, Sequence) else (entry,) for entry in chosen_layers]
     places: list[tuple[Site, ...]] = []
     for kind in sites:
-        here = entries if Site.parse(kind).kind != "embedding" else [(0,)]
-        places += [tuple(Site.parse(kind, layer) for layer in entry) for entry in here]
-    for site in {site for place in places for site in place}:
+        here = [(0,)] if kind == "embedding" else entries
+        places += [tuple(dict.fromkeys(Site.parse(kind, layer) for layer in entry)) for entry in here]
+    at_once = {site for place in places for site in place}
+    for site in at_once:
         site.check(model)
     for name in fills:
         if name not in get_args(FillName):
             raise InputError(f"fill {name!r}: choose from {', '.join(get_args(FillName))}")
-    means = {}
+    if not (places and all(places) and fills and tokens):
+        raise InputError("an empty grid: give at least one site, layer, fill and choice of tokens")
+    means: dict[Site, Fill] = {}
     if "mean" in fills:
-        means = mean_residuals(model, windows, sorted({s for p in places for s in p}, key=lambda s: s.rank))
+        found = mean_residuals(model, windows, sorted(at_once, key=lambda site: site.rank))
+        source = f"{model.fingerprint} {of_rows(windows)}"
+        means = {site: Mean(mean, digest(f"{source} {site}")) for site, mean in found.items()}
     plain: dict[str, Callable[[], Fill]] = {"zero": Zero, "swap": Swap, "noise": Noise}
     random: dict[tuple[int, int], Filter] = {}
 
@@ -98,7 +108,7 @@ def grid(
         for draw, block in itertools.chain.from_iterable(map(blocks, filters)):
             name = f"{' + '.join(map(str, place))}: {block.name}{_suffix(fill, which)}"
             if name not in cells:
-                fillings = {site: Mean(means[site]) if fill == "mean" else plain[fill]() for site in place}
+                fillings = {site: means[site] if fill == "mean" else plain[fill]() for site in place}
                 edits = {site: block.filled(filling).at(which) for site, filling in fillings.items()}
                 cells[name] = Cell(name, edits, draw)
     return list(cells.values())
@@ -130,7 +140,7 @@ def _filters(
     for rung in ladder:
         if rung not in get_args(Rung):
             raise InputError(f"ladder {rung!r}: choose from {', '.join(get_args(Rung))}")
-        for k in kept or range(1, spectrum.count + 1):
+        for k in range(1, spectrum.count + 1) if kept is None else kept:
             if rung == "phi":
                 filters.append(phi(spectrum, 1, k))
             elif rung == "omega" and k < spectrum.count:
@@ -145,5 +155,8 @@ def _filters(
 
 
 def _suffix(fill: str, tokens: Tokens) -> str:
-    where = tokens if isinstance(tokens, str) else "some tokens"
+    if isinstance(tokens, Tensor):
+        where = f"mask {fingerprint(tokens, None, 'mask')[:8]}"
+    else:
+        where = tokens if isinstance(tokens, str) else f"tokens {' '.join(map(str, sorted(tokens)))}"
     return ("" if fill == "zero" else f", {fill}") + ("" if where == "all" else f", {where}")

@@ -1,11 +1,12 @@
 """A sweep as a TOML file: model, texts, spectrum, and grids of cells."""
 
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 
 from spectral_sinks.errors import InputError
 from spectral_sinks.models.loading import load
@@ -75,18 +76,21 @@ class SweepFile(_Table):
     model: str = DEFAULT
     """The embedded model's name, a Hugging Face id, or a folder."""
     device: str | None = None
+    device_map: str | None = None
+    """"auto" spreads a model that is larger than one device over all."""
     dtype: str = "auto"
     batch_size: int = Field(default=16, ge=1)
     texts: Texts = Texts()
     spectrum: Reading = Reading()
     grid: list[Grid] = Field(min_length=1)
+    _path: Path | None = PrivateAttr(None)
 
     @classmethod
     def read(cls, path: str | Path) -> "SweepFile":
         """Raises InputError for a file that is missing, no TOML, or says what is not understood."""
         path = Path(path)
         try:
-            return cls.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+            found = cls.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
         except OSError as error:
             raise InputError(f"{path} cannot be read: {error.strerror}") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -94,7 +98,10 @@ class SweepFile(_Table):
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
-            raise InputError(f"{path}: {where}: {first['msg']} (given: {first['input']!r})") from error
+            given = "" if first["type"] == "missing" else f" (given: {first['input']!r})"
+            raise InputError(f"{path}: {where}: {first['msg']}{given}") from error
+        found._path = path
+        return found
 
     @property
     def key(self) -> str:
@@ -102,43 +109,58 @@ class SweepFile(_Table):
 
     def prepare(self) -> Sweep:
         """Load the model, cut the texts, make the cells. Raises InputError as each of these does."""
-        model = load(self.model, device=self.device, dtype=self.dtype)
-        texts = self.texts
-        found = documents(
-            texts.text,
-            split=texts.split,
-            column=texts.column,
-            limit=texts.documents,
-            separator=texts.separator,
-        )
-        windows = cut(found, model, length=texts.length, per_document=texts.per_document, bos=texts.bos)
-        reading = self.spectrum
-        spectrum = read_spectrum(model, reading.matrix, convention=reading.convention, bands=reading.bands)
+        with self._at("model"):
+            model = load(self.model, device=self.device, dtype=self.dtype, device_map=self.device_map)
+        texts, reading = self.texts, self.spectrum
+        with self._at("texts"):
+            found = documents(
+                texts.text,
+                split=texts.split,
+                column=texts.column,
+                limit=texts.documents,
+                separator=texts.separator,
+            )
+            windows = cut(found, model, length=texts.length, per_document=texts.per_document, bos=texts.bos)
         embedding = None
-        if any("psi" in block.ladder for block in self.grid):
-            embedding = read_spectrum(model, "embedding", bands=reading.bands)
+        with self._at("spectrum"):
+            spectrum = read_spectrum(
+                model, reading.matrix, convention=reading.convention, bands=reading.bands
+            )
+            if any("psi" in block.ladder for block in self.grid):
+                embedding = read_spectrum(model, "embedding", bands=reading.bands)
         cells: dict[str, Cell] = {}
-        for block in self.grid:
-            for cell in grid(
-                model,
-                windows,
-                spectrum,
-                embedding,
-                sites=block.site,
-                layers=block.layer,
-                keep=block.keep,
-                remove=block.remove,
-                ladder=block.ladder,
-                kept=block.kept,
-                fills=block.fill,
-                tokens=_tokens(block),
-                controls=block.controls,
-            ):
-                cells.setdefault(cell.name, cell)
+        for place, block in enumerate(self.grid):
+            with self._at(f"grid.{place}"):
+                for cell in grid(
+                    model,
+                    windows,
+                    spectrum,
+                    embedding,
+                    sites=block.site,
+                    layers=block.layer,
+                    keep=block.keep,
+                    remove=block.remove,
+                    ladder=block.ladder,
+                    kept=block.kept,
+                    fills=block.fill,
+                    tokens=_tokens(block),
+                    controls=block.controls,
+                ):
+                    cells.setdefault(cell.name, cell)
         label = (
             f"{spectrum.matrix}, {spectrum.convention}, {spectrum.count} bands, {spectrum.fingerprint[:16]}"
         )
-        return Sweep.of(model, windows, cells.values(), batch_size=self.batch_size, spectrum=label)
+        with self._at("grid"):
+            return Sweep.of(model, windows, cells.values(), batch_size=self.batch_size, spectrum=label)
+
+    @contextmanager
+    def _at(self, place: str) -> Iterator[None]:
+        """Errors name the file and the place in it."""
+        try:
+            yield
+        except InputError as error:
+            file = "" if self._path is None else f"{self._path}: "
+            raise InputError(f"{file}{place}: {error}") from error
 
 
 def _tokens(block: Grid) -> Sequence[Tokens]:

@@ -3,9 +3,10 @@
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, CancelledError, Executor, Future, wait
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -15,9 +16,10 @@ from spectral_sinks.errors import InputError
 from spectral_sinks.stats import mean_interval
 from spectral_sinks.sweeps.cost import Cost, duration, estimate, floor
 from spectral_sinks.sweeps.file import SweepFile
+from spectral_sinks.sweeps.files import listing
 from spectral_sinks.sweeps.store import Store
-from spectral_sinks.sweeps.sweep import Sweep, Unit
-from spectral_sinks.sweeps.workers import Adopted, Held, Serial, Source, pool, work
+from spectral_sinks.sweeps.sweep import Sweep, Unit, describe
+from spectral_sinks.sweeps.workers import Adopted, Held, Serial, Source, check, pool, work
 
 LOSSES = 3
 """Times that a pool may break, with no unit finished in between, before the sweep gives up."""
@@ -25,7 +27,7 @@ LOSSES = 3
 PATIENCE = 0.2
 """Seconds between looks at what another process is doing."""
 
-DESCRIBED = ("name", "site", "layer", "filter", "rank", "fill", "at", "draw")
+DESCRIBED = ("name", "site", "layer", "head", "filter", "rank", "fill", "at", "draw")
 """Columns of a table that say what a cell is."""
 
 MakesExecutor = Callable[[], Executor]
@@ -59,14 +61,18 @@ class Done:
     report: Report
 
     def table(self) -> pd.DataFrame:
-        """One row per cell and document, for the cells of this sweep alone."""
-        table = self.store.table()
-        return table[table["cell"].isin(self.sweep.addresses)].reset_index(drop=True)
+        """One row per cell and document, for the cells of this sweep alone, by the names they have in it."""
+        found = self.store.table()
+        addresses, cells = self.sweep.addresses, self.sweep.cells
+        described = pd.DataFrame(
+            {"cell": address} | describe(cell) for address, cell in zip(addresses, cells, strict=True)
+        ).astype(found.dtypes[["cell", *DESCRIBED]])
+        return described.merge(found.drop(columns=[*DESCRIBED]), on="cell")[found.columns]
 
     def summary(self) -> pd.DataFrame:
         """One row per cell: mean over documents of the NLL difference (nats), its 95 % interval, and more."""
         rows: list[dict[str, object]] = []
-        for _, part in self.table().groupby("cell", sort=False):
+        for _, part in self.table().groupby("name", sort=False):
             low, high = mean_interval(part["delta_nll"])
             means = part[["kl", "top1_agreement", "removed_energy_share"]].mean().to_dict()
             first = part.iloc[0]
@@ -86,6 +92,7 @@ def sweep(
     executor: Executor | None = None,
     workers: int = 0,
     devices: Sequence[str] = (),
+    in_flight: int = 8,
     say: Callable[[str], None] | None = None,
 ) -> Done:
     """Measure the cells of a sweep, or of a sweep file, into the results folder `out`.
@@ -95,23 +102,30 @@ def sweep(
     `shard` (i, n) of it into a folder of its own, to be joined by `Store.merge`. Units of work run in this
     process; in `workers` processes, which share the weights or hold them on `devices`; or on any
     `concurrent.futures.Executor`, such as a Dask client's, whose workers make the sweep from the file, or are
-    sent it. `say` is told what it will cost.
+    sent it; `in_flight` is how many units it has in hand, two for each of its workers or more. `say` is told
+    what it will cost.
 
-    Raises InputError for a file that is not understood, cells that have no content address, a folder that is
-    no store or cannot be written, and a shard that does not exist.
+    Raises InputError, before the folder is touched, for a file that is not understood, cells that have no
+    content address and a shard that does not exist; and for a folder that is no store or cannot be written.
     """
     if isinstance(what, str | Path):
         what = SweepFile.read(what)
     if workers and executor is not None:
         raise InputError("give workers or an executor, not both")
-    store = Store(out)
+    if workers < 0 or (devices and not workers):
+        raise InputError(f"{workers} workers for devices {', '.join(devices) or 'none'}: give at least 1")
     made = what if isinstance(what, Sweep) else what.prepare()
+    if shard is not None:
+        made.shard(*shard)
+    if workers:
+        check(made, devices)
+    _ = made.units
+    store = Store(out)
     if fresh:
         store.clear()
-    options = {"shard": shard, "say": say}
-    if workers:
-        return run(made, store, lambda: pool(made, workers, devices), Adopted(made.key), **options)
-    return run(made, store, executor, Held(made) if isinstance(what, Sweep) else what, **options)
+    source = Adopted(made.key) if workers else Held(made) if isinstance(what, Sweep) else what
+    runner = partial(pool, made, workers, devices) if workers else executor
+    return run(made, store, runner, source, shard=shard, in_flight=max(in_flight, 2 * workers), say=say)
 
 
 def plan(
@@ -128,8 +142,9 @@ def plan(
         what = SweepFile.read(what)
     made = what if isinstance(what, Sweep) else what.prepare()
     units = made.units if shard is None else made.shard(*shard)
-    there = out is not None and Path(out).exists()
-    finished = Store(out, create=False).finished() if there and out is not None else set[tuple[str, int]]()
+    finished: set[tuple[str, int]] = set()
+    if out is not None and listing(Path(out).expanduser()):
+        finished = Store(out, create=False).finished()
     return estimate(made, tuple(_missing(made, units, finished)))
 
 
@@ -159,7 +174,9 @@ def run(
     began = time.perf_counter()
     computed, worker_seconds, lowest = 0, 0.0, 0.0
     workers = _Workers(executor)
-    with workers, tqdm(total=total, unit="cell", leave=False, disable=None) as bar:
+    there = total - sum(map(sweep.size, left))
+    bar = tqdm(total=total, initial=there, unit="cell", leave=False, disable=None)
+    with workers, bar:
         while left or workers.waiting:
             open_units = [*left, *workers.units]
             bar.update(total - sum(map(sweep.size, open_units)) - bar.n)
@@ -214,33 +231,41 @@ class _Workers:
     def submit(self, source: Source, unit: Unit, claim: ExitStack) -> None:
         if self._current is None:
             self._current = self._make() if self._make else self._given or Serial()
-        try:
-            future: Future[Result] = self._current.submit(work, source, unit)
-        except BrokenExecutor as error:
-            future = Future()
-            future.set_exception(error)
+        with ExitStack() as undo:
+            undo.push(claim)
+            try:
+                future: Future[Result] = self._current.submit(work, source, unit)
+            except BrokenExecutor as error:
+                future = Future()
+                future.set_exception(error)
+            undo.pop_all()
         self.waiting[future] = unit, claim, self._current
 
     def done(self) -> Iterator[tuple[Unit, ExitStack, Result | None]]:
-        """Units that are finished, with their result; None for one whose worker died."""
-        for future in wait(self.waiting, return_when=FIRST_COMPLETED).done:
+        """Units that are finished, with their result; None for one whose worker died. Errors come last."""
+
+        def failed(future: Future[Result]) -> bool:
+            return future.cancelled() or future.exception() is not None
+
+        for future in sorted(wait(self.waiting, return_when=FIRST_COMPLETED).done, key=failed):
             unit, claim, executor = self.waiting.pop(future)
-            try:
-                result = future.result()
-                self._losses = 0
-            except BrokenExecutor as error:
-                result = None
-                if executor is self._current:  # the first of its units to report the loss
-                    self._broke(error)
-            except BaseException:
-                claim.close()
-                raise
+            with ExitStack() as undo:
+                undo.push(claim)
+                try:
+                    result = future.result()
+                    self._losses = 0
+                except (BrokenExecutor, CancelledError) as error:  # Dask cancels when it loses its scheduler
+                    result = None
+                    if executor is self._current:  # the first of its units to report the loss
+                        self._broke(error)
+                undo.pop_all()
             yield unit, claim, result
 
-    def _broke(self, error: BrokenExecutor) -> None:
+    def _broke(self, error: Exception) -> None:
         if self._make is None:
             raise InputError(
-                f"the executor broke ({error}): start another and run the sweep again"
+                f"the executor broke ({str(error) or 'it gave up what it had in hand'}): start another and "
+                "run the sweep again, which goes on from there"
             ) from error
         assert self._current is not None
         self._current.shutdown(wait=False)

@@ -19,7 +19,7 @@ from spectral_sinks.measure.memory import Memory
 from spectral_sinks.measure.replay import VERSION, Batch, start
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.spectra.filters import Filter, Zero
-from spectral_sinks.sweeps.address import address, context, digest
+from spectral_sinks.sweeps.address import address, context, digest, swapping
 from spectral_sinks.sweeps.cells import Cell, named
 from spectral_sinks.texts import Windows
 
@@ -70,7 +70,14 @@ class Sweep:
         for cell in found:
             for site, edit in cell.edits.items():
                 check(site, edit, model, windows)
-        return cls(model, windows, found, batch_size, spectrum)
+        made = cls(model, windows, found, batch_size, spectrum)
+        swaps = [cell.name for cell in found if swapping(cell.edits)]
+        if swaps and (alone := [places[0] for places, _ in made.batches if len(places) == 1]):
+            raise InputError(
+                f"{swaps[0]!r} swaps within batches, and window {alone[0]} is alone in its batch: give "
+                "windows of one length and a batch_size of at least 3"
+            )
+        return made
 
     def __reduce__(self) -> tuple[Any, ...]:
         parts = (self.model, self.windows, self.cells, self.batch_size, self.spectrum)
@@ -99,6 +106,14 @@ class Sweep:
         return tuple(address(shared, cell.edits) for cell in self.cells)
 
     @cached_property
+    def distinct(self) -> tuple[int, ...]:
+        """The first cell of each address: what does the same under several names is measured once."""
+        first: dict[str, int] = {}
+        for cell, found in enumerate(self.addresses):
+            first.setdefault(found, cell)
+        return tuple(first.values())
+
+    @cached_property
     def key(self) -> str:
         """Hash of the whole sweep."""
         return digest([self.addresses, self.batch_size])
@@ -115,7 +130,7 @@ class Sweep:
     @cached_property
     def units(self) -> tuple[Unit, ...]:
         """All work, batch by batch, from the lowest exit up; the same on every machine of one kind."""
-        order = sorted(range(len(self.cells)), key=self._first)
+        order = sorted(self.distinct, key=self._first)
         found: list[Unit] = []
         for index, (_, ids) in enumerate(self.batches):
             for _, group in groupby(order, key=self._first):
@@ -130,6 +145,11 @@ class Sweep:
         """The unit of some cells on a batch."""
         chosen = tuple(cells)
         return Unit(batch, chosen, digest([[self.addresses[i] for i in chosen], self.batches[batch][0]]))
+
+    def has(self, unit: Unit) -> bool:
+        """Whether a unit means the same here as where it was made."""
+        known = unit.batch < len(self.batches) and max(unit.cells) < len(self.cells)
+        return known and self.unit(unit.batch, unit.cells) == unit
 
     def size(self, unit: Unit) -> int:
         """Cells x windows of a unit."""

@@ -1,14 +1,21 @@
 """Where units of work run: this process, a pool that shares the weights, or any other executor."""
 
+import pickle
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
+from uuid import uuid4
 
+import cloudpickle
 import pandas as pd
 import torch
 
+from spectral_sinks.errors import InputError
+from spectral_sinks.spectra.filters import Filter
 from spectral_sinks.sweeps.sweep import Sweep, Unit
 
 
@@ -22,14 +29,35 @@ class Source(Protocol):
 
 
 class Held:
-    """A sweep as its own source: it travels with each unit; a large model is better named in a file."""
+    """A sweep as its own source: it travels with each unit, packed once, and a worker unpacks it once.
+
+    A large model is better named in a file.
+    """
 
     def __init__(self, sweep: Sweep) -> None:
-        self.key = sweep.key
+        self.key = f"{sweep.key} {uuid4()}"  # the same cells again may be on another device
         self._sweep = sweep
+
+    @cached_property
+    def _packed(self) -> bytes:
+        return cloudpickle.dumps(self._sweep)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Packed, (self.key, self._packed)
 
     def prepare(self) -> Sweep:
         return self._sweep
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A sweep that was sent."""
+
+    key: str
+    bytes: bytes
+
+    def prepare(self) -> Sweep:
+        return pickle.loads(self.bytes)
 
 
 class Adopted:
@@ -49,12 +77,28 @@ _ONE_AT_A_TIME = threading.Lock()  # a model runs one trace at a time, also wher
 def work(source: Source, unit: Unit) -> tuple[pd.DataFrame, float]:
     """The rows of a unit and the seconds they took; a worker prepares a sweep once."""
     with _ONE_AT_A_TIME:
-        if source.key not in _SWEEPS:
-            _SWEEPS.clear()
-            _SWEEPS[source.key] = source.prepare()
+        sweep = _prepared(source, unit)
         began = time.perf_counter()
-        rows = _SWEEPS[source.key].measure(unit)
+        try:
+            rows = sweep.measure(unit)
+        except Exception as error:
+            vars(error).pop("__intervention_tb__", None)  # nnsight's, which cannot be sent back
+            raise
         return rows, time.perf_counter() - began
+
+
+def _prepared(source: Source, unit: Unit) -> Sweep:
+    if source.key in _SWEEPS and not _SWEEPS[source.key].has(unit):
+        del _SWEEPS[source.key]  # made from files that are others by now
+    if source.key not in _SWEEPS:
+        _SWEEPS.clear()
+        _SWEEPS[source.key] = source.prepare()
+    if not _SWEEPS[source.key].has(unit):
+        raise InputError(
+            "a worker finds other weights, other texts or another version of the code than this process: "
+            "let both see the same files and start the workers again"
+        )
+    return _SWEEPS[source.key]
 
 
 class Serial(Executor):
@@ -67,6 +111,23 @@ class Serial(Executor):
         except Exception as error:
             future.set_exception(error)
         return future
+
+
+def check(sweep: Sweep, devices: Sequence[str]) -> None:
+    """Raise InputError for functions that cannot be sent to processes, and for devices that are not there."""
+    for cell in sweep.cells:
+        try:
+            pickle.dumps([edit.fill if isinstance(edit, Filter) else edit for edit in cell.edits.values()])
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise InputError(
+                f"cell {cell.name!r} cannot be sent to worker processes ({error}): define its functions in a "
+                "module, or give an executor of threads"
+            ) from error
+    for device in devices:
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise InputError(f"device {device!r} cannot be used: {error}") from error
 
 
 def pool(sweep: Sweep, workers: int, devices: Sequence[str] = ()) -> ProcessPoolExecutor:

@@ -1,0 +1,479 @@
+"""A sweep in a folder: the numbers of `evaluate_all`, and every cell once whatever happens on the way."""
+
+import io
+import json
+import os
+import random
+import signal
+import threading
+import time
+from dataclasses import asdict
+from multiprocessing.context import BaseContext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import sweeping
+import tiny
+
+import spectral_sinks as ss
+from spectral_sinks.sweeps import cost, run, sweep
+
+EXIT = ss.Site("exit", 1)
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "out"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> ss.Done:
+    """The sweep in one go."""
+    return ss.sweep(sweeping.sweep(), tmp_path_factory.mktemp("whole") / "out")
+
+
+@pytest.fixture(scope="module")
+def processes() -> BaseContext:
+    return sweeping.fast()
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Cell and batch of all that is measured, in order."""
+    found: list[tuple[str, int]] = []
+    measure = sweep.Sweep.measure
+
+    def noted(self: ss.Sweep, unit: sweep.Unit) -> pd.DataFrame:
+        found.extend((self.addresses[cell], unit.batch) for cell in unit.cells)
+        return measure(self, unit)
+
+    monkeypatch.setattr(sweep.Sweep, "measure", noted)
+    return found
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Files of a folder with their times and contents."""
+    return {
+        str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes())
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def test_it_is_evaluate_all(whole: ss.Done) -> None:
+    cells = {cell.name: cell.edits for cell in whole.sweep.cells}
+    effects = ss.evaluate_all(tiny.model(), sweeping.windows(), cells, batch_size=3)
+    table, summary = whole.table(), whole.summary().set_index("name")
+    assert list(table["name"]) == [name for name in cells for _ in range(4)]
+    for name, effect in effects.items():
+        found = table[table["name"] == name]
+        assert list(found["document"]) == [0, 1, 2, 3] and list(found["windows"]) == [2, 1, 1, 1]
+        assert list(found["tokens"]) == list(effect.rows["tokens"])
+        for number in sweeping.NUMBERS:
+            assert np.abs(found[number].to_numpy() - effect.rows[number].to_numpy()).max() < 1e-6
+        for prefix in ("sink_mass", "baseline_sink_mass"):
+            mass = effect.rows[[f"{prefix}_{layer}" for layer in range(3)]].to_numpy()
+            assert np.abs(np.stack(list(found[prefix])) - mass).max() < 1e-6
+        row = summary.loc[name]
+        assert row["delta_nll"] == pytest.approx(effect.delta_nll, abs=1e-6)
+        assert (row["low"], row["high"]) == pytest.approx(effect.delta_nll_interval, abs=1e-6)
+        assert (row["rank"], row["n"]) == (effect.rank, 4)
+
+
+def test_what_a_row_says_of_its_cell() -> None:
+    s = sweeping.spectrum()
+    described = {
+        name: sweep.describe(ss.Cell(name, edits, draw))
+        for name, draw, edits in (
+            ("none", None, {}),
+            ("head", 3, {ss.Site("head", 2, 1): ss.remove(s.band(4)).at("first")}),
+            (
+                "two",
+                None,
+                {
+                    ss.Site("mlp", 2): ss.rnd(32, 3).filled(ss.Noise()).at([5]),
+                    ss.Site("exit", 0): ss.remove(s.dark()),
+                },
+            ),
+            ("custom", None, {EXIT: sweeping.Fixed(0.5)}),
+        )
+    }
+    keys = ("site", "layer", "head", "filter", "rank", "fill", "at", "draw")
+    assert {name: tuple(row[key] for key in keys) for name, row in described.items()} == {
+        "none": ("", None, None, "", 0, "", "", None),
+        "head": ("head", 2, 1, "remove band 4", 8, "zero", "first", 3),
+        "two": (
+            "exit + mlp",
+            0,
+            None,
+            "remove dark + Rnd 3 (seed 0)",
+            11,
+            "zero + noise",
+            "all + some",
+            None,
+        ),
+        "custom": ("exit", 1, None, "custom", None, "", "", None),
+    }
+
+
+def test_a_second_run_finds_all(whole: ss.Done, measured: list[Any]) -> None:
+    before = snapshot(whole.store.folder)
+    done = ss.sweep(sweeping.sweep(), whole.store.folder)
+    assert measured == [] and (done.report.computed, done.report.found) == (0, 36 * 5)
+    assert done.table().equals(whole.table()) and done.report.of_floor is None
+    after = snapshot(whole.store.folder)
+    assert {name: data for name, (_, data) in after.items()} == {n: data for n, (_, data) in before.items()}
+
+
+class Stop:
+    """What raises after some units."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, after: int, error: BaseException) -> None:
+        measure, self.left = sweep.Sweep.measure, after
+
+        def stopping(this: ss.Sweep, unit: sweep.Unit) -> pd.DataFrame:
+            self.left -= 1
+            if self.left < 0:
+                raise error
+            return measure(this, unit)
+
+        patch.setattr(sweep.Sweep, "measure", stopping)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("in a unit"), ss.InputError("of ours")])
+def test_an_interruption_costs_only_what_was_unfinished(
+    whole: ss.Done, out: Path, error: BaseException, measured: list[Any]
+) -> None:
+    made = sweeping.sweep()
+    with pytest.MonkeyPatch.context() as patch:
+        Stop(patch, 3, error)
+        with pytest.raises(type(error)) as stopped:  # kept: a notebook keeps the last traceback as well
+            ss.sweep(made, out)
+    assert stopped.value is error
+    finished = ss.Store(out).finished()
+    done_units = made.units[:3]
+    assert len(finished) == sum(map(made.size, done_units)) == len(ss.Store(out).rows())
+    again = [(made.addresses[cell], unit.batch) for unit in made.units[3:] for cell in unit.cells]
+    measured.clear()
+    began = time.perf_counter()
+    done = ss.sweep(made, out)
+    assert measured == again, "what is missing, and in order"
+    assert time.perf_counter() - began < 30, "no claim was left behind"
+    assert (done.report.computed, done.report.found) == (36 * 5 - len(finished), len(finished))
+    assert done.store.rows().equals(whole.store.rows())
+
+
+def test_fresh_begins_again(whole: ss.Done, out: Path, measured: list[Any]) -> None:
+    ss.sweep(sweeping.sweep(), out)
+    first = len(measured)
+    done = ss.sweep(sweeping.sweep(), out, fresh=True)
+    assert len(measured) == 2 * first and done.report.found == 0
+    other = ss.sweep(sweeping.sweep({"other": {EXIT: ss.rnd(32, 3)}}), out, fresh=True)
+    assert len(other.store.rows()) == 5 and len(other.store.manifest["runs"]) == 1
+
+
+def test_nothing_is_touched_where_something_is_wrong(out: Path, whole: ss.Done) -> None:
+    """A fresh run with a wrong shard once emptied the folder before it said so."""
+    before = snapshot(whole.store.folder)
+    nameless = sweeping.sweep({"nameless": {EXIT: lambda x: x}})
+    wrong: list[tuple[Any, dict[str, Any], str]] = [
+        (sweeping.sweep(), {"shard": (0, 2)}, "shard 0/2: expected 1/2 to 2/2"),
+        (sweeping.sweep(), {"shard": (3, 2)}, "shard 3/2"),
+        (sweeping.sweep(), {"shard": (1, 0)}, "shard 1/0: expected 1/1"),
+        (sweeping.sweep(), {"workers": -1}, "-1 workers"),
+        (sweeping.sweep(), {"devices": ["cpu"]}, "0 workers for devices cpu"),
+        (sweeping.sweep(), {"workers": 1, "devices": ["nowhere:1"]}, "device 'nowhere:1' cannot be used"),
+        (sweeping.sweep(), {"workers": 1, "executor": run.Serial()}, "workers or an executor, not both"),
+        (nameless, {}, "no content address"),
+        (out.parent / "no.toml", {}, "cannot be read"),
+    ]
+    for what, options, message in wrong:
+        with pytest.raises(ss.InputError, match=message):
+            ss.sweep(what, whole.store.folder, fresh=True, **options)
+        with pytest.raises(ss.InputError, match=message):
+            ss.sweep(what, out, **options)
+    assert snapshot(whole.store.folder) == before and not out.exists()
+
+
+def test_an_extended_sweep_computes_what_is_new(out: Path, measured: list[Any]) -> None:
+    s = sweeping.spectrum()
+    cells = {f"band {j}": {EXIT: ss.remove(s.band(j))} for j in (1, 2, 3)}
+    first = ss.sweep(sweeping.sweep(cells), out)
+    measured.clear()
+    more = {"new": {EXIT: ss.remove(s.band(4))}} | cells | {"site": {ss.Site("mlp", 1): ss.remove(s.dark())}}
+    done = ss.sweep(sweeping.sweep(more, batch_size=2), out)  # other batches, same cells
+    assert {cell for cell, _ in measured} == {done.sweep.addresses[0], done.sweep.addresses[4]}
+    assert (done.report.computed, done.report.found) == (2 * 5, 3 * 5)
+    assert list(done.summary()["name"]) == list(more)
+    table = done.table()
+    same = table[table["name"].isin([*cells])].reset_index(drop=True)
+    assert same.equals(first.table()), "rows of before, bit for bit"
+    old = ss.sweep(sweeping.sweep(cells), out)
+    assert old.table().equals(first.table()), "a sweep shows its own cells alone"
+    assert len(old.store.manifest["runs"]) == 2
+
+
+def test_a_swap_is_computed_again_for_other_batches(out: Path) -> None:
+    cells = {
+        "swap": {EXIT: ss.rnd(32, 4).filled(ss.Swap())},
+        "zero": {EXIT: ss.rnd(32, 4)},
+    }
+    ss.sweep(sweeping.sweep(cells), out)
+    done = ss.sweep(sweeping.sweep(cells, batch_size=5), out)
+    assert (done.report.computed, done.report.found) == (5, 5)
+    assert len(done.store.rows()) == 15 and len(done.table()) == 8
+
+
+def test_shards_merged_are_the_whole(whole: ss.Done, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = sweeping.sweep()
+    shards = [made.shard(i, 3) for i in (1, 2, 3)]
+    assert sorted(unit.name for shard in shards for unit in shard) == sorted(u.name for u in made.units)
+    folders = [out / str(i) for i in (3, 1, 2)]
+    done = [ss.sweep(made, folder, shard=(int(folder.name), 3)) for folder in folders]
+    assert sum(each.report.computed for each in done) == 36 * 5
+    merged = ss.Store.merge(folders, out / "merged")
+    assert merged.rows().equals(whole.store.rows()), "bit for bit"
+    assert merged.manifest == whole.store.manifest
+    found = ss.sweep(made, merged.folder)
+    assert found.report.computed == 0 and found.table().equals(whole.table())
+
+
+def test_a_shard_may_be_empty(out: Path) -> None:
+    made = sweeping.sweep({"one": {EXIT: ss.rnd(32, 3)}})
+    done = ss.sweep(made, out, shard=(5, 5))
+    assert (done.report.computed, done.report.found) == (0, 0)
+    assert len(done.table()) == len(done.summary()) == 0
+
+
+def test_a_damaged_part_is_computed_again(whole: ss.Done, out: Path, measured: list[Any]) -> None:
+    made = sweeping.sweep()
+    ss.sweep(made, out)
+    victim = made.units[2]
+    (part,) = (out / "parts").glob(f"{victim.name}-*.parquet")
+    part.write_bytes(part.read_bytes()[:-7])
+    measured.clear()
+    with pytest.warns(ss.SpectralWarning, match="is damaged"):
+        done = ss.sweep(made, out)
+    assert measured == [(made.addresses[cell], victim.batch) for cell in victim.cells]
+    assert done.report.computed == made.size(victim)
+    assert done.store.rows().equals(whole.store.rows())
+
+
+def test_two_processes_share_the_work(whole: ss.Done, processes: Any, out: Path) -> None:
+    """Every unit is computed by one of them alone: as many parts as units, and none is found twice."""
+    ss.Store(out)
+    both = [processes.Process(target=sweeping.run, args=(out, 1, 0.02)) for _ in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(60)
+    assert [process.exitcode for process in both] == [0, 0]
+    assert len(list((out / "parts").glob("*.parquet"))) == 20 * 2
+    alone = ss.sweep(sweeping.sweep(sweeping.scaled(20)), out.parent / "alone")
+    found = ss.sweep(sweeping.sweep(sweeping.scaled(20)), out)
+    assert found.report.computed == 0
+    sweeping.rows_agree(found.store.rows(), alone.store.rows())
+
+
+def test_a_unit_in_other_hands_is_waited_for(out: Path, whole: ss.Done) -> None:
+    made = sweeping.sweep()
+    store = ss.Store(out)
+    rows = whole.store.rows()
+
+    def finish(unit: sweep.Unit) -> None:
+        places = made.batches[unit.batch][0]
+        cells = [made.addresses[i] for i in unit.cells]
+        with store.claim(unit.name) as mine:
+            assert mine
+            held.set()
+            time.sleep(0.5)
+            if unit is made.units[0]:  # the other is left: its process was killed
+                theirs = rows[rows["cell"].isin(cells) & rows["window"].isin(places)]
+                store.add(unit.name, theirs)
+
+    for unit, computed in ((made.units[0], 36 * 5 - made.size(made.units[0])), (made.units[1], 0)):
+        held = threading.Event()
+        other = threading.Thread(target=finish, args=(unit,))
+        other.start()
+        held.wait()
+        done = ss.sweep(made, out)
+        other.join()
+        assert done.report.computed == computed and done.report.found == 36 * 5 - computed
+        sweeping.rows_agree(done.store.rows(), rows)
+
+
+def test_killed_at_random_moments(whole: ss.Done, processes: Any, tmp_path: Path) -> None:
+    """Nothing finished is lost, nothing is there twice, and the end is that of a run without a kill."""
+
+    def start(out: Path) -> Any:
+        process = processes.Process(target=sweeping.run, args=(out,))
+        process.start()
+        return process
+
+    began = time.perf_counter()
+    start(tmp_path / "0").join(60)
+    usual = time.perf_counter() - began
+    draw, kills, sweeps, partial = random.Random(0), 0, 0, set[int]()
+    while kills < 12:
+        sweeps += 1
+        out, finished = tmp_path / str(sweeps), 0
+        while True:
+            process = start(out)
+            process.join(draw.uniform(0, usual / 3) if kills < 12 else 60)
+            if process.exitcode == 0:
+                break
+            assert process.exitcode is None
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+            kills += 1
+            if (out / "manifest.json").exists():
+                rows, before = ss.Store(out, create=False).rows(), finished
+                finished = len(rows)
+                assert before <= finished == len(ss.Store(out).finished()), "what was finished stays"
+                assert not rows.duplicated(["cell", "window"]).any()
+                partial.add(finished)
+        sweeping.rows_agree(ss.Store(out).rows(), whole.store.rows())
+        parts = [path.name for path in (out / "parts").iterdir()]
+        assert len(parts) == 36 * 2, "every unit was written once, and no half file is left"
+    assert len(partial - {0, 36 * 5}) >= 3, partial
+
+
+def test_the_report(out: Path) -> None:
+    said: list[str] = []
+    done = ss.sweep(sweeping.sweep(sweeping.scaled(4, 0.02)), out, say=said.append)
+    report = done.report
+    assert (report.computed, report.found) == (4 * 5, 0)
+    assert 0 < report.worker_seconds < report.seconds
+    assert report.worker_seconds > 4 * 2 * 0.02, "pauses included"
+    assert report.of_floor is not None and report.of_floor > 0
+    assert said[0].startswith("4 cells x 5 windows in 2 units: ") and "GiB beside the weights" in said[0]
+    assert str(report).startswith("20 cells x windows in ") and str(report).endswith(" times the floor")
+    again = ss.sweep(sweeping.sweep(sweeping.scaled(4)), out, say=said.append)
+    assert said[1:] == [f"all 20 cells x windows are in {out}"]
+    assert (again.report.computed, again.report.found, again.report.of_floor) == (0, 20, None)
+    assert "0 cells x windows in 0.0 seconds, 20 were there" in str(again.report)
+
+
+def test_progress_begins_with_what_is_there(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the rate would count what an earlier run did."""
+    shown: list[tuple[int, int]] = []
+
+    class Bar(run.tqdm):
+        def __init__(self, *_: Any, **options: Any) -> None:
+            super().__init__(**options | {"disable": False, "file": io.StringIO()})
+            shown.append((self.initial, self.total))
+
+        def update(self, n: float | None = 1) -> bool | None:
+            shown.append((int(self.n + (n or 0)), self.total))
+            return super().update(n)
+
+    ss.sweep(sweeping.sweep(sweeping.scaled(4)), out)
+    monkeypatch.setattr(run, "tqdm", Bar)
+    monkeypatch.setattr(sweep, "CELLS", 1)
+    ss.sweep(sweeping.sweep(sweeping.scaled(6)), out)
+    assert shown[0] == (20, 30) and shown[-1][0] in (27, 28)
+    assert [n for n, _ in shown] == sorted(n for n, _ in shown)
+
+
+def test_a_plan_writes_nothing(whole: ss.Done, out: Path) -> None:
+    made = sweeping.sweep()
+    before = snapshot(whole.store.folder)
+    assert ss.plan(made, whole.store.folder).units == 0
+    assert snapshot(whole.store.folder) == before
+    for shard, units in ((None, len(made.units)), ((1, 2), -(-len(made.units) // 2))):
+        planned = ss.plan(made, out, shard=shard)
+        assert planned.units == units and planned.windows == 5
+    assert not out.exists()
+    out.mkdir()
+    assert ss.plan(made, out).cells == 36, "an empty folder is as good as none"
+    assert list(out.iterdir()) == []
+    (out / "notes.txt").write_text("not ours")
+    with pytest.raises(ss.InputError, match="holds no sweep results"):
+        ss.plan(made, out)
+    with pytest.raises(ss.InputError, match="holds other things"):
+        ss.sweep(made, out)
+
+
+def test_a_plan_counts_what_is_missing(out: Path) -> None:
+    ss.sweep(sweeping.sweep(sweeping.scaled(3)), out)
+    planned = ss.plan(sweeping.sweep(sweeping.scaled(5)), out)
+    assert (planned.cells, planned.units, planned.windows) == (2, 2, 5)
+
+
+def test_what_it_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counts by hand: a layer takes 2 s and the head 3 s for a window, so a pass takes 9 s."""
+    now = [0.0]
+
+    class Clocked:
+        def __init__(self, model: Any, windows: Any, places: list[int], ids: Any, starts: Any) -> None:
+            self.places, self.memory = places, sweep.Memory(model, ids.shape[1])
+
+        def measure(self, cells: list[dict[ss.Site, Any]]) -> None:
+            (cell,) = cells
+            (site,) = cell
+            layers = 3 if site.kind == "embedding" else 2 - site.layer
+            now[0] += len(self.places) * (2 * layers + 3)
+
+    monkeypatch.setattr(cost, "Batch", Clocked)
+    monkeypatch.setattr(cost.time, "perf_counter", lambda: now[0])
+    s = sweeping.spectrum()
+    cells = {
+        "from the last exit": {ss.Site("exit", 2): ss.remove(s.band(1))},  # the head alone: 3
+        "from exit 0": {ss.Site("exit", 0): ss.remove(s.band(1))},  # two layers: 7
+        "from below layer 1": {ss.Site("mlp", 1): ss.remove(s.band(1))},  # resumes at exit 0: 7
+        "from the beginning": {ss.Site("embedding"): ss.remove(s.band(1))},  # 9
+        "both": {ss.Site("exit", 2): ss.remove(s.band(1)), ss.Site("mlp", 0): ss.remove(s.band(1))},  # 9
+        "nothing": {EXIT: ss.phi(s, 1, 4)},  # 0
+    }
+    made = sweeping.sweep(cells)
+    assert [*made.starts] == [2, 0, 0, -1, -1, None]
+    found = cost.estimate(made, made.units)
+    assert (found.cells, found.windows, found.layers) == (6, 5, 3)
+    assert (found.layer_seconds, found.head_seconds) == pytest.approx((2, 3))
+    assert found.floor == pytest.approx(5 * (3 + 7 + 7 + 9 + 9))
+    assert found.forwards == pytest.approx((3 + 7 + 7 + 9 + 9) / 9)
+    assert found.units == len(made.units) == 4 * 2, "four places to begin, two batches"
+    one_batch = cost.estimate(made, tuple(unit for unit in made.units if unit.batch == 0))
+    assert one_batch.floor == pytest.approx(len(made.batches[0][0]) * 35)
+    assert "6 cells x 5 windows in 8 units: 3.9 forward passes over the text, about 2.9 minutes" in str(found)
+    assert found.bytes > 4 * 198 * 32 * 4, "the residuals of four exits"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.04, "0.0 seconds"), (119, "119.0 seconds"), (120, "2.0 minutes"), (9000, "2.5 hours")],
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert cost.duration(seconds) == text
+
+
+def test_units_begin_low_and_hold_cells_of_one_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = sweeping.sweep()
+    assert len({unit.name for unit in made.units}) == len(made.units)
+    for unit in made.units:
+        assert len({made.starts[cell] for cell in unit.cells}) == 1 and len(unit.cells) <= sweep.CELLS
+    measured = [(unit.batch, cell) for unit in made.units for cell in unit.cells]
+    assert sorted(measured) == sorted((b, cell) for b in (0, 1) for cell in made.distinct)
+    order = [(unit.batch, made.starts[unit.cells[0]]) for unit in made.units]
+    assert order == sorted(order)  # pyright: ignore[reportArgumentType]
+    monkeypatch.setattr(sweep, "UNIT", {"cpu": 1.0})
+    assert all(len(unit.cells) == 1 for unit in sweeping.sweep().units), "a large model has small units"
+
+
+def test_the_manifest(whole: ss.Done) -> None:
+    (key,) = whole.store.manifest["runs"]
+    found = whole.store.manifest["runs"][key]
+    assert key == whole.sweep.key
+    assert found["cells"] == [whole.sweep.addresses[cell] for cell in whole.sweep.distinct]
+    assert found["weights"] == tiny.model().fingerprint and found["windows"]["documents"] == 4
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_a_report_is_plain_data(whole: ss.Done) -> None:
+    json.dumps(asdict(whole.report))
+    summary = whole.summary()
+    assert list(summary["name"]) == [cell.name for cell in whole.sweep.cells]
+    json.dumps(summary.to_dict("records"))
