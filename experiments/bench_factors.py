@@ -85,6 +85,7 @@ def matrix_units(bench: Bench) -> list[Row]:
 def compiled(bench: Bench) -> list[Row]:
     """What torch.compile would give: the replay by hand with compiled layers."""
     found: list[Row] = []
+    torch._dynamo.config.recompile_limit = 64  # a version for each layer's number
     for case in bench.cases:
         plain = sides.Replay(sides.twin(case.model), CHUNK, case.stack)
         fast = sides.Replay(sides.twin(case.model), CHUNK, case.stack, compiled=True)

@@ -82,13 +82,14 @@ class Replay:
     def __init__(self, module: Any, chunk: int, stack: int = 1, compiled: bool = False) -> None:
         self.module, self.chunk, self.stack = module, chunk, stack
         self.layers = list(module.model.layers)
+        self.last = torch.empty(0)
         self.seen: list[Tensor] = []
         for layer in self.layers:
             layer.self_attn.register_forward_hook(self._look)
         self.calls = [torch.compile(layer) if compiled else layer for layer in self.layers]
 
     def _look(self, module: Any, inputs: Any, output: Any) -> None:
-        self.seen.append(output[1][:, :, :OPENING, 0].float().mean((1, 2)))
+        self.last = output[1][:, :, :OPENING, 0].float().mean((1, 2))
 
     @torch.no_grad()
     def __call__(self, windows: ss.Windows, filters: dict[Cell, ss.Filter], batch: int) -> dict[Cell, Rows]:
@@ -113,10 +114,12 @@ class Replay:
         """One forward pass: residuals at every exit, what layers are called with, what to compare with."""
         exits: list[Tensor] = []
         options: dict[str, Any] = {}
-        handles = [
-            layer.register_forward_hook(lambda module, inputs, output: exits.append(output))
-            for layer in self.layers
-        ]
+
+        def leave(module: Any, inputs: Any, output: Tensor) -> None:
+            exits.append(output)
+            self.seen.append(self.last)
+
+        handles = [layer.register_forward_hook(leave) for layer in self.layers]
         handles.append(
             self.layers[0].register_forward_pre_hook(
                 lambda module, inputs, given: options.update(given), with_kwargs=True
@@ -159,6 +162,7 @@ class Replay:
         stream = torch.cat(entries) if count > 1 else entries[0]
         for call in self.calls[layer + 1 :]:
             stream = call(stream, **options)
+            self.seen.append(self.last)
         final = self.module.model.norm(stream)[:, :-1].flatten(0, 1)
         scores = self._score(final, ids[:, 1:].flatten(), count)
         nll, kl, top1 = (score.view(count, size, -1).mean(2).cpu() for score in scores)
