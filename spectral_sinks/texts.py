@@ -179,8 +179,8 @@ class Windows:
     def batches(self, size: int) -> Iterator[tuple[list[int], Int[Tensor, "batch tokens"]]]:
         """Windows of one length at a time, at most `size`, and their places in `rows`.
 
-        No batch has a single row unless its length occurs once, and the first windows of all documents come
-        before the second ones, so that each finds a donor for a swap in another document.
+        From size 3 on, no batch has a single row unless its length occurs once. The first windows of all
+        documents come before the second ones, so that each finds a donor for a swap in another document.
         """
         if size < 1:
             raise InputError(f"batches of {size} windows: give at least 1")

@@ -82,9 +82,10 @@ def test_no_training_text_is_in_the_corpus_twice():
     assert len(texts) == len(set(texts)) == 96
 
 
-def test_readme_examples_run(capsys, tmp_path):
+def test_readme_examples_run(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     script = tmp_path / "readme.py"  # a file, since nnsight reads the source of a trace
     script.write_text("\n".join(blocks))
     runpy.run_path(str(script))

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
+from numpy.typing import NDArray
 from torch import Tensor
 
 from spectral_sinks.errors import InputError
@@ -137,43 +138,52 @@ def evaluate_all(
             check(site, edit, model, windows)
     starts = {start(edits) for edits in cells.values()}
     memory = Memory(model, windows.length)
-    tables: dict[str, list[pd.DataFrame]] = {name: [] for name in cells}
-    for places, ids in windows.batches(batch_size):
-        batch = Batch(model, windows, places, ids, starts, memory)
-        found = batch.measure(list(cells.values()), progress)
-        for index, name in enumerate(cells):
-            tables[name].append(window_rows(batch, found, index))
+    places: list[int] = []
+    tokens: list[int] = []
+    parts: list[Table] = []
+    for chosen, ids in windows.batches(batch_size):
+        batch = Batch(model, windows, chosen, ids, starts, memory)
+        parts.append(_columns(batch, batch.measure(list(cells.values()), progress)))
+        places += chosen
+        tokens += [ids.shape[1] - 1] * len(chosen)
+    names, _ = parts[0]
+    values = np.concatenate([part for _, part in parts], axis=1)
+    owners = np.array([windows.document[place] for place in places])
+    documents, owner, counts = np.unique(owners, return_inverse=True, return_counts=True)
+    weights = np.zeros((len(documents), len(places)))
+    weights[owner, np.arange(len(places))] = tokens
+    described = {"document": documents, "windows": counts, "tokens": weights.sum(1).astype(np.int64)}
+    means = (weights / weights.sum(1, keepdims=True)) @ values
     return {
         name: Effect(
             name,
             tuple(edits),
             tuple(edit.rank if isinstance(edit, Filter) else None for edit in edits.values()),
-            _by_document(pd.concat(tables[name], ignore_index=True)),
+            pd.DataFrame(described | dict(zip(names, means[index].T, strict=True))),
         )
-        for name, edits in cells.items()
+        for index, (name, edits) in enumerate(cells.items())
     }
 
 
-def window_rows(batch: Batch, found: Measured, cell: int) -> pd.DataFrame:
-    """A row per window of a batch for one of the cells measured on it."""
+Table = tuple[list[str], Float[NDArray[np.float64], "cells windows columns"]]
+
+
+def _columns(batch: Batch, found: Measured) -> Table:
+    """Everything measured on a batch side by side, and the names of the columns."""
     base = batch.baseline
-    columns: dict[str, Any] = {
-        "document": [batch.windows.document[place] for place in batch.places],
-        "tokens": batch.ids.shape[1] - 1,
-        "nll": found.nll[cell],
-        "baseline_nll": base.nll[0],
-        "delta_nll": found.nll[cell] - base.nll[0],
-        "kl": found.kl[cell],
-        "top1_agreement": found.top1_agreement[cell],
-        "removed_energy_share": found.removed_energy_share[cell],
+    columns = {
+        "nll": found.nll,
+        "baseline_nll": base.nll,
+        "delta_nll": found.nll - base.nll,
+        "kl": found.kl,
+        "top1_agreement": found.top1_agreement,
+        "removed_energy_share": found.removed_energy_share,
     }
-    if found.sink_mass is not None and base.sink_mass is not None:
-        for prefix, mass in (
-            ("sink_mass_", found.sink_mass[cell]),
-            ("baseline_sink_mass_", base.sink_mass[0]),
-        ):
-            columns |= {f"{prefix}{layer}": column for layer, column in enumerate(mass.T)}
-    return pd.DataFrame(columns)
+    for prefix, mass in (("sink_mass_", found.sink_mass), ("baseline_sink_mass_", base.sink_mass)):
+        if mass is not None:
+            columns |= {f"{prefix}{layer}": mass[..., layer] for layer in range(mass.shape[-1])}
+    shape = found.nll.shape
+    return list(columns), np.stack([np.broadcast_to(column, shape) for column in columns.values()], axis=-1)
 
 
 def mean_residual(
@@ -234,18 +244,3 @@ def _touches_first(edit: Filter, windows: Windows) -> bool:
     if isinstance(edit.tokens, Tensor):
         return bool(edit.tokens[..., 0].any())
     return not set(edit.tokens).isdisjoint(windows.first_token_ids)
-
-
-def _by_document(windows: pd.DataFrame) -> pd.DataFrame:
-    """Token-weighted means of the windows of each document."""
-    names = [name for name in windows.columns if name not in ("document", "tokens")]
-    documents, owner, counts = np.unique(
-        windows["document"].to_numpy(), return_inverse=True, return_counts=True
-    )
-    weights = windows["tokens"].to_numpy()
-    tokens = np.zeros(len(documents), dtype=np.int64)
-    np.add.at(tokens, owner, weights)
-    sums = np.zeros((len(documents), len(names)))
-    np.add.at(sums, owner, windows[names].to_numpy() * weights[:, None])
-    means = dict(zip(names, (sums / tokens[:, None]).T, strict=True))
-    return pd.DataFrame({"document": documents, "windows": counts, "tokens": tokens} | means)

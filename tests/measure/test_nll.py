@@ -166,14 +166,17 @@ def test_ties_for_the_most_likely_token() -> None:
     weight[50, 1] = weight[30, 2] = 1
     model.unembedding_weight.copy_(weight)
     axes = torch.eye(tiny.D) * 4
-    base = torch.stack([axes[i] for i in (0, 1, 0, 1, 1, 1)] + [axes[3]])[None]
+    base = torch.stack([axes[i] for i in (0, 1, 0, 1, 1, 1, 0, 3)])[None]
     final = torch.stack(
-        [axes[0], axes[1] + axes[2], axes[1], axes[2], axes[1] * 0, axes[0] + 2 * axes[1], axes[3]]
+        [
+            *(axes[0], axes[1] + axes[2], axes[1], axes[2], axes[1] * 0),
+            *(axes[0] + more * axes[1] for more in (2, 1.00001, 0)),
+        ]
     )
-    ids = tiny.ids(1, 7)
+    ids = tiny.ids(1, 8)
     found = score(model, final[None], ids, untouched(model, base, ids)[1])
     assert found.agrees is not None
-    assert found.agrees[0].tolist() == [True, True, False, False, True, True]
+    assert found.agrees[0].tolist() == [True, True, False, False, True, True, False]
 
 
 @torch.no_grad()
