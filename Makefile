@@ -5,7 +5,7 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 BIN := .venv/bin
 
-.PHONY: install reproduce test check clean
+.PHONY: install reproduce verify test check clean
 
 install: .venv/installed
 
@@ -18,6 +18,9 @@ install: .venv/installed
 
 reproduce: install
 	$(BIN)/spectral-sinks reproduce --out results
+
+verify: install
+	$(BIN)/spectral-sinks verify
 
 check: install
 	$(BIN)/ruff check .

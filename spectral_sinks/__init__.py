@@ -17,6 +17,8 @@ from spectral_sinks.models.loading import load
 from spectral_sinks.models.matrices import read_spectrum
 from spectral_sinks.models.source import DEFAULT
 from spectral_sinks.report import figures
+from spectral_sinks.report.checking import Check, uncovered, verify
+from spectral_sinks.report.claims import Claims
 from spectral_sinks.spectra.filters import (
     Filter,
     Mean,
@@ -48,6 +50,8 @@ __all__ = [
     "attention_by_head",
     "attention_received",
     "Cell",
+    "Check",
+    "Claims",
     "Cost",
     "cut",
     "DEFAULT",
@@ -98,7 +102,9 @@ __all__ = [
     "sweep",
     "SweepFile",
     "trace",
+    "uncovered",
     "uniform_attention",
+    "verify",
     "Windows",
     "without_last_band",
     "Zero",
