@@ -11,6 +11,7 @@ from spectral_sinks.measure.attention import (
 )
 from spectral_sinks.measure.effects import Effect, evaluate, evaluate_all, mean_residual
 from spectral_sinks.measure.energy import energy
+from spectral_sinks.measure.verdict import SinkVerdict, sink_verdict
 from spectral_sinks.models.describe import describe
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.models.loading import load
@@ -90,6 +91,8 @@ __all__ = [
     "rnd",
     "sign_flip",
     "sink_rate",
+    "sink_verdict",
+    "SinkVerdict",
     "Site",
     "SpectralWarning",
     "Spectrum",

@@ -30,7 +30,7 @@ from spectral_sinks.texts import documents as read_documents
 BATCH = 16
 """Windows in a forward pass."""
 
-EXPERIMENTS = ("spectrum", "sink", "bos", "bands", "components")
+EXPERIMENTS = ("spectrum", "sink", "bos", "bands", "components", "across")
 """In the order of the story; each is a file of the experiments folder."""
 
 

@@ -211,3 +211,6 @@ def birth(log: pd.DataFrame, path: Path) -> None:
         axes[0, 1].set_ylim(bottom=0)
         axes[0, 3].set_ylim(0, 1)
         axes[0, 0].legend()
+
+
+from spectral_sinks.report.across import across as across  # noqa: E402  it draws with what is above
