@@ -65,7 +65,9 @@ def finish(found: list[ss.SinkVerdict], study: ss.Study) -> ss.Finding:
                 (v.delta.low, v.delta.high),
             ),
         ]
-    return ss.Finding(answers)
+    words = {"dark": "holds", "not dark": "does not hold here", "no sink": "no sink to judge"}
+    verdict = ". ".join(f"{v.model}: {words[v.verdict]} ({v.verdict}: {v.reason})" for v in found)
+    return ss.Finding(answers, verdict=verdict)
 
 
 @dataclass(frozen=True)

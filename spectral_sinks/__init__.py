@@ -11,6 +11,8 @@ from spectral_sinks.measure.attention import (
 )
 from spectral_sinks.measure.effects import Effect, evaluate, evaluate_all, mean_residual
 from spectral_sinks.measure.energy import energy
+from spectral_sinks.measure.generation import continuation_nll, generate, generate_all
+from spectral_sinks.measure.repetition import distinct, loop_onset, repeated, repetition
 from spectral_sinks.measure.verdict import SinkVerdict, sink_verdict
 from spectral_sinks.models.describe import describe
 from spectral_sinks.models.language import LanguageModel
@@ -53,10 +55,12 @@ __all__ = [
     "Cell",
     "Check",
     "Claims",
+    "continuation_nll",
     "Cost",
     "cut",
     "DEFAULT",
     "describe",
+    "distinct",
     "documents",
     "Done",
     "Effect",
@@ -66,6 +70,8 @@ __all__ = [
     "figures",
     "Filter",
     "Finding",
+    "generate",
+    "generate_all",
     "grid",
     "InputError",
     "intersection",
@@ -73,6 +79,7 @@ __all__ = [
     "ladder",
     "LanguageModel",
     "load",
+    "loop_onset",
     "Mean",
     "mean_interval",
     "mean_residual",
@@ -86,6 +93,8 @@ __all__ = [
     "random_subspace",
     "read_spectrum",
     "remove",
+    "repeated",
+    "repetition",
     "Report",
     "reproduce",
     "rnd",

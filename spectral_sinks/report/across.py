@@ -27,6 +27,7 @@ def across(table: pd.DataFrame, path: Path) -> None:
     places = np.arange(len(table))[::-1]
     with _figure(path, 1, 4, (11, 1.3 + 0.24 * len(table)), sharey=True) as axes:
         for axis, (name, label) in zip(axes[0], PANELS.items(), strict=True):
+            axis.use_sticky_edges = False
             if f"{name}_least" in table:
                 least, most = table[f"{name}_least"], table[f"{name}_most"]
                 axis.barh(
@@ -40,7 +41,6 @@ def across(table: pd.DataFrame, path: Path) -> None:
                     _points(axis, table[chosen], places[chosen], name, marker, verdict)
             axis.axvline(0, color="#444444", linewidth=0.6, linestyle=":")
             axis.set_xlabel(label)
-            axis.use_sticky_edges = False
             axis.grid(axis="y", color="#eeeeee", linewidth=0.6)
             axis.set_axisbelow(True)
         axes[0, 0].set_yticks(places, table["model"])

@@ -214,3 +214,4 @@ def birth(log: pd.DataFrame, path: Path) -> None:
 
 
 from spectral_sinks.report.across import across as across  # noqa: E402  it draws with what is above
+from spectral_sinks.report.generation import generation as generation  # noqa: E402
