@@ -5,7 +5,7 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 BIN := .venv/bin
 
-.PHONY: install reproduce bench test check clean
+.PHONY: install reproduce verify bench test check clean
 
 install: .venv/installed
 
@@ -21,6 +21,9 @@ reproduce: install
 
 bench: install
 	OMP_NUM_THREADS=1 $(BIN)/python experiments/bench.py --out results
+
+verify: install
+	$(BIN)/spectral-sinks verify
 
 check: install
 	$(BIN)/ruff check .

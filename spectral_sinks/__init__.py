@@ -12,8 +12,11 @@ from spectral_sinks.measure.attention import (
 from spectral_sinks.measure.bars import candidates, mark_bars, matched, received
 from spectral_sinks.measure.effects import Effect, evaluate, evaluate_all, mean_residual
 from spectral_sinks.measure.energy import energy
+from spectral_sinks.measure.generation import continuation_nll, generate, generate_all
 from spectral_sinks.measure.lens import ALONE, TOGETHER, band_lens
+from spectral_sinks.measure.repetition import distinct, loop_onset, repeated, repetition
 from spectral_sinks.measure.screen import first_order
+from spectral_sinks.measure.verdict import SinkVerdict, sink_verdict
 from spectral_sinks.measure.weights import weight_shares
 from spectral_sinks.models.describe import describe
 from spectral_sinks.models.language import LanguageModel
@@ -21,6 +24,8 @@ from spectral_sinks.models.loading import load
 from spectral_sinks.models.matrices import read_spectrum
 from spectral_sinks.models.source import DEFAULT
 from spectral_sinks.report import figures
+from spectral_sinks.report.checking import Check, uncovered, verify
+from spectral_sinks.report.claims import Claims
 from spectral_sinks.spectra.filters import (
     Filter,
     Mean,
@@ -70,10 +75,14 @@ __all__ = [
     "band_lens",
     "candidates",
     "Cell",
+    "Check",
+    "Claims",
+    "continuation_nll",
     "Cost",
     "cut",
     "DEFAULT",
     "describe",
+    "distinct",
     "documents",
     "Done",
     "Effect",
@@ -85,6 +94,8 @@ __all__ = [
     "Filter",
     "Finding",
     "first_order",
+    "generate",
+    "generate_all",
     "grid",
     "InputError",
     "intersection",
@@ -94,6 +105,7 @@ __all__ = [
     "load",
     "mark_bars",
     "matched",
+    "loop_onset",
     "Mean",
     "mean_interval",
     "mean_residual",
@@ -112,6 +124,8 @@ __all__ = [
     "read_spectrum",
     "received",
     "remove",
+    "repeated",
+    "repetition",
     "Report",
     "reproduce",
     "rnd",
@@ -119,6 +133,8 @@ __all__ = [
     "share_deviation",
     "sign_flip",
     "sink_rate",
+    "sink_verdict",
+    "SinkVerdict",
     "Site",
     "SpectralWarning",
     "Spectrum",
@@ -132,9 +148,11 @@ __all__ = [
     "SweepFile",
     "TOGETHER",
     "trace",
+    "uncovered",
     "uniform_attention",
     "union",
     "weight_shares",
+    "verify",
     "Windows",
     "without_last_band",
     "Zero",

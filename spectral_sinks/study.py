@@ -4,7 +4,7 @@ import importlib.util
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,19 @@ from spectral_sinks.texts import documents as read_documents
 BATCH = 16
 """Windows in a forward pass."""
 
-EXPERIMENTS = ("spectrum", "sink", "bos", "bands", "components", "weights", "lens", "eu_dark", "bars")
+EXPERIMENTS = (
+    "spectrum",
+    "weights",
+    "sink",
+    "bos",
+    "bands",
+    "components",
+    "lens",
+    "eu_dark",
+    "bars",
+    "across",
+    "generation",
+)
 """In the order of the story; each is a file of the experiments folder."""
 
 
@@ -102,6 +114,18 @@ class Finding:
     answers: list[dict[str, Any]]
     name: str = ""
     seconds: float = field(default=0.0, compare=False)
+    verdict: str = ""
+    """"holds", "holds partly" or "does not hold here", and a sentence; written to verdicts.csv."""
+
+
+def _verdicts(path: Path, findings: Sequence[Finding], names: Sequence[str]) -> pd.DataFrame:
+    """The verdicts of this run, and those of earlier runs of the experiments named."""
+    said = {found.name: found.verdict for found in findings}
+    if path.is_file():
+        earlier = pd.read_csv(path)
+        said = dict(zip(earlier["experiment"], earlier["verdict"], strict=True)) | said
+    rows = [{"experiment": name, "verdict": said[name]} for name in names if said.get(name)]
+    return pd.DataFrame(rows)
 
 
 def answer(
@@ -172,7 +196,7 @@ def reproduce(
     for name, run in runs.items():
         began = time.monotonic()
         found = run(study)
-        findings.append(Finding(found.answers, name, time.monotonic() - began))
+        findings.append(replace(found, name=name, seconds=time.monotonic() - began))
         summary = pd.DataFrame([{"experiment": name, **row} for row in found.answers])
         study.save(summary, f"{name}_summary")
     manifest = {
@@ -191,4 +215,6 @@ def reproduce(
     manifest |= {"experiments": _together(out / "manifest.json", manifest, names)}
     with whole(out / "manifest.json") as path:
         path.write_text(json.dumps(manifest, indent=1) + "\n")
+    if len(verdicts := _verdicts(out / "verdicts.csv", findings, manifest["experiments"])):
+        study.save(verdicts, "verdicts")
     return findings

@@ -244,7 +244,7 @@ def test_tables_for_people(
         assert all(word in out for word in words.split()), out
 
 
-@pytest.mark.parametrize("command", ["", "info", "spectrum", "nll", "energy", "reproduce"])
+@pytest.mark.parametrize("command", ["", "info", "spectrum", "nll", "energy", "reproduce", "verify"])
 def test_help(capsys: pytest.CaptureFixture[str], command: str) -> None:
     with pytest.raises(SystemExit) as stopped:
         main([*command.split(), "--help"])

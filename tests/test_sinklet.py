@@ -57,6 +57,13 @@ def test_the_sink_is_strong_and_dark(model, windows):
     assert dark["share"]["bos"] > 5 * dark["share"]["other"]
 
 
+def test_what_its_card_states_without_a_table(model, windows):
+    assert f"{sum(p.numel() for p in model.module.parameters()) / 1e6:.2f}" == "1.80"
+    shares = ss.energy(model, windows, ss.read_spectrum(model, bands=128), [SITE])
+    last = shares[(shares["band"] == 128) & (shares["position_class"] == "bos")]
+    assert f"{last['share'].mean():.2f}" == "0.48"
+
+
 def test_removing_the_dark_band_removes_the_sink_and_no_random_one_does(model, windows):
     spectrum = ss.read_spectrum(model)
     dark = spectrum.dark()

@@ -11,6 +11,7 @@ from spectral_sinks.cli.commands import run_energy, run_info, run_nll, run_repro
 from spectral_sinks.cli.options import Energy, Info, Nll, Reproduce, SpectrumCommand
 from spectral_sinks.cli.printing import quiet
 from spectral_sinks.cli.sweeping import Merge, Sweep, run_merge, run_sweep
+from spectral_sinks.cli.verifying import Verify, run_verify
 
 Command = (
     Annotated[Info, subcommand("info")]
@@ -20,6 +21,7 @@ Command = (
     | Annotated[Sweep, subcommand("sweep")]
     | Annotated[Merge, subcommand("merge")]
     | Annotated[Reproduce, subcommand("reproduce")]
+    | Annotated[Verify, subcommand("verify")]
 )
 
 
@@ -31,11 +33,15 @@ RUN: dict[type, Any] = {
     Sweep: run_sweep,
     Merge: run_merge,
     Reproduce: run_reproduce,
+    Verify: run_verify,
 }
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point of `spectral-sinks`: exit status 0, 2 for bad input, 130 when interrupted."""
+    """Entry point of `spectral-sinks`.
+
+    Exit status 0; 1 where a claim does not hold, 2 for bad input, 130 when interrupted.
+    """
     options: Any = tyro.cli(  # pyright: ignore[reportCallIssue]
         Command,  # pyright: ignore[reportArgumentType]
         prog="spectral-sinks",

@@ -199,4 +199,8 @@ def run_reproduce(options: Reproduce) -> None:
         for r in rows
     ]
     columns = ("experiment", "quantity", "value", "95 % interval", "control")
-    show(options.json, {"out": str(options.out), "rows": rows}, table("Findings", columns, lines))
+    verdicts = {f.name: f.verdict for f in findings if f.verdict}
+    found = {"out": str(options.out), "rows": rows, "verdicts": verdicts}
+    show(options.json, found, table("Findings", columns, lines))
+    if verdicts and not options.json:
+        show(False, {}, table("", ("experiment", "verdict"), verdicts.items()))

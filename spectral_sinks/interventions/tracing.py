@@ -54,15 +54,17 @@ def trace(
     attention: bool | Edit = False,
     resume: Resume | None = None,
     gradients: bool = False,
+    cache: Any = None,
 ) -> T:
     """One forward pass with functions at sites, reduced inside the trace to what `readout` returns.
 
     `readout` receives the output of the final norm `[batch, tokens, d]`, the residuals at the `reads`
     (after any edit there), and, with `attention`, each layer's attention weights `[batch, heads, tokens,
     tokens]` (of the first 64 tokens under "sdpa_opening"), or what a function given as `attention` makes of
-    them as they arise; layers that `resume` skips have none. Logits are not computed beyond the last token:
-    `readout` may unembed what it needs. With `gradients` the pass is recorded for autograd. Raises InputError
-    for a site that the model does not have.
+    them as they arise; layers that `resume` skips have none. With `cache`, one of transformers' caches, `ids`
+    go on where it ends, and it grows by their keys and values, which come from edited residuals. Logits are
+    not computed beyond the last token: `readout` may unembed what it needs. With `gradients` the pass is
+    recorded for autograd. Raises InputError for a site that the model does not have.
     """
     if attention and not model.reads_attention:
         raise InputError(
@@ -81,7 +83,10 @@ def trace(
     if any(layer < start for layer, _ in hooks):
         raise InputError(f"a pass that begins above layer {start - 1} has sites at or below it")
     seen = (lambda weights: weights) if attention is True else attention or None
-    with torch.set_grad_enabled(gradients), model.nn.trace(input_ids=ids, logits_to_keep=1, use_cache=False):
+    with (
+        torch.set_grad_enabled(gradients),
+        model.nn.trace(input_ids=ids, logits_to_keep=1, use_cache=cache is not None, past_key_values=cache),
+    ):
         ss_result = nnsight.save(_walk(model, hooks, seen, resume, readout, read))
     return ss_result
 

@@ -219,3 +219,5 @@ from spectral_sinks.report.lens import lens  # noqa: E402
 from spectral_sinks.report.weights import weights  # noqa: E402
 
 __all__ = ["bars", "birth", "bos", "eu_dark", "ladder", "lens", "sink", "spectrum", "weights"]
+from spectral_sinks.report.across import across as across  # noqa: E402  it draws with what is above
+from spectral_sinks.report.generation import generation as generation  # noqa: E402

@@ -51,7 +51,8 @@ class Store:
         self.parts = self.folder / "parts"
         self._manifest = self.folder / "manifest.json"
         self._locks = self.folder / ".locks"
-        self._finished: dict[str, set[tuple[str, int]]] = {}
+        self._finished: dict[str, set[tuple[str, int]]] = {}  # by part
+        self._pairs: set[tuple[str, int]] = set()  # of all parts
         self._tidy = False
         if not os.path.exists(self._manifest):  # false as well where it cannot be seen
             self._begin(create)
@@ -124,17 +125,18 @@ class Store:
 
     def finished(self) -> set[tuple[str, int]]:
         """Cell and window of all sound rows; a part is read once. Damaged ones are reported and set aside."""
-        names, known = self._names(), self._finished
-        self._finished = {name: known[name] for name in names if name in known}
-        for name, _, table in self._sound(name for name in names if name not in known):
+        names = self._names()
+        self._keep(names)
+        for name, _, table in self._sound(name for name in names if name not in self._finished):
             pairs = zip(table["cell"].to_pylist(), table["window"].to_pylist(), strict=True)
             self._finished[name] = set(pairs)
-        return set().union(*self._finished.values())
+            self._pairs |= self._finished[name]
+        return self._pairs
 
     def rows(self) -> pd.DataFrame:
         """Each cell and window once, in the order of the cells recorded: equal rows give equal frames."""
         tables = {name: table for name, _, table in self._sound(self._names())}
-        self._finished = {name: pairs for name, pairs in self._finished.items() if name in tables}
+        self._keep(tables)
         runs = self.manifest["runs"]
         cells = dict.fromkeys(cell for key in sorted(runs) for cell in runs[key].get("cells", ()))
         return canonical(list(tables.values()), list(cells))
@@ -172,7 +174,7 @@ class Store:
                 if PART.fullmatch(path.name.removeprefix(".damaged-")):
                     path.unlink()
             self._write_manifest({})
-        self._finished = {}
+        self._finished, self._pairs = {}, set()
 
     @staticmethod
     def merge(folders: Sequence[str | Path], out: str | Path) -> "Store":
@@ -188,6 +190,12 @@ class Store:
             for key, run in store.manifest["runs"].items():
                 merged.record(key, run)
         return merged
+
+    def _keep(self, names: Iterable[str]) -> None:
+        """Forget the parts that are not among the names: they are damaged, or were set aside."""
+        if gone := self._finished.keys() - set(names):
+            self._finished = {name: self._finished[name] for name in self._finished.keys() - gone}
+            self._pairs = set().union(*self._finished.values())
 
     def _put(self, name: str, data: bytes) -> Path:
         with self._alone(), whole(self.parts / name) as path:

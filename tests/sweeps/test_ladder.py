@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 import spectral_sinks as ss
-from spectral_sinks.study import _together
+from spectral_sinks.study import Finding, _together, _verdicts
 from spectral_sinks.sweeps.store import whole
 
 SITE = ss.Site("exit", 0)
@@ -118,3 +118,15 @@ def test_the_manifest_gathers_runs_on_the_same_things_alone(tmp_path: Path) -> N
     assert _together(path, {"model": "b"}, ["spectrum"]) == ["spectrum"]
     path.write_text("{")
     assert _together(path, {"model": "a"}, ["bos"]) == ["bos"]
+
+
+def test_verdicts_of_runs_are_gathered_in_order(tmp_path: Path) -> None:
+    path = tmp_path / "verdicts.csv"
+    assert _verdicts(path, [Finding([], "bos")], ["bos"]).empty
+    first = _verdicts(path, [Finding([], "sink", verdict="holds: so")], ["sink"])
+    first.to_csv(path, index=False)
+    both = _verdicts(path, [Finding([], "bos", verdict="holds partly: here")], ["sink", "bos"])
+    assert list(both["experiment"]) == ["sink", "bos"] and both["verdict"].iloc[0] == "holds: so"
+    assert list(_verdicts(path, [Finding([], "bos", verdict="no")], ["bos"])["experiment"]) == ["bos"]
+    again = _verdicts(path, [Finding([], "sink", verdict="does not hold here: no")], ["sink"])
+    assert list(again["verdict"]) == ["does not hold here: no"]

@@ -216,6 +216,15 @@ def test_an_extended_sweep_computes_what_is_new(out: Path, measured: list[Any]) 
     assert len(old.store.manifest["runs"]) == 2
 
 
+def test_a_batch_of_which_some_windows_are_there_is_completed(out: Path) -> None:
+    cells = {"one": {EXIT: ss.rnd(32, 3)}}
+    first = ss.sweep(sweeping.sweep(cells, batch_size=2), out, shard=(1, 3))
+    assert 0 < first.report.computed < 3
+    done = ss.sweep(sweeping.sweep(cells, batch_size=5), out)
+    assert (done.report.computed, done.report.found) == (5, 0), "as a whole, one batch"
+    assert sorted(done.store.rows()["window"]) == [0, 1, 2, 3, 4], "and no window counts twice"
+
+
 def test_a_swap_is_computed_again_for_other_batches(out: Path) -> None:
     cells = {
         "swap": {EXIT: ss.rnd(32, 4).filled(ss.Swap())},

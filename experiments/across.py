@@ -1,0 +1,117 @@
+"""Across models: is there a sink, where does it begin, is its carrier dark, and what does its tail cost?
+
+Question: which models and checkpoints have an attention sink on position 0, and is it dark (Cancedda 2024,
+section 5; "sink implies dark" is measured, never assumed)?
+Design: one row per model by `ss.sink_verdict`, whose rule is stated there: sink strength (Sink^0.3 and mass
+at T = 64), the layer where it begins, the dark share of the residual that its strongest layer reads, the sink
+and the NLL lost without the dark band. The study's model on its windows, and on the same ones without BOS.
+Control: for the share, the cut and the NLL, random subspaces of the dark band's rank; the other tokens.
+
+    python experiments/across.py sinklet gpt2 FOLDER runs/sinklet/step-001000.pt --out DIR
+
+Models are names, folders, hub ids, or checkpoints of `train_sinklet.py`: the birth of the sink over steps.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+import tyro
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from tyro.conf import Positional
+
+import spectral_sinks as ss
+
+
+def run(study: ss.Study) -> ss.Finding:
+    model, windows = study.model, study.windows
+    cases = {model.name: windows}
+    if windows.opens_with_bos:
+        cases[f"{model.name}, without BOS"] = ss.Windows.of_ids(
+            [row[1:] for row in windows.rows], model, windows.document
+        )
+    found = [
+        ss.sink_verdict(model, cut, study.unembedding, name=name, draws=study.draws)
+        for name, cut in cases.items()
+    ]
+    return finish(found, study)
+
+
+def finish(found: list[ss.SinkVerdict], study: ss.Study) -> ss.Finding:
+    """Write the table and its figure; a few answers per model."""
+    table = study.save(pd.DataFrame([verdict.row() for verdict in found]), "across")
+    ss.figures.across(table, study.figure("across"))
+    answers = []
+    for v in found:
+        answers += [
+            ss.answer(f"{v.model}: Sink^0.3 at T = 64", v.rate.value, v.verdict, (v.rate.low, v.rate.high)),
+            ss.answer(
+                f"{v.model}: dark share of the carrier ({v.site})",
+                v.share.value,
+                f"random: {v.share.least:.3f} to {v.share.most:.3f}, other tokens {v.others.value:.3f}",
+                (v.share.low, v.share.high),
+            ),
+            ss.answer(
+                f"{v.model}: sink of layer {v.layer} cut by removing the dark band",
+                v.cut.value,
+                f"random: {v.cut.least:.3f} to {v.cut.most:.3f}",
+                (v.cut.low, v.cut.high),
+            ),
+            ss.answer(
+                f"{v.model}: NLL difference without the dark band",
+                v.delta.value,
+                f"random: {v.delta.least:+.4f} to {v.delta.most:+.4f}",
+                (v.delta.low, v.delta.high),
+            ),
+        ]
+    words = {"dark": "holds", "not dark": "does not hold here", "no sink": "no sink to judge"}
+    verdict = ". ".join(f"{v.model}: {words[v.verdict]} ({v.verdict}: {v.reason})" for v in found)
+    return ss.Finding(answers, verdict=verdict)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Models for one table."""
+
+    models: Positional[tuple[str, ...]]
+    """Names, folders, hub ids, or step-N.pt checkpoints of a training run (its folder has model/)."""
+    out: Path = Path("runs/across")
+    name: str = "across"
+    """Name of the table and the figure."""
+    text: str | None = None
+    """Text to measure on; the shipped corpus by default. Each model's own tokenizer cuts it."""
+    documents: int = 16
+    draws: int = 20
+
+
+def open_model(name: str) -> tuple[ss.LanguageModel, str]:
+    """A model by name, or a checkpoint of training with the configuration of its run; and its label."""
+    path = Path(name)
+    if path.suffix != ".pt":
+        return ss.load(name), path.name
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path.parent / "model"))
+    model.load_state_dict(torch.load(path, weights_only=True)["model"])
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(path.parent / "tokenizer")
+    model.set_attn_implementation("sdpa_opening")  # as `load` chooses
+    label = f"{path.parent.name}, step {int(path.stem.split('-')[1])}"
+    return ss.load(model, tokenizer=tokenizer), label
+
+
+def main(options: Options) -> None:
+    options.out.mkdir(parents=True, exist_ok=True)
+    texts = ss.documents(options.text, limit=options.documents)
+    rows = []
+    for name in options.models:
+        model, label = open_model(name)
+        windows = ss.cut(texts, model, per_document=1)
+        found = ss.sink_verdict(model, windows, ss.read_spectrum(model), name=label, draws=options.draws)
+        rows.append(found.row() | {"data_hash": windows.record["data_hash"]})
+        print(f"{label}: {found.verdict} ({found.reason})")
+        table = pd.DataFrame(rows)
+        table.to_csv(options.out / f"{options.name}.csv", index=False, float_format="%.6g")
+        ss.figures.across(table, options.out / f"{options.name}.png")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))

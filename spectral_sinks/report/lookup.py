@@ -1,0 +1,155 @@
+"""Numbers in tables: a file, rows, columns."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+from pydantic import BaseModel, ConfigDict, field_validator
+
+DEFAULTS = {1: ["value"], 2: ["low", "high"], 3: ["value", "low", "high"]}
+"""Columns of NAME_summary.csv for so many numbers."""
+
+Selector = str | dict[str, Any]
+Take = Literal["max", "min", "mean", "sum", "count"]
+
+
+class LookupFailure(Exception):
+    """A file, row or column that is not there."""
+
+
+class Cell(BaseModel):
+    """Where numbers are in a table."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    file: str | None = None
+    """CSV (several with `*`) or JSON in the results folder; a path with a folder is one in the repository."""
+    row: list[Selector] | None = None
+    """Columns and the value of each there, where `*` is any text; a plain string is the `quantity`. A list
+    has several. Without it, all rows."""
+    column: list[str] | None = None
+    """`name`, or `name:2` for the second number within a text, `name:-1` the last. Of JSON: `key.key.0`."""
+    take: list[Take] | None = None
+    """One number, or several, from all rows selected."""
+    scale: float = 1.0
+    """100 for per cent."""
+    over: "Cell | None" = None
+    """Divide by this number."""
+    minus: "Cell | None" = None
+    """Subtract this number."""
+    by: list[str] = []
+    """Columns that pair the rows of a comparison."""
+
+    @field_validator("row", "column", "by", "take", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str | dict) else value
+
+    def columns(self, numbers: int) -> list[str]:
+        """Its columns; those of a summary for that many numbers where it names none."""
+        if self.take:
+            return self.column or ["value"]
+        return self.column or DEFAULTS.get(numbers, ["value"])
+
+    def inherited(self, other: "Cell") -> "Cell":
+        """Another cell, with the file, row and column of this one where it has none of its own."""
+        mine = {key: getattr(self, key) for key in ("file", "row", "column", "by", "scale")}
+        own = {key: getattr(other, key) for key in other.model_fields_set}
+        return Cell(**mine | own)
+
+
+def table(file: str, results: Path, repository: Path | None, cache: dict[str, Any]) -> Any:
+    """A frame from CSV, or what JSON holds. Raises LookupFailure where it is missing or unreadable."""
+    if file in cache:
+        return cache[file]
+    folder = repository if "/" in file else results
+    if folder is None:
+        raise LookupFailure(f"{file} is in the repository, not among the results")
+    paths = sorted(folder.glob(file)) if "*" in file else [folder / file]
+    if not paths or not all(path.is_file() for path in paths):
+        raise LookupFailure(f"file {file} is missing in {folder}")
+    try:
+        if file.endswith(".json"):
+            cache[file] = json.loads(paths[0].read_text(encoding="utf-8"))
+        else:
+            cache[file] = pd.concat([pd.read_csv(path) for path in paths], ignore_index=True)
+    except (OSError, ValueError) as error:
+        raise LookupFailure(f"file {file} cannot be read: {error}") from error
+    return cache[file]
+
+
+def values(cell: Cell, columns: list[str], found: Any) -> pd.DataFrame:
+    """The numbers of a cell, rows x columns, indexed by its `by`. Raises LookupFailure."""
+    if not isinstance(found, pd.DataFrame):
+        return _of_json(cell, columns, found)
+    rows = found
+    if cell.row is not None:
+        kept = pd.Series(False, index=found.index)
+        for selector in cell.row:
+            hit = _selected(cell, selector, found)
+            if not hit.any():
+                raise LookupFailure(f"{cell.file} has no row {selector!r}")
+            kept |= hit
+        rows = found[kept]
+    if cell.take == ["count"]:
+        return pd.DataFrame({"count": [float(len(rows))]})
+    block = pd.DataFrame({name: _numbers(cell, rows, name) for name in columns})
+    if missing := [name for name in columns if block[name].isna().any()]:
+        raise LookupFailure(f"column {missing[0]!r} of {cell.file} has no number there")
+    if cell.take is not None:
+        return block.agg(cell.take)
+    if absent := [name for name in cell.by if name not in rows]:
+        raise LookupFailure(f"{cell.file} has no column {absent[0]!r}: {', '.join(rows.columns)}")
+    if cell.by:
+        block.index = pd.MultiIndex.from_frame(rows[cell.by])
+        if block.index.has_duplicates:
+            raise LookupFailure(f"several rows of {cell.file} have the same {', '.join(cell.by)}")
+    return block
+
+
+def globbed(pattern: str) -> re.Pattern[str]:
+    """A pattern in which `*` alone is special."""
+    return re.compile(".*".join(map(re.escape, pattern.split("*"))), re.DOTALL)
+
+
+def _selected(cell: Cell, selector: Selector, found: pd.DataFrame) -> pd.Series:
+    wanted = {"quantity": selector} if isinstance(selector, str) else selector
+    hit = pd.Series(True, index=found.index)
+    for name, value in wanted.items():
+        if name not in found:
+            raise LookupFailure(f"{cell.file} has no column {name!r}: {', '.join(found.columns)}")
+        if isinstance(value, str):
+            hit &= found[name].astype(str).str.fullmatch(globbed(value))
+        else:
+            hit &= found[name].isin(value if isinstance(value, list) else [value])
+    return hit
+
+
+def _numbers(cell: Cell, rows: pd.DataFrame, column: str) -> pd.Series:
+    name, _, place = column.partition(":")
+    if name not in rows:
+        raise LookupFailure(f"{cell.file} has no column {name!r}: {', '.join(rows.columns)}")
+    if not place:
+        return pd.to_numeric(rows[name], errors="coerce")
+    index = int(place) - (int(place) > 0)
+    texts = rows[name].fillna("").astype(str)
+    parts = [re.findall(r"(?<![\w.])[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?", text) for text in texts]
+    if any(not -len(part) <= index < len(part) for part in parts):
+        raise LookupFailure(f"{name!r} of {cell.file} has no number {place} in {texts.iloc[0]!r}")
+    return pd.Series([float(part[index]) for part in parts], index=rows.index)
+
+
+def _of_json(cell: Cell, columns: list[str], found: Any) -> pd.DataFrame:
+    flat: list[float] = []
+    for column in columns:
+        value = found
+        for key in column.split("."):
+            try:
+                value = value[int(key)] if isinstance(value, list) else value[key]
+            except (KeyError, IndexError, ValueError, TypeError):
+                raise LookupFailure(f"{cell.file} has no {column!r}") from None
+        flat += [float(part) for part in (value if isinstance(value, list) else [value])]
+    block = pd.DataFrame({"value": flat})
+    return block.agg(cell.take) if cell.take else block
