@@ -231,13 +231,17 @@ def _decompose(
     """Singular values and right singular vectors in float64, computed on the weight's device."""
     rows, d = weight.shape
     device = weight.device if weight.is_cuda else torch.device("cpu")
-    exponent = math.frexp(max(abs(float(end)) for end in torch.aminmax(weight.detach())))[1]
-    unit = 2.0 ** (exponent - 1)  # squares stay in range, and dividing by a power of two rounds nothing
+    unit = 1.0  # the squares of narrower dtypes are within the range of float64
+    if weight.dtype == torch.float64:
+        exponent = math.frexp(max(abs(float(end)) for end in torch.aminmax(weight.detach())))[1]
+        unit = 2.0 ** (exponent - 1)  # dividing by a power of two rounds nothing
     factor = None if gain is None else gain.detach().to(device, torch.float64)
 
     def plain() -> Iterator[Float[Tensor, "block d"]]:
         buffer = torch.empty(min(rows, ROWS), d, dtype=torch.float64, device=device)
-        return (buffer[: len(part)].copy_(part).div_(unit) for part in weight.detach().split(ROWS))
+        for part in weight.detach().split(ROWS):
+            block = buffer[: len(part)].copy_(part)
+            yield block if unit == 1 else block.div_(unit)
 
     zero = torch.zeros(d, dtype=torch.float64, device=device)
     mean = sum((block.sum(0) for block in plain()), zero) / rows if centre else zero
