@@ -3,6 +3,8 @@
 import time
 from dataclasses import dataclass
 
+import torch
+
 from spectral_sinks.interventions.sites import Site
 from spectral_sinks.measure.memory import row_bytes
 from spectral_sinks.measure.nll import chunk
@@ -53,12 +55,27 @@ def floor(sweep: Sweep, units: tuple[Unit, ...], layer: float, head: float) -> f
     return total
 
 
-def estimate(sweep: Sweep, units: tuple[Unit, ...]) -> Cost:
+def estimate(sweep: Sweep, units: tuple[Unit, ...], workers: int = 0) -> Cost:
     """Time a layer and the head on the first batch (its windows are the longest), and add up.
 
     A pass from the last exit is the head; a whole pass is that and all layers. The quickest of some repeats
-    counts, so the floor is not raised by what else the machine does.
+    counts, so the floor is not raised by what else the machine does. With `workers`, at the number of threads
+    that each of them will have.
     """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(share_of_threads(workers))
+    try:
+        return _estimate(sweep, units)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def share_of_threads(workers: int) -> int:
+    """Threads of each of some processes that share the cores; all of them where there are none."""
+    return max(1, torch.get_num_threads() // max(1, workers))
+
+
+def _estimate(sweep: Sweep, units: tuple[Unit, ...]) -> Cost:
     model = sweep.model
     places, ids = sweep.batches[0]
     batch = Batch(model, sweep.windows, places, ids, [model.layers - 1])

@@ -125,7 +125,16 @@ def sweep(
         store.clear()
     source = Adopted(made.key) if workers else Held(made) if isinstance(what, Sweep) else what
     runner = partial(pool, made, workers, devices) if workers else executor
-    return run(made, store, runner, source, shard=shard, in_flight=max(in_flight, 2 * workers), say=say)
+    return run(
+        made,
+        store,
+        runner,
+        source,
+        shard=shard,
+        in_flight=max(in_flight, 2 * workers),
+        processes=workers,
+        say=say,
+    )
 
 
 def plan(
@@ -157,18 +166,19 @@ def run(
     shard: tuple[int, int] | None = None,
     say: Callable[[str], None] | None = None,
     in_flight: int = 8,
+    processes: int = 0,
 ) -> Done:
     """Do what is missing of a sweep, `in_flight` units at a time where there is an executor.
 
     An executor given as a function that makes one is made again when it breaks, as a pool does when one of
     its processes is killed. `source` is what workers make the sweep from. With `say`, the cost is estimated
-    and told before the start.
+    for one of so many `processes` and told before the start.
     """
     units = sweep.units if shard is None else sweep.shard(*shard)
     total = sum(map(sweep.size, units))
     store.record(sweep.key, sweep.manifest())
     left = deque(_missing(sweep, units, store.finished()))
-    cost = estimate(sweep, tuple(left)) if say is not None and left else None
+    cost = estimate(sweep, tuple(left), processes) if say is not None and left else None
     if say is not None:
         say(str(cost) if cost else f"all {total} cells x windows are in {store.folder}")
     began = time.perf_counter()

@@ -16,6 +16,7 @@ import torch
 
 from spectral_sinks.errors import InputError
 from spectral_sinks.spectra.filters import Filter
+from spectral_sinks.sweeps.cost import share_of_threads
 from spectral_sinks.sweeps.sweep import Sweep, Unit
 
 
@@ -140,7 +141,7 @@ def pool(sweep: Sweep, workers: int, devices: Sequence[str] = ()) -> ProcessPool
     turns = context.Queue()
     for index in range(64 * workers):  # a pool replaces workers that die
         turns.put(devices[index % len(devices)] if devices else None)
-    threads = max(1, torch.get_num_threads() // workers)
+    threads = share_of_threads(workers)
     return ProcessPoolExecutor(workers, context, _adopt, (sweep.key, sweep, turns, threads))
 
 
