@@ -18,6 +18,7 @@ from spectral_sinks.measure.repetition import distinct, loop_onset, repeated, re
 from spectral_sinks.measure.screen import first_order
 from spectral_sinks.measure.verdict import SinkVerdict, sink_verdict
 from spectral_sinks.measure.weights import weight_shares
+from spectral_sinks.models.attending import AttentionCall, attending
 from spectral_sinks.models.describe import describe
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.models.loading import load
@@ -72,6 +73,8 @@ __all__ = [
     "answer",
     "attention_by_head",
     "attention_received",
+    "AttentionCall",
+    "attending",
     "band_lens",
     "candidates",
     "Cell",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from spectral_sinks.errors import InputError
 from spectral_sinks.models.layout import FAMILIES, Layout
 from spectral_sinks.models.norms import gain_of
-from spectral_sinks.models.opening import OPENING
+from spectral_sinks.models.opening import BLOCKWISE, OPENING, WHOLE
 
 INCIDENTAL = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
 """Settings that do not change what a model computes."""
@@ -90,7 +90,7 @@ class LanguageModel:
     @property
     def reads_attention(self) -> bool:
         """Whether a trace can see attention weights, of the first 64 tokens at least."""
-        return self.config._attn_implementation in ("eager", OPENING)
+        return self.config._attn_implementation in ("eager", OPENING, BLOCKWISE, WHOLE)
 
     @cached_property
     def tied(self) -> bool:

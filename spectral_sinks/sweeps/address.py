@@ -11,6 +11,7 @@ from spectral_sinks.errors import InputError
 from spectral_sinks.interventions.tracing import Edit, Interventions
 from spectral_sinks.measure import replay
 from spectral_sinks.models.language import LanguageModel
+from spectral_sinks.models.opening import BLOCKWISE, WHOLE
 from spectral_sinks.spectra.cache import fingerprint
 from spectral_sinks.spectra.filters import Fill, Filter, Mean, Noise, Swap, Zero
 from spectral_sinks.spectra.subspace import Subspace
@@ -34,7 +35,12 @@ def address(context: Mapping[str, Any], edits: Interventions) -> str:
 
 
 def context(model: LanguageModel, windows: Windows, batch_size: int) -> dict[str, Any]:
-    """What all cells of a sweep share."""
+    """What all cells of a sweep share. Raises InputError inside `attending`, which no address covers."""
+    if model.config._attn_implementation in (BLOCKWISE, WHOLE):
+        raise InputError(
+            f"the attention of {model.name} is being changed or looked at, of which a stored cell would say "
+            "nothing: leave `attending` before a sweep"
+        )
     return {
         "weights": model.fingerprint,
         "data": digest([of_rows(windows), list(map(int, windows.document))]),
