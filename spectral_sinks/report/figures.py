@@ -215,7 +215,8 @@ def birth(log: pd.DataFrame, path: Path) -> None:
 
 from spectral_sinks.report.bars import bars  # noqa: E402  these draw with what is defined above
 from spectral_sinks.report.eu_dark import eu_dark  # noqa: E402
+from spectral_sinks.report.fills import swap  # noqa: E402
 from spectral_sinks.report.lens import lens  # noqa: E402
 from spectral_sinks.report.weights import weights  # noqa: E402
 
-__all__ = ["bars", "birth", "bos", "eu_dark", "ladder", "lens", "sink", "spectrum", "weights"]
+__all__ = ["bars", "birth", "bos", "eu_dark", "ladder", "lens", "sink", "spectrum", "swap", "weights"]
