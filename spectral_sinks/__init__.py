@@ -26,6 +26,7 @@ from spectral_sinks.models.source import DEFAULT
 from spectral_sinks.report import figures
 from spectral_sinks.report.checking import Check, uncovered, verify
 from spectral_sinks.report.claims import Claims
+from spectral_sinks.spectra.controls import DirectionSwap, NoOp, NormRestored, energy_matched, random_within
 from spectral_sinks.spectra.filters import (
     Filter,
     Mean,
@@ -50,7 +51,10 @@ from spectral_sinks.spectra.pairs import (
 from spectral_sinks.spectra.spectrum import Spectrum
 from spectral_sinks.spectra.subspace import Subspace, intersection, principal_cosines, random_subspace
 from spectral_sinks.stats import (
+    holm,
+    largest_within,
     mean_interval,
+    null_p,
     null_rank,
     rank_correlation,
     sequential_p,
@@ -65,6 +69,7 @@ from spectral_sinks.sweeps.ladder import ladder
 from spectral_sinks.sweeps.run import Done, Report, plan, sweep
 from spectral_sinks.sweeps.store import Store
 from spectral_sinks.sweeps.sweep import Sweep
+from spectral_sinks.sweeps.table import effect_table
 from spectral_sinks.texts import Windows, cut, documents
 
 __all__ = [
@@ -83,10 +88,13 @@ __all__ = [
     "DEFAULT",
     "describe",
     "distinct",
+    "DirectionSwap",
     "documents",
     "Done",
     "Effect",
+    "effect_table",
     "energy",
+    "energy_matched",
     "evaluate",
     "evaluate_all",
     "farthest",
@@ -97,11 +105,13 @@ __all__ = [
     "generate",
     "generate_all",
     "grid",
+    "holm",
     "InputError",
     "intersection",
     "keep",
     "ladder",
     "LanguageModel",
+    "largest_within",
     "load",
     "mark_bars",
     "matched",
@@ -111,6 +121,9 @@ __all__ = [
     "mean_residual",
     "nearest",
     "Noise",
+    "NoOp",
+    "NormRestored",
+    "null_p",
     "null_rank",
     "omega",
     "outside",
@@ -120,6 +133,7 @@ __all__ = [
     "psi",
     "random_spectrum",
     "random_subspace",
+    "random_within",
     "rank_correlation",
     "read_spectrum",
     "received",
