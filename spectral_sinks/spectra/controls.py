@@ -30,9 +30,10 @@ def energy_matched(observed: Subspace, x: Float[Tensor, "*tokens d"], seed: int 
     The share is that of `removed_energy_share`: of each token's energy, mean over the tokens of `x` (any
     reference residuals). Haar-random directions are taken one by one until their number is the nearest to
     the share; then one of them, the last if it can be, is turned towards a further random direction until the
-    share is met. So all directions but one are those of a uniform draw.
+    share is met. So all directions but one are those of a uniform draw; only where no single turn will do, as
+    for shares far below that of any random direction, are there several.
 
-    Raises InputError for residuals of another width, all zero or not finite, and where no angle comes
+    Raises InputError for residuals of another width, all zero or not finite, and where no turns come
     within 1 % of the share.
     """
     if x.shape[-1] != observed.d:
@@ -47,36 +48,41 @@ def energy_matched(observed: Subspace, x: Float[Tensor, "*tokens d"], seed: int 
     if min(observed.rank, observed.d - observed.rank) == 0:
         return random_subspace(observed.d, observed.rank, seed).named(name)
 
-    columns, coordinates = _enough(rows, target, observed.rank, seed)
-    moments = coordinates.T @ coordinates / len(coordinates)
-    shares = moments.diagonal().cumsum(0)
-    rank = min(int((shares - target).abs().argmin()) + 1, observed.d - 1)
-    turned, partner, angle = _turn(moments, rank, target - float(shares[rank - 1]))
-    basis = columns[:, :rank].clone()
-    basis[:, turned] = torch.cos(angle) * columns[:, turned] + torch.sin(angle) * columns[:, partner]
-    reached = float((rows @ basis).square().sum(-1).mean())
-    if abs(reached - target) > TOLERANCE * target:
-        raise InputError(
-            f"no random subspace of rank {rank} takes {target:.4g} of the energy of these {len(rows)} "
-            f"residuals (nearest {reached:.4g}): give more of them, or compare at equal rank with rnd"
-        )
-    return Subspace(basis, name)
-
-
-def _enough(rows: Tensor, target: float, rank: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Haar-random directions that hold the target together, with some to spare, and the rows on them."""
-    d = rows.shape[1]
     generator = torch.Generator().manual_seed(seed)
-    normal = torch.empty(d, 0, dtype=torch.float64)
+    normal = torch.empty(observed.d, 0, dtype=torch.float64)
     while True:
-        more = min(d, max(2 * normal.shape[1], 2 * rank + 16)) - normal.shape[1]
-        drawn = torch.randn(d, more, generator=generator, dtype=torch.float64)
+        more = min(observed.d, max(2 * normal.shape[1], 2 * observed.rank + 16)) - normal.shape[1]
+        drawn = torch.randn(observed.d, more, generator=generator, dtype=torch.float64)
         normal = torch.cat([normal, drawn], dim=1)
-        columns = torch.linalg.qr(normal).Q
-        coordinates = rows @ columns
-        held = coordinates[:, : 2 * columns.shape[1] // 3].square().sum(-1).mean()
-        if columns.shape[1] == d or held >= target:
-            return columns, coordinates
+        basis = _matched(torch.linalg.qr(normal).Q, rows, target)
+        reached = float((rows @ basis).square().sum(-1).mean())
+        if abs(reached - target) <= TOLERANCE * target:
+            return Subspace(basis, name)
+        if normal.shape[1] == observed.d:
+            break
+    raise InputError(
+        f"no subspace of rank {basis.shape[1]} made of these draws takes {target:.4g} of the energy of the "
+        f"{len(rows)} residuals (nearest {reached:.4g}): compare at equal rank with rnd"
+    )
+
+
+def _matched(columns: Float[Tensor, "d k"], rows: Float[Tensor, "n d"], target: float) -> Tensor:
+    """As many of the columns as come nearest to the target, turned until they meet it or nothing helps."""
+    coordinates = rows @ columns
+    moments = coordinates.T @ coordinates / len(rows)
+    shares = moments.diagonal().cumsum(0)
+    rank = min(int((shares - target).abs().argmin()) + 1, columns.shape[1] - 1)
+    for _ in range(4 * columns.shape[1]):
+        missing = target - float(moments.diagonal()[:rank].sum())
+        if abs(missing) <= 1e-9 * target:
+            break
+        own, partner, angle = _turn(moments, rank, missing)
+        pair, (cos, sin) = [own, partner], (torch.cos(angle), torch.sin(angle))
+        turn = torch.stack([torch.stack([cos, -sin]), torch.stack([sin, cos])])
+        columns[:, pair] = columns[:, pair] @ turn
+        moments[:, pair] = moments[:, pair] @ turn
+        moments[pair] = turn.T @ moments[pair]
+    return columns[:, :rank].clone()
 
 
 def _turn(moments: Float[Tensor, "k k"], rank: int, missing: float) -> tuple[int, int, Tensor]:
