@@ -13,6 +13,7 @@ from spectral_sinks.measure import replay
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.models.opening import BLOCKWISE, WHOLE
 from spectral_sinks.spectra.cache import fingerprint
+from spectral_sinks.spectra.controls import NormRestored
 from spectral_sinks.spectra.filters import Fill, Filter, Mean, Noise, Swap, Zero
 from spectral_sinks.spectra.subspace import Subspace
 from spectral_sinks.texts import Windows
@@ -57,6 +58,8 @@ def swapping(edits: Interventions) -> bool:
 
 def of_edit(edit: Edit) -> Any:
     """What identifies a filter: subspaces by their members in a spectrum or by their basis, fill, tokens."""
+    if isinstance(edit, NormRestored):
+        return ["norm restored", of_edit(edit.filter)]
     if not isinstance(edit, Filter):
         return _own(edit)
     tokens = edit.tokens
