@@ -103,7 +103,19 @@ def run(study: ss.Study) -> ss.Finding:
     study.save(table, "controls")
     study.save(test, "controls_tests")
     ss.figures.controls(table, test, study.below_sink, study.figure("controls"))
-    return ss.Finding(answers(study, table, test))
+    return ss.Finding(answers(study, table, test), verdict=verdict(test))
+
+
+def verdict(test: pd.DataFrame) -> str:
+    """Whether removing the dark band costs more than its control at every exit, by sign flips and Holm."""
+    said, shares = [], []
+    for control in ("same rank", "same energy"):
+        rows = test[(test["tokens"] == "all") & (test["control"] == control)]
+        more = (rows["p_sign_flip_holm"] <= 0.05) & (rows["excess"] > 0)
+        shares.append(more.mean())
+        said.append(f"than {control} at {int(more.sum())} of {len(rows)} exits")
+    word = "holds" if min(shares) == 1 else "holds partly" if max(shares) > 0 else "does not hold here"
+    return f"{word}: the dark band costs more {', '.join(said)} (Holm, 5 %)"
 
 
 def answers(study: ss.Study, table: pd.DataFrame, test: pd.DataFrame) -> list[dict[str, Any]]:

@@ -39,7 +39,7 @@ def at(study: ss.Study, layer: int) -> tuple[pd.DataFrame, dict[str, ss.Effect]]
 def run(study: ss.Study) -> ss.Finding:
     sink = study.below_sink
     layers = [sink, (sink + study.model.layers) // 2]
-    tables, answers = [], []
+    tables, answers, beyond = [], [], {}
     n = study.unembedding.count
     for layer in layers:
         table, effects = at(study, layer)
@@ -54,16 +54,26 @@ def run(study: ss.Study) -> ss.Finding:
             if fill == "noise":
                 seeds = here[here["filter"].str.startswith("seed")]["mean"]
                 control += f"; seeds: {seeds.min():+.4f} to {seeds.max():+.4f}"
+            beyond[layer, fill] = row["mean"] > draws.max()
             values = delta[f"{fill}|Phi|{n - 1}"]
             answers.append(ss.answer(f"exit {layer}: last band, fill {fill}", values, control))
         for k in (n - 1, round(0.7 * n)):
             for fill in ("mean", "swap", "noise"):
                 saved = delta[f"zero|Phi|{k}"] - delta[f"{fill}|Phi|{k}"]
                 low, high = ss.mean_interval(saved)
-                verdict = "excludes 0" if low > 0 or high < 0 else "includes 0"
+                shown = "excludes 0" if low > 0 or high < 0 else "includes 0"
                 name = f"exit {layer}, {k} of {n} bands kept: cost of zero above {fill}"
-                answers.append(ss.answer(name, saved, verdict, (low, high)))
+                answers.append(ss.answer(name, saved, shown, (low, high)))
     table = pd.concat(tables, ignore_index=True)
     study.save(table, "fills")
     ss.figures.fills(table, study.figure("fills"), n)
-    return ss.Finding(answers)
+    return ss.Finding(answers, verdict=verdict(beyond))
+
+
+def verdict(beyond: dict[tuple[int, str], bool]) -> str:
+    """Whether the last band costs more than any random subspace whatever fills the gap."""
+    word = (
+        "holds" if all(beyond.values()) else "holds partly" if any(beyond.values()) else "does not hold here"
+    )
+    more = ", ".join(f"{fill} at exit {layer}" for (layer, fill), true in beyond.items() if true)
+    return f"{word}: the last band costs more than every random subspace under {more or 'no fill'}"

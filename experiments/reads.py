@@ -48,7 +48,24 @@ def run(study: ss.Study) -> ss.Finding:
     table = table.drop(columns="name")
     study.save(table, "reads")
     ss.figures.reads(table, below, study.figure("reads"))
-    return ss.Finding(answers(study, effects, table))
+    return ss.Finding(answers(study, effects, table), verdict=verdict(table))
+
+
+def verdict(table: pd.DataFrame) -> str:
+    """Which reader, withheld above the exit of reference, alone loses 90 % of what is lost of the sink there,
+    and which costs as much (not below the interval of the reference, and beyond all random draws).
+    """
+    dark = table[table["draw"] == "dark"].set_index(["place", "site"])
+    drawn = table[table["draw"] != "dark"].groupby(["place", "site"])["mean"].max()
+    reference = dark.loc[("reference", "exit")]
+    lost = [k for k in READS if 1 - dark.loc[("above", k), "sink_left"] >= 0.9 * (1 - reference["sink_left"])]
+    costs = [k for k in READS if dark.loc[("above", k), "mean"] >= max(reference["low"], drawn[("above", k)])]
+    both = set(lost) & set(costs)
+    word = "holds" if both else "holds partly" if lost or costs else "does not hold here"
+    return (
+        f"{word}: the loss of the sink is reproduced by {', '.join(lost) or 'no reader'} alone, the NLL by "
+        f"{', '.join(costs) or 'no reader'} alone"
+    )
 
 
 def sink_left(effect: ss.Effect, below: int) -> pd.Series:

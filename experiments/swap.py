@@ -83,7 +83,7 @@ def verdict(low: float, high: float) -> str:
 
 def run(study: ss.Study) -> ss.Finding:
     n = study.unembedding.count
-    ladders, tests, answers = [], [], []
+    ladders, tests, answers, said = [], [], [], []
     for name, here in settings(study).items():
         swapped = "swap" if here.windows.opens_with_bos else "swap, all but first"
         ways = [way for way in WAYS if not way.startswith("swap") or way == swapped]
@@ -96,6 +96,7 @@ def run(study: ss.Study) -> ss.Finding:
         draws = ladder[ladder["filter"].str.startswith("random")].groupby("way")["mean"]
         spread = draws.agg(["min", "max"])
         at = test[test["layer"] == layer].set_index(["step", "way"])
+        said.append(f"{name}, exit {layer}: " + judged(at.loc["last step"], spread, swapped))
         for way in ways:
             row = at.loc[("last step", way)]
             random = f"{study.draws} random: {spread['min'][way]:+.4f} to {spread['max'][way]:+.4f}"
@@ -130,7 +131,22 @@ def run(study: ss.Study) -> ss.Finding:
     study.save(ladder, "swap")
     study.save(test, "swap_steps")
     ss.figures.swap(ladder, test, study.figure("swap"), n)
-    return ss.Finding(answers)
+    return ss.Finding(answers, verdict="; ".join(said))
+
+
+def judged(step: pd.DataFrame, spread: pd.DataFrame, swapped: str) -> str:
+    """The paper's two-sided test: zeroing (all tokens, the first alone) costs more than any random subspace
+    does, swapping does not. It holds whole only where the step under a swap includes 0.
+    """
+    beyond = step["mean"] > spread["max"].reindex(step.index)
+    said = [f"{way} {step.loc[way, 'mean']:+.3f}" for way in ("zero", "zero, first token", swapped)]
+    gone = step.loc[swapped, "low"] <= 0
+    zero, first, swap = (bool(beyond[way]) for way in ("zero", "zero, first token", swapped))
+    word = (
+        "holds" if zero and first and gone else "holds partly" if zero and not swap else "does not hold here"
+    )
+    more = [way for way in step.index if beyond[way]]
+    return f"{word} ({', '.join(said)} nats; beyond all random: {', '.join(more) or 'none'})"
 
 
 def idle(study: ss.Study, layer: int) -> dict[str, object]:

@@ -294,10 +294,11 @@ def main(recipe: Recipe) -> None:
     final = recipe.out / "model"
     if recipe.softmax != "plain":
         final.mkdir(exist_ok=True)
-        sinks = torch.stack([layer.self_attn.sinks.detach() for layer in model.model.layers])
+        attention: list[Any] = [layer.self_attn for layer in model.model.layers]
+        sinks = torch.stack([part.sinks.detach() for part in attention])
         save_file({"sink_logits": sinks}, final / "sinks.safetensors")
-        for layer in model.model.layers:
-            del layer.self_attn.sinks
+        for part in attention:
+            del part.sinks
     model.save_pretrained(final)
     tokenizer.save_pretrained(final)
     described = {key: value for key, value in asdict(recipe).items() if not isinstance(value, Path)}

@@ -103,7 +103,9 @@ def test_a_further_logit_in_the_softmax(script, text, tmp_path, softmax):
     weights = model(ids, output_attentions=True).attentions
     assert all((layer.sum(-1) < 1).all() for layer in weights)
     plain = script.build(recipe(script, text, tmp_path / "plain"))(ids, output_attentions=True).attentions
-    assert all(bool((mine <= theirs + 1e-6).all()) for mine, theirs in zip(weights[:1], plain[:1], strict=True))
+    assert all(
+        bool((mine <= theirs + 1e-6).all()) for mine, theirs in zip(weights[:1], plain[:1], strict=True)
+    )
 
 
 def test_bos_at_a_chosen_place(script, text, tmp_path):
