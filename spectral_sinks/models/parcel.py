@@ -5,6 +5,7 @@ use. nnsight's wrapper stays behind and is put on again.
 """
 
 import copyreg
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,13 +18,21 @@ from transformers import PreTrainedTokenizerFast
 from spectral_sinks.errors import InputError
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.models.layout import Layout
+from spectral_sinks.models.masked import predicts_masked
 
 
 def wrap(module: Any, tokenizer: Any) -> TransformersModel:
     """A transformers model as an nnsight model."""
     # nnsight asks for a tokenizer even where only ids are traced, which never reach it
     placeholder = tokenizer or PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({})))
-    return TransformersModel(module, task="text-generation", tokenizer=placeholder)
+    if not predicts_masked(module):
+        return TransformersModel(module, task="text-generation", tokenizer=placeholder)
+    if placeholder.mask_token is None:  # the task asks for one
+        words = Tokenizer(WordLevel({"[MASK]": 0}))
+        placeholder = PreTrainedTokenizerFast(tokenizer_object=words, mask_token="[MASK]")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".* has a submodule named 'output'", UserWarning)  # see `part`
+        return TransformersModel(module, task="fill-mask", tokenizer=placeholder)
 
 
 def pack(model: LanguageModel) -> tuple[Any, ...]:

@@ -11,6 +11,7 @@ from spectral_sinks.errors import InputError
 from spectral_sinks.interventions.tracing import Edit, Interventions
 from spectral_sinks.measure import replay
 from spectral_sinks.models.language import LanguageModel
+from spectral_sinks.models.masked import RULE
 from spectral_sinks.spectra.cache import fingerprint
 from spectral_sinks.spectra.filters import Fill, Filter, Mean, Noise, Swap, Zero
 from spectral_sinks.spectra.subspace import Subspace
@@ -35,7 +36,8 @@ def address(context: Mapping[str, Any], edits: Interventions) -> str:
 
 def context(model: LanguageModel, windows: Windows, batch_size: int) -> dict[str, Any]:
     """What all cells of a sweep share."""
-    return {
+    masking = {} if model.causal else {"masking": [RULE, model.mask, sorted(model.tokenizer.all_special_ids)]}
+    return masking | {
         "weights": model.fingerprint,
         "data": digest([of_rows(windows), list(map(int, windows.document))]),
         "metrics": [*METRICS, *(["sink_mass"] if replay.reads_sink(model, windows) else [])],
