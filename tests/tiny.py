@@ -63,7 +63,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 FAMILIES = tuple(CONFIGS)
 
-ENCODER_SIZES = SIZES | {
+ENCODER_SIZES = {key: size for key, size in SIZES.items() if key != "num_key_value_heads"} | {
     "cls_token_id": BOS,
     "sep_token_id": EOS,
     "pad_token_id": 2,

@@ -57,7 +57,7 @@ def describe(
         "tied": bool(config.tie_word_embeddings)
         and not (causal and any(name in names for name in UNEMBEDDINGS)),
         "tokenizer": None if tokenizer is None else type(tokenizer).__name__,
-        "bos_token": None if bos is None else tokenizer.convert_ids_to_tokens(bos),
+        "bos_token": None if tokenizer is None or bos is None else tokenizer.convert_ids_to_tokens(bos),
         "bos_token_id": bos,
         "opens_with_bos": opens,
     }

@@ -86,7 +86,7 @@ def load(
     for parameter, weight in module.named_parameters():
         check_finite(f"{name}: {parameter}", weight)
     layout = find_layout(module, parts)
-    if layout.transform and not masked and not module.config.is_decoder:
+    if layout.transform and not masked and getattr(module.config, "is_decoder", None) is False:
         raise InputError(
             f"{name} is a {type(module).__name__} whose tokens attend to later ones: set is_decoder=True in "
             "its configuration, or load it as a masked language model"

@@ -133,8 +133,8 @@ def _from_checkpoint(
             raise InputError(f"{source.name} holds no final norm that is known: use convention 'raw'")
         gain = source.tensor(norm).float()
         gain = 1 + gain if str(config.get("model_type", "")).startswith("gemma") else gain
-    stem = "" if norm is None else norm.rpartition(".")[0]
-    layernorm = f"{stem}.bias" in present or f"{stem}.beta" in present
+    layernorm = norm is not None and norm.removesuffix("weight") + "bias" in present
+    layernorm = layernorm or read_through(present) != ""  # that of a masked-LM head may have no bias
     width = config.get("hidden_size") or config.get("n_embd")
     if not isinstance(width, int):
         raise InputError(f"{source.name}: config.json names no hidden_size")

@@ -18,21 +18,19 @@ from transformers import PreTrainedTokenizerFast
 from spectral_sinks.errors import InputError
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.models.layout import Layout
-from spectral_sinks.models.masked import predicts_masked
 
 
 def wrap(module: Any, tokenizer: Any) -> TransformersModel:
     """A transformers model as an nnsight model."""
     # nnsight asks for a tokenizer even where only ids are traced, which never reach it
     placeholder = tokenizer or PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({})))
-    if not predicts_masked(module):
-        return TransformersModel(module, task="text-generation", tokenizer=placeholder)
-    if placeholder.mask_token is None:  # the task asks for one
+    task = "text-generation" if module.can_generate() else "fill-mask"
+    if task == "fill-mask" and placeholder.mask_token is None:
         words = Tokenizer(WordLevel({"[MASK]": 0}))
         placeholder = PreTrainedTokenizerFast(tokenizer_object=words, mask_token="[MASK]")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".* has a submodule named 'output'", UserWarning)  # see `part`
-        return TransformersModel(module, task="fill-mask", tokenizer=placeholder)
+        return TransformersModel(module, task=task, tokenizer=placeholder)
 
 
 def pack(model: LanguageModel) -> tuple[Any, ...]:
