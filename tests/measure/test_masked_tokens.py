@@ -240,6 +240,39 @@ def test_a_planted_sep_sink_is_found(planted: ss.LanguageModel) -> None:
     assert torch.allclose(weights[0], torch.full_like(weights[0], 1 / 64))
 
 
+def test_a_layer_has_the_sink_above_twice_one_in_t(planted: ss.LanguageModel) -> None:
+    """A weak sink at [CLS], which lies under twice the uniform attention of a causal model."""
+    module = copy.deepcopy(tiny.plain("bert"))
+    planted_layer = planted.module.bert.encoder.layer[0].attention.self
+    with torch.no_grad():
+        words = module.bert.embeddings.word_embeddings.weight
+        words[:, 0] = 0
+        words[tiny.BOS, 0] = 50
+        module.bert.embeddings.LayerNorm.load_state_dict(
+            planted.module.bert.embeddings.LayerNorm.state_dict()
+        )
+        attention = module.bert.encoder.layer[0].attention.self
+        attention.load_state_dict(planted_layer.state_dict())
+        attention.key.weight[:, 0] = 0.15
+    model = ss.load(module, tokenizer=tiny.encoder_tokenizer())
+    windows = cut(length=80)
+    verdict = ss.sink_verdict(model, windows, ss.read_spectrum(model, bands=4), draws=2)
+    mass = ss.evaluate(model, windows, {}).sink_mass
+    assert mass is not None and 2 / 80 < mass[0] < 2 * ss.uniform_attention()
+    assert verdict.onset == 0
+
+
+def test_logits_of_tokens_that_nobody_asks_for_are_never_computed(family: str) -> None:
+    model = ss.load(copy.deepcopy(tiny.plain(family)), tokenizer=tiny.encoder_tokenizer())
+
+    def never(*_: Any) -> None:
+        raise AssertionError("the head ran over the vocabulary")
+
+    handle = model.module.get_submodule(model.layout.unembedding).register_forward_pre_hook(never)
+    assert np.isfinite(ss.evaluate(model, cut(family), {SITE: ss.rnd(32, 4)}).nll)
+    handle.remove()
+
+
 def test_energy_sees_sep_apart(family: str) -> None:
     model, windows = tiny.model(family), cut(family)
     spectrum = ss.read_spectrum(model, bands=4)
