@@ -315,8 +315,12 @@ def test_a_sweep_stores_what_evaluate_finds(tmp_path: Path) -> None:
         np.testing.assert_allclose(rows["nll"], effect.rows["nll"], atol=2e-5)
     other = replace(model, tokenizer=tiny.encoder_tokenizer())
     assert ss.Sweep.of(other, windows, cells).addresses == sweep.addresses
+    seen = [sweep.addresses]
+    other.tokenizer.add_special_tokens({"extra_special_tokens": ["w9", "[MASK]"]})
+    seen.append(ss.Sweep.of(other, windows, cells).addresses)
     other.tokenizer.mask_token = "w9"
-    assert not set(ss.Sweep.of(other, windows, cells).addresses) & set(sweep.addresses)
+    seen.append(ss.Sweep.of(other, windows, cells).addresses)
+    assert len(set(itertools.chain(*seen))) == 3 * len(cells), "the special tokens and the mask token count"
 
 
 def test_an_nnsight_model_works(family: str) -> None:
