@@ -18,6 +18,7 @@ from spectral_sinks.measure.repetition import distinct, loop_onset, repeated, re
 from spectral_sinks.measure.screen import first_order
 from spectral_sinks.measure.verdict import SinkVerdict, sink_verdict
 from spectral_sinks.measure.weights import weight_shares
+from spectral_sinks.models.attending import AttentionCall, attending
 from spectral_sinks.models.describe import describe
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.models.loading import load
@@ -27,6 +28,7 @@ from spectral_sinks.models.source import DEFAULT
 from spectral_sinks.report import figures
 from spectral_sinks.report.checking import Check, uncovered, verify
 from spectral_sinks.report.claims import Claims
+from spectral_sinks.spectra.controls import DirectionSwap, NoOp, NormRestored, energy_matched, random_within
 from spectral_sinks.spectra.filters import (
     Filter,
     Mean,
@@ -51,7 +53,10 @@ from spectral_sinks.spectra.pairs import (
 from spectral_sinks.spectra.spectrum import Spectrum
 from spectral_sinks.spectra.subspace import Subspace, intersection, principal_cosines, random_subspace
 from spectral_sinks.stats import (
+    holm,
+    largest_within,
     mean_interval,
+    null_p,
     null_rank,
     rank_correlation,
     sequential_p,
@@ -66,6 +71,7 @@ from spectral_sinks.sweeps.ladder import ladder
 from spectral_sinks.sweeps.run import Done, Report, plan, sweep
 from spectral_sinks.sweeps.store import Store
 from spectral_sinks.sweeps.sweep import Sweep
+from spectral_sinks.sweeps.table import effect_table
 from spectral_sinks.texts import Windows, cut, documents
 
 __all__ = [
@@ -73,6 +79,8 @@ __all__ = [
     "answer",
     "attention_by_head",
     "attention_received",
+    "AttentionCall",
+    "attending",
     "band_lens",
     "candidates",
     "Cell",
@@ -84,10 +92,13 @@ __all__ = [
     "DEFAULT",
     "describe",
     "distinct",
+    "DirectionSwap",
     "documents",
     "Done",
     "Effect",
+    "effect_table",
     "energy",
+    "energy_matched",
     "evaluate",
     "evaluate_all",
     "farthest",
@@ -98,11 +109,13 @@ __all__ = [
     "generate",
     "generate_all",
     "grid",
+    "holm",
     "InputError",
     "intersection",
     "keep",
     "ladder",
     "LanguageModel",
+    "largest_within",
     "load",
     "mark_bars",
     "masked_ids",
@@ -114,6 +127,9 @@ __all__ = [
     "mean_residual",
     "nearest",
     "Noise",
+    "NoOp",
+    "NormRestored",
+    "null_p",
     "null_rank",
     "omega",
     "outside",
@@ -123,6 +139,7 @@ __all__ = [
     "psi",
     "random_spectrum",
     "random_subspace",
+    "random_within",
     "rank_correlation",
     "read_spectrum",
     "received",

@@ -18,6 +18,7 @@ from spectral_sinks.measure.memory import Memory
 from spectral_sinks.measure.nll import predicted
 from spectral_sinks.measure.replay import Batch, Measured, start
 from spectral_sinks.models.language import LanguageModel
+from spectral_sinks.models.masked import masked_ids
 from spectral_sinks.spectra.filters import Filter, Mean, Swap
 from spectral_sinks.stats import mean_interval
 from spectral_sinks.texts import Windows
@@ -199,7 +200,10 @@ def _columns(batch: Batch, found: Measured) -> Table:
 def mean_residual(
     model: LanguageModel, windows: Windows, site: Site, batch_size: int = 16
 ) -> Float[Tensor, "tokens d"]:
-    """Mean over windows of the residual at a site, by position: the reference for the fill `Mean`."""
+    """Mean over windows of the residual at a site, by position: the reference for the fill `Mean`.
+
+    An encoder reads them masked, as where its NLL is measured.
+    """
     return mean_residuals(model, windows, [site], batch_size)[site]
 
 
@@ -210,9 +214,10 @@ def mean_residuals(
     total = {site: torch.zeros(windows.length, model.d, dtype=torch.float64) for site in sites}
     count = torch.zeros(windows.length, 1, dtype=torch.float64)
     for _, ids in windows.batches(batch_size):
+        ids = ids.to(model.device)
         sums = trace(
             model,
-            ids.to(model.device),
+            ids if model.causal else masked_ids(model, ids),
             {},
             sites,
             readout=lambda final, read, weights: {s: x.double().sum(0).cpu() for s, x in read.items()},

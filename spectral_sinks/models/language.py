@@ -16,7 +16,7 @@ from spectral_sinks.errors import InputError
 from spectral_sinks.models.layout import FAMILIES, Layout, context_of
 from spectral_sinks.models.masked import predicts_masked
 from spectral_sinks.models.norms import gain_of
-from spectral_sinks.models.opening import OPENING
+from spectral_sinks.models.opening import BLOCKWISE, OPENING, WHOLE
 
 INCIDENTAL = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
 """Settings that do not change what a model computes."""
@@ -105,8 +105,9 @@ class LanguageModel:
 
     @property
     def reads_attention(self) -> bool:
-        """Whether a trace can see attention weights, of the first 64 tokens at least."""
-        return self.config._attn_implementation in ("eager", OPENING)
+        """Whether a trace can see attention weights; of the first 64 tokens at least for a causal model."""
+        seen = ("eager", WHOLE, OPENING, BLOCKWISE) if self.causal else ("eager", WHOLE)
+        return self.config._attn_implementation in seen
 
     @cached_property
     def tied(self) -> bool:

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from spectral_sinks.errors import InputError
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.models.layout import Layout
+from spectral_sinks.models.opening import BLOCKWISE, WHOLE
 
 
 def wrap(module: Any, tokenizer: Any) -> TransformersModel:
@@ -40,6 +41,11 @@ def pack(model: LanguageModel) -> tuple[Any, ...]:
         raise InputError(
             f"{model.name} is spread over several devices by its device_map, so it cannot be handed to other "
             "processes: run it in one process"
+        )
+    if module.config._attn_implementation in (BLOCKWISE, WHOLE):
+        raise InputError(
+            f"the attention of {model.name} is being changed or looked at by functions of this process, "
+            "which do not travel: leave `attending` first, or run in one process"
         )
     tensors = {
         **dict(module.named_parameters(remove_duplicate=False)),  # tied weights stay tied

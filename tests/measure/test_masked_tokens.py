@@ -101,6 +101,18 @@ def test_cells_in_batches_equal_cells_alone(family: str) -> None:
         assert together[name].sink_mass == together[name].baseline_sink_mass
 
 
+def test_the_mean_that_fills_is_of_masked_windows(family: str) -> None:
+    model, windows = tiny.model(family), cut(family)
+    seen = ss.masked_ids(model, rows_of(windows))
+    read = ss.trace(model, seen, {}, [SITE], readout=lambda final, read, _: read[SITE])
+    mean = ss.mean_residual(model, windows, SITE, batch_size=3)
+    assert (mean - read.double().mean(0)).abs().max() <= 1e-6
+    edits = {SITE: ss.remove(ss.read_spectrum(model, bands=4).subspace("1-4"), ss.Mean(mean))}
+    same = {SITE: lambda x: mean.float().expand_as(x)}
+    found, expected = (ss.evaluate(model, windows, e).rows["nll"] for e in (edits, same))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
 def test_rows_of_a_batch_that_is_halved_stay_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few rows fit: the reference of a part of the batch is that of its masked positions."""
     model, windows = tiny.model("bert"), cut("bert")

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import spectral_sinks as ss
+from spectral_sinks.models.opening import whole_maps
 from spectral_sinks.models.weights import residual_weights
 
 IDS = tiny.ids()
@@ -294,3 +295,23 @@ def test_weights_that_are_missing_are_named(tmp_path: Path) -> None:
     save_file(kept, path, {"format": "pt"})
     with pytest.raises(ss.InputError, match="lacks 2 of the weights of a RobertaForMaskedLM"):
         ss.load(tmp_path)
+
+
+def test_attention_in_blocks_sees_every_key(family: str) -> None:
+    """Rows of an encoder reach past the opening, of which alone blockwise attention shows maps."""
+    model, ids = tiny.model(family), tiny.ids(2, 80)
+    seen: list[Tensor] = []
+    with torch.no_grad():
+        expected = tiny.plain(family)(ids, output_attentions=True)
+    with ss.attending(model, lambda call: seen.append(call.weights())):
+        assert (tiny.logits(model, ids, {}) - expected.logits).abs().max() <= 1e-5
+        with pytest.raises(ss.InputError, match=r"attention weights of .* cannot be read"):
+            ss.attention_by_head(model, ss.Windows.of_ids(ids, model))
+        count = len(seen)
+        with whole_maps(model):
+            found = ss.attention_by_head(model, ss.Windows.of_ids(ids, model), -1)
+    assert count == 3 and model.reads_attention
+    for one, other in zip(seen, expected.attentions, strict=False):
+        assert (one - other).abs().max() <= 1e-6
+    alphas = torch.stack([layer[..., -1].mean(-1) for layer in expected.attentions], dim=1)
+    assert found["attention"].to_numpy() == pytest.approx(alphas.flatten().numpy(), abs=1e-6)
