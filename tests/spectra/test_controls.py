@@ -68,7 +68,7 @@ def test_what_cannot_be_matched(u, skewed):
         with pytest.raises(ss.InputError, match="zero or not finite"):
             ss.energy_matched(u.dark(), bad)
     one = u.vectors[:, :1].T
-    with pytest.raises(ss.InputError, match="no random subspace"):
+    with pytest.raises(ss.InputError, match="no subspace of rank"):
         ss.energy_matched(u.bands(2, 20), one)  # takes nothing, and every random direction takes something
 
 
