@@ -22,6 +22,7 @@ from spectral_sinks.models.attending import AttentionCall, attending
 from spectral_sinks.models.describe import describe
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.models.loading import load
+from spectral_sinks.models.masked import masked_ids, masked_positions
 from spectral_sinks.models.matrices import read_spectrum
 from spectral_sinks.models.source import DEFAULT
 from spectral_sinks.report import figures
@@ -117,6 +118,8 @@ __all__ = [
     "largest_within",
     "load",
     "mark_bars",
+    "masked_ids",
+    "masked_positions",
     "matched",
     "loop_onset",
     "Mean",

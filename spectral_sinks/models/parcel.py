@@ -5,6 +5,7 @@ use. nnsight's wrapper stays behind and is put on again.
 """
 
 import copyreg
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,7 +25,13 @@ def wrap(module: Any, tokenizer: Any) -> TransformersModel:
     """A transformers model as an nnsight model."""
     # nnsight asks for a tokenizer even where only ids are traced, which never reach it
     placeholder = tokenizer or PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({})))
-    return TransformersModel(module, task="text-generation", tokenizer=placeholder)
+    task = "text-generation" if module.can_generate() else "fill-mask"
+    if task == "fill-mask" and placeholder.mask_token is None:
+        words = Tokenizer(WordLevel({"[MASK]": 0}))
+        placeholder = PreTrainedTokenizerFast(tokenizer_object=words, mask_token="[MASK]")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".* has a submodule named 'output'", UserWarning)  # see `part`
+        return TransformersModel(module, task=task, tokenizer=placeholder)
 
 
 def pack(model: LanguageModel) -> tuple[Any, ...]:

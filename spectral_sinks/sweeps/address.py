@@ -11,6 +11,7 @@ from spectral_sinks.errors import InputError
 from spectral_sinks.interventions.tracing import Edit, Interventions
 from spectral_sinks.measure import replay
 from spectral_sinks.models.language import LanguageModel
+from spectral_sinks.models.masked import RULE
 from spectral_sinks.models.opening import BLOCKWISE, WHOLE
 from spectral_sinks.spectra.cache import fingerprint
 from spectral_sinks.spectra.controls import NormRestored
@@ -42,7 +43,8 @@ def context(model: LanguageModel, windows: Windows, batch_size: int) -> dict[str
             f"the attention of {model.name} is being changed or looked at, of which a stored cell would say "
             "nothing: leave `attending` before a sweep"
         )
-    return {
+    masking = {} if model.causal else {"masking": [RULE, model.mask, sorted(model.tokenizer.all_special_ids)]}
+    return masking | {
         "weights": model.fingerprint,
         "data": digest([of_rows(windows), list(map(int, windows.document))]),
         "metrics": [*METRICS, *(["sink_mass"] if replay.reads_sink(model, windows) else [])],

@@ -194,7 +194,7 @@ class Sweep:
                     | {
                         "document": self.windows.document[place],
                         "window": place,
-                        "tokens": batch.ids.shape[1] - 1,
+                        "tokens": batch.predicted,
                         "nll": found.nll[row, column],
                         "baseline_nll": base.nll[0, column],
                         "delta_nll": found.nll[row, column] - base.nll[0, column],
