@@ -125,6 +125,7 @@ def sink_preserving(table: pd.DataFrame, within: pd.DataFrame, plans: pd.DataFra
             axis.set(xlabel="share of the directions deleted", ylabel="NLL above untouched (nats)")
             axis.set_xscale("log")
             axis.set_yscale("symlog", linthresh=0.05)
+            axis.set_ylim(bottom=0)
             axis.set_title(where, fontsize=8)
         axes[0, 0].legend(fontsize=7)
         for axis, budget in zip([axes[0, 2], *axes[1, :2]], budgets[-1:] + budgets[:-1], strict=False):
