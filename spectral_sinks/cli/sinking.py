@@ -64,6 +64,9 @@ def _tables(record: dict[str, Any]) -> list[Any]:
         "to_sink_logit": "attention to a learned sink logit",
     }
     rows = [(label, _with_interval(record, name)) for name, label in names.items()]
+    for place, name in ((2, "total_sink_mass"), (3, "high_norm_mass")):
+        label, shown = rows[place]
+        rows[place] = (label, f"{shown}; uniform {plain(record[f'uniform_{name}'])}")
     rows += [
         ("tokens of high norm", plain(record["high_norm_share"])),
         ("massive by the published criterion", plain(record["massive_documents"]) + " documents"),

@@ -79,6 +79,15 @@ class PositionAttention:
         chosen = np.where(members[:, :, None], self.total, 0.0)
         return np.nansum(chosen, axis=-1) / self.lengths[:, None, None]
 
+    def uniform(
+        self, members: Bool[NDArray[np.bool_], "windows #layers tokens"]
+    ) -> Float[NDArray[np.float64], "windows #layers"]:
+        """`mass` if every query attended evenly to all that comes before it, and to itself (or to all)."""
+        if not self.causal:
+            return members.sum(-1) / self.lengths[:, None]
+        shares = np.cumsum(members, axis=-1) / np.arange(1, self.tokens + 1)
+        return shares.mean(-1)
+
     def by_document(self, values: NDArray[Any]) -> NDArray[np.float64]:
         """Mean over the windows of each document, documents in ascending order; NaNs are left out."""
         owners = np.asarray(self.windows.document)
@@ -115,6 +124,7 @@ def watch(
 
     `after` is called with the places of the windows of each pass.
     """
+    _check_attention(model)
     count, length = len(windows), windows.length
     shape = (count, model.layers, model.heads, length)
     ids = np.full((count, length), -1)
@@ -133,7 +143,6 @@ def watch(
             part = rows[start:stop]
             with attending(model, look):
                 trace(model, part.to(model.device), edits or {}, readout=lambda *_: None)
-            _check_seen(model, found)
             width = part.shape[1]
             for row, place in enumerate(places[start:stop]):
                 ids[place, :width] = part[row]
@@ -163,11 +172,14 @@ def received_by_keys(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
     return total.cpu(), seen.cpu(), rest.cpu()
 
 
-def _check_seen(model: LanguageModel, found: dict[int, Any]) -> None:
-    if unseen := sorted(set(range(model.layers)) - set(found)):
+def _check_attention(model: LanguageModel) -> None:
+    """Raise InputError for a model some of whose layers have no attention (linear or recurrent ones)."""
+    name = model.layout.attention
+    parts = [dict(layer.named_modules()) for layer in model.module.get_submodule(model.layout.layers)]
+    if lacking := [layer for layer, part in enumerate(parts) if name not in part]:
         raise InputError(
-            f"{model.name}: {len(unseen)} of {model.layers} layers, such as {unseen[0]}, ran no softmax "
-            "attention through transformers' interface: attention sinks are not defined there"
+            f"{model.name}: {len(lacking)} of {model.layers} layers, such as {lacking[0]}, have no {name!r}: "
+            "attention sinks are defined for softmax attention in every layer"
         )
 
 

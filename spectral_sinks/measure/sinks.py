@@ -44,8 +44,11 @@ class Sinks:
     """The same with the mean over only those queries that can see position 0 (sliding windows)."""
     total_mass: Measured
     """Attention to all sinks together: mean over queries, heads and layers."""
+    uniform_total_mass: float
+    """The same of uniform attention."""
     high_norm_mass: Measured
     """Attention to all tokens of high norm together, as each layer reads them, sinks or not."""
+    uniform_high_norm_mass: float
     high_norm_share: float
     """Share of (text, layer, position) of high norm."""
     to_sink_logit: Measured
@@ -117,6 +120,8 @@ class Sinks:
             "onset_layer": self.onset_layer,
             **as_json("total_sink_mass", self.total_mass),
             **as_json("high_norm_mass", self.high_norm_mass),
+            "uniform_total_sink_mass": self.uniform_total_mass,
+            "uniform_high_norm_mass": self.uniform_high_norm_mass,
             "high_norm_share": self.high_norm_share,
             "massive_documents": int(published["document"].nunique()),
             "dispersal": self.dispersed,
@@ -169,6 +174,8 @@ def find_sinks(
         sink_rate_of_seen=measured(attention.alpha_seen[..., 0] > epsilon),
         total_mass=measured(attention.mass(members[:, None])),
         high_norm_mass=measured(attention.mass(reads)),
+        uniform_total_mass=float(attention.uniform(members[:, None]).mean()),
+        uniform_high_norm_mass=float(attention.uniform(reads).mean()),
         high_norm_share=float(reads.sum() / ((attention.ids >= 0).sum() * model.layers)),
         to_sink_logit=measured(attention.to_sink_logit),
         repeated=int(repeated_windows(attention.windows).sum()),

@@ -12,7 +12,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from spectral_sinks.errors import InputError
 from spectral_sinks.models.language import LanguageModel
-from spectral_sinks.models.layout import find_layout
+from spectral_sinks.models.layout import Layout, find_layout
 from spectral_sinks.models.opening import OPENING
 from spectral_sinks.models.parcel import wrap
 from spectral_sinks.models.source import DEFAULT, Source, check_finite, find_source
@@ -80,7 +80,7 @@ def load(
     module.eval()
     for parameter, weight in module.named_parameters():
         check_finite(f"{name}: {parameter}", weight)
-    layout = find_layout(module, parts)
+    layout = _layout(name, module, parts)
     wrapped = model if isinstance(model, TransformersModel) else wrap(module, tokenizer)
     loaded = LanguageModel(wrapped, layout, name, tokenizer)
     if not loaded.tested or parts:
@@ -129,6 +129,20 @@ def _check_opening(name: str, module: Any) -> None:
     """Raise InputError where the kernel would leave out a cap or a learned sink."""
     if not module._supports_sdpa:
         raise InputError(f"{name}: {type(module).__name__} has no sdpa attention: use attention='eager'")
+
+
+def _layout(name: str, module: Any, parts: Mapping[str, str] | None) -> Layout:
+    """`find_layout`, which says of a model without attention heads (Mamba, RWKV) what it lacks."""
+    try:
+        return find_layout(module, parts)
+    except InputError as error:
+        config: Any = module.config.get_text_config()
+        if getattr(config, "num_attention_heads", None) is None:
+            raise InputError(
+                f"{name} ({config.model_type}) has no attention heads in its configuration: this package is "
+                "about softmax attention"
+            ) from error
+        raise
 
 
 def _moved(module: Any, device: str | torch.device) -> Any:
