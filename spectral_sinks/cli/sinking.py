@@ -53,8 +53,8 @@ def run_sinks(options: Sinks) -> None:
 
 def _tables(record: dict[str, Any]) -> list[Any]:
     title = (
-        f"Attention sinks of {record['model']}, T = {record['tokens_per_window']}, "
-        f"epsilon = {record['epsilon']:g}"
+        f"Attention sinks, T = {record['tokens_per_window']}, epsilon = {record['epsilon']:g}: "
+        f"{record['model']}"
     )
     names = {
         "sink_rate": "sink rate at position 0",

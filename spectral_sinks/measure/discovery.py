@@ -9,13 +9,13 @@ from numpy.typing import NDArray
 
 from spectral_sinks.measure.positions import PositionAttention
 
-SHARE, FEWEST = 0.5, 0.1
+SHARE, FEWEST = 0.5, 0.25
 """Documents in which a sink is one: of those that have it, and of all, as shares [ours]."""
 
 RULE = (
     "a position is a sink of a text if at least one head gives it more than epsilon (alpha_k), and at least "
     "half of the queries come at or after it. Listed: positions that are sinks in half of the documents; and "
-    "tokens that, elsewhere, are sinks in half of the documents that hold them, in two and in a tenth of all "
+    "tokens that, elsewhere, are sinks in half of the documents that hold them, in three and a quarter of all "
     "at least. dark: of the residual that its strongest layer reads, it keeps more energy in the dark band "
     "than in any random subspace of that rank, and more than the other tokens do, with the whole interval"
 )
@@ -61,7 +61,7 @@ def places_of(attention: PositionAttention, epsilon: float) -> list[Place]:
         member = (ids == token) & elsewhere
         holding = in_documents(attention, member.any(1))
         sinks = in_documents(attention, (drawn & member).any(1))
-        if sinks.sum() >= max(2, FEWEST * len(sinks), SHARE * holding.sum()):
+        if sinks.sum() >= max(3, FEWEST * len(sinks), SHARE * holding.sum()):
             found.append(Place(None, token, Counter({token: int(member.any(1).sum())}), member))
     return found
 
