@@ -13,11 +13,12 @@ SHARE, FEWEST = 0.5, 0.25
 """Documents in which a sink is one: of those that have it, and of all, as shares [ours]."""
 
 RULE = (
-    "a position is a sink of a text if at least one head gives it more than epsilon (alpha_k), and at least "
-    "half of the queries come at or after it. Listed: positions that are sinks in half of the documents; and "
-    "tokens that, elsewhere, are sinks in half of the documents that hold them, in three and a quarter of all "
-    "at least. dark: of the residual that its strongest layer reads, it keeps more energy in the dark band "
-    "than in any random subspace of that rank, and more than the other tokens do, with the whole interval"
+    "a position is a sink of a text if at least one head gives it more than epsilon (alpha_k), and at "
+    "least half of the queries come at or after it. Listed: positions that are sinks in half of the "
+    "documents; and tokens that, elsewhere, are sinks in half of the documents that hold them, in three "
+    "and a quarter of all at least. dark: of the residual that its strongest layer reads, it keeps more "
+    "energy in the dark band than in any random subspace of that rank, and more than the other tokens do, "
+    "with the whole interval"
 )
 """The rule of `find_sinks`; all of it [ours] but alpha_k and epsilon."""
 
