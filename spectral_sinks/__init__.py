@@ -14,8 +14,12 @@ from spectral_sinks.measure.effects import Effect, evaluate, evaluate_all, mean_
 from spectral_sinks.measure.energy import energy
 from spectral_sinks.measure.generation import continuation_nll, generate, generate_all
 from spectral_sinks.measure.lens import ALONE, TOGETHER, band_lens
+from spectral_sinks.measure.massive import massive_activations
+from spectral_sinks.measure.positions import PositionAttention, attention_by_position
 from spectral_sinks.measure.repetition import distinct, loop_onset, repeated, repetition
 from spectral_sinks.measure.screen import first_order
+from spectral_sinks.measure.sink import Sink
+from spectral_sinks.measure.sinks import Sinks, find_sinks
 from spectral_sinks.measure.verdict import SinkVerdict, sink_verdict
 from spectral_sinks.measure.weights import weight_shares
 from spectral_sinks.models.attending import AttentionCall, attending
@@ -78,6 +82,7 @@ __all__ = [
     "ALONE",
     "answer",
     "attention_by_head",
+    "attention_by_position",
     "attention_received",
     "AttentionCall",
     "attending",
@@ -105,6 +110,7 @@ __all__ = [
     "figures",
     "Filter",
     "Finding",
+    "find_sinks",
     "first_order",
     "generate",
     "generate_all",
@@ -120,6 +126,7 @@ __all__ = [
     "mark_bars",
     "masked_ids",
     "masked_positions",
+    "massive_activations",
     "matched",
     "loop_onset",
     "Mean",
@@ -135,6 +142,7 @@ __all__ = [
     "outside",
     "phi",
     "plan",
+    "PositionAttention",
     "principal_cosines",
     "psi",
     "random_spectrum",
@@ -152,9 +160,11 @@ __all__ = [
     "sequential_p",
     "share_deviation",
     "sign_flip",
+    "Sink",
     "sink_rate",
     "sink_verdict",
     "SinkVerdict",
+    "Sinks",
     "Site",
     "SpectralWarning",
     "Spectrum",

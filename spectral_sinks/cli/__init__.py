@@ -10,6 +10,7 @@ import spectral_sinks as ss
 from spectral_sinks.cli.commands import run_energy, run_info, run_nll, run_reproduce, run_spectrum
 from spectral_sinks.cli.options import Energy, Info, Nll, Reproduce, SpectrumCommand
 from spectral_sinks.cli.printing import quiet
+from spectral_sinks.cli.sinking import Sinks, run_sinks
 from spectral_sinks.cli.sweeping import Merge, Sweep, run_merge, run_sweep
 from spectral_sinks.cli.verifying import Verify, run_verify
 
@@ -18,6 +19,7 @@ Command = (
     | Annotated[SpectrumCommand, subcommand("spectrum")]
     | Annotated[Nll, subcommand("nll")]
     | Annotated[Energy, subcommand("energy")]
+    | Annotated[Sinks, subcommand("sinks")]
     | Annotated[Sweep, subcommand("sweep")]
     | Annotated[Merge, subcommand("merge")]
     | Annotated[Reproduce, subcommand("reproduce")]
@@ -30,6 +32,7 @@ RUN: dict[type, Any] = {
     SpectrumCommand: run_spectrum,
     Nll: run_nll,
     Energy: run_energy,
+    Sinks: run_sinks,
     Sweep: run_sweep,
     Merge: run_merge,
     Reproduce: run_reproduce,

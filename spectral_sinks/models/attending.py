@@ -24,8 +24,8 @@ from spectral_sinks.models.opening import BLOCKWISE, TOKENS, WHOLE
 if TYPE_CHECKING:
     from spectral_sinks.models.language import LanguageModel
 
-WEIGHTS = 2**22
-"""Attention weights held at once: 16 MB in float32."""
+WEIGHTS = 2**20
+"""Attention weights held at once: 4 MB in float32."""
 
 HOOKS = "_spectral_hooks"
 """Attribute of an attention module under which its hooks are kept."""
@@ -96,8 +96,10 @@ class AttentionCall:
     def output(self) -> Float[Tensor, "batch queries heads size"]:
         """Values mixed by the weights."""
         value = self.value.repeat_interleave(self.groups, dim=1)
-        parts = [self.weights(rows).to(value.dtype) @ value for rows in self.blocks()]
-        return torch.cat(parts, dim=2).transpose(1, 2).contiguous()
+        mixed = value.new_empty(*self.query.shape[:3], value.shape[-1])
+        for rows in self.blocks():
+            mixed[:, :, rows] = self.weights(rows).to(value.dtype) @ value
+        return mixed.transpose(1, 2).contiguous()
 
 
 Look = Callable[[AttentionCall], AttentionCall | None]
@@ -175,7 +177,7 @@ def _attention(
 def _blockwise(*given: Any, **options: Any) -> tuple[Tensor, Tensor]:
     """Output, and the weights among the first `TOKENS` tokens."""
     call = _attention(*given, **options)
-    return call.output(), call.weights(slice(0, TOKENS))[..., :TOKENS]
+    return call.output(), call.weights(slice(0, TOKENS))[..., :TOKENS].clone()
 
 
 def _whole(*given: Any, **options: Any) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from spectral_sinks.errors import InputError
 from spectral_sinks.models.language import LanguageModel
-from spectral_sinks.models.layout import find_layout
+from spectral_sinks.models.layout import Layout, find_layout
 from spectral_sinks.models.masked import is_masked_lm, predicts_masked
 from spectral_sinks.models.opening import OPENING
 from spectral_sinks.models.parcel import wrap
@@ -85,7 +85,7 @@ def load(
     module.eval()
     for parameter, weight in module.named_parameters():
         check_finite(f"{name}: {parameter}", weight)
-    layout = find_layout(module, parts)
+    layout = _layout(name, module, parts)
     if layout.transform and not masked and getattr(module.config, "is_decoder", None) is False:
         raise InputError(
             f"{name} is a {type(module).__name__} whose tokens attend to later ones: set is_decoder=True in "
@@ -149,6 +149,20 @@ def _check_opening(name: str, module: Any) -> None:
         )
     if not module._supports_sdpa:
         raise InputError(f"{name}: {type(module).__name__} has no sdpa attention: use attention='eager'")
+
+
+def _layout(name: str, module: Any, parts: Mapping[str, str] | None) -> Layout:
+    """`find_layout`, which says of a model without attention heads (Mamba, RWKV) what it lacks."""
+    try:
+        return find_layout(module, parts)
+    except InputError as error:
+        config: Any = module.config.get_text_config()
+        if getattr(config, "num_attention_heads", None) is None:
+            raise InputError(
+                f"{name} ({config.model_type}) has no attention heads in its configuration: this package is "
+                "about softmax attention"
+            ) from error
+        raise
 
 
 def _moved(module: Any, device: str | torch.device) -> Any:
