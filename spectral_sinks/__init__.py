@@ -1,6 +1,17 @@
 """Spectral filtering of the residual stream: what a model keeps where its vocabulary cannot read."""
 
 from spectral_sinks.errors import InputError, SpectralWarning
+from spectral_sinks.interventions.sinks import (
+    CopyKey,
+    KeyBias,
+    MaskKey,
+    Move,
+    Prefix,
+    Restrict,
+    SetValue,
+    SinkLogit,
+    Streaming,
+)
 from spectral_sinks.interventions.sites import Site
 from spectral_sinks.interventions.tracing import trace
 from spectral_sinks.measure.attention import (
@@ -10,10 +21,13 @@ from spectral_sinks.measure.attention import (
     uniform_attention,
 )
 from spectral_sinks.measure.bars import candidates, mark_bars, matched, received
+from spectral_sinks.measure.compare import Comparison, compare
+from spectral_sinks.measure.designated import Designation, designate
 from spectral_sinks.measure.effects import Effect, evaluate, evaluate_all, mean_residual
 from spectral_sinks.measure.energy import energy
 from spectral_sinks.measure.generation import continuation_nll, generate, generate_all
 from spectral_sinks.measure.lens import ALONE, TOGETHER, band_lens
+from spectral_sinks.measure.references import massive_channels, mean_keys, mean_values
 from spectral_sinks.measure.repetition import distinct, loop_onset, repeated, repetition
 from spectral_sinks.measure.screen import first_order
 from spectral_sinks.measure.verdict import SinkVerdict, sink_verdict
@@ -29,6 +43,7 @@ from spectral_sinks.report.checking import Check, uncovered, verify
 from spectral_sinks.report.claims import Claims
 from spectral_sinks.spectra.controls import DirectionSwap, NoOp, NormRestored, energy_matched, random_within
 from spectral_sinks.spectra.filters import (
+    At,
     Filter,
     Mean,
     Noise,
@@ -49,6 +64,7 @@ from spectral_sinks.spectra.pairs import (
     share_deviation,
     union,
 )
+from spectral_sinks.spectra.scaled import Amplified, Scaled, amplify, channels, scale
 from spectral_sinks.spectra.spectrum import Spectrum
 from spectral_sinks.spectra.subspace import Subspace, intersection, principal_cosines, random_subspace
 from spectral_sinks.stats import (
@@ -75,23 +91,32 @@ from spectral_sinks.texts import Windows, cut, documents
 
 __all__ = [
     "ALONE",
+    "Amplified",
+    "amplify",
     "answer",
+    "At",
+    "attending",
     "attention_by_head",
     "attention_received",
     "AttentionCall",
-    "attending",
     "band_lens",
     "candidates",
     "Cell",
+    "channels",
     "Check",
     "Claims",
+    "compare",
+    "Comparison",
     "continuation_nll",
+    "CopyKey",
     "Cost",
     "cut",
     "DEFAULT",
     "describe",
-    "distinct",
+    "designate",
+    "Designation",
     "DirectionSwap",
+    "distinct",
     "documents",
     "Done",
     "Effect",
@@ -112,16 +137,22 @@ __all__ = [
     "InputError",
     "intersection",
     "keep",
+    "KeyBias",
     "ladder",
     "LanguageModel",
     "largest_within",
     "load",
-    "mark_bars",
-    "matched",
     "loop_onset",
+    "mark_bars",
+    "MaskKey",
+    "massive_channels",
+    "matched",
     "Mean",
     "mean_interval",
+    "mean_keys",
     "mean_residual",
+    "mean_values",
+    "Move",
     "nearest",
     "Noise",
     "NoOp",
@@ -132,6 +163,7 @@ __all__ = [
     "outside",
     "phi",
     "plan",
+    "Prefix",
     "principal_cosines",
     "psi",
     "random_spectrum",
@@ -145,17 +177,23 @@ __all__ = [
     "repetition",
     "Report",
     "reproduce",
+    "Restrict",
     "rnd",
+    "scale",
+    "Scaled",
     "sequential_p",
+    "SetValue",
     "share_deviation",
     "sign_flip",
     "sink_rate",
     "sink_verdict",
+    "SinkLogit",
     "SinkVerdict",
     "Site",
     "SpectralWarning",
     "Spectrum",
     "Store",
+    "Streaming",
     "Study",
     "Subspace",
     "summarise",
@@ -168,8 +206,8 @@ __all__ = [
     "uncovered",
     "uniform_attention",
     "union",
-    "weight_shares",
     "verify",
+    "weight_shares",
     "Windows",
     "without_last_band",
     "Zero",

@@ -9,7 +9,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from spectral_sinks.errors import InputError
@@ -73,7 +73,7 @@ class AtToken(Move):
     def __post_init__(self) -> None:
         name = type(self).__name__
         if (self.position is None) == (self.token is None):
-            raise InputError(f"{name} needs a position or a token, one of the two: {name}(0), {name}(token=5)")
+            raise InputError(f"{name} needs a position or a token: {name}(0) or {name}(token=5)")
         if self.position is not None and self.position < 0:
             raise InputError(f"position {self.position}: positions count from 0 at the beginning of the text")
 
@@ -181,15 +181,13 @@ class CopyKey(AtToken):
         if not 0 <= at < call.key.shape[2]:
             raise InputError(f"position {self.source} is not among the keys of layer {call.layer}")
         keys = self.chosen(call)[:, call.key_positions] & (call.key_positions >= self.source)
-        key, value = (
-            self.placed(old, old[:, :, at : at + 1], keys, call) for old in (call.key, call.value)
-        )
+        key, value = (self.placed(old, old[:, :, at : at + 1], keys, call) for old in (call.key, call.value))
         return replace(call, key=key, value=value)
 
 
 @dataclass(frozen=True, eq=False)
 class KeyBias(Move):
-    """One more key that every query sees, with a value: `[layers, key_heads, size]`, or what broadcasts to it.
+    """One more key that every query sees, and its value: `[layers, key_heads, size]`, or what broadcasts.
 
     The weights of the tokens then sum to less than 1. Both may require gradients. The key is compared as it
     stands: queries that rotate with their position see it as a key at position 0. (Gu et al. 2025)
@@ -295,3 +293,23 @@ def _check_shape(name: str, given: Tensor | float, model: LanguageModel) -> None
             f"a {name} of shape {shape}: expected a number or [layers, key_heads, size] = {wanted}, "
             "or 1 where all are the same"
         )
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Tokens put before every text, as the sink tokens of StreamingLLM; `compare` scores the text alone.
+
+    The text's own positions move up by their number. (Xiao et al. 2024)
+    """
+
+    ids: tuple[int, ...]
+
+    def check(self, model: LanguageModel) -> None:
+        """Raise InputError for ids outside the vocabulary."""
+        for i in self.ids:
+            if not 0 <= i < model.vocabulary:
+                raise InputError(f"token id {i} lies outside the vocabulary of {model.vocabulary}")
+
+    def __call__(self, ids: Int[Tensor, "batch tokens"]) -> Int[Tensor, "batch longer"]:
+        before = torch.tensor(self.ids, dtype=ids.dtype, device=ids.device)
+        return torch.cat([before.expand(len(ids), -1), ids], dim=1)

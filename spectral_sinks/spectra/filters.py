@@ -23,7 +23,7 @@ Fill = Callable[[Tensor, Subspace], Tensor]
 """From the removed component `[..., tokens, d]` and the blocked subspace to what takes its place."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class At:
     """The tokens at some positions, counted from 0."""
 

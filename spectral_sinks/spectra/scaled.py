@@ -43,6 +43,22 @@ class Amplified:
         return f"amplified {self.factor!r}"
 
 
+@dataclass(frozen=True)
+class Copied:
+    """What is removed comes back as that of one position of the same text."""
+
+    source: int
+
+    def __call__(self, removed: Tensor, blocked: Subspace) -> Tensor:
+        if not 0 <= self.source < removed.shape[-2]:
+            raise InputError(f"position {self.source}: the text has {removed.shape[-2]} tokens here")
+        return removed[..., self.source : self.source + 1, :].expand_as(removed)
+
+    @property
+    def address(self) -> str:
+        return f"copied from {self.source}"
+
+
 def scale(d: int, factor: float, tokens: Tokens = "all") -> Filter:
     """Multiply residuals of width d: the norm alone changes. Factor 1 changes no bit.
 
@@ -60,6 +76,11 @@ def amplify(d: int, factor: float, tokens: Tokens = "all") -> Filter:
     return Filter(_whole(d, factor), None, Amplified(factor), tokens, f"amplify {factor:g}")
 
 
+def carry(d: int, source: int, tokens: Tokens) -> Filter:
+    """Put the residual of one position in the place of others'; a part of it: `remove(part, Copied(0))`."""
+    return Filter(_whole(d), None, Copied(source), tokens, f"residual of position {source}")
+
+
 def channels(d: int, chosen: Sequence[int]) -> Subspace:
     """The span of some channels of the residual stream, where massive activations live.
 
@@ -74,7 +95,7 @@ def channels(d: int, chosen: Sequence[int]) -> Subspace:
     return Subspace(basis, f"channels {','.join(map(str, chosen))}")
 
 
-def _whole(d: int, factor: float) -> Subspace:
+def _whole(d: int, factor: float = 1.0) -> Subspace:
     if not 0 <= factor < float("inf"):
         raise InputError(f"factor {factor}: expected a finite number, 0 or more")
     return Subspace(torch.empty(d, 0, dtype=torch.float64), "all", complemented=True)
