@@ -64,7 +64,7 @@ from spectral_sinks.spectra.pairs import (
     share_deviation,
     union,
 )
-from spectral_sinks.spectra.scaled import Amplified, Scaled, amplify, channels, scale
+from spectral_sinks.spectra.scaled import Amplified, Copied, Scaled, amplify, carry, channels, scale
 from spectral_sinks.spectra.spectrum import Spectrum
 from spectral_sinks.spectra.subspace import Subspace, intersection, principal_cosines, random_subspace
 from spectral_sinks.stats import (
@@ -101,6 +101,7 @@ __all__ = [
     "AttentionCall",
     "band_lens",
     "candidates",
+    "carry",
     "Cell",
     "channels",
     "Check",
@@ -108,6 +109,7 @@ __all__ = [
     "compare",
     "Comparison",
     "continuation_nll",
+    "Copied",
     "CopyKey",
     "Cost",
     "cut",
@@ -198,8 +200,8 @@ __all__ = [
     "Subspace",
     "summarise",
     "Swap",
-    "sweep",
     "Sweep",
+    "sweep",
     "SweepFile",
     "TOGETHER",
     "trace",

@@ -55,8 +55,8 @@ class Designation:
     """Attention given to the old sink."""
     old_mass: Measured
     verdict: Literal["dark", "dark by the move", "not dark", "unknown"]
-    """Whether the new sink is dark; "by the move" where that put the old sink's residual, or its dark band, in
-    its place; "unknown" where none works or no spectrum was given."""
+    """Whether the new sink is dark; "by the move" where that gave it the old sink's residual or dark band;
+    "unknown" where none works or no spectrum was given."""
     site: Site
     """Where that was looked at: what the layer reads that attends to it most."""
     share_before: Measured
@@ -65,7 +65,7 @@ class Designation:
     others: Measured
     """The same of the other tokens, under the move."""
     tried: pd.DataFrame
-    """One row per attempt, lightest first, then the controls: its norm scaled, random bands of the old sink."""
+    """One row per attempt, lightest first, then the controls: norm scaled, random bands of the old sink."""
     where: pd.DataFrame
     """Attention given to each `position` by `layer`, `before` and `after`, mean over documents and heads."""
 

@@ -40,8 +40,8 @@ LIGHTEST_FIRST = (
     f"old sink's residual, {MASK}",
 )
 """What is tried, in this order [ours]. Masks alone: one row of attention, one column, both. Then the token is
-given what the old sink has: key and value in every layer, which only others see; the dark band of its residual,
-at what the layer reads that attends to it most; the whole residual there, so that its own content is lost."""
+given what the old sink has: key and value in every layer, as others see it; the dark band of its residual, at
+what the layer reads that attends to it most; the whole residual there, so that its own content is lost."""
 
 SCALE = "scale its norm"
 """The known negative control: at that site the token's norm becomes the old sink's."""
@@ -207,7 +207,10 @@ class Attempts:
         lead = Measured.of(mass - among[:, rival])
         lacking: list[str] = []
         if not lead.low > 0:
-            lacking.append(f"position {rival} is given {among[:, rival].mean():.3f}, it {mass.mean():.3f}")
+            lacking.append(
+                f"it is given {mass.mean():.3f}, position {rival} {among[:, rival].mean():.3f} (lead "
+                f"{lead.value:.3f} [{lead.low:.3f}, {lead.high:.3f}])"
+            )
         if not head.low > EPSILON:
             lacking.append(f"its strongest head gives it {head.value:.3f} [{head.low:.3f}, {head.high:.3f}]")
         layer = int(found["mass"].mean((0, 2)).argmax())
