@@ -117,11 +117,11 @@ def later(edit: Edit, position: int) -> Edit | None:
     """What an edit does to a single token at a position after the first; None for nothing."""
     if not isinstance(edit, Filter):
         return edit
-    if edit.tokens == "first" or (isinstance(edit.tokens, At) and position not in edit.tokens.positions):
+    if edit.tokens == "first" or isinstance(edit.tokens, At):  # positions beyond a prompt are refused
         return None
     if isinstance(edit.fill, Mean) and edit.fill.reference.ndim == 2:
         edit = replace(edit, fill=Mean(edit.fill.reference[position : position + 1]))
-    return edit.at("all") if edit.tokens == "all-but-first" or isinstance(edit.tokens, At) else edit
+    return edit.at("all") if edit.tokens == "all-but-first" else edit
 
 
 def _shared(

@@ -258,7 +258,7 @@ def test_a_cache_agrees_with_a_whole_pass(family: str) -> None:
         with ss.attending(model, look):
             cached, whole = (ss.generate(model, prompts, new=10, cached=c) for c in (True, False))
         assert torch.equal(cached, whole), name
-    edits = {ss.Site("exit", 1): ss.amplify(model.d, 9.0, ss.At(3, 15))}
+    edits = {ss.Site("exit", 1): ss.amplify(model.d, 9.0, ss.At(3, 11))}
     found = [ss.generate(model, prompts, edits, new=10, cached=c) for c in (True, False)]
     assert torch.equal(*found) and not torch.equal(found[0], ss.generate(model, prompts, new=10))
 
