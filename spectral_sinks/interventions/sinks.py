@@ -247,17 +247,18 @@ class SinkLogit(Move):
 
 @dataclass(frozen=True, eq=False)
 class Streaming(Move):
-    """Each token sees the first `first` tokens and the most recent `recent`, itself among them.
+    """Each token sees the first `first` tokens, or positions given, and the `recent` ones up to itself.
 
-    What StreamingLLM's cache holds, as a mask: every token keeps the position it has in the text, where the
-    cache of StreamingLLM counts positions within itself. `first` 0 is window attention. (Xiao et al. 2024)
+    What StreamingLLM's cache holds, as a mask: every token keeps the position it has in the text, where
+    StreamingLLM counts positions within its cache, so texts beyond the context are not for this. `first` 0 is
+    window attention; other positions, such as `{4}`, are the control. (Xiao et al. 2024)
     """
 
-    first: int
+    first: int | Collection[int]
     recent: int
 
     def __post_init__(self) -> None:
-        if self.first < 0 or self.recent < 1:
+        if (self.first if isinstance(self.first, int) else min(self.first, default=0)) < 0 or self.recent < 1:
             raise InputError(
                 f"the first {self.first} and the most recent {self.recent} tokens: expected at least 0 and 1 "
                 "(a token sees itself)"
@@ -265,7 +266,11 @@ class Streaming(Move):
 
     def changed(self, call: AttentionCall) -> AttentionCall:
         query, key = call.query_positions[:, None], call.key_positions
-        seen = ((key < self.first) | (query - key < self.recent))[None, None]
+        if isinstance(self.first, int):
+            stays = key < self.first
+        else:
+            stays = torch.isin(key, torch.tensor(sorted(self.first), dtype=key.dtype, device=key.device))
+        seen = (stays | (query - key < self.recent))[None, None]
         if self.heads is not None:
             seen = seen | ~self.acting(call)
         return replace(call, mask=call.visible() & seen)

@@ -66,7 +66,8 @@ class Comparison:
         columns = ["move", "nll", "delta_nll", "delta_nll_low", "delta_nll_high", "kl", "mass", "unspent"]
         if self.rows["control_of"].any():
             columns += ["control_least", "control_most"]
-        return self.summary()[columns].to_string(index=False, float_format="%.4f")
+        numbers = self.summary()[columns].set_index("move").round(4) + 0.0  # -0.0 becomes 0.0
+        return numbers.to_string(float_format="%.4f")
 
 
 def compare(

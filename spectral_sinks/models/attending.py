@@ -54,7 +54,8 @@ class AttentionCall:
     options: dict[str, Any] = field(default_factory=dict[str, Any])
     """What else the model passed on."""
     ids: Int[Tensor, "batch tokens"] | None = None
-    """Token ids from the beginning of the text to the last query; None where they are not known."""
+    """Token ids from the beginning of the text to the last query; None where they are not known.
+    The reordering of rows by a beam search is not followed."""
     past: int = 0
     """Tokens before the first query: those whose keys come from a cache."""
     kept: Bool[Tensor, "*batch queries keys"] | None = None

@@ -78,9 +78,10 @@ def copy_key(row: Row, keys: list[int]) -> None:
         row.keys[j], row.values[j] = row.keys[0], row.values[0]
 
 
-def stream(row: Row, first: int, recent: int) -> None:
+def stream(row: Row, first: int | set[int], recent: int) -> None:
+    kept = range(first) if isinstance(first, int) else first
     for j in range(TOKENS):
-        if j >= first and row.at - j >= recent:
+        if j not in kept and row.at - j >= recent:
             row.seen = row.seen & (torch.arange(TOKENS) != j)
 
 
@@ -150,6 +151,7 @@ def cases(model: ss.LanguageModel) -> dict[str, tuple[Look, Rule]]:
         "logit by head": (ss.SinkLogit(logits[0]), lambda row: logit(row, float(logits[0, row.head]))),
         "logit some": (ss.SinkLogit(1.5, **some), chosen(lambda row: logit(row, 1.5))),
         "streaming": (ss.Streaming(2, 4), lambda row: stream(row, 2, 4)),
+        "kept elsewhere": (ss.Streaming({2, 5}, 4), lambda row: stream(row, {2, 5}, 4)),
         "window": (ss.Streaming(0, 3), lambda row: stream(row, 0, 3)),
         "streaming some": (ss.Streaming(1, 4, **some), chosen(lambda row: stream(row, 1, 4))),
     }
@@ -339,6 +341,7 @@ BAD: list[tuple[str, Callable[[], Any]]] = [
     ("choose layers, not heads", lambda: ss.KeyBias(0.0, heads=[1])),
     ("sink logits of shape", lambda: logits(tiny.model(), ss.SinkLogit(torch.zeros(5)))),
     ("at least 0 and 1", lambda: ss.Streaming(1, 0)),
+    ("at least 0 and 1", lambda: ss.Streaming({3, -1}, 4)),
     ("outside the vocabulary", lambda: ss.Prefix((97,)).check(tiny.model())),
     ("counted from 0", lambda: ss.At()),
     ("counted from 0", lambda: ss.At(-2)),
