@@ -207,8 +207,7 @@ class KeyBias(Move):
         _check_shape("value", self.value, model)
 
     def changed(self, call: AttentionCall) -> AttentionCall:
-        shape = (1, call.key.shape[1], 1, call.key.shape[3])
-        key, value = (_of_layer(given, call).to(call.key).expand(shape) for given in (self.key, self.value))
+        key, value = (_by_query_head(_of_layer(given, call), call) for given in (self.key, self.value))
         if call.extra_key is not None and call.extra_value is not None:
             key, value = torch.cat([call.extra_key, key], 2), torch.cat([call.extra_value, value], 2)
         return replace(call, extra_key=key, extra_value=value)
@@ -280,6 +279,13 @@ def _of_layer(given: Tensor | float, call: AttentionCall) -> Tensor:
     """Keys or values of one layer, `[1, key_heads, 1, size]`, from those of all; a number as it is."""
     tensor = torch.as_tensor(given, device=call.key.device)
     return _row(tensor, call.layer)[None, :, None] if tensor.ndim else tensor
+
+
+def _by_query_head(given: Tensor, call: AttentionCall) -> Float[Tensor, "1 heads 1 size"]:
+    """A key or value, or a number, for each query head."""
+    heads, size = call.query.shape[1], call.query.shape[3]
+    full = given.to(call.query).expand(1, given.shape[1] if given.ndim else 1, 1, size)
+    return full.repeat_interleave(heads // full.shape[1], dim=1)
 
 
 def _row(given: Tensor, layer: int) -> Tensor:

@@ -60,9 +60,9 @@ class AttentionCall:
     """Tokens before the first query: those whose keys come from a cache."""
     kept: Bool[Tensor, "*batch queries keys"] | None = None
     """False where a weight is dropped after the softmax: rows then sum to less than 1."""
-    extra_key: Float[Tensor, "#batch key_heads extra size"] | None = None
+    extra_key: Float[Tensor, "#batch extra_heads extra size"] | None = None
     """Keys beyond those of the tokens, which every query sees; the weights of the tokens leave them out."""
-    extra_value: Float[Tensor, "#batch key_heads extra size"] | None = None
+    extra_value: Float[Tensor, "#batch extra_heads extra size"] | None = None
 
     @property
     def groups(self) -> int:
@@ -98,9 +98,12 @@ class AttentionCall:
         return scores.masked_fill(~self.visible(rows), -torch.inf)
 
     def _products(self, key: Tensor, rows: slice) -> Float[Tensor, "batch heads rows columns"]:
-        key = key.repeat_interleave(self.query.shape[1] // key.shape[1], dim=1)
-        scores = self.query[:, :, rows] @ key.transpose(2, 3) * self.scaling
+        scores = self.query[:, :, rows] @ self._by_query_head(key).transpose(2, 3) * self.scaling
         return scores if self.cap is None else self.cap * torch.tanh(scores / self.cap)
+
+    def _by_query_head(self, keys: Tensor) -> Float[Tensor, "batch heads columns size"]:
+        """Keys or values of key heads, repeated for the query heads that share them."""
+        return keys.repeat_interleave(self.query.shape[1] // keys.shape[1], dim=1)
 
     def weights(self, rows: slice = slice(None)) -> Float[Tensor, "batch heads rows keys"]:
         """Attention weights of some queries, float32 at least; a query that sees nothing has zeros."""
@@ -130,12 +133,10 @@ class AttentionCall:
 
     def output(self) -> Float[Tensor, "batch queries heads size"]:
         """Values mixed by the weights."""
-        value = self.value
+        value = self._by_query_head(self.value)
         if self.extra_value is not None:
-            extra = self.extra_value.expand(len(value), -1, -1, -1)
-            extra = extra.repeat_interleave(value.shape[1] // extra.shape[1], dim=1)
+            extra = self._by_query_head(self.extra_value).expand(len(value), -1, -1, -1)
             value = torch.cat([value, extra], dim=2)
-        value = value.repeat_interleave(self.query.shape[1] // value.shape[1], dim=1)
         columns = slice(0, value.shape[2])
         parts = [self._shared(rows)[..., columns].to(value.dtype) @ value for rows in self.blocks()]
         return torch.cat(parts, dim=2).transpose(1, 2).contiguous()

@@ -3,6 +3,7 @@
 import copy
 import functools
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import by_hand
@@ -189,10 +190,12 @@ def test_a_move_is_what_the_hand_computes(family: str, name: str) -> None:
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_oss", "gemma3"])
 def test_moves_nest_in_the_order_written(family: str) -> None:
     model = double(family)
-    names = ("bias", "drop", "logits", "restrict")
+    names = ("copy some", "bias", "value some", "bias in a layer", "drop", "drop token", "logits", "restrict")
     looks, rules = zip(*(cases(model)[name] for name in names), strict=True)
-    with ss.attending(model, looks[0]), ss.attending(model, looks[1]), ss.attending(model, looks[2]):
-        found = logits(model, looks[3])
+    with ExitStack() as stack:
+        for look in looks:
+            stack.enter_context(ss.attending(model, look))
+        found = logits(model)
 
     def together(row: Row) -> None:
         for rule in rules:
@@ -271,6 +274,9 @@ def test_a_cache_filled_outside_has_no_ids() -> None:
         cache = model.module(ids()[:, :8], use_cache=True).past_key_values
         with ss.attending(model, ss.MaskKey(token=7)), pytest.raises(ss.InputError, match="token ids"):
             model.module(ids()[:, 8:], past_key_values=cache)
+        with ss.attending(model, ss.MaskKey(token=7)), pytest.raises(ss.InputError, match="token ids"):
+            model.module(ids()[:, :5], use_cache=False)
+            model.module(ids()[:, 8:], past_key_values=copy.deepcopy(cache))
     embedded = model.module.get_input_embeddings()(ids())
     with ss.attending(model, ss.Restrict(token=7)), pytest.raises(ss.InputError, match="embeddings"):
         model.module(inputs_embeds=embedded)
