@@ -93,6 +93,8 @@ class Attempts:
         tokens: int,
         batch_size: int,
     ) -> None:
+        if (position is None) == (token is None):
+            raise InputError("which sink? give a position or a token: designate(model, windows, 4), token=13")
         Restrict(position, token=token).check(model)
         lengths = {len(one) for one in windows.rows}
         if len(lengths) > 1:

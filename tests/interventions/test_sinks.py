@@ -74,9 +74,9 @@ def put(row: Row, keys: list[int], value: Tensor) -> None:
         row.values[j] = value
 
 
-def copy_key(row: Row, keys: list[int]) -> None:
+def copy_key(row: Row, keys: list[int], source: int = 0) -> None:
     for j in keys:
-        row.keys[j], row.values[j] = row.keys[0], row.values[0]
+        row.keys[j], row.values[j] = row.keys[source], row.values[source]
 
 
 def stream(row: Row, first: int | set[int], recent: int) -> None:
@@ -133,6 +133,10 @@ def cases(model: ss.LanguageModel) -> dict[str, tuple[Look, Rule]]:
         "copy": (ss.CopyKey(ODD), lambda row: copy_key(row, [ODD])),
         "copy some": (ss.CopyKey(ODD, **some), chosen(lambda row: copy_key(row, [ODD]))),
         "copy token": (ss.CopyKey(token=7), lambda row: copy_key(row, marked(row))),
+        "copy token later": (
+            ss.CopyKey(token=7, source=8),
+            lambda row: copy_key(row, [11] if row.window == 1 else [], 8),
+        ),
         "bias": (
             ss.KeyBias(key, values),
             lambda row: row.extra.append(
@@ -329,6 +333,15 @@ def test_a_key_bias_can_be_learned() -> None:
         model.module(ids(), use_cache=False).logits.square().mean().backward()
     assert key.grad is not None and value.grad is not None
     assert key.grad.abs().max() > 0 and value.grad.abs().max() > 0
+
+
+def test_a_text_of_one_token_alone_leaves_each_to_itself() -> None:
+    model, same = tiny.model(), torch.full((1, TOKENS), 7)
+    seen: list[Tensor] = []
+    with ss.attending(model, ss.MaskKey(token=7)):
+        found = logits(model, lambda call: seen.append(call.weights()), same)
+    assert all(torch.equal(weights, torch.eye(TOKENS).expand_as(weights)) for weights in seen)
+    assert found.isfinite().all() and (found - found[:, :1]).abs().max() < 1e-5
 
 
 BAD: list[tuple[str, Callable[[], Any]]] = [

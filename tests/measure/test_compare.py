@@ -272,7 +272,8 @@ def test_a_token_is_designated_wherever_it_occurs() -> None:
         ("outside the vocabulary", lambda m, w: ss.compare(m, w, {"a": ss.Prefix((97,))})),
         ("a prefix of 110 tokens", lambda m, w: ss.compare(m, w, {"a": ss.Prefix((3,) * 110)})),
         ("22 are left", lambda m, w: ss.compare(m, w, {"a": ss.MaskKey(0)}, controls=23)),
-        ("needs a position or a token", lambda m, w: ss.designate(m, w)),
+        ("which sink", lambda m, w: ss.designate(m, w)),
+        ("which sink", lambda m, w: ss.designate(m, w, 3, token=3)),
         ("no query comes after it", lambda m, w: ss.designate(m, w, 23)),
         (
             "token 1 has no query",
