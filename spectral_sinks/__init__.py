@@ -1,17 +1,9 @@
 """Spectral filtering of the residual stream: what a model keeps where its vocabulary cannot read."""
 
 from spectral_sinks.errors import InputError, SpectralWarning
-from spectral_sinks.interventions.sinks import (
-    CopyKey,
-    KeyBias,
-    MaskKey,
-    Move,
-    Prefix,
-    Restrict,
-    SetValue,
-    SinkLogit,
-    Streaming,
-)
+from spectral_sinks.interventions.added import KeyBias, Prefix, SinkLogit
+from spectral_sinks.interventions.moves import Move
+from spectral_sinks.interventions.sinks import CopyKey, MaskKey, Restrict, SetValue, Streaming
 from spectral_sinks.interventions.sites import Site
 from spectral_sinks.interventions.tracing import trace
 from spectral_sinks.measure.attention import (

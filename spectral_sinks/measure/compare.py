@@ -108,7 +108,8 @@ def compare(
     for name, parts in list(cells.items())[1:]:
         check_parts(parts, model, windows)
         if controls and parts.position is not None:
-            for q in other_positions(generator, tokens, controls, {parts.position, *positions}):
+            taken = {parts.position, *positions, *range(parts.source + 1)}
+            for q in other_positions(generator, tokens, controls, taken):
                 cells[f"{name} | at {q}"] = parts.moved_to(q)
                 origin[f"{name} | at {q}"] = name
 

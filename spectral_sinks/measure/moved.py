@@ -10,7 +10,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from spectral_sinks.errors import InputError
-from spectral_sinks.interventions.sinks import AtToken, Prefix
+from spectral_sinks.interventions.added import Prefix
+from spectral_sinks.interventions.moves import AtToken
+from spectral_sinks.interventions.sinks import CopyKey
 from spectral_sinks.interventions.sites import Site
 from spectral_sinks.interventions.tracing import Edit, Interventions, trace
 from spectral_sinks.measure.energy import residual_sites
@@ -18,6 +20,7 @@ from spectral_sinks.measure.nll import Reference, score, untouched
 from spectral_sinks.models.attending import AttentionCall, Look, attending
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.spectra.filters import At, Filter
+from spectral_sinks.spectra.scaled import Copied
 from spectral_sinks.spectra.subspace import Subspace
 
 Change = Look | Interventions | Prefix
@@ -66,6 +69,13 @@ class Parts:
             tokens = edit.tokens if isinstance(edit, Filter) else None
             found |= set(tokens.positions) if isinstance(tokens, At) else {0 if tokens == "first" else None}
         return found.pop() if len(found) == 1 else None
+
+    @property
+    def source(self) -> int:
+        """The last position that the changes copy from; -1 where they copy nothing."""
+        fills = [edit.fill for edit in self.edits.values() if isinstance(edit, Filter)]
+        copied = [fill.source for fill in fills if isinstance(fill, Copied)]
+        return max([-1, *copied, *(look.source for look in self.looks if isinstance(look, CopyKey))])
 
     def moved_to(self, position: int) -> "Parts":
         """The same changes at another position."""

@@ -45,7 +45,7 @@ class Amplified:
 
 @dataclass(frozen=True)
 class Copied:
-    """What is removed comes back as that of one position of the same text."""
+    """What is removed comes back as that of one position of the same text, which should be an earlier one."""
 
     source: int
 

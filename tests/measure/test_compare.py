@@ -150,6 +150,10 @@ def test_controls_are_the_same_move_elsewhere() -> None:
     found = ss.compare(loaded, given, moves, controls=3, seed=1)
     drawn = found.rows[found.rows["control_of"] != ""]
     assert set(drawn["control_of"]) == {"mask", "norm"}, "others have no one position"
+    copies = {"key": ss.CopyKey(21, source=17), "rest": {site: ss.carry(loaded.d, 18, ss.At(22))}}
+    rows = ss.compare(loaded, given, copies, controls=3).rows
+    of = rows.loc[rows["control_of"] != "", "move"].str.rsplit(" ", n=1, expand=True)[1].astype(int)
+    assert of.min() > 17, "what is copied comes from before"
     places = {name: int(name.rsplit(" ", 1)[1]) for name in drawn["move"].unique()}
     assert len(places) == 6 and 0 not in places.values() and max(places.values()) < LENGTH - 1
     for name, place in places.items():
