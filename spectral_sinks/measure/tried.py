@@ -49,6 +49,9 @@ SCALE = "scale its norm"
 RANDOM = "old sink's random band"
 """The control of the dark band: as many directions of the same residual, followed by the seed."""
 
+TIE = 1e-4
+"""A lead up to this is a tie: two copies of one key differ by rounding [ours]."""
+
 Found = Mapping[str, NDArray[np.float64]]
 """By document: `nll`; `mass [layers, heads]` of the designated sink; `given [layers, heads, tokens]`, in
 `others` without it; `norm_ratio`, `old_norm_ratio [sites]`, `shares`, `other_shares [sites, spaces]`, where
@@ -208,7 +211,7 @@ class Attempts:
         head = Measured.of(heads[:, heads.mean(0).argmax()])
         lead = Measured.of(mass - among[:, rival])
         lacking: list[str] = []
-        if not lead.low > 0:
+        if not lead.low > TIE:
             lacking.append(
                 f"it is given {mass.mean():.3f}, position {rival} {among[:, rival].mean():.3f} (lead "
                 f"{lead.value:.3f} [{lead.low:.3f}, {lead.high:.3f}])"
