@@ -5,7 +5,7 @@ ones that were not chosen?
 Design: the logs that `train_sinklet.py` wrote, one line per evaluation on held-out text, a figure of all. The
 twin, trained with `--no-bos` and otherwise alike, becomes the negative control `sinklet-nobos`.
 
-    python experiments/ship_sinklet.py --run runs/sinklet --text FOLDER --twin runs/nobos --others runs/other ...
+    python experiments/ship_sinklet.py --run runs/sinklet --text FOLDER --twin runs/nobos --others runs/A ...
 """
 
 import gzip

@@ -1,6 +1,9 @@
 """Spectral filtering of the residual stream: what a model keeps where its vocabulary cannot read."""
 
 from spectral_sinks.errors import InputError, SpectralWarning
+from spectral_sinks.interventions.added import KeyBias, Prefix, SinkLogit
+from spectral_sinks.interventions.moves import Move
+from spectral_sinks.interventions.sinks import CopyKey, MaskKey, Restrict, SetValue, Streaming
 from spectral_sinks.interventions.sites import Site
 from spectral_sinks.interventions.tracing import trace
 from spectral_sinks.measure.attention import (
@@ -10,12 +13,15 @@ from spectral_sinks.measure.attention import (
     uniform_attention,
 )
 from spectral_sinks.measure.bars import candidates, mark_bars, matched, received
+from spectral_sinks.measure.compare import Comparison, compare
+from spectral_sinks.measure.designated import Designation, designate
 from spectral_sinks.measure.effects import Effect, evaluate, evaluate_all, mean_residual
 from spectral_sinks.measure.energy import energy
 from spectral_sinks.measure.generation import continuation_nll, generate, generate_all
 from spectral_sinks.measure.lens import ALONE, TOGETHER, band_lens
 from spectral_sinks.measure.massive import massive_activations
 from spectral_sinks.measure.positions import PositionAttention, attention_by_position
+from spectral_sinks.measure.references import massive_channels, mean_keys, mean_values
 from spectral_sinks.measure.repetition import distinct, loop_onset, repeated, repetition
 from spectral_sinks.measure.screen import first_order
 from spectral_sinks.measure.sink import Sink
@@ -34,6 +40,7 @@ from spectral_sinks.report.checking import Check, uncovered, verify
 from spectral_sinks.report.claims import Claims
 from spectral_sinks.spectra.controls import DirectionSwap, NoOp, NormRestored, energy_matched, random_within
 from spectral_sinks.spectra.filters import (
+    At,
     Filter,
     Mean,
     Noise,
@@ -54,6 +61,7 @@ from spectral_sinks.spectra.pairs import (
     share_deviation,
     union,
 )
+from spectral_sinks.spectra.scaled import Amplified, Copied, Scaled, amplify, carry, channels, scale
 from spectral_sinks.spectra.spectrum import Spectrum
 from spectral_sinks.spectra.subspace import Subspace, intersection, principal_cosines, random_subspace
 from spectral_sinks.stats import (
@@ -80,24 +88,35 @@ from spectral_sinks.texts import Windows, cut, documents
 
 __all__ = [
     "ALONE",
+    "Amplified",
+    "amplify",
     "answer",
+    "At",
+    "attending",
     "attention_by_head",
     "attention_by_position",
     "attention_received",
     "AttentionCall",
-    "attending",
     "band_lens",
     "candidates",
+    "carry",
     "Cell",
+    "channels",
     "Check",
     "Claims",
+    "compare",
+    "Comparison",
     "continuation_nll",
+    "Copied",
+    "CopyKey",
     "Cost",
     "cut",
     "DEFAULT",
     "describe",
-    "distinct",
+    "designate",
+    "Designation",
     "DirectionSwap",
+    "distinct",
     "documents",
     "Done",
     "Effect",
@@ -109,8 +128,8 @@ __all__ = [
     "farthest",
     "figures",
     "Filter",
-    "Finding",
     "find_sinks",
+    "Finding",
     "first_order",
     "generate",
     "generate_all",
@@ -119,19 +138,25 @@ __all__ = [
     "InputError",
     "intersection",
     "keep",
+    "KeyBias",
     "ladder",
     "LanguageModel",
     "largest_within",
     "load",
+    "loop_onset",
     "mark_bars",
     "masked_ids",
     "masked_positions",
+    "MaskKey",
     "massive_activations",
+    "massive_channels",
     "matched",
-    "loop_onset",
     "Mean",
     "mean_interval",
+    "mean_keys",
     "mean_residual",
+    "mean_values",
+    "Move",
     "nearest",
     "Noise",
     "NoOp",
@@ -143,6 +168,7 @@ __all__ = [
     "phi",
     "plan",
     "PositionAttention",
+    "Prefix",
     "principal_cosines",
     "psi",
     "random_spectrum",
@@ -156,19 +182,25 @@ __all__ = [
     "repetition",
     "Report",
     "reproduce",
+    "Restrict",
     "rnd",
+    "scale",
+    "Scaled",
     "sequential_p",
+    "SetValue",
     "share_deviation",
     "sign_flip",
     "Sink",
     "sink_rate",
     "sink_verdict",
-    "SinkVerdict",
+    "SinkLogit",
     "Sinks",
+    "SinkVerdict",
     "Site",
     "SpectralWarning",
     "Spectrum",
     "Store",
+    "Streaming",
     "Study",
     "Subspace",
     "summarise",
@@ -181,8 +213,8 @@ __all__ = [
     "uncovered",
     "uniform_attention",
     "union",
-    "weight_shares",
     "verify",
+    "weight_shares",
     "Windows",
     "without_last_band",
     "Zero",

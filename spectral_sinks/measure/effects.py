@@ -19,7 +19,7 @@ from spectral_sinks.measure.nll import predicted
 from spectral_sinks.measure.replay import Batch, Measured, start
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.models.masked import masked_ids
-from spectral_sinks.spectra.filters import Filter, Mean, Swap
+from spectral_sinks.spectra.filters import At, Filter, Mean, Swap
 from spectral_sinks.stats import mean_interval
 from spectral_sinks.texts import Windows
 
@@ -238,7 +238,7 @@ def check(site: Site, edit: Edit, model: LanguageModel, windows: Windows) -> Non
             f"{edit.name!r} at {site} filters a residual stream of width {edit.blocked.d}, "
             f"{model.name} has width {model.d}"
         )
-    if not isinstance(edit.tokens, (str, Tensor)) and edit.tokens:
+    if not isinstance(edit.tokens, (str, At, Tensor)) and edit.tokens:
         wrong = [i for i in sorted(edit.tokens) if not 0 <= i < model.vocabulary]
         if wrong:
             raise InputError(f"token id {wrong[0]} lies outside the vocabulary of {model.vocabulary}")
@@ -261,6 +261,8 @@ def _touches_first(edit: Filter, windows: Windows) -> bool:
     """Whether a filter acts at position 0 of some window."""
     if isinstance(edit.tokens, str):
         return edit.tokens != "all-but-first"
+    if isinstance(edit.tokens, At):
+        return 0 in edit.tokens.positions
     if isinstance(edit.tokens, Tensor):
         return bool(edit.tokens[..., 0].any())
     return not set(edit.tokens).isdisjoint(windows.first_token_ids)

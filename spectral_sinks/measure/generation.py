@@ -20,7 +20,7 @@ from spectral_sinks.interventions.sites import Site
 from spectral_sinks.interventions.tracing import Edit, Interventions, trace
 from spectral_sinks.measure.nll import score
 from spectral_sinks.models.language import LanguageModel
-from spectral_sinks.spectra.filters import Filter, Mean, Noise, Swap
+from spectral_sinks.spectra.filters import At, Filter, Mean, Noise, Swap
 
 ROWS = 128
 """Continuations that grow at once."""
@@ -120,7 +120,7 @@ def later(edit: Edit, position: int) -> Edit | None:
     """What an edit does to a single token at a position after the first; None for nothing."""
     if not isinstance(edit, Filter):
         return edit
-    if edit.tokens == "first":
+    if edit.tokens == "first" or isinstance(edit.tokens, At):  # positions beyond a prompt are refused
         return None
     if isinstance(edit.fill, Mean) and edit.fill.reference.ndim == 2:
         edit = replace(edit, fill=Mean(edit.fill.reference[position : position + 1]))

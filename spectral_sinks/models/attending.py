@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
@@ -53,11 +53,32 @@ class AttentionCall:
     """Learned logit in each head's softmax that has no value (gpt-oss): rows sum to less than 1."""
     options: dict[str, Any] = field(default_factory=dict[str, Any])
     """What else the model passed on."""
+    ids: Int[Tensor, "batch tokens"] | None = None
+    """Token ids from the beginning of the text to the last query; None where they are not known.
+    The reordering of rows by a beam search is not followed."""
+    past: int = 0
+    """Tokens before the first query: those whose keys come from a cache."""
+    kept: Bool[Tensor, "*batch queries keys"] | None = None
+    """False where a weight is dropped after the softmax: rows then sum to less than 1."""
+    extra_key: Float[Tensor, "#batch extra_heads extra size"] | None = None
+    """Keys beyond those of the tokens, which every query sees; the weights of the tokens leave them out."""
+    extra_value: Float[Tensor, "#batch extra_heads extra size"] | None = None
 
     @property
     def groups(self) -> int:
         """Query heads per key head."""
         return self.query.shape[1] // self.key.shape[1]
+
+    @property
+    def query_positions(self) -> Int[Tensor, "queries"]:
+        """Positions of the queries in the text, counted from 0."""
+        return self.past + torch.arange(self.query.shape[2], device=self.query.device)
+
+    @property
+    def key_positions(self) -> Int[Tensor, "keys"]:
+        """Positions of the keys: a cache may have let go of the first ones."""
+        gone = max(0, self.past + self.query.shape[2] - self.key.shape[2])
+        return gone + torch.arange(self.key.shape[2], device=self.query.device)
 
     def visible(self, rows: slice = slice(None)) -> Bool[Tensor, "#batch #heads rows keys"]:
         """Which keys some queries may see."""
@@ -71,21 +92,38 @@ class AttentionCall:
 
     def scores(self, rows: slice = slice(None)) -> Float[Tensor, "batch heads rows keys"]:
         """Scaled, capped and biased products of some queries with all keys; -inf where they are not seen."""
-        key = self.key.repeat_interleave(self.groups, dim=1)
-        scores = self.query[:, :, rows] @ key.transpose(2, 3) * self.scaling
-        if self.cap is not None:
-            scores = self.cap * torch.tanh(scores / self.cap)
+        scores = self._products(self.key, rows)
         if self.bias is not None:
             scores = scores + self.bias[..., rows, :]
         return scores.masked_fill(~self.visible(rows), -torch.inf)
 
+    def _products(self, key: Tensor, rows: slice) -> Float[Tensor, "batch heads rows columns"]:
+        scores = self.query[:, :, rows] @ self._by_query_head(key).transpose(2, 3) * self.scaling
+        return scores if self.cap is None else self.cap * torch.tanh(scores / self.cap)
+
+    def _by_query_head(self, keys: Tensor) -> Float[Tensor, "batch heads columns size"]:
+        """Keys or values of key heads, repeated for the query heads that share them."""
+        return keys.repeat_interleave(self.query.shape[1] // keys.shape[1], dim=1)
+
     def weights(self, rows: slice = slice(None)) -> Float[Tensor, "batch heads rows keys"]:
-        """Attention weights of some queries, float32; a query that sees nothing has zeros."""
-        scores = self.scores(rows).float()
+        """Attention weights of some queries, float32 at least; a query that sees nothing has zeros."""
+        return self._shared(rows)[..., : self.key.shape[2]]
+
+    def _shared(self, rows: slice) -> Float[Tensor, "batch heads rows columns"]:
+        """How the softmax shares itself out: to the keys, the extra keys, and the learned sink."""
+        columns = [self.scores(rows)]
+        if self.extra_key is not None:
+            columns.append(self._products(self.extra_key, rows))
+        columns = [part.to(torch.promote_types(part.dtype, torch.float32)) for part in columns]
         if self.sinks is not None:
-            sinks = self.sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
-            return torch.cat([scores, sinks], dim=-1).softmax(-1)[..., :-1]
-        return scores.softmax(-1).nan_to_num(0.0)
+            sinks = self.sinks.to(columns[0].dtype).view(1, -1, 1, 1)
+            columns.append(sinks.expand(*columns[0].shape[:-1], 1))
+        weights = torch.cat(columns, dim=-1) if columns[1:] else columns[0]
+        weights = weights.softmax(-1).nan_to_num(0.0)
+        if self.kept is None:
+            return weights
+        keys = weights[..., : self.key.shape[2]] * self.kept[..., rows, :]
+        return torch.cat([keys, weights[..., self.key.shape[2] :]], dim=-1)
 
     def blocks(self) -> Iterator[slice]:
         """The queries in blocks whose weights fit into `WEIGHTS`."""
@@ -95,10 +133,14 @@ class AttentionCall:
 
     def output(self) -> Float[Tensor, "batch queries heads size"]:
         """Values mixed by the weights."""
-        value = self.value.repeat_interleave(self.groups, dim=1)
+        value = self._by_query_head(self.value)
+        if self.extra_value is not None:
+            extra = self._by_query_head(self.extra_value).expand(len(value), -1, -1, -1)
+            value = torch.cat([value, extra], dim=2)
+        columns = slice(0, value.shape[2])
         mixed = value.new_empty(*self.query.shape[:3], value.shape[-1])
         for rows in self.blocks():
-            mixed[:, :, rows] = self.weights(rows).to(value.dtype) @ value
+            mixed[:, :, rows] = self._shared(rows)[..., columns].to(value.dtype) @ value
         return mixed.transpose(1, 2).contiguous()
 
 
@@ -111,21 +153,30 @@ def attending(model: "LanguageModel", look: Look) -> Iterator[None]:
     """Inside the block, every attention layer of the model is shown to `look` at each pass, in order.
 
     What `look` returns takes the place of the call. Blocks nest: the inner one sees what the outer one made.
-    Outputs agree with the model's own attention to rounding. Raises InputError for a model that does not
-    run its attention through transformers' interface.
+    Outputs agree with the model's own attention to rounding. Where `look` has a method `check(model)`, that
+    is asked first. Raises InputError for a model that does not run its attention through transformers'
+    interface.
     """
     module: Any = model.module
+    if callable(check := getattr(look, "check", None)):
+        check(model)
     if not module._can_set_attn_implementation():
         raise InputError(
             f"{model.name}: {type(module).__name__} does not run its attention through transformers' "
             "attention interface, so its queries and keys cannot be seen"
         )
     before = model.config._attn_implementation
+    text = _Text()
+    watching = module.register_forward_pre_hook(text.read, with_kwargs=True)
     hooked: list[nn.Module] = []
+    outer: dict[nn.Module, Any] = {}
     for layer in range(model.layers):
         block = module.get_submodule(f"{model.layout.layers}.{layer}")
         for part in block.get_submodule(model.layout.attention).modules():
-            part.__dict__[HOOKS] = (layer, (*part.__dict__.get(HOOKS, (layer, ()))[1], look))
+            if HOOKS in part.__dict__:
+                outer[part] = part.__dict__[HOOKS]
+            looks = outer[part][1] if part in outer else ()
+            part.__dict__[HOOKS] = (layer, (*looks, look), text)
             hooked.append(part)
     try:
         if before not in (BLOCKWISE, WHOLE):
@@ -134,10 +185,29 @@ def attending(model: "LanguageModel", look: Look) -> Iterator[None]:
     finally:
         if before not in (BLOCKWISE, WHOLE):
             module.set_attn_implementation(before)
+        watching.remove()
         for part in hooked:
-            layer, looks = part.__dict__.pop(HOOKS)
-            if looks[:-1]:
-                part.__dict__[HOOKS] = (layer, looks[:-1])
+            part.__dict__.pop(HOOKS)
+            if part in outer:
+                part.__dict__[HOOKS] = outer[part]
+
+
+class _Text:
+    """What the passes inside a block read: the ids so far, where each goes on from the one before."""
+
+    def __init__(self) -> None:
+        self.ids: Tensor | None = None
+        self.past = 0
+
+    def read(self, module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        ids: Tensor | None = named.get("input_ids", given[0] if given else None)
+        cache = named.get("past_key_values")
+        self.past = 0 if cache is None else int(cache.get_seq_length())
+        if self.past and ids is not None:
+            before = self.ids
+            known = before is not None and before.shape == (len(ids), self.past)
+            ids = torch.cat([before.to(ids.device), ids], dim=1) if before is not None and known else None
+        self.ids = ids
 
 
 def _attention(
@@ -154,7 +224,7 @@ def _attention(
     position_bias: Tensor | None = None,
     **options: Any,
 ) -> AttentionCall:
-    layer, looks = module.__dict__.get(HOOKS, (-1, ()))
+    layer, looks, text = module.__dict__.get(HOOKS, (-1, (), _Text()))
     boolean = attention_mask is not None and attention_mask.dtype == torch.bool
     call = AttentionCall(
         layer,
@@ -168,6 +238,8 @@ def _attention(
         softcap,
         s_aux,
         options,
+        text.ids,
+        text.past,
     )
     for look in looks:
         call = look(call) or call

@@ -15,7 +15,7 @@ from spectral_sinks.models.masked import RULE
 from spectral_sinks.models.opening import BLOCKWISE, WHOLE
 from spectral_sinks.spectra.cache import fingerprint
 from spectral_sinks.spectra.controls import NormRestored
-from spectral_sinks.spectra.filters import Fill, Filter, Mean, Noise, Swap, Zero
+from spectral_sinks.spectra.filters import At, Fill, Filter, Mean, Noise, Swap, Zero
 from spectral_sinks.spectra.subspace import Subspace
 from spectral_sinks.texts import Windows
 
@@ -65,7 +65,9 @@ def of_edit(edit: Edit) -> Any:
     if not isinstance(edit, Filter):
         return _own(edit)
     tokens = edit.tokens
-    if isinstance(tokens, Tensor):
+    if isinstance(tokens, At):
+        tokens = f"positions {tokens.positions}"
+    elif isinstance(tokens, Tensor):
         tokens = fingerprint(tokens, None, "mask")
     elif not isinstance(tokens, str):
         tokens = sorted(set(map(int, tokens)))
