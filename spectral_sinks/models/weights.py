@@ -67,25 +67,31 @@ def residual_weights(model: LanguageModel) -> Iterator[Weight]:
     layout = model.layout
     for layer in range(model.layers):
         block: Any = model.module.get_submodule(f"{layout.layers}.{layer}")
-        gain, centres = _norm(block, layout.attention_norm, model.d)
-        projections: tuple[tuple[Part, str, str], ...] = (
-            ("q", layout.queries, "queries"),
-            ("k", layout.keys, "keys"),
-            ("v", layout.values, "values"),
-        )
-        for part, path, which in projections:
-            weight = _outputs(block.get_submodule(path))[model.projection_index(which)]
-            for head, rows in enumerate(weight.split(model.head_size)):
-                yield Weight(part, layer, head, rows, gain, centres)
-        after = "" if layout.attention_write == layout.attention else layout.attention_write
-        gain, centres = _norm(block, after, model.d)
-        for head in range(model.heads):
-            yield Weight("o", layer, head, model.head_write(layer, head).detach(), gain, centres)
-
+        yield from attention_weights(model, layer)
         before = _norm(block, layout.mlp_norm, model.d)
         after = _norm(block, "" if layout.mlp_write == layout.mlp else layout.mlp_write, model.d)
         for part, unit, rows in _mlp(block.get_submodule(layout.mlp), model):
             yield Weight(part, layer, unit, rows, *(after if part in WRITERS else before))
+
+
+def attention_weights(model: LanguageModel, layer: int) -> Iterator[Weight]:
+    """The readers `q`, `k`, `v` and the writer `o` of one layer's attention, by head."""
+    layout = model.layout
+    block: Any = model.module.get_submodule(f"{layout.layers}.{layer}")
+    gain, centres = _norm(block, layout.attention_norm, model.d)
+    projections: tuple[tuple[Part, str, str], ...] = (
+        ("q", layout.queries, "queries"),
+        ("k", layout.keys, "keys"),
+        ("v", layout.values, "values"),
+    )
+    for part, path, which in projections:
+        weight = _outputs(block.get_submodule(path))[model.projection_index(which)]
+        for head, rows in enumerate(weight.split(model.head_size)):
+            yield Weight(part, layer, head, rows, gain, centres)
+    after = "" if layout.attention_write == layout.attention else layout.attention_write
+    gain, centres = _norm(block, after, model.d)
+    for head in range(model.heads):
+        yield Weight("o", layer, head, model.head_write(layer, head).detach(), gain, centres)
 
 
 def _norm(block: Any, path: str, d: int) -> tuple[Tensor | None, bool]:
