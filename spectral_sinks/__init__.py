@@ -10,10 +10,13 @@ from spectral_sinks.measure.attention import (
     uniform_attention,
 )
 from spectral_sinks.measure.bars import candidates, mark_bars, matched, received
+from spectral_sinks.measure.circuits import head_use
+from spectral_sinks.measure.detectors import Detectors, detectors
 from spectral_sinks.measure.effects import Effect, evaluate, evaluate_all, mean_residual
 from spectral_sinks.measure.energy import energy
 from spectral_sinks.measure.generation import continuation_nll, generate, generate_all
 from spectral_sinks.measure.lens import ALONE, TOGETHER, band_lens
+from spectral_sinks.measure.noop import Circuits, no_op_circuits
 from spectral_sinks.measure.repetition import distinct, loop_onset, repeated, repetition
 from spectral_sinks.measure.screen import first_order
 from spectral_sinks.measure.verdict import SinkVerdict, sink_verdict
@@ -41,6 +44,7 @@ from spectral_sinks.spectra.filters import (
     remove,
     rnd,
 )
+from spectral_sinks.spectra.modes import Modes
 from spectral_sinks.spectra.pairs import (
     farthest,
     nearest,
@@ -84,12 +88,15 @@ __all__ = [
     "candidates",
     "Cell",
     "Check",
+    "Circuits",
     "Claims",
     "continuation_nll",
     "Cost",
     "cut",
     "DEFAULT",
     "describe",
+    "Detectors",
+    "detectors",
     "distinct",
     "DirectionSwap",
     "documents",
@@ -108,6 +115,7 @@ __all__ = [
     "generate",
     "generate_all",
     "grid",
+    "head_use",
     "holm",
     "InputError",
     "intersection",
@@ -122,7 +130,9 @@ __all__ = [
     "Mean",
     "mean_interval",
     "mean_residual",
+    "Modes",
     "nearest",
+    "no_op_circuits",
     "Noise",
     "NoOp",
     "NormRestored",

@@ -1,5 +1,7 @@
 """What a model's positions do to keys, read from the running model: rotary embeddings of any kind."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,6 +25,42 @@ def key_gain(model: LanguageModel, layer: int) -> Float[Tensor, "key_heads size"
     if norm is None:
         return torch.ones(model.key_heads, size)
     return gain_of(norm, norm.weight.numel()).view(-1, size).expand(model.key_heads, size)
+
+
+@contextmanager
+def unturned_keys(model: LanguageModel) -> Iterator[dict[int, Tensor]]:
+    """Inside the block, the last pass's keys by layer as they were before positions turned them.
+
+    They are the outputs of the projection, or of the norm after it; `arranged` puts them in order.
+    """
+    found: dict[int, Tensor] = {}
+    handles: list[Any] = []
+
+    def keeper(layer: int) -> Any:
+        index = slice(None) if key_norm(model, layer) is not None else model.projection_index("keys")
+
+        def keep(_: Any, __: Any, output: Tensor) -> None:
+            found[layer] = output[..., index].detach()
+
+        return keep
+
+    try:
+        for layer in range(model.layers):
+            handles.append(_source(model, layer).register_forward_hook(keeper(layer)))
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def arranged(unturned: Tensor, call: AttentionCall) -> Float[Tensor, "batch key_heads keys size"]:
+    """Keys before their turn in the order of the call's: heads before tokens."""
+    key = call.key
+    if unturned.ndim == 3:
+        return unturned.view(*unturned.shape[:2], -1, key.shape[-1]).transpose(1, 2)
+    either = [x for x in (unturned, unturned.transpose(1, 2)) if x.shape == key.shape]
+    norms = key.norm(dim=-1)  # a turn keeps them up to one factor, which tells tokens from heads
+    return min(either, key=lambda x: float((norms / x.norm(dim=-1).clamp_min(1e-30)).std()))
 
 
 def key_turns(model: LanguageModel, place: int) -> Float[Tensor, "layers size size"]:
@@ -49,10 +87,8 @@ def key_turns(model: LanguageModel, place: int) -> Float[Tensor, "layers size si
 
     handles: list[Any] = []
     for layer in range(model.layers):
-        norm = key_norm(model, layer)
-        path = f"{model.layout.layers}.{layer}.{model.layout.keys}"
-        target = model.module.get_submodule(path) if norm is None else norm
-        handles.append(target.register_forward_hook(project if norm is None else unit))
+        change = project if key_norm(model, layer) is None else unit
+        handles.append(_source(model, layer).register_forward_hook(change))
 
     def look(call: AttentionCall) -> None:
         found.append(call.key[:, 0, place].double().cpu())
@@ -64,3 +100,10 @@ def key_turns(model: LanguageModel, place: int) -> Float[Tensor, "layers size si
         for handle in handles:
             handle.remove()
     return torch.stack(found)
+
+
+def _source(model: LanguageModel, layer: int) -> Any:
+    """The module whose output positions turn."""
+    path = f"{model.layout.layers}.{layer}.{model.layout.keys}"
+    norm = key_norm(model, layer)
+    return model.module.get_submodule(path) if norm is None else norm
