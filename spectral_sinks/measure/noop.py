@@ -1,7 +1,7 @@
 """The no-op circuit: a head that attends to a sink which writes nothing, found by one mode that is always on."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -73,11 +73,28 @@ class Circuits:
     sink_shares: pd.DataFrame
     """A row per document and layer: share of each band in the energy of that residual."""
 
+    rule: ClassVar[str] = RULE
+
     @property
     def found(self) -> list[tuple[int, int]]:
         """Layer and head of every no-op circuit."""
         table = self.heads[self.heads["circuit"]]
         return list(zip(table["layer"].tolist(), table["head"].tolist(), strict=True))
+
+    def sides(self, layer: int, head: int) -> pd.DataFrame:
+        """Both sides of a head's leading two modes over the first longest window, in roots of nats.
+
+        Columns `position`, `query_1`, `key_1`, `query_2`, `key_2`; the product of a mode's sides is its part
+        of a score, up to what all keys share. Signs are such that the sink's key side is positive.
+        """
+        found = self.detectors
+        query, key = found.query_sides[layer][head], found.key_sides[layer][head]
+        sign = torch.where(key[self.position] < 0, -1.0, 1.0)
+        columns: dict[str, Any] = {"position": range(len(key))}
+        for mode in range(key.shape[-1]):
+            columns[f"query_{mode + 1}"] = (query * sign)[:, mode].numpy()
+            columns[f"key_{mode + 1}"] = (key * sign)[:, mode].numpy()
+        return pd.DataFrame(columns)
 
     def profile(self, layer: int, head: int) -> pd.DataFrame:
         """Bands of one head: `what`, `band`, `share`, `low`, `high`, `random`, `random_low`, `random_high`.
@@ -192,7 +209,9 @@ def key_directions(model: LanguageModel, found: Detectors) -> Float[Tensor, "lay
         reads = [w.folded().double().cpu() for w in attention_weights(model, layer) if w.part == "k"]
         side = torch.einsum("st,ht->hs", found.turns[layer], modes.key[..., 0])
         side = side * key_gain(model, layer).double().repeat_interleave(groups, dim=0)
-        directions.append(torch.einsum("hs,hsd->hd", side, torch.stack(reads).repeat_interleave(groups, dim=0)))
+        directions.append(
+            torch.einsum("hs,hsd->hd", side, torch.stack(reads).repeat_interleave(groups, dim=0))
+        )
     return torch.stack(directions)
 
 

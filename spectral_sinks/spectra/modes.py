@@ -30,7 +30,9 @@ class Modes:
     key: Float[Tensor, "*batch size modes"]
 
     @classmethod
-    def of(cls, queries: Float[Tensor, "*batch size size"], keys: Float[Tensor, "*batch size size"]) -> "Modes":
+    def of(
+        cls, queries: Float[Tensor, "*batch size size"], keys: Float[Tensor, "*batch size size"]
+    ) -> "Modes":
         """From second moments `mean of q q^T` and `mean of k k^T`, strongest first; float64."""
         (root_q, inverse_q), (root_k, inverse_k) = roots(queries), roots(keys)
         u, s, vt = torch.linalg.svd(root_q @ root_k)
