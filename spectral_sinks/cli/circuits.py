@@ -8,7 +8,7 @@ import pandas as pd
 
 import spectral_sinks as ss
 from spectral_sinks.cli.options import Running
-from spectral_sinks.cli.printing import plain, show, table
+from spectral_sinks.cli.printing import show, table
 
 COLUMNS = {
     "attention": "attention",

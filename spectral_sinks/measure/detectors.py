@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from spectral_sinks.measure.circuits import per_document
@@ -208,6 +208,6 @@ def others_mean(
     call: AttentionCall, rows: slice, position: int, x: Float[Tensor, "batch heads keys width"]
 ) -> Float[Tensor, "batch heads rows width"]:
     """For each of some queries the mean over the keys that it may see, but for the one at `position`."""
-    seen: Bool[Tensor, "..."] = call.visible(rows).clone()
+    seen = call.visible(rows).clone()
     seen[..., position] = False
     return seen.to(x.dtype) @ x / seen.sum(-1, keepdim=True).clamp_min(1)

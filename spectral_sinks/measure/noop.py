@@ -1,4 +1,4 @@
-"""The no-op circuit: a head that attends to a sink which writes nothing, found by one mode that is always on."""
+"""The no-op circuit: a head attends to a sink that writes nothing, found by a mode that is always on."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -7,21 +7,16 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
-from scipy import stats
 from torch import Tensor
 
 from spectral_sinks.errors import InputError
-from spectral_sinks.interventions.sites import Site
-from spectral_sinks.interventions.tracing import trace
 from spectral_sinks.measure import circuits, detectors
 from spectral_sinks.measure.attention import EPSILON
+from spectral_sinks.measure.bridge import SinkValues, key_directions, random_shares, readings
 from spectral_sinks.measure.circuits import NO_OP, HeadUse
 from spectral_sinks.measure.detectors import Detectors
 from spectral_sinks.measure.observing import check_position, observe
-from spectral_sinks.models.attending import AttentionCall
 from spectral_sinks.models.language import LanguageModel
-from spectral_sinks.models.positions import key_gain
-from spectral_sinks.models.weights import attention_weights
 from spectral_sinks.spectra.spectrum import Spectrum
 from spectral_sinks.stats import mean_interval
 from spectral_sinks.texts import Windows
@@ -37,11 +32,12 @@ RIVAL = 0.5
 """Largest key side on another key, as a share of that on the sink, up to which a mode is selective [ours]."""
 
 RULE = (
-    f"a head has a no-op circuit where, in the mean over documents, its queries put at least {EPSILON} of their "
-    f"attention on the sink [published], the sink value ratio is at most {NO_OP} [published], the leading two "
-    f"modes of its scores carry at least {MOST} of the sink's margin, and more than those of any random basis, "
-    f"the leading mode's query side is always on (at least {ALWAYS_ON} of its mean square is constant), and no "
-    f"other key has more than {RIVAL} of the sink's key side [ours]"
+    "a head has a no-op circuit where, in the mean over documents, its queries put at least "
+    f"{EPSILON} of their attention on the sink [published], the sink value ratio is at most {NO_OP} "
+    f"[published], the leading two modes of its scores carry at least {MOST} of the sink's margin and more "
+    "than those of any random basis [ours], the leading mode's query side is always on (at least "
+    f"{ALWAYS_ON} of its mean square is constant) [ours], and no other key has more than {RIVAL} of the "
+    "sink's key side [ours]"
 )
 """The rule of `no_op_circuits`."""
 
@@ -131,11 +127,11 @@ def no_op_circuits(
 ) -> Circuits:
     """Look at every head's use of the sink at `position`, its detectors and their bands; judge by `RULE`.
 
-    The bridge to the dark tail: the direction of the residual stream that the leading mode's key side reads
-    (through W_K at the sink's position, with the gains of the norms on the way, whose scales are one number),
-    and what the sink's value writes (through W_O, with the gain of a norm after it), by band of the spectrum.
-    And what that mode reads at the sink, by band of the residual there. Four passes. Raises InputError for a spectrum of another width, and for a position that no other token
-    can attend to.
+    The bridge to the dark tail, by band of the spectrum: the direction of the residual stream that the
+    leading mode's key side reads (through W_K at the sink's position, with the gains of the norms on the way,
+    whose scales are one number); what the sink's value writes (through W_O, with the gain of a norm after
+    it); and what that mode reads at the sink from the residual there (biases left out). Four passes. Raises
+    InputError for a spectrum of another width, and for a position that no other token can attend to.
     """
     if spectrum.d != model.d:
         raise InputError(f"a spectrum of width {spectrum.d} for {model.name} of width {model.d}")
@@ -187,70 +183,5 @@ def conditions(row: dict[str, Any]) -> dict[str, bool]:
     }
 
 
-class SinkValues:
-    """Observer: in which bands the sink's value writes, by window."""
-
-    def __init__(self, model: LanguageModel, spectrum: Spectrum, position: int) -> None:
-        self.model, self.spectrum, self.position = model, spectrum, position
-        self.found: list[tuple[list[int], int, Tensor]] = []
-
-    def __call__(self, call: AttentionCall, places: list[int]) -> None:
-        writes = [w.folded() for w in attention_weights(self.model, call.layer) if w.part == "o"]
-        value = call.value[:, :, self.position].repeat_interleave(call.groups, dim=1)
-        written = torch.einsum("bhs,hsd->bhd", value.double(), torch.stack(writes).to(value.device).double())
-        self.found.append((places, call.layer, self.spectrum.shares(written).cpu()))
-
-
-def key_directions(model: LanguageModel, found: Detectors) -> Float[Tensor, "layers heads d"]:
-    """The direction of the residual that each head's leading mode reads at the sink, float64."""
-    groups = model.heads // model.key_heads
-    directions: list[Tensor] = []
-    for layer, modes in enumerate(found.modes):
-        reads = [w.folded().double().cpu() for w in attention_weights(model, layer) if w.part == "k"]
-        side = torch.einsum("st,ht->hs", found.turns[layer], modes.key[..., 0])
-        side = side * key_gain(model, layer).double().repeat_interleave(groups, dim=0)
-        directions.append(
-            torch.einsum("hs,hsd->hd", side, torch.stack(reads).repeat_interleave(groups, dim=0))
-        )
-    return torch.stack(directions)
-
-
-def readings(
-    model: LanguageModel,
-    windows: Windows,
-    spectrum: Spectrum,
-    directions: Float[Tensor, "layers heads d"],
-    position: int,
-    batch_size: int,
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Parts by band of `x_s . direction` for the residual that each layer reads, and of its energy."""
-    sites = [Site("embedding"), *(Site("exit", layer) for layer in range(model.layers - 1))]
-    basis = spectrum.vectors
-    sizes = np.diff(spectrum.edges).tolist()
-    read: list[tuple[list[int], int, Tensor]] = []
-    energy: list[tuple[list[int], int, Tensor]] = []
-    for places, ids in windows.batches(batch_size):
-
-        def readout(final: Tensor, read: dict[Site, Tensor], weights: list[Tensor]) -> list[Tensor]:
-            return [read[site][:, position].double().cpu() for site in sites]
-
-        residuals = trace(model, ids.to(model.device), {}, sites, readout=readout)
-        for layer, x in enumerate(residuals):
-            products = (x @ basis)[:, None] * (directions[layer] @ basis)
-            parts = torch.stack([part.sum(-1) for part in products.split(sizes, dim=-1)], dim=-1)
-            read.append((places, layer, parts / parts.sum(-1, keepdim=True)))
-            energy.append((places, layer, spectrum.shares(x)[:, None]))
-    bands = tuple(str(band) for band in range(1, spectrum.count + 1))
-    sink = circuits.per_document(energy, windows, bands).drop(columns="head")
-    return circuits.per_document(read, windows, bands), sink
-
-
 def _only(table: pd.DataFrame, **values: int) -> pd.DataFrame:
     return table[np.logical_and.reduce([table[name] == value for name, value in values.items()])]
-
-
-def random_shares(spectrum: Spectrum) -> list[tuple[float, float, float]]:
-    """Of a random direction, by band: the mean share r/d, and where 95 % of draws lie (a beta law)."""
-    ranks = np.diff(spectrum.edges)
-    law = [stats.beta(r / 2, (spectrum.d - r) / 2) for r in ranks]
-    return [(float(b.mean()), *map(float, b.ppf([0.025, 0.975]))) for b in law]

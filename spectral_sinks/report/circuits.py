@@ -38,11 +38,10 @@ def circuits(heads: pd.DataFrame, path: Path) -> None:
                 axis.add_patch(Rectangle(corner, 0.92, 0.92, fill=False, color="#b5452c", linewidth=1.6))
             rows, columns = (range(0, n, max(1, n // 12)) for n in shape)
             axis.set(xlabel="head", yticks=rows, xticks=columns)
-            axis.figure.colorbar(
-                image, ax=axis, label=label, extend="max" if grid.max().max() > 1 else "neither"
-            )
+            axis.set_title(label, fontsize=8)
+            axis.figure.colorbar(image, ax=axis, extend="max" if grid.max().max() > 1 else "neither")
         axes[0, 0].set_ylabel("layer")
-        axes[0, 0].set_title("outlined: no-op circuit", fontsize=8, color="#b5452c")
+        axes[0, 0].figure.suptitle("outlined: no-op circuit", fontsize=8, color="#b5452c")
 
 
 def circuit_page(
@@ -100,14 +99,12 @@ def _margin(axis: Any, row: pd.Series) -> None:
     errors = np.clip(np.nan_to_num(np.array(spread, dtype=float)), 0, None)
     axis.bar(range(4), values, color=["#666666", "#666666", "#b0b0b0", "#b0b0b0"], yerr=errors, capsize=2)
     axis.plot([0.6, 1.4], [row["random_top_two"]] * 2, color="black", linewidth=1.5)
-    axis.annotate(
-        "random", (1, row["random_top_two"]), xytext=(0, 3), textcoords="offset points", ha="center"
-    )
-    axis.texts[-1].set(color="white" if row["random_top_two"] < row["top_two"] else "black", fontsize=7)
+    shown: Any = {"ha": "center", "fontsize": 7, "textcoords": "offset points", "xytext": (0, 3)}
+    shown["color"] = "white" if row["random_top_two"] < row["top_two"] else "black"
+    axis.annotate("random", (1, row["random_top_two"]), **shown)
     axis.axhline(0, color="#444444", linewidth=0.7)
-    axis.set_xticks(
-        range(4), ["margin in\none mode", "margin in\ntwo modes", "query side\nconstant", "rival\nkey"]
-    )
+    labels = ["margin in\none mode", "margin in\ntwo modes", "query side\nconstant", "rival\nkey"]
+    axis.set_xticks(range(4), labels)
     axis.set_ylabel("share")
 
 
