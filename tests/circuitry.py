@@ -26,6 +26,9 @@ SIZES: dict[str, Any] = {
     "head_dim": SIZE,
     "intermediate_size": 48,
     "max_position_embeddings": CONTEXT,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
 }
 ROPE = {"rope_type": "default", "rope_theta": 1e9}
 CONFIGS: dict[str, Any] = {
@@ -42,14 +45,14 @@ CONFIGS: dict[str, Any] = {
     ),
     "gpt2": (
         "GPT2Config",
-        {"vocab_size": VOCABULARY, "n_embd": D, "n_layer": 3, "n_head": HEADS, "n_positions": CONTEXT},
+        {"vocab_size": VOCABULARY, "n_embd": D, "n_layer": 3, "n_head": HEADS, "n_positions": CONTEXT}
+        | {"bos_token_id": 0, "eos_token_id": 0},
     ),
     "gpt_neox": (
         "GPTNeoXConfig",
         SIZES | {"rope_parameters": ROPE | {"partial_rotary_factor": 1.0}, "use_parallel_residual": False},
     ),
-    "phi3": ("Phi3Config", SIZES | {"rope_parameters": ROPE, "pad_token_id": 0}),
-    "olmo2": ("Olmo2Config", SIZES | {"rope_parameters": ROPE}),
+    "phi3": ("Phi3Config", SIZES | {"rope_parameters": ROPE}),
 }
 FAMILIES = tuple(CONFIGS)
 
@@ -62,16 +65,16 @@ def channel(place: int) -> Tensor:
     return torch.nn.functional.one_hot(torch.tensor(place), D).float()
 
 
-def put(view: Tensor, rows: Tensor) -> None:
-    """Write a head's rows into the module's own weight, of which they are a view."""
-    with torch.no_grad():
-        view.copy_(rows)
-
-
 def parts(model: ss.LanguageModel, layer: int, head: int) -> dict[str, Tensor]:
-    """Find the rows of q, k, v and o of one head as views of the model's weights, or copies to be put back."""
-    units = {"q": head, "o": head, "k": head * model.key_heads // HEADS, "v": head * model.key_heads // HEADS}
-    return {w.part: w.rows for w in attention_weights(model, layer) if w.unit == units[w.part]}
+    """Find the rows of q, k, v and o of one head, as views of the model's own weights."""
+    shared = head * model.key_heads // HEADS
+    units = {"q": head, "o": head, "k": shared, "v": shared}
+    found = {w.part: w.rows for w in attention_weights(model, layer) if w.unit == units[w.part]}
+    if model.layout.fused == "heads":
+        block = model.module.get_submodule(f"{model.layout.layers}.{layer}")
+        weight = block.get_submodule(model.layout.queries).weight.detach()
+        found |= dict(zip("qkv", weight.view(HEADS, 3, SIZE, D)[head], strict=True))
+    return found
 
 
 def made(family: str, kind: str = "no-op", place: int = 0) -> tuple[ss.LanguageModel, ss.Windows]:
@@ -86,7 +89,7 @@ def made(family: str, kind: str = "no-op", place: int = 0) -> tuple[ss.LanguageM
     with torch.no_grad():
         for index, (path, parameter) in enumerate(module.named_parameters()):
             if parameter.ndim == 2:
-                parameter.copy_(0.03 * gaussian(*parameter.shape, seed=100 + index))
+                parameter.copy_(0.01 * gaussian(*parameter.shape, seed=100 + index))
             elif path.endswith("bias"):
                 parameter.zero_()
         words = gaussian(VOCABULARY, D, seed=1)
@@ -94,20 +97,17 @@ def made(family: str, kind: str = "no-op", place: int = 0) -> tuple[ss.LanguageM
         words[MARKED] = 12 * channel(MARK)
         words += 4 * channel(ALWAYS)
         module.get_input_embeddings().weight.copy_(words)
-        if module.get_output_embeddings().weight is module.get_input_embeddings().weight:
-            module.config.tie_word_embeddings = False
         slow = torch.zeros(SIZE)
         slow[SLOW] = 1.0
         other = torch.zeros(SIZE)
         other[SIZE - 2] = 1.0
         model = ss.load(module)
         rows = parts(model, LAYER, HEAD)
-        mean = 1 / D if family in ("gpt2", "gpt_neox") else 0.0  # LayerNorm takes the mean away
-        key = 4 * slow.outer(channel(MARK)) + other.outer(channel(ALWAYS))
-        rows["q"].copy_(4 * slow.outer(channel(ALWAYS) - mean * 0))
-        rows["k"].copy_(key)
+        rows["q"].copy_(0.25 * slow.outer(channel(ALWAYS)))
+        rows["k"].copy_(4 * slow.outer(channel(MARK)) + other.outer(channel(ALWAYS)))
         value = 0.5 * gaussian(SIZE, D, seed=2)
         value[:, [MARK, ALWAYS]] = 0
+        value[value != 0] -= value.sum(1, keepdim=True).expand(-1, D - 2).flatten() / (D - 2)  # for LayerNorm
         if kind == "broadcast":
             value = value + 4 * gaussian(SIZE, 1, seed=3) * channel(MARK)
         rows["v"].copy_(value)
@@ -117,16 +117,15 @@ def made(family: str, kind: str = "no-op", place: int = 0) -> tuple[ss.LanguageM
     return model, ss.Windows.of_ids(ids, model)
 
 
-def twin(model: ss.LanguageModel, seed: int = 0) -> ss.LanguageModel:
-    """The same spectra in random directions: every matrix of two dimensions but the embeddings is turned."""
+def twin(model: ss.LanguageModel) -> ss.LanguageModel:
+    """The same spectra in random directions: each matrix but the embeddings reads a turned input."""
     module: Any = copy.deepcopy(model.module)
     words = {id(module.get_input_embeddings().weight), id(module.get_output_embeddings().weight)}
     with torch.no_grad():
-        for index, parameter in enumerate(module.parameters()):
+        for index, (path, parameter) in enumerate(module.named_parameters()):
             if parameter.ndim == 2 and id(parameter) not in words:
-                left, right = (
-                    torch.linalg.qr(gaussian(n, n, seed=seed + 1000 + 2 * index + i).double()).Q
-                    for i, n in enumerate(parameter.shape)
-                )
-                parameter.copy_(left @ parameter.double() @ right)
+                transposed = model.family == "gpt2" and "wpe" not in path
+                weight = parameter.T if transposed else parameter
+                turn = torch.linalg.qr(gaussian(*[weight.shape[1]] * 2, seed=1000 + index)).Q
+                parameter.copy_((weight @ turn).T if transposed else weight @ turn)
     return ss.load(module)

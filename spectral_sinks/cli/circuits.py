@@ -14,8 +14,6 @@ COLUMNS = {
     "attention": "attention",
     "dormant": "dormant",
     "value_ratio": "value ratio",
-    "weighted": "weighted",
-    "top_one": "one mode",
     "top_two": "two modes",
     "random_top_two": "random",
     "always_on": "always on",
@@ -58,15 +56,16 @@ def run_circuits(options: Circuits) -> None:
         "circuits": heads[heads["circuit"]].to_dict("records"),
         "heads": heads.to_dict("records"),
     }
-    rows = [
-        (f"{row['layer']}.{row['head']}", *(cell(row, name) for name in COLUMNS))
-        for row in result["circuits"]
-    ] or [("none", *[""] * len(COLUMNS))]
     title = (
         f"No-op circuits of {found.model}, sink at position {found.position}, {windows.length} tokens per "
         f"window, {windows.record['documents']} documents (dark by chance: {result['random_dark']:.3f})"
     )
-    show(options.json, result, table(title, ("head", *COLUMNS.values()), rows))
+    rows = [
+        (f"{row['layer']}.{row['head']}", *(cell(row, name) for name in COLUMNS))
+        for row in result["circuits"]
+    ]
+    columns = ("head", *COLUMNS.values()) if rows else ("head",)
+    show(options.json, result, table(title, columns, rows or [("none",)]))
 
 
 def cell(row: dict[str, Any], name: str) -> str:
