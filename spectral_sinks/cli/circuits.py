@@ -11,16 +11,15 @@ from spectral_sinks.cli.options import Running
 from spectral_sinks.cli.printing import show, table
 
 COLUMNS = {
-    "attention": "attention",
-    "dormant": "dormant",
+    "attention": "on sink",
     "value_ratio": "value ratio",
     "top_two": "two modes",
     "random_top_two": "random",
-    "always_on": "always on",
+    "always_on": "query on",
     "rival": "rival",
-    "key_dark": "key, dark",
-    "reading_dark": "reading, dark",
-    "value_dark": "value, dark",
+    "key_dark": "key dark",
+    "reading_dark": "read dark",
+    "value_dark": "value dark",
 }
 """What the table shows of `Circuits.heads`, and what it calls it."""
 
@@ -61,7 +60,7 @@ def run_circuits(options: Circuits) -> None:
         f"window, {windows.record['documents']} documents (dark by chance: {result['random_dark']:.3f})"
     )
     rows = [
-        (f"{row['layer']}.{row['head']}", *(cell(row, name) for name in COLUMNS))
+        (f"{row['layer']}.{row['head']}\n{row['use']}", *(cell(row, name) for name in COLUMNS))
         for row in result["circuits"]
     ]
     columns = ("head", *COLUMNS.values()) if rows else ("head",)

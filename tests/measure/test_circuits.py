@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -178,6 +179,26 @@ def test_batches_and_blocks_change_nothing(family: str, monkeypatch: pytest.Monk
     assert torch.equal(tiny.logits(model, tiny.ids(2, 12), {}), plain)
 
 
+def test_queries_before_the_sink_count_where_attention_runs_both_ways() -> None:
+    model, ids = ss.load(copy.deepcopy(tiny.plain())), tiny.ids(2, TOKENS)
+    maps: list[Tensor] = []
+
+    def both_ways(call: AttentionCall) -> AttentionCall:
+        maps.append(replace(call, causal=False, mask=None).weights())
+        return replace(call, causal=False, mask=None)
+
+    with attending(model, both_ways):
+        use = ss.head_use(model, ss.Windows.of_ids(ids, model), POSITION)
+        margins = ss.detectors(model, ss.Windows.of_ids(ids, model), POSITION).table
+    others = [i for i in range(TOKENS) if i != POSITION]
+    for layer in range(model.layers):
+        on = maps[layer][:, :, others, POSITION]
+        assert np.allclose(use.loc[use["layer"] == layer, "attention"], on.mean(-1).flatten(), atol=1e-6)
+        logs = maps[layer].log()[:, :, others]
+        gaps = (logs[..., POSITION] - logs[..., others].mean(-1)).mean(-1)
+        assert np.allclose(margins.loc[margins["layer"] == layer, "margin"], gaps.flatten(), atol=1e-5)
+
+
 def test_windows_of_a_document_are_averaged() -> None:
     model = tiny.model()
     ids = tiny.ids(3, 10)
@@ -236,7 +257,9 @@ def test_the_command(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_embedded_model_has_no_op_circuits(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    ran = tiny.run(capsys, "circuits", "--documents", 4, "--json", "--figures", tmp_path / "pages")
+    ran = tiny.run(
+        capsys, "circuits", "--documents", 3, "--per-document", 1, "--json", "--figures", tmp_path / "pages"
+    )
     found = {(row["layer"], row["head"]): row for row in json.loads(ran.out)["circuits"]}
     assert (1, 3) in found and (2, 3) in found
     assert {f"layer{layer}_head{head}.png" for layer, head in found} | {"heads.png"} == {
