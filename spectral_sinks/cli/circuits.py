@@ -17,11 +17,11 @@ COLUMNS = {
     "random_top_two": "random",
     "always_on": "query on",
     "rival": "rival",
-    "key_dark": "key dark",
-    "reading_dark": "read dark",
-    "value_dark": "value dark",
 }
 """What the table shows of `Circuits.heads`, and what it calls it."""
+
+DARK = {"key": "key_dark", "read": "reading_dark", "value": "value_dark"}
+"""Shares of the dark band that stand in one column."""
 
 
 @dataclass(frozen=True)
@@ -60,10 +60,10 @@ def run_circuits(options: Circuits) -> None:
         f"window, {windows.record['documents']} documents (dark by chance: {result['random_dark']:.3f})"
     )
     rows = [
-        (f"{row['layer']}.{row['head']}\n{row['use']}", *(cell(row, name) for name in COLUMNS))
+        (f"{row['layer']}.{row['head']}\n{row['use']}", *(cell(row, name) for name in COLUMNS), dark(row))
         for row in result["circuits"]
     ]
-    columns = ("head", *COLUMNS.values()) if rows else ("head",)
+    columns = ("head", *COLUMNS.values(), "dark") if rows else ("head",)
     show(options.json, result, table(title, columns, rows or [("none",)]))
 
 
@@ -73,6 +73,11 @@ def cell(row: dict[str, Any], name: str) -> str:
         return f"{row[name]:.2f}"
     low, high = row[f"{name}_low"], row[f"{name}_high"]
     return f"{row[name]:.2f}" + ("" if low != low else f"\n{low:.2f} {high:.2f}")
+
+
+def dark(row: dict[str, Any]) -> str:
+    """The dark shares of what the detector's direction is, of what it reads, and of what the value writes."""
+    return "\n".join(f"{name} {row[column]:.2f}" for name, column in DARK.items())
 
 
 def draw(found: ss.Circuits, folder: Path) -> None:

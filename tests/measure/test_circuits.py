@@ -14,7 +14,9 @@ from torch import Tensor
 
 import spectral_sinks as ss
 from spectral_sinks.measure.bridge import key_directions
-from spectral_sinks.measure.circuits import use_of
+from spectral_sinks.measure.circuits import HeadUse, use_of
+from spectral_sinks.measure.detectors import Placed
+from spectral_sinks.measure.noop import conditions
 from spectral_sinks.models import attending as attending_module
 from spectral_sinks.models.attending import AttentionCall, attending
 from spectral_sinks.models.norms import gain_of
@@ -197,6 +199,61 @@ def test_queries_before_the_sink_count_where_attention_runs_both_ways() -> None:
         logs = maps[layer].log()[:, :, others]
         gaps = (logs[..., POSITION] - logs[..., others].mean(-1)).mean(-1)
         assert np.allclose(margins.loc[margins["layer"] == layer, "margin"], gaps.flatten(), atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "gpt_neox"])
+def test_keys_are_placed_where_the_sink_is(family: str) -> None:
+    """In layer 0, where a key depends on its own token alone: each token is put at the sink's position."""
+    model, ids = ss.load(copy.deepcopy(tiny.plain(family))), tiny.ids(1, 7)
+    moved = ids.repeat(7, 1)
+    moved[:, POSITION] = ids[0]
+    kept: dict[str, Tensor] = {}
+    turns = key_turns(model, POSITION)
+    with unturned_keys(model) as unturned:
+
+        def look(call: AttentionCall) -> None:
+            if call.layer == 0:
+                kept["placed"] = Placed(turns, unturned, POSITION).keys(call)
+                kept["keys"] = call.key.repeat_interleave(call.groups, dim=1).double()
+
+        with torch.no_grad(), attending(model, look):
+            model.module(moved, use_cache=False)
+            expected = kept["keys"][:, :, POSITION].transpose(0, 1)
+            model.module(ids, use_cache=False)
+    others = [j for j in range(7) if j != POSITION]
+    expected = expected - expected[:, others].mean(1, keepdim=True)
+    assert torch.allclose(kept["placed"][0], expected, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_a_document_is_dormant_where_nine_tenths_of_queries_are_on_the_sink() -> None:
+    model = tiny.model()
+    table = HeadUse(model, 0)
+    shares = (0.899, 0.9, 1.0, 0.0)
+    values = torch.tensor([[0.9, 0.5, share, 0.1, 1.0] for share in shares], dtype=torch.float64)
+    table.found = [([0], 0, values[None])]
+    frame = table.frame(windows(model))
+    assert frame["dormant"].tolist() == [False, True, True, False]
+    assert frame["use"].tolist() == ["active", "no-op", "no-op", "active"]
+
+
+@pytest.mark.parametrize(
+    ("change", "lacking"),
+    [
+        ({}, []),
+        ({"attention": 0.29}, ["attention"]),
+        ({"value_ratio": 0.21}, ["a sink that writes nothing"]),
+        ({"top_two": 0.49}, ["one or two modes"]),
+        ({"random_top_two": 0.9}, ["one or two modes"]),
+        ({"margin": -1.0}, ["one or two modes"]),
+        ({"always_on": 0.79}, ["queries always on"]),
+        ({"rival": 0.51}, ["a key of the sink alone"]),
+        ({"rival": float("nan")}, ["a key of the sink alone"]),
+    ],
+)
+def test_every_part_of_the_rule_is_needed(change: dict[str, float], lacking: list[str]) -> None:
+    row = {"attention": 0.3, "value_ratio": 0.2, "top_two": 0.5, "random_top_two": 0.3, "margin": 1.0}
+    row |= {"always_on": 0.8, "rival": 0.5}
+    assert [name for name, holds in conditions(row | change).items() if not holds] == lacking
 
 
 def test_windows_of_a_document_are_averaged() -> None:
