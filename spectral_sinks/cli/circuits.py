@@ -20,7 +20,7 @@ COLUMNS = {
 }
 """What the table shows of `Circuits.heads`, and what it calls it."""
 
-DARK = {"key": "key_dark", "read": "reading_dark", "value": "value_dark"}
+DARK = ("key_dark", "reading_dark", "value_dark")
 """Shares of the dark band that stand in one column."""
 
 
@@ -63,7 +63,7 @@ def run_circuits(options: Circuits) -> None:
         (f"{row['layer']}.{row['head']}\n{row['use']}", *(cell(row, name) for name in COLUMNS), dark(row))
         for row in result["circuits"]
     ]
-    columns = ("head", *COLUMNS.values(), "dark") if rows else ("head",)
+    columns = ("head", *COLUMNS.values(), "dark: key, read, value") if rows else ("head",)
     show(options.json, result, table(title, columns, rows or [("none",)]))
 
 
@@ -77,7 +77,7 @@ def cell(row: dict[str, Any], name: str) -> str:
 
 def dark(row: dict[str, Any]) -> str:
     """The dark shares of what the detector's direction is, of what it reads, and of what the value writes."""
-    return "\n".join(f"{name} {row[column]:.2f}" for name, column in DARK.items())
+    return "\n".join(f"{row[name]:.2f}" for name in DARK)
 
 
 def draw(found: ss.Circuits, folder: Path) -> None:
