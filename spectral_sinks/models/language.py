@@ -84,6 +84,8 @@ class LanguageModel:
     @property
     def key_heads(self) -> int:
         """Number of key and value heads per layer (fewer than `heads` in grouped-query attention)."""
+        if self.layout.fused == "heads":
+            return self.heads
         return getattr(self.config, "num_key_value_heads", None) or self.heads
 
     @property
