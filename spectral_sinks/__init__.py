@@ -29,7 +29,7 @@ from spectral_sinks.measure.repetition import distinct, loop_onset, repeated, re
 from spectral_sinks.measure.screen import first_order
 from spectral_sinks.measure.sink import Sink
 from spectral_sinks.measure.sinks import Sinks, find_sinks
-from spectral_sinks.measure.verdict import SinkVerdict, sink_verdict
+from spectral_sinks.measure.verdict import Measured, SinkVerdict, sink_verdict
 from spectral_sinks.measure.weights import weight_shares
 from spectral_sinks.models.attending import AttentionCall, attending
 from spectral_sinks.models.describe import describe
@@ -78,6 +78,7 @@ from spectral_sinks.stats import (
     sequential_p,
     sign_flip,
     summarise,
+    t_interval,
 )
 from spectral_sinks.study import Finding, Study, answer, reproduce, without_last_band
 from spectral_sinks.sweeps.cells import Cell, grid
@@ -164,6 +165,7 @@ __all__ = [
     "mean_keys",
     "mean_residual",
     "mean_values",
+    "Measured",
     "Modes",
     "Move",
     "nearest",
@@ -218,6 +220,7 @@ __all__ = [
     "Sweep",
     "sweep",
     "SweepFile",
+    "t_interval",
     "TOGETHER",
     "trace",
     "uncovered",
