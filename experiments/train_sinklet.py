@@ -69,8 +69,8 @@ class Recipe:
     position: int = 0
     """Where BOS stands in the window: at the start, or at a chosen place, where it is not to be predicted."""
     softmax: Literal["plain", "off-by-one", "learned", "no-first"] = "plain"
-    """What else is in the softmax of attention: nothing, a logit of 0, or one learned for each head; or all keys
-    but the first, which then only sees itself: what becomes of a model without its sink."""
+    """What else is in the softmax of attention: nothing, a logit of 0, or one learned for each head; or all
+    keys but the first, which only sees itself then: what becomes of a model without its sink."""
     start: Path | None = None
     """Folder of a model to go on from (fine-tuning); the initial weights are random without it."""
     seed: int = 0
