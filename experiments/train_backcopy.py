@@ -140,7 +140,7 @@ def train(recipe: Recipe) -> LlamaForCausalLM:
 
 @torch.no_grad()
 def evaluate(model: LlamaForCausalLM, recipe: Recipe) -> dict[str, float]:
-    """Held-out NLL after triggers, which a copying model brings to 0, and elsewhere, above the chain's own."""
+    """Held-out NLL after triggers, which copying brings to 0, and elsewhere, above the chain's own."""
     moves = chain(recipe)
     ids = text(moves, 64, recipe.window, torch.Generator().manual_seed(recipe.seed + 2**20))
     losses, copies = losses_of(model, ids), is_trigger(ids[:, :-1])

@@ -174,8 +174,8 @@ def _maps(model: LanguageModel, layer: Any) -> Tensor:
     weights = model.part(layer, model.layout.attention).output[1]
     if weights is None:
         raise InputError(
-            f"{model.name}: {model.config._attn_implementation!r} attention returns no weights (None): let it "
-            "return them beside its output"
+            f"{model.name}: {model.config._attn_implementation!r} attention returns no weights (None): let "
+            "it return them beside its output"
         )
     return weights
 

@@ -165,8 +165,8 @@ def watch(
     if own is not None:
         sums = np.nansum(total, axis=-1) / (ids >= 0).sum(1)[:, None, None]
         warnings.warn(
-            f"{model.name} runs {own!r} attention, an implementation of its own: measured are the weights that "
-            f"it returns, whose rows sum to {sums.mean():.3g} in the mean (to 1 under softmax)",
+            f"{model.name} runs {own!r} attention, an implementation of its own: measured are the weights "
+            f"that it returns, whose rows sum to {sums.mean():.3g} in the mean (to 1 under softmax)",
             SpectralWarning,
             stacklevel=3,
         )

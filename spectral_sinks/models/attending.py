@@ -167,8 +167,8 @@ def attending(model: "LanguageModel", look: Look) -> Iterator[None]:
         )
     if model.own_attention is not None:
         raise InputError(
-            f"{model.name} runs {model.own_attention!r} attention, an implementation of its own that may be no "
-            "softmax, and this would put a softmax in its place; the weights that it returns are read by "
+            f"{model.name} runs {model.own_attention!r} attention, an implementation of its own that may be "
+            "no softmax, and this would put a softmax in its place; the weights that it returns are read by "
             "find_sinks, attention_by_position and attention_by_head"
         )
     before = model.config._attn_implementation

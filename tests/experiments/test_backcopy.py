@@ -12,6 +12,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 import spectral_sinks as ss
+from spectral_sinks.models.opening import whole_maps
 
 SCRIPT = Path(__file__).parents[2] / "experiments" / "train_backcopy.py"
 WINDOWS = 24
@@ -172,6 +173,8 @@ def test_nothing_puts_a_softmax_in_place_of_another_attention(
     before = returned(relu, windows)
     maps = ss.trace(relu, torch.stack(list(windows.rows)), {}, attention=True, readout=lambda *g: g[2][0])
     assert torch.equal(maps[:, 0], before) and relu.config._attn_implementation == script.RELU
+    with whole_maps(relu):
+        assert torch.equal(returned(relu, windows), before)
     as_softmax = returned(ss.load(folders["relu"], attention="eager"), windows)
     assert (as_softmax - before).abs().max() > 0.1, "else this test could not tell them apart"
 
