@@ -78,3 +78,31 @@ def variants(table: pd.DataFrame, path: Path) -> None:
                 axis.set_xlim(left=-0.02 * axis.get_xlim()[1])
         axes[0, 0].set_yticks(range(len(kinds)), kinds)
         axes[0, 0].invert_yaxis()
+
+
+def tuned(table: pd.DataFrame, path: Path) -> None:
+    """A dot per run, first key visible and masked: NLL, and attention to the strongest other position.
+
+    `table`: kind, first_key, nll, first, strongest_other.
+    """
+    kinds = list(dict.fromkeys(table["kind"]))
+    panels = {
+        "nll": "NLL (nats per token)",
+        "first": "attention to position 0",
+        "strongest_other": "attention to the strongest other",
+    }
+    marks = {"visible": ("o", -0.12, "first key visible"), "masked": ("s", 0.12, "first key masked")}
+    with _figure(path, 1, 3, (10, 1.3 + 0.4 * len(kinds)), sharey=True) as axes:
+        for axis, (column, label) in zip(axes[0], panels.items(), strict=True):
+            for key, (marker, shift, name) in marks.items():
+                part = table[table["first_key"] == key]
+                places = part["kind"].map(kinds.index) + shift
+                style = {"color": "#000000", "markersize": 4, "linestyle": "none"}
+                fill = {"markerfacecolor": "none" if key == "masked" else "#000000"}
+                axis.plot(part[column], places, marker, label=name, **style, **fill)
+            axis.set_xlabel(label)
+            if column != "nll":
+                axis.set_xlim(left=-0.02 * axis.get_xlim()[1])
+        axes[0, 0].set_yticks(range(len(kinds)), kinds)
+        axes[0, 0].invert_yaxis()
+        axes[0, 2].legend(fontsize=7)

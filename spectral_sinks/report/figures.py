@@ -220,6 +220,7 @@ from spectral_sinks.report.circuits import circuits as circuits  # noqa: E402
 from spectral_sinks.report.controls import controls as controls  # noqa: E402
 from spectral_sinks.report.controls import reads as reads  # noqa: E402
 from spectral_sinks.report.designated import designated as designated  # noqa: E402
+from spectral_sinks.report.designated import tuned as tuned  # noqa: E402
 from spectral_sinks.report.designated import variants as variants  # noqa: E402
 from spectral_sinks.report.eu_dark import eu_dark  # noqa: E402
 from spectral_sinks.report.fills import fills as fills  # noqa: E402

@@ -1,6 +1,8 @@
 """Designated sinks: the part after training on a tiny model, the table of variants on tiny runs."""
 
+import importlib.util
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from studies import run, study
 
 import spectral_sinks as ss
 from spectral_sinks.study import find_experiment
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_after_training(tmp_path: Path) -> None:
@@ -65,3 +69,25 @@ def test_variants(tmp_path: Path) -> None:
     over = pd.read_csv(tmp_path / "out" / "designated_over_seeds.csv")
     assert set(over["seeds"]) == {1} and over["low"].isna().all(), "one seed has no interval"
     assert (tmp_path / "out" / "designated_variants.png").stat().st_size > 10_000
+
+
+def test_tuned(tmp_path: Path) -> None:
+    spec = importlib.util.spec_from_file_location("tuned", ROOT / "experiments" / "tuned.py")
+    assert spec and spec.loader
+    script: Any = importlib.util.module_from_spec(spec)
+    sys.modules["tuned"] = script
+    spec.loader.exec_module(script)
+    text = tmp_path / "text.txt"
+    text.write_text(tiny.text(200))
+    before = tiny.save(tmp_path / "before")
+    folders = [made(tmp_path / "a", "no-first"), made(tmp_path / "b")]
+    script.main(script.Options((str(before), *map(str, folders)), tmp_path / "out", str(text)))
+    over = pd.read_csv(tmp_path / "out" / "tuned_over_seeds.csv").set_index(["kind", "first_key", "quantity"])
+    model = ss.load(before)
+    windows = ss.cut(ss.documents(str(text)), model, per_document=1)
+    with ss.attending(model, ss.MaskKey(0)):
+        masked = ss.evaluate(model, windows, {}).nll
+    cost = over.loc[("cost of no first key before", "", "nll difference"), "mean"]
+    assert cost == pytest.approx(masked - ss.evaluate(model, windows, {}).nll, abs=1e-5)
+    assert over.loc[("before", "masked", "first"), "mean"] == pytest.approx(1 / 64, abs=1e-5)
+    assert (tmp_path / "out" / "tuned.png").stat().st_size > 10_000
