@@ -80,7 +80,7 @@ def main(options: Options) -> None:
         if first in runs.index and second in runs.index:
             cost = (runs.loc[first] - runs.loc[second]).dropna()
             low, high = ss.t_interval(cost)
-            row = {"kind": name, "first_key": "", "quantity": "nll difference", "mean": cost.mean()}
+            row = {"kind": name, "first_key": "both", "quantity": "nll difference", "mean": cost.mean()}
             over.append(row | {"low": low, "high": high, "seeds": len(cost)})
     options.out.mkdir(parents=True, exist_ok=True)
     for name, part in (("tuned", table), ("tuned_over_seeds", pd.DataFrame(over))):

@@ -87,7 +87,7 @@ def test_tuned(tmp_path: Path) -> None:
     windows = ss.cut(ss.documents(str(text)), model, per_document=1)
     with ss.attending(model, ss.MaskKey(0)):
         masked = ss.evaluate(model, windows, {}).nll
-    cost = over.loc[("cost of no first key before", "", "nll difference"), "mean"]
+    cost = over.loc[("cost of no first key before", "both", "nll difference"), "mean"]
     assert cost == pytest.approx(masked - ss.evaluate(model, windows, {}).nll, abs=1e-5)
     assert over.loc[("before", "masked", "first"), "mean"] == pytest.approx(1 / 64, abs=1e-5)
     assert (tmp_path / "out" / "tuned.png").stat().st_size > 10_000
