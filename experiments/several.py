@@ -29,6 +29,8 @@ ELSEWHERE, DRAWS, KEPT = 10, 5, (0, 1, 2, 4, 8)
 WHERE = ("first", "itself", "previous", "2 to 8 back", "further back", "none")
 """Where a query's attention goes; "first" wherever position 0 lies."""
 
+SECOND, OBSERVED = "sinks elsewhere by the rule of find_sinks", "observed"
+
 Cell = tuple[Sequence[Any], dict[ss.Site, Any]]
 """Moves of attention, and functions at sites."""
 
@@ -92,7 +94,7 @@ def observe(model: ss.LanguageModel, windows: ss.Windows, cell: Cell = ((), {}))
 def moves(
     model: ss.LanguageModel, windows: ss.Windows, spectrum: ss.Spectrum, below: int, draws: int
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """What each move of the sink does: `move`, `draw` ("" or a control), `quantity`, `mean`, `low`, `high`.
+    """What each move of the sink does: `move`, `draw` ("observed" or a control), `quantity`, `mean`, `low`, `high`.
 
     `position` is the one other than 0 that receives most. The second table: attention by position.
     """
@@ -100,13 +102,13 @@ def moves(
     base = observe(model, windows)
     half = base["alpha"].shape[-1] // 2
     drawn = np.random.default_rng(0).choice(np.arange(1, half + 1), min(ELSEWHERE, half), replace=False)
-    cells: dict[tuple[str, str], Cell] = {("untouched", ""): ((), {})}
+    cells: dict[tuple[str, str], Cell] = {("untouched", OBSERVED): ((), {})}
     for place in (0, *sorted(drawn.tolist())):
-        draw = f"at {place}" if place else ""
+        draw = f"at {place}" if place else OBSERVED
         cells["key masked", draw] = ([ss.MaskKey(place)], {})
         cells["weight dropped", draw] = ([ss.MaskKey(place, renormalise=False)], {})
         cells["dark removed, BOS alone", draw] = ((), {site: dark.at(ss.At(place))})
-    cells["dark removed, all tokens", ""] = ((), {site: dark})
+    cells["dark removed, all tokens", OBSERVED] = ((), {site: dark})
     for seed in range(draws):
         cells["dark removed, all tokens", f"random {seed}"] = ((), {site: ss.rnd(model.d, dark.rank, seed)})
     rows, positions = [], []
@@ -120,6 +122,7 @@ def moves(
             "heads above 0.3 at position 0": (seen["alpha"][..., 0] > EPSILON).sum((1, 2)),
             "heads above 0.3 elsewhere": elsewhere.any(-1).sum((1, 2)),
             "texts with a head above 0.3 elsewhere": elsewhere.any((1, 2, 3)),
+            SECOND: np.full(len(mean), sinks_elsewhere(windows, elsewhere.any((1, 2)))),
             "strongest elsewhere: attention": mean[:, best],
             "strongest elsewhere: over uniform": mean[:, best] / seen["uniform"][:, best],
             "strongest elsewhere: over untouched": mean[:, best] / base["alpha"].mean((1, 2))[:, best],
@@ -130,12 +133,26 @@ def moves(
         for quantity, sample in values.items():
             row = {"move": name, "draw": draw, "quantity": quantity, "position": best}
             rows.append(row | interval(windows, sample))
-        if draw == "":
+        if draw == OBSERVED:
             share = by_document(windows, (seen["alpha"] > EPSILON).any((1, 2))) > 0
             columns = {"attention": mean.mean(0), "uniform": seen["uniform"].mean(0)}
             columns |= {"share_of_documents": share.mean(0), "move": name}
             positions.append(pd.DataFrame(columns).rename_axis("position").reset_index().iloc[: half + 1])
     return pd.DataFrame(rows), pd.concat(positions, ignore_index=True)
+
+
+def sinks_elsewhere(windows: ss.Windows, drawn: np.ndarray) -> int:
+    """Positions and tokens that are sinks by the rule of `find_sinks`; `drawn`, `[windows, positions]`, says
+    where a head gives more than 0.3, from position 1 on.
+    """
+    ids = np.stack([row[1 : drawn.shape[1] + 1].numpy() for row in windows.rows])
+    at = (by_document(windows, drawn) > 0).mean(0) >= 0.5
+    found = int(at.sum())
+    for token in np.unique(ids[drawn & ~at]):
+        held = (ids == token) & ~at
+        holding, drawing = (by_document(windows, x.any(1)) > 0 for x in (held, held & drawn))
+        found += drawing.sum() >= max(3, len(holding) / 4, holding.sum() / 2)
+    return found
 
 
 def dark_tokens(
@@ -192,8 +209,9 @@ def dark_tokens(
 def streaming(model: ss.LanguageModel, windows: ss.Windows) -> pd.DataFrame:
     """NLL of late predictions above full attention by `kept` and `which`, and what more kept tokens save.
 
-    "saved" is the NLL with one kept less that with more; "saved beyond others" less that with position 0 and
-    random others kept, in the mean over draws.
+    Kept are the first tokens, the "next" ones without position 0, others, or position 0 and others.
+    "saved" is the NLL with one kept less that with more; "saved beyond others" that with position 0 and
+    others (mean over draws) less that with the first; "saved by the next" that with none less that with them.
     """
     recent = min(len(row) for row in windows.rows) // 4
     base, generator = observe(model, windows)["late"], np.random.default_rng(0)
@@ -201,6 +219,8 @@ def streaming(model: ss.LanguageModel, windows: ss.Windows) -> pd.DataFrame:
     found: dict[tuple[int, str, int], np.ndarray] = {}
     for kept in KEPT:
         sets: dict[tuple[str, int], Any] = {("first", 0): kept}
+        if kept:
+            sets["next", 0] = range(1, kept + 1)
         for draw in range(DRAWS if kept else 0):
             chosen = generator.choice(others, min(kept, len(others)), replace=False).tolist()
             sets["others", draw] = chosen
@@ -215,9 +235,14 @@ def streaming(model: ss.LanguageModel, windows: ss.Windows) -> pd.DataFrame:
     ]
     for kept in KEPT[2:]:
         mixed = np.mean([found[kept, "0 and others", draw] for draw in range(DRAWS)], 0)
-        for which, values in (("saved", found[1, "first", 0]), ("saved beyond others", mixed)):
+        first, after = found[kept, "first", 0], found[kept, "next", 0]
+        for which, values in {
+            "saved": found[1, "first", 0] - first,
+            "saved beyond others": mixed - first,
+            "saved by the next, without 0": found[0, "first", 0] - after,
+        }.items():
             row = {"kept": kept, "which": which, "draw": 0, "recent": recent}
-            rows.append(row | interval(windows, values - found[kept, "first", 0]))
+            rows.append(row | interval(windows, values))
     return pd.DataFrame(rows)
 
 
@@ -253,12 +278,12 @@ def run(study: ss.Study) -> ss.Finding:
 
 
 def verdict(tables: dict[str, pd.DataFrame], sinks: int) -> str:
-    """One sink, if there is one, no move makes another position one in half of the texts, and a stream of
+    """One sink, if there is one, no move makes another by the rule of `find_sinks`, and a stream of
     text is no better off with more of the first tokens than with BOS and as many others.
     """
-    positions, stream = tables["_positions"], tables["_streaming"]
-    at = positions[(positions["position"] > 0) & (positions["share_of_documents"] >= 0.5)]
-    second = list(at[at["move"] != "untouched"]["move"].unique())
+    moved, stream = tables[""], tables["_streaming"]
+    rows = moved[(moved["quantity"] == SECOND) & (moved["draw"] == OBSERVED) & (moved["mean"] > 0)]
+    second = rows[rows["move"] != "untouched"]["move"].tolist()
     more = stream[(stream["which"] == "saved beyond others") & (stream["low"] > 0)]["kept"].tolist()
     if sinks != 1:
         return f"does not hold here: {sinks} sinks in the untouched model"
@@ -271,9 +296,10 @@ def verdict(tables: dict[str, pd.DataFrame], sinks: int) -> str:
 def answers(tables: dict[str, pd.DataFrame], below: int) -> list[dict[str, Any]]:
     found = []
     for (name, quantity), rows in tables[""].groupby(["move", "quantity"], sort=False):
-        if name == "untouched" and quantity.startswith(("NLL", "more", "strongest elsewhere: over unt")):
+        unchanged = name == "untouched" and quantity.startswith(("NLL", "strongest elsewhere: over unt"))
+        if unchanged or quantity.startswith(("to ", "more to ", "strongest elsewhere: att")):
             continue
-        row, drawn = rows[rows["draw"] == ""].iloc[0], rows[rows["draw"] != ""]["mean"]
+        row, drawn = rows[rows["draw"] == OBSERVED].iloc[0], rows[rows["draw"] != OBSERVED]["mean"]
         control = f"{len(drawn)} controls: {drawn.min():.4f} to {drawn.max():.4f}" if len(drawn) else ""
         at = f"position {row['position']}; " if quantity.startswith("strongest") else ""
         limits = (row["low"], row["high"])
@@ -291,11 +317,12 @@ def answers(tables: dict[str, pd.DataFrame], below: int) -> list[dict[str, Any]]
         quantity = f"exit {below}: share of tokens with {names[row['quantity']]}"
         found.append(ss.answer(quantity, float(row["mean"]), control, (row["low"], row["high"])))
     stream = tables["_streaming"]
-    for row in stream[stream["which"].isin(["first", "saved", "saved beyond others"])].to_dict("records"):
+    for row in stream[~stream["which"].isin(["others", "0 and others"])].to_dict("records"):
         drawn = stream[(stream["kept"] == row["kept"]) & stream["which"].isin(["others", "0 and others"])]
         shown = [f"{w}: {m.min():+.4f} to {m.max():+.4f}" for w, m in drawn.groupby("which")["mean"]]
-        what = "NLL difference" if row["which"] == "first" else f"NLL {row['which']}"
-        name = f"streaming, first {row['kept']} and {row['recent']} recent: {what}"
+        which, what = ("next", "NLL difference") if row["which"] == "next" else ("first", row["which"])
+        what = "NLL difference" if what == "first" else what
+        name = f"streaming, {which} {row['kept']} and {row['recent']} recent: {what}"
         control = "; ".join(shown) if row["which"] == "first" else ""
         found.append(ss.answer(name, row["mean"], control, (row["low"], row["high"])))
     return found
