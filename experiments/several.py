@@ -94,7 +94,7 @@ def observe(model: ss.LanguageModel, windows: ss.Windows, cell: Cell = ((), {}))
 def moves(
     model: ss.LanguageModel, windows: ss.Windows, spectrum: ss.Spectrum, below: int, draws: int
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """What each move of the sink does: `move`, `draw` ("observed" or a control), `quantity`, `mean`, `low`, `high`.
+    """What each move of the sink does: `move`, `draw` ("observed" or a control), `quantity`, and its mean.
 
     `position` is the one other than 0 that receives most. The second table: attention by position.
     """
@@ -122,7 +122,7 @@ def moves(
             "heads above 0.3 at position 0": (seen["alpha"][..., 0] > EPSILON).sum((1, 2)),
             "heads above 0.3 elsewhere": elsewhere.any(-1).sum((1, 2)),
             "texts with a head above 0.3 elsewhere": elsewhere.any((1, 2, 3)),
-            SECOND: np.full(len(mean), sinks_elsewhere(windows, elsewhere.any((1, 2)))),
+            SECOND: np.full(len(mean), sinks_elsewhere(windows, np.asarray(elsewhere.any((1, 2))))),
             "strongest elsewhere: attention": mean[:, best],
             "strongest elsewhere: over uniform": mean[:, best] / seen["uniform"][:, best],
             "strongest elsewhere: over untouched": mean[:, best] / base["alpha"].mean((1, 2))[:, best],
@@ -134,7 +134,7 @@ def moves(
             row = {"move": name, "draw": draw, "quantity": quantity, "position": best}
             rows.append(row | interval(windows, sample))
         if draw == OBSERVED:
-            share = by_document(windows, (seen["alpha"] > EPSILON).any((1, 2))) > 0
+            share = by_document(windows, np.asarray((seen["alpha"] > EPSILON).any((1, 2)))) > 0
             columns = {"attention": mean.mean(0), "uniform": seen["uniform"].mean(0)}
             columns |= {"share_of_documents": share.mean(0), "move": name}
             positions.append(pd.DataFrame(columns).rename_axis("position").reset_index().iloc[: half + 1])
@@ -270,8 +270,9 @@ def run(study: ss.Study) -> ss.Finding:
     tables = measure(model, study.windows, u, below, study.draws)
     for name, table in tables.items():
         study.save(table, f"several{name}")
-    drawn = [tables[k] for k in ("", "_positions", "_dark", "_curve", "_streaming")]
-    ss.figures.several(*drawn, study.figure("several"))
+    moved, positions, stream = tables[""], tables["_positions"], tables["_streaming"]
+    path = study.figure("several")
+    ss.figures.several(moved, positions, tables["_dark"], tables["_curve"], stream, path)
     named = ", ".join(f"{sink.token or 'any token'} at {sink.position}" for sink in sinks) or "none"
     found = [ss.answer("sinks of the untouched model", len(sinks), named)]
     return ss.Finding(found + answers(tables, below), verdict=verdict(tables, len(sinks)))
