@@ -51,6 +51,7 @@ EXPERIMENTS = (
     "reads",
     "circuits",
     "designated",
+    "several",
 )
 """In the order of the story; each is a file of the experiments folder."""
 
