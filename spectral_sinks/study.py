@@ -52,6 +52,7 @@ EXPERIMENTS = (
     "circuits",
     "designated",
     "several",
+    "no_bos",
 )
 """In the order of the story; each is a file of the experiments folder."""
 
