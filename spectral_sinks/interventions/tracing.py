@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from spectral_sinks.errors import InputError
+from spectral_sinks.interventions.remote import remotely
 from spectral_sinks.interventions.sites import ORDER, Kind, Site
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.spectra.filters import Filter
@@ -44,6 +45,7 @@ def bind(interventions: Interventions, ids: Int[Tensor, "batch tokens"]) -> dict
     return {site: bound(edit) for site, edit in interventions.items()}
 
 
+@remotely
 def trace(
     model: LanguageModel,
     ids: Int[Tensor, "batch tokens"],
@@ -143,13 +145,24 @@ def _visit(
         change = torch.zeros_like(projection.output)
         for site, edit in hooks["head"]:
             assert site.head is not None
-            part = mixed[..., site.head * model.head_size : (site.head + 1) * model.head_size]
-            written = part @ model.head_write(site.layer, site.head)
+            here = slice(site.head * model.head_size, (site.head + 1) * model.head_size)
+            if model.weightless:
+                alone = torch.zeros_like(mixed)
+                alone[..., here] = mixed[..., here]
+                written = projection(alone) - projection(torch.zeros_like(mixed))
+            else:
+                written = mixed[..., here] @ model.head_write(site.layer, site.head)
             change = change + (edit(written) - written)
         projection.output = projection.output + change
     attention = layer.get(layout.attention)
     if look is not None:
-        weights.append(look(attention.output[1]))
+        maps = attention.output[1]
+        if maps is None:
+            raise InputError(
+                f"attention weights of {model.name} cannot be read: layer {layer.path} returns none, so the model "
+                "runs another attention than asked for; measure without sink mass: attention='sdpa'"
+            )
+        weights.append(look(maps))
     if "attention" in hooks:
         _rewrite(layer.get(layout.attention_write), hooks["attention"])
     if "mlp-input" in hooks:

@@ -44,7 +44,8 @@ class Reference:
     top: Int[Tensor, "rows"]
     """Most likely next token."""
     expected: Float[Tensor, "rows d"] | None
-    """`p W`; None where logits are capped or rounded to half precision, and are computed anew."""
+    """`p W`; None where logits are capped or rounded to half precision, or the weights are in another
+    process; they are computed anew."""
 
     def to(self, device: torch.device) -> "Reference":
         return self._each(lambda x: x.to(device))
@@ -76,7 +77,7 @@ def untouched(
     rows = final[:, :-1].flatten(0, 1)
     targets = ids[:, 1:].to(final.device).flatten()
     linear = getattr(model.config, "final_logit_softcapping", None) is None
-    linear = linear and torch.finfo(final.dtype).bits >= 32
+    linear = linear and torch.finfo(final.dtype).bits >= 32 and not model.weightless
     weight = model.unembedding_weight
     nll, total, top, expected = [], [], [], []
     for part in _chunks(model, rows):

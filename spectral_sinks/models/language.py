@@ -31,6 +31,8 @@ class LanguageModel:
     layout: Layout
     name: str
     tokenizer: Any = None
+    remote: Any = None
+    """Where its traces run (an `interventions.remote.Remote`); None for this process."""
 
     @property
     def module(self) -> Any:
@@ -81,11 +83,26 @@ class LanguageModel:
 
     @property
     def device(self) -> torch.device:
-        return self.embedding_weight.device
+        """Where tensors for it go; the CPU where the weights are in another process."""
+        weight = self.embedding_weight
+        return torch.device("cpu") if weight.is_meta else weight.device
 
     @property
     def dtype(self) -> torch.dtype:
         return self.embedding_weight.dtype
+
+    def require_weights(self, purpose: str) -> None:
+        """Raise InputError where the weights are in another process."""
+        if self.weightless:
+            raise InputError(
+                f"{purpose} reads the weights of {self.name}, and a server that keeps them apart from what it is "
+                "sent shows none: load the model here, or ask for a key with which it does not"
+            )
+
+    @property
+    def weightless(self) -> bool:
+        """Whether the weights are in another process."""
+        return self.unembedding_weight.is_meta
 
     @property
     def reads_attention(self) -> bool:
@@ -140,7 +157,10 @@ class LanguageModel:
 
     def unembed(self, final: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch vocabulary"]:
         """Logits, float32 at least, of residuals that have passed the final norm."""
-        logits = self.module.get_submodule(self.layout.unembedding).forward(final)
+        if self.weightless:  # inside a trace nnsight has the module called where its weights are
+            logits = self.nn.get(self.layout.unembedding)(final)
+        else:
+            logits = self.module.get_submodule(self.layout.unembedding).forward(final)
         return self.capped(logits.to(torch.promote_types(logits.dtype, torch.float32)))
 
     def capped(self, logits: Float[Tensor, "*batch vocabulary"]) -> Float[Tensor, "*batch vocabulary"]:
@@ -216,12 +236,23 @@ class LanguageModel:
                 f"{self.name} ({self.family}): logits are not unembedding(final norm); its NLL would be wrong"
             )
 
+    @property
+    def settings(self) -> str:
+        """The configuration without what does not change what is computed, as JSON."""
+        kept = {k: v for k, v in self.config.to_dict().items() if k not in INCIDENTAL}
+        return json.dumps(kept, sort_keys=True, default=str)
+
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over all weights and the configuration: what the model computes depends on nothing else."""
+        """SHA-256 over all weights and the configuration: what the model computes depends on nothing else.
+
+        Of weights at a server: over their name, the commit they were published as, and the server.
+        """
         digest = hashlib.sha256()
-        settings = {k: v for k, v in self.config.to_dict().items() if k not in INCIDENTAL}
-        digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+        digest.update(self.settings.encode())
+        if self.remote is not None and self.weightless:
+            digest.update(f"{self.name} at {self.remote.host}, commit {self.remote.commit}".encode())
+            return digest.hexdigest()
         for name, tensor in sorted(self.module.state_dict().items()):
             if tensor.device.type == "meta":
                 raise InputError(f"{self.name}: the weights of {name!r} are not in memory, so have no hash")

@@ -1,0 +1,234 @@
+"""The same functions of a model, called where the model is: at an NDIF server, or in a rehearsal of one.
+
+A model that was loaded with `remote=` carries a `Remote`. A function decorated with `remotely` is then sent to
+the model as one nnsight session, whatever number of traces it makes there, and only what it returns comes back.
+"""
+
+import functools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import nnsight
+import torch
+from nnsight.intervention.backends.local import LocalSimulationBackend
+from nnsight.intervention.backends.remote import RemoteBackend
+from nnsight.ndif import pull_env
+from nnsight.schema.config import CONFIG
+from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
+
+from spectral_sinks.errors import InputError, RemoteError
+from spectral_sinks.interventions.courier import Job, arrival, pack, sources, unpack
+from spectral_sinks.interventions.failures import explained
+from spectral_sinks.models.language import LanguageModel
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+PAYLOAD = 2**28
+"""Bytes of a job, at most."""
+
+TRIES, LONGEST = 5, 60.0
+"""Tries of what may succeed later, and seconds between them, at most."""
+
+RESULT = "ss_result"
+
+
+class TooLarge(InputError):
+    """A job of more bytes than are sent."""
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A job that was sent: what is needed to ask for it, and what it cost."""
+
+    id: str
+    host: str
+    payload: int
+    """Bytes sent."""
+    submitted: float
+    """Seconds since 1970."""
+    seconds: float | None = None
+    """Until its result was here; None for one that was not waited for."""
+    received: int | None = None
+    """Bytes of its result."""
+
+
+@dataclass
+class Remote:
+    """Where a model's traces run, what was found out about it, and the jobs so far."""
+
+    to: bool | str
+    """True for the server that nnsight is configured for, "local" for the rehearsal in this process."""
+    commit: str | None = None
+    """The commit of the checkpoint that the configuration was read from."""
+    factors: torch.dtype | None = None
+    """Dtype in which bases travel; that of the model where None."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What the far end said of itself with its last result."""
+    jobs: list[Sent] = field(default_factory=list)
+
+    @property
+    def host(self) -> str:
+        return "local rehearsal" if self.to == "local" else CONFIG.API.HOST
+
+    def record(self) -> dict[str, Any]:
+        """For manifests and results: where it ran, versions and settings there, and the jobs."""
+        return {
+            "host": self.host,
+            "commit": self.commit,
+            "server": self.facts,
+            "jobs": [job.id for job in self.jobs],
+            "bytes_sent": sum(job.payload for job in self.jobs),
+            "bytes_received": sum(job.received or 0 for job in self.jobs),
+        }
+
+
+def remotely(
+    function: Callable[Concatenate[LanguageModel, P], T],
+) -> Callable[Concatenate[LanguageModel, P], T]:
+    """A function of a model that is called where the model is.
+
+    Its arguments and what it returns travel, so they are small; it needs nothing but numpy and torch there.
+    """
+
+    @functools.wraps(function)
+    def called(model: LanguageModel, *args: P.args, **options: P.kwargs) -> T:
+        if model.remote is None:
+            return function(model, *args, **options)
+        return send(model, called, *args, **options)
+
+    return called
+
+
+def send(model: LanguageModel, function: Callable[..., T], *args: Any, **options: Any) -> T:
+    """What a function returns that is called where the model is.
+
+    Raises InputError as the function does, for what cannot be sent and for a job above the size limit, and
+    RemoteError where the server or the way to it fails, after some tries of what may succeed later.
+    """
+    job, remote = packed(model, function, *args, **options), _remote(model)
+    if remote.to == "local":
+        before = time.time()
+        answer = _session(model, job, LocalSimulationBackend(model.nn))
+        sent = Sent("local", remote.host, len(job), before, time.time() - before, len(answer))
+    else:
+        sent, answer = _persistently(model, lambda: _wait(model, job))
+    return received(model, answer, sent)
+
+
+def submit(model: LanguageModel, function: Callable[..., Any], *args: Any, **options: Any) -> Sent:
+    """Send a job without waiting for it; `fetch` asks for its result. Raises as `send` does."""
+    job = packed(model, function, *args, **options)
+
+    def once() -> Sent:
+        backend = _Backend(model, blocking=False)
+        before = time.time()
+        _session(model, job, backend)
+        assert backend.job_id is not None
+        return Sent(backend.job_id, backend.host, backend.sent, before)
+
+    return _persistently(model, once)
+
+
+def fetch(job: str, model: str = "the model") -> bytes | None:
+    """The packed answer of a job that was submitted; None while it is not done.
+
+    Raises RemoteError for a job that failed or that the server does not know any more.
+    """
+    backend = RemoteBackend("", blocking=False, job_id=job)
+    backend.display.enabled = False
+    try:
+        found = backend.poll()
+    except Exception as error:  # of several libraries
+        raise explained(error, model) from None
+    return None if found is None else found[RESULT]
+
+
+def received(model: LanguageModel, answer: bytes, sent: Sent) -> Any:
+    """What a packed answer says, noted with the model. Raises InputError for what the far end refused."""
+    remote = _remote(model)
+    kind, value, remote.facts = unpack(answer, model)
+    remote.jobs.append(sent)
+    if kind == "refused":
+        raise InputError(value)
+    return value
+
+
+def packed(model: LanguageModel, function: Callable[..., Any], *args: Any, **options: Any) -> bytes:
+    """A job as bytes. Raises InputError for what cannot be sent, TooLarge for more than `PAYLOAD` bytes."""
+    pull_env()  # a user's own modules go along
+    factors = _remote(model).factors or model.dtype
+    call = pack((function, args, options), factors)
+    if len(call) > PAYLOAD:
+        raise TooLarge(
+            f"a job of {len(call) / 2**20:.0f} MB, {PAYLOAD / 2**20:.0f} MB at most: give fewer cells or "
+            "documents at once"
+        )
+    return pack(Job(model.layout, model.name, factors, call))
+
+
+def _session(model: LanguageModel, job: bytes, backend: Any) -> Any:
+    """Run or send a job as one nnsight session; the names are such that nothing else is captured."""
+    ss_nn, ss_job, ss_arrival = model.nn, job, arrival()
+    ss_sources, ss_digest = sources()
+    ss_result: Any = None
+    with ss_nn.session(backend=backend):
+        ss_space = {"__name__": "ss_arrival"}
+        exec(ss_arrival, ss_space)
+        ss_result = nnsight.save(ss_space["run"](ss_nn, ss_sources, ss_digest, ss_job))  # pyright: ignore
+    return ss_result
+
+
+class _Backend(RemoteBackend):
+    """nnsight's, silent, that remembers the job's id and size."""
+
+    def __init__(self, model: LanguageModel, blocking: bool = True) -> None:
+        nn, to = model.nn, _remote(model).to
+        host = to if isinstance(to, str) else None
+        super().__init__(nn.to_model_key(), host=host, env=nn._remoteable_get_env(), blocking=blocking)
+        self.display.enabled = False
+        self.sent = 0
+
+    def _serialize(self, tracer: Any) -> bytes:
+        blob = super()._serialize(tracer)
+        self.sent = len(blob)
+        return blob
+
+    def note(self, response: Any) -> bool:
+        self.job_id = response.id
+        return super().note(response)
+
+
+def _wait(model: LanguageModel, job: bytes) -> tuple[Sent, bytes]:
+    backend = _Backend(model)
+    before = time.time()
+    answer = _session(model, job, backend)
+    if not isinstance(answer, bytes):
+        raise RemoteError("the connection ended before the result came", again=True)
+    seconds = time.time() - before
+    return Sent(str(backend.job_id), backend.host, backend.sent, before, seconds, len(answer)), answer
+
+
+def _persistently(model: LanguageModel, attempt: Callable[[], T]) -> T:
+    """Try, and again after a while, what may succeed later."""
+
+    def once() -> T:
+        try:
+            return attempt()
+        except Exception as error:  # of several libraries
+            raise explained(error, model.name) from None
+
+    tries = Retrying(
+        stop=stop_after_attempt(TRIES),
+        wait=wait_random_exponential(1, LONGEST),
+        retry=retry_if_exception(lambda error: isinstance(error, RemoteError) and error.again),
+        reraise=True,
+    )
+    return tries(once)
+
+
+def _remote(model: LanguageModel) -> Remote:
+    assert isinstance(model.remote, Remote)
+    return model.remote
