@@ -16,12 +16,12 @@ from spectral_sinks.measure.generation import continuation_nll, generate, genera
 from spectral_sinks.measure.lens import ALONE, TOGETHER, band_lens
 from spectral_sinks.measure.repetition import distinct, loop_onset, repeated, repetition
 from spectral_sinks.measure.screen import first_order
+from spectral_sinks.measure.spectra import read_spectrum
 from spectral_sinks.measure.verdict import SinkVerdict, sink_verdict
 from spectral_sinks.measure.weights import weight_shares
 from spectral_sinks.models.describe import describe
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.models.loading import load
-from spectral_sinks.models.matrices import read_spectrum
 from spectral_sinks.models.source import DEFAULT
 from spectral_sinks.report import figures
 from spectral_sinks.report.checking import Check, uncovered, verify

@@ -15,9 +15,9 @@ from spectral_sinks.errors import InputError
 from spectral_sinks.interventions.sites import Site
 from spectral_sinks.interventions.tracing import Interventions
 from spectral_sinks.measure.effects import Effect, evaluate_all
+from spectral_sinks.measure.spectra import read_spectrum
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.models.loading import load
-from spectral_sinks.models.matrices import read_spectrum
 from spectral_sinks.models.source import DEFAULT
 from spectral_sinks.spectra.spectrum import Spectrum
 from spectral_sinks.stats import mean_interval

@@ -79,7 +79,10 @@ def explained(error: BaseException, model: str) -> InputError:
     if "Traceback" in said:  # of the job at the server: its last line says what, the class name which kind
         said = hidden(str(error).strip().splitlines()[-1].strip())
     short = said if len(said) <= 200 else f"{said[:200]}..."
-    connection = isinstance(error, OSError) or type(error).__module__.partition(".")[0] in ("httpx", "websocket")
+    connection = isinstance(error, OSError) or type(error).__module__.partition(".")[0] in (
+        "httpx",
+        "websocket",
+    )
     for pattern, sentence, again in ANSWERS:
         if re.search(pattern, said):
             return RemoteError(sentence.format(host=host, model=model, said=short), again)

@@ -7,21 +7,19 @@ the model as one nnsight session, whatever number of traces it makes there, and 
 import functools
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import nnsight
-import torch
 from nnsight.intervention.backends.local import LocalSimulationBackend
 from nnsight.intervention.backends.remote import RemoteBackend
 from nnsight.ndif import pull_env
-from nnsight.schema.config import CONFIG
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
 from spectral_sinks.errors import InputError, RemoteError
 from spectral_sinks.interventions.courier import Job, arrival, pack, sources, unpack
 from spectral_sinks.interventions.failures import explained
 from spectral_sinks.models.language import LanguageModel
+from spectral_sinks.models.whereabouts import Remote, Sent
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -39,52 +37,6 @@ class TooLarge(InputError):
     """A job of more bytes than are sent."""
 
 
-@dataclass(frozen=True)
-class Sent:
-    """A job that was sent: what is needed to ask for it, and what it cost."""
-
-    id: str
-    host: str
-    payload: int
-    """Bytes sent."""
-    submitted: float
-    """Seconds since 1970."""
-    seconds: float | None = None
-    """Until its result was here; None for one that was not waited for."""
-    received: int | None = None
-    """Bytes of its result."""
-
-
-@dataclass
-class Remote:
-    """Where a model's traces run, what was found out about it, and the jobs so far."""
-
-    to: bool | str
-    """True for the server that nnsight is configured for, "local" for the rehearsal in this process."""
-    commit: str | None = None
-    """The commit of the checkpoint that the configuration was read from."""
-    factors: torch.dtype | None = None
-    """Dtype in which bases travel; that of the model where None."""
-    facts: dict[str, Any] = field(default_factory=dict)
-    """What the far end said of itself with its last result."""
-    jobs: list[Sent] = field(default_factory=list)
-
-    @property
-    def host(self) -> str:
-        return "local rehearsal" if self.to == "local" else CONFIG.API.HOST
-
-    def record(self) -> dict[str, Any]:
-        """For manifests and results: where it ran, versions and settings there, and the jobs."""
-        return {
-            "host": self.host,
-            "commit": self.commit,
-            "server": self.facts,
-            "jobs": [job.id for job in self.jobs],
-            "bytes_sent": sum(job.payload for job in self.jobs),
-            "bytes_received": sum(job.received or 0 for job in self.jobs),
-        }
-
-
 def remotely(
     function: Callable[Concatenate[LanguageModel, P], T],
 ) -> Callable[Concatenate[LanguageModel, P], T]:
@@ -97,6 +49,10 @@ def remotely(
     def called(model: LanguageModel, *args: P.args, **options: P.kwargs) -> T:
         if model.remote is None:
             return function(model, *args, **options)
+        if model.remote.examined is None:
+            from spectral_sinks.interventions.probing import examine  # which sends as well
+
+            examine(model)
         return send(model, called, *args, **options)
 
     return called

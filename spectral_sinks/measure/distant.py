@@ -104,8 +104,5 @@ def joined(parts: Sequence[Measured]) -> Measured:
     """The cells of several jobs one after the other."""
     columns = {field.name: [getattr(part, field.name) for part in parts] for field in fields(Measured)}
     return Measured(
-        **{
-            name: None if values[0] is None else np.concatenate(values)
-            for name, values in columns.items()
-        }
+        **{name: None if values[0] is None else np.concatenate(values) for name, values in columns.items()}
     )

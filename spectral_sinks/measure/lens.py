@@ -126,7 +126,9 @@ def band_lens(
         if bands is not None and not set(bands) <= set(range(1, spectrum.count + 1)):
             raise InputError(f"bands {sorted(bands)}: {spectrum!r} has bands 1 to {spectrum.count}")
     readings = (TOGETHER, ALONE) if alone else (TOGETHER,)
-    made = spectra if model.remote else {name: Reader.of(model, spectrum) for name, spectrum in spectra.items()}
+    made = (
+        spectra if model.remote else {name: Reader.of(model, spectrum) for name, spectrum in spectra.items()}
+    )
     rows: list[dict[str, Any]] = []
     for places, ids in windows.batches(batch_size):
         found = _scored(model, ids.to(model.device), made, sites, readings, bands)

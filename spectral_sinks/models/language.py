@@ -15,6 +15,7 @@ from spectral_sinks.errors import InputError
 from spectral_sinks.models.layout import FAMILIES, Layout
 from spectral_sinks.models.norms import gain_of
 from spectral_sinks.models.opening import OPENING
+from spectral_sinks.models.whereabouts import Remote
 
 INCIDENTAL = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
 """Settings that do not change what a model computes."""
@@ -31,8 +32,8 @@ class LanguageModel:
     layout: Layout
     name: str
     tokenizer: Any = None
-    remote: Any = None
-    """Where its traces run (an `interventions.remote.Remote`); None for this process."""
+    remote: Remote | None = None
+    """Where its traces run; None for this process."""
 
     @property
     def module(self) -> Any:
@@ -89,14 +90,16 @@ class LanguageModel:
 
     @property
     def dtype(self) -> torch.dtype:
+        if self.remote is not None and self.remote.examined:
+            return getattr(torch, self.remote.examined["dtype"])
         return self.embedding_weight.dtype
 
     def require_weights(self, purpose: str) -> None:
         """Raise InputError where the weights are in another process."""
         if self.weightless:
             raise InputError(
-                f"{purpose} reads the weights of {self.name}, and a server that keeps them apart from what it is "
-                "sent shows none: load the model here, or ask for a key with which it does not"
+                f"{purpose} reads the weights of {self.name}, and a server that keeps them apart from the code "
+                "that it is sent shows none: load the model here, or use a server that trusts you"
             )
 
     @property
@@ -251,7 +254,8 @@ class LanguageModel:
         digest = hashlib.sha256()
         digest.update(self.settings.encode())
         if self.remote is not None and self.weightless:
-            digest.update(f"{self.name} at {self.remote.host}, commit {self.remote.commit}".encode())
+            where = f"{self.name} at {self.remote.host}, commit {self.remote.commit}, {self.dtype}"
+            digest.update(where.encode())
             return digest.hexdigest()
         for name, tensor in sorted(self.module.state_dict().items()):
             if tensor.device.type == "meta":

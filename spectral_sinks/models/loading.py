@@ -1,6 +1,7 @@
 """`load`: a model by name, folder, hub id or object."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from spectral_sinks.errors import InputError
+from spectral_sinks.models.afar import weightless
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.models.layout import find_layout
 from spectral_sinks.models.opening import OPENING
 from spectral_sinks.models.parcel import wrap
 from spectral_sinks.models.source import DEFAULT, Source, check_finite, find_source
+from spectral_sinks.models.whereabouts import To, whereabouts
 
 
 def load(
@@ -30,6 +33,8 @@ def load(
     parts: Mapping[str, str] | None = None,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
+    remote: To = False,
+    factors: str | None = None,
 ) -> LanguageModel:
     """A causal language model: the embedded `sinklet`, a Hugging Face id, a folder, or a loaded model.
 
@@ -39,12 +44,19 @@ def load(
     `parts` names modules by hand where they are not found. A model given as an object stays on its device, in
     its dtype and with its attention, and is put into evaluation mode.
 
+    With `remote` all measurements of the model run at the NDIF server that nnsight is configured for (True,
+    or an address), eager attention is asked for there, and no weights are loaded here; "local" rehearses
+    that in this process, on the weights. Bases travel in the model's dtype, or in `factors`.
+
     Raises InputError for a name that is neither a folder nor reachable, for missing, pickled (unless
     allowed) or non-finite weights, for a checkpoint that runs code of its own (unless trusted), and for a
     model whose parts are not found or do not add up.
     """
     if isinstance(model, LanguageModel):
-        return model
+        place = whereabouts(remote, model.remote and model.remote.commit, factors)
+        return model if place is None else replace(model, remote=place)
+    if remote not in (False, "local"):
+        return _afar(model, tokenizer, attention, dtype, parts, revision, trust_remote_code, remote, factors)
     if isinstance(model, (str, Path)):
         if (
             isinstance(dtype, str)
@@ -82,10 +94,32 @@ def load(
         check_finite(f"{name}: {parameter}", weight)
     layout = find_layout(module, parts)
     wrapped = model if isinstance(model, TransformersModel) else wrap(module, tokenizer)
-    loaded = LanguageModel(wrapped, layout, name, tokenizer)
+    loaded = LanguageModel(wrapped, layout, name, tokenizer, whereabouts(remote, None, factors))
     if not loaded.tested or parts:
         loaded.check()
     return loaded
+
+
+def _afar(
+    model: Any,
+    tokenizer: Any,
+    attention: str,
+    dtype: torch.dtype | str,
+    parts: Mapping[str, str] | None,
+    revision: str | None,
+    trust_remote_code: bool,
+    remote: To,
+    factors: str | None,
+) -> LanguageModel:
+    """A model that stays at a server."""
+    if not isinstance(model, str | Path):
+        raise InputError(f"{type(model).__name__}: a server knows models by name: give a Hugging Face id")
+    source = find_source(str(model), revision)
+    refuse_code(source, trust_remote_code)
+    place = whereabouts(remote, source.revision, factors, dtype)
+    tokenizer = tokenizer or load_tokenizer(source, trust_remote_code)
+    nn, layout = weightless(source, tokenizer, attention, dtype, parts, revision, trust_remote_code)
+    return LanguageModel(nn, layout, source.name, tokenizer, place)
 
 
 def _load_module(

@@ -23,7 +23,8 @@ def wrap(module: Any, tokenizer: Any) -> TransformersModel:
     """A transformers model as an nnsight model."""
     # nnsight asks for a tokenizer even where only ids are traced, which never reach it
     placeholder = tokenizer or PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({})))
-    return TransformersModel(module, task="text-generation", tokenizer=placeholder)
+    meta = {"device": "meta"} if next(module.parameters()).is_meta else {}
+    return TransformersModel(module, task="text-generation", tokenizer=placeholder, **meta)
 
 
 def pack(model: LanguageModel) -> tuple[Any, ...]:

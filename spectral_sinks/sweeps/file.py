@@ -9,8 +9,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 
 from spectral_sinks.errors import InputError
+from spectral_sinks.measure.spectra import read_spectrum
 from spectral_sinks.models.loading import load
-from spectral_sinks.models.matrices import read_spectrum
 from spectral_sinks.models.source import DEFAULT
 from spectral_sinks.spectra.filters import Tokens
 from spectral_sinks.spectra.spectrum import Convention
