@@ -1,6 +1,7 @@
 """Spectral filtering of the residual stream: what a model keeps where its vocabulary cannot read."""
 
-from spectral_sinks.errors import InputError, SpectralWarning
+from spectral_sinks.errors import InputError, RemoteError, SpectralWarning
+from spectral_sinks.interventions.probing import examine
 from spectral_sinks.interventions.sites import Site
 from spectral_sinks.interventions.tracing import trace
 from spectral_sinks.measure.attention import (
@@ -14,6 +15,7 @@ from spectral_sinks.measure.effects import Effect, evaluate, evaluate_all, mean_
 from spectral_sinks.measure.energy import energy
 from spectral_sinks.measure.generation import continuation_nll, generate, generate_all
 from spectral_sinks.measure.lens import ALONE, TOGETHER, band_lens
+from spectral_sinks.measure.preflight import preflight
 from spectral_sinks.measure.repetition import distinct, loop_onset, repeated, repetition
 from spectral_sinks.measure.screen import first_order
 from spectral_sinks.measure.spectra import read_spectrum
@@ -61,6 +63,7 @@ from spectral_sinks.study import Finding, Study, answer, reproduce, without_last
 from spectral_sinks.sweeps.cells import Cell, grid
 from spectral_sinks.sweeps.cost import Cost
 from spectral_sinks.sweeps.file import SweepFile
+from spectral_sinks.sweeps.jobs import collect, jobs
 from spectral_sinks.sweeps.ladder import ladder
 from spectral_sinks.sweeps.run import Done, Report, plan, sweep
 from spectral_sinks.sweeps.store import Store
@@ -77,6 +80,7 @@ __all__ = [
     "Cell",
     "Check",
     "Claims",
+    "collect",
     "continuation_nll",
     "Cost",
     "cut",
@@ -89,6 +93,7 @@ __all__ = [
     "energy",
     "evaluate",
     "evaluate_all",
+    "examine",
     "farthest",
     "figures",
     "Filter",
@@ -99,6 +104,7 @@ __all__ = [
     "grid",
     "InputError",
     "intersection",
+    "jobs",
     "keep",
     "ladder",
     "LanguageModel",
@@ -116,6 +122,7 @@ __all__ = [
     "outside",
     "phi",
     "plan",
+    "preflight",
     "principal_cosines",
     "psi",
     "random_spectrum",
@@ -123,6 +130,7 @@ __all__ = [
     "rank_correlation",
     "read_spectrum",
     "received",
+    "RemoteError",
     "remove",
     "repeated",
     "repetition",

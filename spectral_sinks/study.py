@@ -19,6 +19,7 @@ from spectral_sinks.measure.spectra import read_spectrum
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.models.loading import load
 from spectral_sinks.models.source import DEFAULT
+from spectral_sinks.models.whereabouts import To
 from spectral_sinks.spectra.spectrum import Spectrum
 from spectral_sinks.stats import mean_interval
 from spectral_sinks.sweeps.ladder import ladder
@@ -179,6 +180,7 @@ def reproduce(
     out: str | Path = "results",
     only: str | None = None,
     documents: int = 16,
+    remote: To = False,
 ) -> list[Finding]:
     """Run the experiments on a model; tables, figures, NAME_summary.csv and manifest.json land in `out`.
 
@@ -188,7 +190,7 @@ def reproduce(
     runs = {name: find_experiment(name) for name in names}
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    loaded = load(model)
+    loaded = load(model, remote=remote)
     windows = cut(read_documents(limit=documents), loaded, per_document=1)
     spectra = {matrix: read_spectrum(loaded, matrix) for matrix in ("unembedding", "embedding")}
     study = Study(loaded, windows, spectra["unembedding"], spectra["embedding"], out)
@@ -211,6 +213,7 @@ def reproduce(
         "attention": loaded.config._attn_implementation,
         "versions": versions(),
         "draws_per_control": study.draws,
+        **({} if loaded.remote is None else {"remote": loaded.remote.record()}),
     }
     manifest |= {"experiments": _together(out / "manifest.json", manifest, names)}
     with whole(out / "manifest.json") as path:

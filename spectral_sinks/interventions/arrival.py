@@ -1,4 +1,4 @@
-"""What runs at the far end: the package unpacked from its sources, one function of it called, its result packed.
+"""What runs at the far end: the package is unpacked, a function of it called, its result packed.
 
 A server has nnsight, torch, numpy and transformers, but not this package, and perhaps another Python than the
 client, so bytecode cannot travel. This file does as text, and is executed there: it imports nothing of the
@@ -15,7 +15,7 @@ import zlib
 
 PACKAGE = "spectral_sinks"
 
-OPTIONAL = ("datasets", "huggingface_hub", "jaxtyping", "pandas", "psutil", "pyarrow", "scipy", "tqdm")
+OPTIONAL = ("datasets", "jaxtyping", "pandas", "psutil", "pyarrow", "scipy")
 """What the sources import and a server may lack: used at the client alone, or in annotations."""
 
 
@@ -45,7 +45,9 @@ class Placeholder:
 class Absent(types.ModuleType):
     """A library that is not there."""
 
-    __path__ = ()
+    def __init__(self, name):
+        super().__init__(name)
+        self.__path__ = []
 
     def __getattr__(self, name):
         if name.startswith("__"):

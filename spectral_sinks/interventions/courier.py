@@ -1,9 +1,9 @@
 """Jobs as bytes: a function of this package and its arguments one way, its result and the facts the other.
 
-What a job is made of travels thin. Classes and functions of the package go by name, since its sources go along;
-a user's own functions go as source; the model goes as a reference to the server's; a tensor goes without the
-storage it is a view of; a subspace goes as the columns of its spectrum that it stores, each column once for all
-subspaces of the job, or as the seed it was drawn from.
+What a job is made of travels thin. Classes and functions of the package go by name, since its sources go
+along; a user's own functions go as source; the model goes as a reference to the server's; a tensor goes
+without the storage it is a view of; a subspace goes as the columns of its spectrum that it stores, each
+column once for all subspaces of the job, or as the seed it was drawn from.
 """
 
 import hashlib
@@ -165,7 +165,7 @@ class Job:
 
 
 def serve(nn: Any, job: bytes) -> bytes:
-    """Do a job on the nnsight model of this process: what it returned or why it was refused, and the facts."""
+    """Do a job on the nnsight model of this process: what it returned or why it refused, and the facts."""
     given: Job = unpack(job)
     model = LanguageModel(nn, given.layout, given.name, getattr(nn, "tokenizer", None))
     function, args, options = unpack(given.call, model)

@@ -18,20 +18,19 @@ def hidden(text: str) -> str:
 ANSWERS: tuple[tuple[str, str, bool], ...] = (
     (
         r"Invalid API key|Missing or invalid API key|\b401\b|\b403\b",
-        "{host} does not accept the API key: get one at https://login.ndif.us and store it with `nnsight login`, "
-        "or set NDIF_API_KEY",
+        "{host} does not accept the API key: get one at https://login.ndif.us and store it with "
+        "`nnsight login`, or set NDIF_API_KEY",
         False,
     ),
     (
         r"below the minimum|version was not provided|Malformed .* version|architecture on this server",
-        "the versions here and at {host} do not fit together: `spectral-sinks remote check` shows both ({said})",
+        "the versions here and at {host} do not fit together ({said}): see `spectral-sinks remote check`",
         False,
     ),
     (
-        r"Could not deploy|[Ee]rror (provisioning|starting) model|not (currently )?(running|deployed|available)|"
-        r"No deployment",
-        "{model} is not running at {host} and could not be started ({said}): see https://nnsight.net/status for "
-        "the models that are",
+        r"Could not deploy|Error (provisioning|starting) model",
+        "{model} is not running at {host} and could not be started ({said}): https://nnsight.net/status "
+        "lists the models that are",
         False,
     ),
     (

@@ -14,10 +14,10 @@ from spectral_sinks.models.language import LanguageModel
 def examine(model: LanguageModel) -> dict[str, Any]:
     """Run one token through a model that is elsewhere, once, and see that it is the model that is meant.
 
-    Returns what the far end said of itself: versions, dtype, attention implementation, commit. Raises InputError
-    where the server changes token ids, has another configuration or another BOS policy, runs in another dtype
-    than was asked for, returns no attention maps though eager attention was asked for, where a function that
-    changes nothing changes something, and where parts do not add up.
+    Returns what the far end said of itself: versions, dtype, attention implementation, commit. Raises
+    InputError where the server changes token ids, has another configuration or another BOS policy, runs in
+    another dtype than was asked for, returns no attention maps though eager attention was asked for, where a
+    function that changes nothing changes something, and where parts do not add up.
     """
     remote = model.remote
     assert remote is not None
@@ -27,7 +27,7 @@ def examine(model: LanguageModel) -> dict[str, Any]:
             remote.examined = _agreed(model, send(model, probe, _ids(model)))
         finally:
             remote.examined = remote.examined or None
-    return {**remote.examined, **remote.facts}
+    return {**(remote.examined or {}), **remote.facts}
 
 
 def _ids(model: LanguageModel) -> Int[Tensor, "1 1"]:
@@ -71,7 +71,7 @@ def _first(output: Any) -> Tensor:
 
 
 def _near(one: Tensor, other: Tensor) -> bool:
-    return torch.allclose(one, other, rtol=1e-2, atol=1e-2 * float(other.abs().max()))
+    return torch.allclose(one, other, rtol=1e-2, atol=1e-2 * other.abs().max().item())
 
 
 def _agreed(model: LanguageModel, found: dict[str, Any]) -> dict[str, Any]:
@@ -83,7 +83,7 @@ def _agreed(model: LanguageModel, found: dict[str, Any]) -> dict[str, Any]:
         raise InputError(f"{host} runs token ids {found['ids']} where {_ids(model).tolist()} were sent")
     if found["settings"] != model.settings:
         raise InputError(
-            f"{host} runs {model.name} with another configuration than the one read here: give its revision"
+            f"{host} runs {model.name} with another configuration than the one read here: give a revision"
         )
     if model.tokenizer is not None and (found["bos"], found["opens_with_bos"]) != (
         model.bos,
@@ -91,14 +91,14 @@ def _agreed(model: LanguageModel, found: dict[str, Any]) -> dict[str, Any]:
     ):
         raise InputError(
             f"the tokenizer of {model.name} at {host} has BOS {found['bos']} (opens texts: "
-            f"{found['opens_with_bos']}), the one here {model.bos} ({model.opens_with_bos}): give its revision"
+            f"{found['opens_with_bos']}), the one here {model.bos} ({model.opens_with_bos}): give a revision"
         )
     if remote.dtype is not None and found["dtype"] != str(remote.dtype).removeprefix("torch."):
         raise InputError(f"{host} runs {model.name} in {found['dtype']}, asked for was {remote.dtype}")
     if model.reads_attention and not found["maps"]:
         raise InputError(
-            f"{host} returns no attention maps for {model.name}, though asked for eager attention, so sink mass "
-            "cannot be read: measure the rest with load(..., attention='sdpa')"
+            f"{host} returns no attention maps for {model.name}, though asked for eager attention, so sink "
+            "mass cannot be read: measure the rest with load(..., attention='sdpa')"
         )
     if not found["noop"] or not found["adds_up"]:
         what = (

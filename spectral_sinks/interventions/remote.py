@@ -1,7 +1,7 @@
 """The same functions of a model, called where the model is: at an NDIF server, or in a rehearsal of one.
 
-A model that was loaded with `remote=` carries a `Remote`. A function decorated with `remotely` is then sent to
-the model as one nnsight session, whatever number of traces it makes there, and only what it returns comes back.
+A model that was loaded with `remote=` carries a `Remote`. A function decorated with `remotely` is then sent
+to the model as one nnsight session, whatever number of traces it makes there, and what it returns comes back.
 """
 
 import functools
@@ -49,10 +49,6 @@ def remotely(
     def called(model: LanguageModel, *args: P.args, **options: P.kwargs) -> T:
         if model.remote is None:
             return function(model, *args, **options)
-        if model.remote.examined is None:
-            from spectral_sinks.interventions.probing import examine  # which sends as well
-
-            examine(model)
         return send(model, called, *args, **options)
 
     return called
@@ -64,18 +60,20 @@ def send(model: LanguageModel, function: Callable[..., T], *args: Any, **options
     Raises InputError as the function does, for what cannot be sent and for a job above the size limit, and
     RemoteError where the server or the way to it fails, after some tries of what may succeed later.
     """
+    ready(model)
     job, remote = packed(model, function, *args, **options), _remote(model)
     if remote.to == "local":
         before = time.time()
         answer = _session(model, job, LocalSimulationBackend(model.nn))
         sent = Sent("local", remote.host, len(job), before, time.time() - before, len(answer))
     else:
-        sent, answer = _persistently(model, lambda: _wait(model, job))
+        sent, answer = _persistently(model.name, lambda: _wait(model, job))
     return received(model, answer, sent)
 
 
 def submit(model: LanguageModel, function: Callable[..., Any], *args: Any, **options: Any) -> Sent:
     """Send a job without waiting for it; `fetch` asks for its result. Raises as `send` does."""
+    ready(model)
     job = packed(model, function, *args, **options)
 
     def once() -> Sent:
@@ -85,21 +83,22 @@ def submit(model: LanguageModel, function: Callable[..., Any], *args: Any, **opt
         assert backend.job_id is not None
         return Sent(backend.job_id, backend.host, backend.sent, before)
 
-    return _persistently(model, once)
+    return _persistently(model.name, once)
 
 
-def fetch(job: str, model: str = "the model") -> bytes | None:
-    """The packed answer of a job that was submitted; None while it is not done.
+def fetch(job: str, host: str, model: str) -> tuple[bytes | None, bool]:
+    """The packed answer of a job that was submitted, None while it is not done; and whether it is known.
 
-    Raises RemoteError for a job that failed or that the server does not know any more.
+    Raises RemoteError for a job that failed, and where the server cannot be reached.
     """
-    backend = RemoteBackend("", blocking=False, job_id=job)
-    backend.display.enabled = False
-    try:
+
+    def once() -> tuple[bytes | None, bool]:
+        backend = RemoteBackend("", host=host, blocking=False, job_id=job)
+        backend.display.enabled = False
         found = backend.poll()
-    except Exception as error:  # of several libraries
-        raise explained(error, model) from None
-    return None if found is None else found[RESULT]
+        return None if found is None else found[RESULT], backend.status is not None
+
+    return _persistently(model, once)
 
 
 def received(model: LanguageModel, answer: bytes, sent: Sent) -> Any:
@@ -110,6 +109,14 @@ def received(model: LanguageModel, answer: bytes, sent: Sent) -> Any:
     if kind == "refused":
         raise InputError(value)
     return value
+
+
+def ready(model: LanguageModel) -> None:
+    """Look at a model that is elsewhere before the first job relies on it."""
+    if _remote(model).examined is None:
+        from spectral_sinks.interventions.probing import examine  # which sends a job itself
+
+        examine(model)
 
 
 def packed(model: LanguageModel, function: Callable[..., Any], *args: Any, **options: Any) -> bytes:
@@ -167,14 +174,14 @@ def _wait(model: LanguageModel, job: bytes) -> tuple[Sent, bytes]:
     return Sent(str(backend.job_id), backend.host, backend.sent, before, seconds, len(answer)), answer
 
 
-def _persistently(model: LanguageModel, attempt: Callable[[], T]) -> T:
+def _persistently(model: str, attempt: Callable[[], T]) -> T:
     """Try, and again after a while, what may succeed later."""
 
     def once() -> T:
         try:
             return attempt()
         except Exception as error:  # of several libraries
-            raise explained(error, model.name) from None
+            raise explained(error, model) from None
 
     tries = Retrying(
         stop=stop_after_attempt(TRIES),

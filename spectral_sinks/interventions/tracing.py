@@ -73,6 +73,8 @@ def trace(
             f"attention weights of {model.name} cannot be read: it runs "
             f"{model.config._attn_implementation!r} attention; load it with attention='eager'"
         )
+    if gradients and model.weightless:
+        raise InputError(f"gradients of {model.name} cannot be had where its weights are in another process")
     hooks: Hooks = {}
     for site, edit in bind(edits, ids).items():
         site.check(model)
@@ -159,8 +161,8 @@ def _visit(
         maps = attention.output[1]
         if maps is None:
             raise InputError(
-                f"attention weights of {model.name} cannot be read: layer {layer.path} returns none, so the model "
-                "runs another attention than asked for; measure without sink mass: attention='sdpa'"
+                f"attention weights of {model.name} cannot be read: {layer.path} returns none, so it runs "
+                "another attention than asked for; measure without sink mass: attention='sdpa'"
             )
         weights.append(look(maps))
     if "attention" in hooks:

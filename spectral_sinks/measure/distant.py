@@ -1,7 +1,6 @@
 """A batch whose untouched pass and cells are measured where the model is, as many cells to a job as fit."""
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,8 @@ WORK = 2e16
 
 CELLS = 256
 """Cells in a job, at most."""
+
+COLUMNS = ("nll", "kl", "top1_agreement", "removed_energy_share")
 
 Pair = tuple[Measured, Measured]
 """The untouched pass and the cells."""
@@ -102,7 +103,6 @@ def cells_per_job(model: LanguageModel, ids: Tensor) -> int:
 
 def joined(parts: Sequence[Measured]) -> Measured:
     """The cells of several jobs one after the other."""
-    columns = {field.name: [getattr(part, field.name) for part in parts] for field in fields(Measured)}
-    return Measured(
-        **{name: None if values[0] is None else np.concatenate(values) for name, values in columns.items()}
-    )
+    masses = [part.sink_mass for part in parts if part.sink_mass is not None]
+    nll, kl, agrees, removed = (np.concatenate([getattr(part, name) for part in parts]) for name in COLUMNS)
+    return Measured(nll, kl, agrees, removed, np.concatenate(masses) if masses else None)

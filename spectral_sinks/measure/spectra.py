@@ -1,4 +1,4 @@
-"""The spectrum of a model wherever it is: from its weights, from its checkpoint, or computed where they are."""
+"""The spectrum of a model wherever it is: from its weights, its checkpoint, or computed where they are."""
 
 import hashlib
 from typing import Any

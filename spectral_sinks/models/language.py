@@ -98,8 +98,8 @@ class LanguageModel:
         """Raise InputError where the weights are in another process."""
         if self.weightless:
             raise InputError(
-                f"{purpose} reads the weights of {self.name}, and a server that keeps them apart from the code "
-                "that it is sent shows none: load the model here, or use a server that trusts you"
+                f"{purpose} reads the weights of {self.name}, and a server that keeps them apart from the "
+                "code that it is sent shows none: load the model here, or use a server that trusts you"
             )
 
     @property

@@ -56,6 +56,8 @@ def load(
         place = whereabouts(remote, model.remote and model.remote.commit, factors)
         return model if place is None else replace(model, remote=place)
     if remote not in (False, "local"):
+        if device is not None or device_map is not None:
+            raise InputError("a model at a server has the server's devices: give no device and no device_map")
         return _afar(model, tokenizer, attention, dtype, parts, revision, trust_remote_code, remote, factors)
     if isinstance(model, (str, Path)):
         if (

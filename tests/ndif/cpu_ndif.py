@@ -35,7 +35,9 @@ class OnCpu:
 
     def load_from_disk(self) -> HuggingFaceModel:
         self.gpu_mem_bytes_by_id: dict[int, int] = {}
-        model = HuggingFaceModel.from_model_key(self.model_key, dispatch=True, dtype=self.dtype_name, **self.kwargs)
+        model = HuggingFaceModel.from_model_key(
+            self.model_key, dispatch=True, dtype=self.dtype_name, **self.kwargs
+        )
         model._module.requires_grad_(False)
         return model
 

@@ -37,7 +37,18 @@ class Ndif:
     def start(self) -> None:
         """Raises RuntimeError that names the step that did not come up, with the end of its log."""
         ports = self.ports
-        self._run("redis", _redis(), "--port", ports["redis"], "--bind", "127.0.0.1", "--save", "", "--dir", self.folder)
+        self._run(
+            "redis",
+            _redis(),
+            "--port",
+            ports["redis"],
+            "--bind",
+            "127.0.0.1",
+            "--save",
+            "",
+            "--dir",
+            self.folder,
+        )
         self._until("redis", lambda: _listens(ports["redis"]))
         self._run("store", BIN / "moto_server", "-H", "127.0.0.1", "-p", ports["store"])
         self._until("store", lambda: _listens(ports["store"]))
