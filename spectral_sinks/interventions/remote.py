@@ -61,7 +61,7 @@ def send(model: LanguageModel, function: Callable[..., T], *args: Any, **options
     RemoteError where the server or the way to it fails, after some tries of what may succeed later.
     """
     ready(model)
-    job, remote = packed(model, function, *args, **options), _remote(model)
+    job, remote = _fitting(model, function, *args, **options), _remote(model)
     if remote.to == "local":
         before = time.time()
         answer = _session(model, job, LocalSimulationBackend(model.nn))
@@ -74,7 +74,7 @@ def send(model: LanguageModel, function: Callable[..., T], *args: Any, **options
 def submit(model: LanguageModel, function: Callable[..., Any], *args: Any, **options: Any) -> Sent:
     """Send a job without waiting for it; `fetch` asks for its result. Raises as `send` does."""
     ready(model)
-    job = packed(model, function, *args, **options)
+    job = _fitting(model, function, *args, **options)
 
     def once() -> Sent:
         backend = _Backend(model, blocking=False)
@@ -120,16 +120,21 @@ def ready(model: LanguageModel) -> None:
 
 
 def packed(model: LanguageModel, function: Callable[..., Any], *args: Any, **options: Any) -> bytes:
-    """A job as bytes. Raises InputError for what cannot be sent, TooLarge for more than `PAYLOAD` bytes."""
+    """A job as bytes. Raises InputError for what cannot be sent."""
     pull_env()  # a user's own modules go along
     factors = _remote(model).factors or model.dtype
-    call = pack((function, args, options), factors)
-    if len(call) > PAYLOAD:
+    return pack(Job(model.layout, model.name, factors, pack((function, args, options), factors)))
+
+
+def _fitting(model: LanguageModel, function: Callable[..., Any], *args: Any, **options: Any) -> bytes:
+    """A job of no more than `PAYLOAD` bytes. Raises TooLarge."""
+    job = packed(model, function, *args, **options)
+    if len(job) > PAYLOAD:
         raise TooLarge(
-            f"a job of {len(call) / 2**20:.0f} MB, {PAYLOAD / 2**20:.0f} MB at most: give fewer cells or "
+            f"a job of {len(job) / 2**20:.0f} MB, {PAYLOAD / 2**20:.0f} MB at most: give fewer cells or "
             "documents at once"
         )
-    return pack(Job(model.layout, model.name, factors, call))
+    return job
 
 
 def _session(model: LanguageModel, job: bytes, backend: Any) -> Any:

@@ -223,7 +223,7 @@ def test_too_large_a_job_is_cut_and_then_refused(monkeypatch: pytest.MonkeyPatch
     here = ss.evaluate_all(model, windows(model), edits)
     ss.examine(there)
     there.remote.jobs.clear()
-    monkeypatch.setattr(remote, "PAYLOAD", 5_500)
+    monkeypatch.setattr(remote, "PAYLOAD", 6_000)
     found = ss.evaluate_all(there, windows(model), edits)
     assert len(there.remote.jobs) > 1
     assert all(difference(here[name].rows, found[name].rows) < 1e-6 for name in edits)
