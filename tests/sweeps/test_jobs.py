@@ -186,9 +186,9 @@ def test_too_large_jobs_go_in_halves(
 
     cost = ss.plan(afar(file))
     assert isinstance(cost, jobs.RemoteCost)
-    monkeypatch.setattr(remote, "PAYLOAD", cost.bytes // cost.jobs)
+    monkeypatch.setattr(remote, "PAYLOAD", cost.bytes // cost.jobs - 50)
     agree(ss.sweep(afar(file), out), local)
-    assert {len(note.cells) for note in ss.jobs(out)} == {1, 2, 3}
+    assert {len(note.cells) for note in ss.jobs(out)} == {1, 2}
 
 
 def test_a_rehearsed_sweep(file: Path, local: ss.Done, out: Path) -> None:
@@ -216,5 +216,5 @@ def test_bad_input(file: Path, out: Path) -> None:
     assert ss.collect(store.folder) == []
     (store.folder / "jobs").mkdir()
     (store.folder / "jobs" / "x.json").write_text("{")
-    with pytest.raises(ss.InputError, match="x.json is damaged"):
+    with pytest.raises(ss.InputError, match=r"x\.json is damaged"):
         ss.jobs(store.folder)
