@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import pandas as pd
 from tqdm import tqdm
 
-from spectral_sinks.errors import InputError
+from spectral_sinks.errors import InputError, RemoteError, SpectralWarning
 from spectral_sinks.interventions.sites import Site
 from spectral_sinks.interventions.tracing import Interventions
 from spectral_sinks.measure.effects import Effect, evaluate_all
@@ -184,6 +185,8 @@ def reproduce(
 ) -> list[Finding]:
     """Run the experiments on a model; tables, figures, NAME_summary.csv and manifest.json land in `out`.
 
+    Of a model at a server, experiments that cannot be had there are left out, with a warning.
+
     Raises InputError for an unknown experiment, OSError where `out` cannot be written.
     """
     names = EXPERIMENTS if only is None else (only,)
@@ -197,7 +200,13 @@ def reproduce(
     findings: list[Finding] = []
     for name, run in runs.items():
         began = time.monotonic()
-        found = run(study)
+        try:
+            found = run(study)
+        except InputError as error:
+            if loaded.remote is None or only is not None or isinstance(error, RemoteError):
+                raise
+            warnings.warn(f"experiment {name!r} is left out: {error}", SpectralWarning, stacklevel=2)
+            continue
         findings.append(replace(found, name=name, seconds=time.monotonic() - began))
         summary = pd.DataFrame([{"experiment": name, **row} for row in found.answers])
         study.save(summary, f"{name}_summary")
@@ -213,9 +222,11 @@ def reproduce(
         "attention": loaded.config._attn_implementation,
         "versions": versions(),
         "draws_per_control": study.draws,
-        **({} if loaded.remote is None else {"remote": loaded.remote.record()}),
     }
-    manifest |= {"experiments": _together(out / "manifest.json", manifest, names)}
+    done = [found.name for found in findings]
+    manifest |= {"experiments": _together(out / "manifest.json", manifest, done)}
+    if loaded.remote is not None:
+        manifest["remote"] = loaded.remote.record()
     with whole(out / "manifest.json") as path:
         path.write_text(json.dumps(manifest, indent=1) + "\n")
     if len(verdicts := _verdicts(out / "verdicts.csv", findings, manifest["experiments"])):

@@ -11,6 +11,7 @@ import io
 import json
 import pickle
 import platform
+import re
 import zlib
 from dataclasses import dataclass
 from functools import cache
@@ -25,12 +26,17 @@ from torch import Tensor
 from spectral_sinks.errors import InputError
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.models.layout import Layout
+from spectral_sinks.spectra.filters import Mean
 from spectral_sinks.spectra.spectrum import Spectrum
 from spectral_sinks.spectra.subspace import Subspace, random_subspace
 
 PACKAGE = Path(__file__).parents[1]
 ROOMS = ("errors.py", "stats.py", "texts.py", "spectra", "models", "interventions", "measure")
 """What a measurement may need at the server."""
+
+
+DRAWN = re.compile(r"random (\d+) (\d+) (\d+)")
+"""The `source` of a random subspace: width, rank, seed."""
 
 
 @cache
@@ -87,6 +93,9 @@ class Packer(CustomCloudPickler):
             return tensor, (raw, str(obj.dtype).removeprefix("torch."), tuple(obj.shape))
         if isinstance(obj, Subspace):
             return self._subspace(obj)
+        if isinstance(obj, Mean) and self._factors is not None:  # used in float32 at least
+            kind = torch.promote_types(self._factors, torch.float32)
+            return Mean, (obj.reference.to(kind), obj.source)
         if isinstance(obj, Spectrum) and self._factors is not None:
             fields = (obj.values, obj.matrix, obj.convention, obj.tied, obj.fingerprint, obj.count)
             return _spectrum, (obj.vectors.to(self._factors), *fields)
@@ -97,8 +106,8 @@ class Packer(CustomCloudPickler):
         return made, (*args, None, file, line), *rest  # annotations may name what the server lacks
 
     def _subspace(self, space: Subspace) -> Any:
-        if space.source.startswith("random "):
-            return _random, (space.source, space.name, space.complemented)
+        if drawn := DRAWN.fullmatch(space.source):
+            return _random, (*map(int, drawn.groups()), space.name, space.complemented)
         if self._factors is None or space.members is None or space.spectrum is None:
             basis = space.basis if self._factors is None else space.basis.to(self._factors)
             return Subspace, (basis, space.name, space.complemented)
@@ -202,9 +211,8 @@ def _of_columns(columns: Columns, stored: Tensor, name: str, complemented: bool,
     return columns.subspace(stored, name, complemented, dtype)
 
 
-def _random(source: str, name: str, complemented: bool) -> Subspace:
-    _, d, rank, seed = source.split()
-    drawn = random_subspace(int(d), int(rank), int(seed))
+def _random(d: int, rank: int, seed: int, name: str, complemented: bool) -> Subspace:
+    drawn = random_subspace(d, rank, seed)
     return (drawn if drawn.complemented == complemented else drawn.complement()).named(name)
 
 

@@ -5,6 +5,7 @@ to the model as one nnsight session, whatever number of traces it makes there, a
 """
 
 import functools
+import sys
 import time
 from collections.abc import Callable
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -63,8 +64,11 @@ def send(model: LanguageModel, function: Callable[..., T], *args: Any, **options
     ready(model)
     job, remote = _fitting(model, function, *args, **options), _remote(model)
     if remote.to == "local":
-        before = time.time()
-        answer = _session(model, job, LocalSimulationBackend(model.nn))
+        before, path = time.time(), list(sys.path)
+        try:
+            answer = _session(model, job, LocalSimulationBackend(model.nn))
+        finally:
+            sys.path[:] = path  # nnsight puts back what it hid at the end
         sent = Sent("local", remote.host, len(job), before, time.time() - before, len(answer))
     else:
         sent, answer = _persistently(model.name, lambda: _wait(model, job))

@@ -2,13 +2,13 @@
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,10 @@ import psutil
 HERE = Path(__file__).parent
 BIN = Path(sys.executable).parent
 PATIENCE = 240.0
-"""Seconds for all of it to be up."""
+"""Seconds for each part to be up."""
+
+TRIES = 3
+"""Of Ray."""
 
 
 class Ndif:
@@ -29,6 +32,8 @@ class Ndif:
         names = ("redis", "store", "head", "client", "api", "board")
         self.ports = dict(zip(names, _free(len(names)), strict=True))
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.family: set[psutil.Process] = set()
+        """What they started, so far."""
 
     @property
     def host(self) -> str:
@@ -52,7 +57,13 @@ class Ndif:
         self._until("redis", lambda: _listens(ports["redis"]))
         self._run("store", BIN / "moto_server", "-H", "127.0.0.1", "-p", ports["store"])
         self._until("store", lambda: _listens(ports["store"]))
-        self.start_ray()
+        for left in reversed(range(TRIES)):
+            try:
+                self.start_ray()
+                break
+            except RuntimeError:  # on a busy machine Ray does not wait long enough for itself
+                if not left:
+                    raise
         self.start_api()
 
     def start_ray(self) -> None:
@@ -77,20 +88,18 @@ class Ndif:
         )
         self._until("api", lambda: _answers(f"{self.host}/connected"))
 
-    def kill(self, *names: str) -> None:
-        """Kill some of it without warning, and what it started; all of it where none is named."""
-        for name in reversed(names or tuple(self.processes)):
-            process = self.processes.pop(name, None)
-            if process is None:
-                continue
-            family = [psutil.Process(process.pid)] if process.poll() is None else []
-            family += [child for parent in family for child in parent.children(recursive=True)]
-            for member in family:
-                try:
-                    member.send_signal(signal.SIGKILL)
-                except psutil.NoSuchProcess:
-                    continue
-            psutil.wait_procs(family, timeout=20)
+    def kill(self) -> None:
+        """Kill all of it without warning, and what it started."""
+        family = {*self.family, *(child for each in self.processes.values() for child in _children(each.pid))}
+        for process in self.processes.values():
+            process.kill()
+        for member in family:
+            with suppress(psutil.NoSuchProcess):  # which it knows by its start, should the id be another's
+                member.kill()
+        for process in self.processes.values():
+            process.wait(timeout=20)
+        psutil.wait_procs(family, timeout=20)
+        self.processes, self.family = {}, set()
 
     def environment(self) -> dict[str, str]:
         ports = self.ports
@@ -134,6 +143,15 @@ class Ndif:
                 log = (self.folder / f"{name}.log").read_text(errors="replace")[-2000:]
                 raise RuntimeError(f"step {name!r} did not come up (exit status {ended}):\n{log}")
             time.sleep(0.2)
+        for process in self.processes.values():
+            self.family |= _children(process.pid)
+
+
+def _children(pid: int) -> set[psutil.Process]:
+    try:
+        return set(psutil.Process(pid).children(recursive=True))
+    except psutil.NoSuchProcess:
+        return set()
 
 
 def _redis() -> str:
