@@ -46,6 +46,8 @@ class Fake:
         self.results: dict[str, bytes] = {}
         self.holds = False
         """Whether jobs stay queued."""
+        self.version: str | None = None
+        """What it takes its transformers for."""
         self.packages = {"nnsight": nnsight.__version__, "transformers": "", "torch": torch.__version__}
 
     def __call__(self, request: httpx.Request) -> httpx.Response:
@@ -99,7 +101,11 @@ class Fake:
 
     def run(self, blob: bytes, compress: bool) -> bytes:
         """As the server's model actor does it."""
-        with _sources():
+        import transformers
+
+        with _sources(), pytest.MonkeyPatch.context() as patch:
+            if self.version is not None:
+                patch.setattr(transformers, "__version__", self.version)
             objects = self.nn._remoteable_persistent_objects()
             tracer = RequestModel.deserialize(blob, objects, compress=compress)
             depth = _depth()

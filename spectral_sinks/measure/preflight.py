@@ -23,7 +23,7 @@ PATIENCE = 10.0
 MUST_AGREE = ("nnsight", "transformers")
 """Libraries whose minor version must be the same on both sides; of the others a difference is told."""
 
-TOLD = (*MUST_AGREE, "torch", "numpy")
+TOLD = (*MUST_AGREE, "torch")
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ def preflight(model: str = DEFAULT, **options: Any) -> Iterator[Step]:
 
     def token() -> str:
         found = examine(loaded[0])
+        _agreed(found)
         return (
             f"dtype {found['dtype']}, attention {found['attention']}, BOS {found['bos']}; writing a residual "
             "back changes no bit of the logits, parts add up"
@@ -93,17 +94,23 @@ def _key() -> str:
 
 
 def _versions() -> str:
-    there = ndif.get_remote_env(force_refresh=True)
-    remote = {**there["packages"], "python": there["python_version"].split()[0]}
+    try:
+        there = ndif.get_remote_env(force_refresh=True)
+    except httpx.HTTPError:  # a server at work may take long over it, and a pass tells as well
+        return "the server does not list them now; the pass of one token will"
+    return _agreed({**there["packages"], "python": there["python_version"].split()[0]})
+
+
+def _agreed(remote: dict[str, Any]) -> str:
+    """Versions on both sides. Raises RemoteError where they must be the same and are not."""
     here = {name: _installed(name) for name in TOLD} | {"python": python_version()}
-    told = ", ".join(f"{name} {here[name]} / {remote.get(name, '-')}" for name in here)
     for name in MUST_AGREE:
         if _minor(here[name]) != _minor(remote.get(name, "")):
             raise RemoteError(
                 f"{name} {here[name]} here and {remote.get(name, 'none')} at {CONFIG.API.HOST}: "
                 f"pip install {name}=={remote.get(name, '')}"
             )
-    return f"here / there: {told}"
+    return "here / there: " + ", ".join(f"{name} {here[name]} / {remote.get(name, '-')}" for name in here)
 
 
 def _running(model: LanguageModel) -> str:

@@ -212,6 +212,19 @@ def test_preflight(fake: fakendif.Fake, folder: Path, capsys: pytest.CaptureFixt
     assert fakendif.without_key(ran.out + ran.err)
 
 
+def test_preflight_finds_other_versions_in_a_pass(
+    fake: fakendif.Fake, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(**_: Any) -> Any:
+        raise httpx.ReadTimeout("The read operation timed out")
+
+    monkeypatch.setattr(fakendif.ndif, "get_remote_env", slow)
+    assert all(step.ok for step in ss.preflight(str(folder)))
+    fake.version = "4.40.0"
+    *_, last = ss.preflight(str(folder))
+    assert (last.name, last.ok) == ("one token", False) and "transformers==4.40.0" in last.found
+
+
 def test_preflight_without_a_key(fake: fakendif.Fake, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fakendif.CONFIG.API, "APIKEY", None)
     *_, last = ss.preflight(str(folder))
