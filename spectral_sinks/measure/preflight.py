@@ -17,7 +17,7 @@ from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.models.loading import load
 from spectral_sinks.models.source import DEFAULT
 
-PATIENCE = 10.0
+PATIENCE = 30.0
 """Seconds for an answer to a small question."""
 
 MUST_AGREE = ("nnsight", "transformers")
