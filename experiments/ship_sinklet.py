@@ -2,9 +2,10 @@
 
 Question: how are NLL, attention sink, norm and darkness born over training, in the shipped run and in the
 ones that were not chosen?
-Design: the logs that `train_sinklet.py` wrote, one line per evaluation on held-out text, a figure of all.
+Design: the logs that `train_sinklet.py` wrote, one line per evaluation on held-out text, a figure of all. The
+twin, trained with `--no-bos` and otherwise alike, becomes the negative control `sinklet-nobos`.
 
-    python experiments/ship_sinklet.py --run runs/sinklet --text FOLDER --others runs/other ...
+    python experiments/ship_sinklet.py --run runs/sinklet --text FOLDER --twin runs/nobos --others runs/A ...
 """
 
 import gzip
@@ -17,6 +18,7 @@ import numpy as np
 import pandas as pd
 import tyro
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, processors
 
 import spectral_sinks as ss
 
@@ -31,6 +33,8 @@ class Shipment:
     """Folder of the chosen run."""
     text: Path
     """Folder with wiki_heldout.jsonl.gz."""
+    twin: Path | None = None
+    """Folder of the run without BOS."""
     others: tuple[Path, ...] = ()
     """Folders of runs that were not chosen, for the figure."""
     out: Path = Path("results")
@@ -59,19 +63,22 @@ def excerpt(text: str, characters: int) -> str:
     return text[: text.rfind("\n", 0, characters)].rstrip()
 
 
-def main(shipment: Shipment) -> None:
-    folder = PACKAGE / "sinklet"
+def ship(run: Path, folder: Path) -> None:
+    """Copy weights, settings and the tokenizer, which opens a text with BOS where the run did."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in (
-        "config.json",
-        "generation_config.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "recipe.json",
-    ):
-        shutil.copy(shipment.run / "model" / name, folder / name)
-    weights = load_file(shipment.run / "model" / "model.safetensors")
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json", "recipe.json"):
+        shutil.copy(run / "model" / name, folder / name)
+    tokenizer = Tokenizer.from_file(str(run / "model" / "tokenizer.json"))
+    if not json.loads((folder / "recipe.json").read_text())["bos"]:
+        tokenizer.post_processor = processors.Sequence([])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    save_file(load_file(run / "model" / "model.safetensors"), folder / "model.safetensors", {"format": "pt"})
+
+
+def main(shipment: Shipment) -> None:
+    ship(shipment.run, PACKAGE / "sinklet")
+    if shipment.twin:
+        ship(shipment.twin, PACKAGE / "sinklet-nobos")
     with gzip.open(shipment.text / "wiki_heldout.jsonl.gz", "rt") as lines:
         articles = [json.loads(line) for line in lines][: shipment.articles]
     with (PACKAGE / "corpus.jsonl").open("w") as corpus:

@@ -16,13 +16,23 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import tyro
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+from transformers.masking_utils import eager_mask
 
 
 @dataclass(frozen=True)
@@ -55,7 +65,14 @@ class Recipe:
     """Weight of the loss at position 0, the prediction from BOS alone. 1 / 16 weighs it against the rest as a
     window of 4096 tokens would; at full weight, part of BOS stays in the head of the spectrum to make it."""
     bos: bool = True
-    """Open every window with BOS; without it, windows start anywhere."""
+    """Put BOS into every window; without it, windows start anywhere."""
+    position: int = 0
+    """Where BOS stands in the window: at the start, or at a chosen place, where it is not to be predicted."""
+    softmax: Literal["plain", "off-by-one", "learned", "no-first"] = "plain"
+    """What else is in the softmax of attention: nothing, a logit of 0, or one learned for each head; or all
+    keys but the first, which only sees itself then: what becomes of a model without its sink."""
+    start: Path | None = None
+    """Folder of a model to go on from (fine-tuning); the initial weights are random without it."""
     seed: int = 0
     evaluate_every: int = 250
     threads: int = 1
@@ -115,11 +132,11 @@ def sample(stream: np.ndarray, recipe: Recipe, step: int) -> torch.Tensor:
     draw = np.random.default_rng((recipe.seed, step))
     starts = draw.integers(len(stream) - span, size=recipe.batch * half)
     rows = np.stack([stream[start : start + span] for start in starts]).astype(np.int64)
-    return torch.from_numpy(with_bos(rows, recipe.bos))
+    return torch.from_numpy(with_bos(rows, recipe))
 
 
-def with_bos(rows: np.ndarray, bos: bool) -> np.ndarray:
-    return np.pad(rows, ((0, 0), (1, 0))) if bos else rows
+def with_bos(rows: np.ndarray, recipe: Recipe) -> np.ndarray:
+    return np.insert(rows, recipe.position, 0, axis=1) if recipe.bos else rows
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:
@@ -130,7 +147,10 @@ def learning_rate(recipe: Recipe, step: int) -> float:
 
 def build(recipe: Recipe) -> LlamaForCausalLM:
     torch.manual_seed(recipe.seed)
-    return AutoModelForCausalLM.from_config(
+    attention = {"plain": "eager", "no-first": NO_FIRST}.get(recipe.softmax, WITH_SINK)
+    if recipe.start:
+        return AutoModelForCausalLM.from_pretrained(recipe.start, attn_implementation=attention)
+    model = AutoModelForCausalLM.from_config(
         LlamaConfig(
             vocab_size=recipe.vocabulary,
             hidden_size=recipe.width,
@@ -143,13 +163,45 @@ def build(recipe: Recipe) -> LlamaForCausalLM:
             bos_token_id=0,
             eos_token_id=None,
         ),
-        attn_implementation="eager",
+        attn_implementation=attention,
     )
+    if attention == WITH_SINK:
+        for layer in model.model.layers:
+            logits = torch.zeros(recipe.heads)
+            layer.self_attn.sinks = torch.nn.Parameter(logits, requires_grad=recipe.softmax == "learned")
+    return model
+
+
+def attention_with_sink(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **options: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eager attention with a further logit per head in its softmax, which has no value."""
+    scores = query @ key.transpose(2, 3) * options["scaling"] + mask[..., : key.shape[2]]
+    sinks = module.sinks.view(1, -1, 1, 1).expand(*scores.shape[:3], 1).to(scores.dtype)
+    weights = torch.cat([scores, sinks], dim=-1).softmax(-1, dtype=torch.float32)[..., :-1].to(value.dtype)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+def attention_without_first(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **options: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eager attention in which only the first query sees the first key."""
+    scores = query @ key.transpose(2, 3) * options["scaling"] + mask[..., : key.shape[2]]
+    hidden = torch.zeros(scores.shape[-2:], dtype=torch.bool, device=scores.device)
+    hidden[1:, 0] = True
+    weights = scores.masked_fill(hidden, -torch.inf).softmax(-1, dtype=torch.float32).to(value.dtype)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+WITH_SINK, NO_FIRST = "eager_with_sink", "eager_without_first"
+for _name, _attention in ((WITH_SINK, attention_with_sink), (NO_FIRST, attention_without_first)):
+    AttentionInterface.register(_name, _attention)
+    AttentionMaskInterface.register(_name, eager_mask)
 
 
 def optimiser(model: LlamaForCausalLM, recipe: Recipe) -> torch.optim.AdamW:
     matrices = [p for p in model.parameters() if p.ndim > 1]
-    gains = [p for p in model.parameters() if p.ndim == 1]
+    gains = [p for p in model.parameters() if p.ndim == 1 and p.requires_grad]
     groups = [
         {"params": matrices, "weight_decay": recipe.weight_decay},
         {"params": gains, "weight_decay": 0.0},
@@ -158,21 +210,25 @@ def optimiser(model: LlamaForCausalLM, recipe: Recipe) -> torch.optim.AdamW:
 
 
 @torch.no_grad()
-def birth(model: LlamaForCausalLM, ids: torch.Tensor) -> dict[str, float | list[float]]:
-    """Held-out NLL and the state of the sink (definitions: spectral_sinks.measure)."""
+def birth(model: LlamaForCausalLM, ids: torch.Tensor, recipe: Recipe) -> dict[str, float | list[float]]:
+    """Held-out NLL and the state of the sink where BOS stands (definitions: spectral_sinks.measure)."""
     model.eval()
-    nll = float(model(ids, labels=ids).loss)
+    sink = recipe.position
+    nll = float(losses_of(model(ids[:, :-1]).logits, ids, recipe).mean())
     out = model(ids[:, :64], output_attentions=True, output_hidden_states=True)
-    alpha = torch.stack([a[..., 0].mean(-1) for a in out.attentions], 1)  # documents, layers, heads
+    alpha = torch.stack(
+        [a[:, :, sink:, sink].mean(-1) for a in out.attentions], 1
+    )  # documents, layers, heads
     dark = torch.linalg.svd(model.lm_head.weight.double(), full_matrices=False)[2]
     dark = dark[-round(0.05 * dark.shape[0]) :].T.float()
     ratio, share, others = [], [], []
     for h in out.hidden_states[1:-1]:  # exits of all layers but the last, which is already normed
         norm = h.norm(dim=-1)
         energy = (h @ dark).pow(2).sum(-1) / norm.pow(2)
-        ratio.append(float((norm[:, 0] / norm[:, 1:].median(dim=1).values).mean()))
-        share.append(float(energy[:, 0].mean()))
-        others.append(float(energy[:, 1:].mean()))
+        rest = torch.arange(norm.shape[1]) != sink
+        ratio.append(float((norm[:, sink] / norm[:, rest].median(dim=1).values).mean()))
+        share.append(float(energy[:, sink].mean()))
+        others.append(float(energy[:, rest].mean()))
     model.train()
     return {
         "heldout_nll": nll,
@@ -182,6 +238,14 @@ def birth(model: LlamaForCausalLM, ids: torch.Tensor) -> dict[str, float | list[
         "dark_share": share,
         "other_dark_share": others,
     }
+
+
+def losses_of(logits: torch.Tensor, ids: torch.Tensor, recipe: Recipe) -> torch.Tensor:
+    """NLL by window and predicted token, without the prediction of BOS itself."""
+    nll = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), ids[:, 1:], reduction="none")
+    if not recipe.bos or recipe.position == 0:
+        return nll
+    return torch.cat([nll[:, : recipe.position - 1], nll[:, recipe.position :]], dim=1)
 
 
 def save(state: dict[str, object], path: Path) -> None:
@@ -201,7 +265,7 @@ def main(recipe: Recipe) -> None:
     span = recipe.window - recipe.bos
     rows = heldout[: len(heldout) // span * span].reshape(-1, span)
     rows = rows[:: max(1, len(rows) // 64)][:64].astype(np.int64)
-    held = torch.from_numpy(with_bos(rows, recipe.bos))
+    held = torch.from_numpy(with_bos(rows, recipe))
 
     model = build(recipe)
     adam = optimiser(model, recipe)
@@ -218,7 +282,7 @@ def main(recipe: Recipe) -> None:
     def loss_of(ids: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             logits = model(ids[:, :-1], use_cache=False).logits
-        nll = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), ids[:, 1:], reduction="none")
+        nll = losses_of(logits, ids, recipe)
         return nll.mean() - (1 - recipe.first) * nll[:, 0].mean() / nll.shape[1]
 
     compiled = torch.compile(loss_of) if recipe.compile else loss_of
@@ -227,7 +291,7 @@ def main(recipe: Recipe) -> None:
     for step in tqdm(range(first, recipe.steps + 1), initial=first, total=recipe.steps, mininterval=10):
         if step % recipe.evaluate_every == 0 or step == recipe.steps:
             row = {"step": step, "tokens": step * recipe.batch * recipe.window}
-            row |= {"train_nll": float(np.mean(losses)) if losses else math.nan} | birth(model, held)
+            row |= {"train_nll": float(np.mean(losses)) if losses else math.nan} | birth(model, held, recipe)
             row |= {"seconds": round(time.monotonic() - began, 1)}
             losses = []
             if step > first or step == 0:
@@ -246,6 +310,13 @@ def main(recipe: Recipe) -> None:
         adam.zero_grad(set_to_none=True)
         losses.append(loss.item())
     final = recipe.out / "model"
+    if recipe.softmax in ("off-by-one", "learned"):
+        final.mkdir(exist_ok=True)
+        attention: list[Any] = [layer.self_attn for layer in model.model.layers]
+        sinks = torch.stack([part.sinks.detach() for part in attention])
+        save_file({"sink_logits": sinks}, final / "sinks.safetensors")
+        for part in attention:
+            del part.sinks
     model.save_pretrained(final)
     tokenizer.save_pretrained(final)
     described = {key: value for key, value in asdict(recipe).items() if not isinstance(value, Path)}

@@ -1,7 +1,10 @@
 """Spectral filtering of the residual stream: what a model keeps where its vocabulary cannot read."""
 
 from spectral_sinks.errors import InputError, RemoteError, SpectralWarning
+from spectral_sinks.interventions.added import KeyBias, Prefix, SinkLogit
+from spectral_sinks.interventions.moves import Move
 from spectral_sinks.interventions.probing import examine
+from spectral_sinks.interventions.sinks import CopyKey, MaskKey, Restrict, SetValue, Streaming
 from spectral_sinks.interventions.sites import Site
 from spectral_sinks.interventions.tracing import trace
 from spectral_sinks.measure.attention import (
@@ -11,24 +14,38 @@ from spectral_sinks.measure.attention import (
     uniform_attention,
 )
 from spectral_sinks.measure.bars import candidates, mark_bars, matched, received
+from spectral_sinks.measure.circuits import head_use
+from spectral_sinks.measure.compare import Comparison, compare
+from spectral_sinks.measure.designated import Designation, designate
+from spectral_sinks.measure.detectors import Detectors, detectors
 from spectral_sinks.measure.effects import Effect, evaluate, evaluate_all, mean_residual
 from spectral_sinks.measure.energy import energy
 from spectral_sinks.measure.generation import continuation_nll, generate, generate_all
 from spectral_sinks.measure.lens import ALONE, TOGETHER, band_lens
+from spectral_sinks.measure.massive import massive_activations
+from spectral_sinks.measure.noop import Circuits, no_op_circuits
+from spectral_sinks.measure.positions import PositionAttention, attention_by_position
 from spectral_sinks.measure.preflight import preflight
+from spectral_sinks.measure.references import massive_channels, mean_keys, mean_values
 from spectral_sinks.measure.repetition import distinct, loop_onset, repeated, repetition
 from spectral_sinks.measure.screen import first_order
+from spectral_sinks.measure.sink import Sink
+from spectral_sinks.measure.sinks import Sinks, find_sinks
 from spectral_sinks.measure.spectra import read_spectrum
-from spectral_sinks.measure.verdict import SinkVerdict, sink_verdict
+from spectral_sinks.measure.verdict import Measured, SinkVerdict, sink_verdict
 from spectral_sinks.measure.weights import weight_shares
+from spectral_sinks.models.attending import AttentionCall, attending
 from spectral_sinks.models.describe import describe
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.models.loading import load
+from spectral_sinks.models.masked import masked_ids, masked_positions
 from spectral_sinks.models.source import DEFAULT
 from spectral_sinks.report import figures
 from spectral_sinks.report.checking import Check, uncovered, verify
 from spectral_sinks.report.claims import Claims
+from spectral_sinks.spectra.controls import DirectionSwap, NoOp, NormRestored, energy_matched, random_within
 from spectral_sinks.spectra.filters import (
+    At,
     Filter,
     Mean,
     Noise,
@@ -41,6 +58,7 @@ from spectral_sinks.spectra.filters import (
     remove,
     rnd,
 )
+from spectral_sinks.spectra.modes import Modes
 from spectral_sinks.spectra.pairs import (
     farthest,
     nearest,
@@ -49,15 +67,20 @@ from spectral_sinks.spectra.pairs import (
     share_deviation,
     union,
 )
+from spectral_sinks.spectra.scaled import Amplified, Copied, Scaled, amplify, carry, channels, scale
 from spectral_sinks.spectra.spectrum import Spectrum
 from spectral_sinks.spectra.subspace import Subspace, intersection, principal_cosines, random_subspace
 from spectral_sinks.stats import (
+    holm,
+    largest_within,
     mean_interval,
+    null_p,
     null_rank,
     rank_correlation,
     sequential_p,
     sign_flip,
     summarise,
+    t_interval,
 )
 from spectral_sinks.study import Finding, Study, answer, reproduce, without_last_band
 from spectral_sinks.sweeps.cells import Cell, grid
@@ -68,65 +91,108 @@ from spectral_sinks.sweeps.ladder import ladder
 from spectral_sinks.sweeps.run import Done, Report, plan, sweep
 from spectral_sinks.sweeps.store import Store
 from spectral_sinks.sweeps.sweep import Sweep
+from spectral_sinks.sweeps.table import effect_table
 from spectral_sinks.texts import Windows, cut, documents
 
 __all__ = [
     "ALONE",
+    "Amplified",
+    "amplify",
     "answer",
+    "At",
+    "attending",
     "attention_by_head",
+    "attention_by_position",
     "attention_received",
+    "AttentionCall",
     "band_lens",
     "candidates",
+    "carry",
     "Cell",
+    "channels",
     "Check",
+    "Circuits",
     "Claims",
     "collect",
+    "compare",
+    "Comparison",
     "continuation_nll",
+    "Copied",
+    "CopyKey",
     "Cost",
     "cut",
     "DEFAULT",
     "describe",
+    "designate",
+    "Designation",
+    "Detectors",
+    "detectors",
+    "DirectionSwap",
     "distinct",
     "documents",
     "Done",
     "Effect",
+    "effect_table",
     "energy",
+    "energy_matched",
     "evaluate",
     "evaluate_all",
     "examine",
     "farthest",
     "figures",
     "Filter",
+    "find_sinks",
     "Finding",
     "first_order",
     "generate",
     "generate_all",
     "grid",
+    "head_use",
+    "holm",
     "InputError",
     "intersection",
     "jobs",
     "keep",
+    "KeyBias",
     "ladder",
     "LanguageModel",
+    "largest_within",
     "load",
-    "mark_bars",
-    "matched",
     "loop_onset",
+    "mark_bars",
+    "masked_ids",
+    "masked_positions",
+    "MaskKey",
+    "massive_activations",
+    "massive_channels",
+    "matched",
     "Mean",
     "mean_interval",
+    "mean_keys",
     "mean_residual",
+    "mean_values",
+    "Measured",
+    "Modes",
+    "Move",
     "nearest",
+    "no_op_circuits",
     "Noise",
+    "NoOp",
+    "NormRestored",
+    "null_p",
     "null_rank",
     "omega",
     "outside",
     "phi",
     "plan",
     "preflight",
+    "PositionAttention",
+    "Prefix",
     "principal_cosines",
     "psi",
     "random_spectrum",
     "random_subspace",
+    "random_within",
     "rank_correlation",
     "read_spectrum",
     "received",
@@ -136,31 +202,40 @@ __all__ = [
     "repetition",
     "Report",
     "reproduce",
+    "Restrict",
     "rnd",
+    "scale",
+    "Scaled",
     "sequential_p",
+    "SetValue",
     "share_deviation",
     "sign_flip",
+    "Sink",
     "sink_rate",
     "sink_verdict",
+    "SinkLogit",
+    "Sinks",
     "SinkVerdict",
     "Site",
     "SpectralWarning",
     "Spectrum",
     "Store",
+    "Streaming",
     "Study",
     "Subspace",
     "summarise",
     "Swap",
-    "sweep",
     "Sweep",
+    "sweep",
     "SweepFile",
+    "t_interval",
     "TOGETHER",
     "trace",
     "uncovered",
     "uniform_attention",
     "union",
-    "weight_shares",
     "verify",
+    "weight_shares",
     "Windows",
     "without_last_band",
     "Zero",

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 from spectral_sinks.errors import InputError
@@ -30,6 +30,17 @@ def mean_interval(values: ArrayLike, level: float = 0.95, seed: int = 0) -> tupl
     return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 
+def t_interval(values: ArrayLike, level: float = 0.95) -> tuple[float, float]:
+    """Student's t interval of the mean, for the few seeds of a training; (nan, nan) for fewer than two."""
+    sample = np.asarray(values, dtype=np.float64)
+    if sample.size < 2:
+        return float("nan"), float("nan")
+    if np.ptp(sample) == 0:
+        return float(sample[0]), float(sample[0])
+    low, high = stats.t.interval(level, sample.size - 1, sample.mean(), stats.sem(sample))
+    return float(low), float(high)
+
+
 def sign_flip(values: ArrayLike, seed: int = 0) -> float:
     """Two-sided p value of a paired permutation test that the mean difference is zero."""
     sample = np.asarray(values, dtype=np.float64)
@@ -47,6 +58,51 @@ def sign_flip(values: ArrayLike, seed: int = 0) -> float:
 def null_rank(observed: float, null: Sequence[float]) -> int:
     """How many draws of a null distribution reach the observed value: 0 when it is beyond them all."""
     return int(np.sum(np.asarray(null) >= observed))
+
+
+def null_p(observed: float, null: Sequence[float]) -> float:
+    """One-sided p value from a null of n draws: (draws that reach the observed value + 1) / (n + 1)."""
+    return (null_rank(observed, null) + 1) / (len(null) + 1)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's adjusted p values, in the order given; they bound the family-wise error (Holm 1979)."""
+    p = np.asarray(p_values, dtype=np.float64)
+    if p.size and not ((p >= 0) & (p <= 1)).all():
+        raise InputError(f"p values from {p.min():g} to {p.max():g}: expected 0 to 1")
+    order = np.argsort(p, kind="stable")
+    stepped = np.maximum.accumulate(p[order] * np.arange(p.size, 0, -1))
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.minimum(stepped, 1.0)
+    return adjusted.tolist()
+
+
+def largest_within(
+    costs: ArrayLike, sizes: ArrayLike, budget: float, level: float = 0.95, seed: int = 0
+) -> tuple[float, float, float]:
+    """The largest size whose mean cost over documents is within a budget, and its bootstrap interval.
+
+    `costs` is `[documents, sizes]`. Documents are resampled and the largest size is found anew: percentiles,
+    since it takes only the values of `sizes`. 0 where no size is within the budget; the interval is NaN with
+    fewer than two documents. Raises InputError for costs of another shape or not finite.
+    """
+    table, size = np.asarray(costs, dtype=np.float64), np.asarray(sizes, dtype=np.float64)
+    if table.ndim != 2 or size.shape != table.shape[1:] or not np.isfinite(table).all():
+        raise InputError(
+            f"costs of shape {table.shape} for {size.size} sizes: expected finite [documents, sizes]"
+        )
+
+    def largest(mean: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.where(mean <= budget, size, 0.0).max(-1, initial=0.0)
+
+    found = float(largest(table.mean(0)))
+    if len(table) < 2:
+        return found, float("nan"), float("nan")
+    rng = np.random.default_rng(seed)
+    weights = rng.multinomial(len(table), np.full(len(table), 1 / len(table)), size=RESAMPLES) / len(table)
+    tail = (1 - level) / 2
+    low, high = np.quantile(largest(weights @ table), [tail, 1 - tail], method="inverted_cdf")
+    return found, float(low), float(high)
 
 
 def sequential_p(

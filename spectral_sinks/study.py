@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tqdm import tqdm
 from spectral_sinks.errors import InputError, RemoteError, SpectralWarning
 from spectral_sinks.interventions.sites import Site
 from spectral_sinks.interventions.tracing import Interventions
+from spectral_sinks.measure.attention import attention_by_head
 from spectral_sinks.measure.effects import Effect, evaluate_all
 from spectral_sinks.measure.spectra import read_spectrum
 from spectral_sinks.models.language import LanguageModel
@@ -44,6 +46,13 @@ EXPERIMENTS = (
     "bars",
     "across",
     "generation",
+    "swap",
+    "sink_preserving",
+    "fills",
+    "controls",
+    "reads",
+    "circuits",
+    "designated",
 )
 """In the order of the story; each is a file of the experiments folder."""
 
@@ -64,6 +73,17 @@ class Study:
         """`evaluate_all` on the study's model and windows, with a progress bar."""
         with tqdm(desc=title, unit="cell", leave=False, disable=None) as bar:
             return evaluate_all(self.model, self.windows, cells, batch_size=BATCH, progress=_tick(bar))
+
+    @cached_property
+    def below_sink(self) -> int:
+        """The exit below the strongest sink: of the layer before the one that attends most to position 0.
+
+        Raises InputError for a model of one layer, and where attention cannot be read.
+        """
+        if self.model.layers < 2:
+            raise InputError(f"{self.model.name} has one layer: no exit lies below an attention layer")
+        heads = attention_by_head(self.model, self.windows, batch_size=BATCH)
+        return int(heads.groupby("layer")["attention"].mean().iloc[1:].idxmax()) - 1
 
     def ladder(self, site: Site, **options: Any) -> pd.DataFrame:
         """`ladder` at a site, with a progress bar."""

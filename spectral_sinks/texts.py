@@ -17,6 +17,7 @@ from torch import Tensor
 
 from spectral_sinks.errors import InputError, SpectralWarning
 from spectral_sinks.models.language import LanguageModel
+from spectral_sinks.models.masked import RULE
 from spectral_sinks.models.source import EMBEDDED, TIMEOUT
 
 CORPUS = EMBEDDED / "corpus.jsonl"
@@ -121,7 +122,7 @@ class Windows:
     rows: tuple[Int[Tensor, "tokens"], ...]
     document: tuple[int, ...]
     record: dict[str, Any] = field(default_factory=dict)
-    """How they were cut: policy, counts, first token ids, hash of the ids."""
+    """How they were cut: policy, counts, first token ids, hash of the ids; how an encoder's are masked."""
 
     @classmethod
     def of_ids(
@@ -160,6 +161,9 @@ class Windows:
             "opens_with_bos": opened,
             "data_hash": digest[:16],
         }
+        if not model.causal:
+            closed = model.sep is not None and all(int(row[-1]) == model.sep for row in rows)
+            record |= {"closes_with_sep": closed, "masking": RULE}
         return cls(rows, owner, record)
 
     @property
@@ -216,13 +220,14 @@ def cut(
     per_document: int | None = 2,
     bos: Bos = "auto",
 ) -> Windows:
-    """Cut documents into unpadded windows of `length` tokens, BOS included.
+    """Cut documents into unpadded windows of `length` tokens, BOS (and an encoder's SEP) included.
 
     Windows follow one another from the start of a document, at most `per_document` (None: all). What is
     left over at its end is dropped, except that a document shorter than one window is one shorter window.
     With `bos` "always" each window begins with BOS; "never" with none; "auto" does what the model's own
-    tokenizer does to a text. A BOS that the text itself begins with is not doubled. Documents shorter than
-    two tokens are left out with a warning, and counted.
+    tokenizer does to a text. A BOS that the text itself begins with is not doubled. An encoder's windows
+    begin with [CLS] and end with [SEP] by the same rule. Documents shorter than two tokens are left out with
+    a warning, and counted.
 
     Raises InputError for a model without tokenizer, texts all shorter than two tokens, a window longer than
     the context, and `bos` "always" without a BOS token.
@@ -237,12 +242,15 @@ def cut(
     if bos == "always" and model.bos is None:
         raise InputError(f"the tokenizer of {model.name} has no BOS token: use bos='never'")
     opened = bos == "always" or (bos == "auto" and model.opens_with_bos)
+    closed = model.sep is not None and (bos == "always" or (bos == "auto" and model.closes_with_sep))
+    opening = [model.bos] if opened else []
+    closing = [model.sep] if closed else []
     length = min(256, model.context or 256) if length is None else length
     if model.context is not None and length > model.context:
         raise InputError(f"windows of {length} tokens: {model.name} has a context of {model.context}")
-    if length < 2 + opened:
+    if length < 2 + opened + closed:
         raise InputError(f"windows of {length} tokens: nothing is left to predict")
-    span = length - opened
+    span = length - opened - closed
     rows: list[Tensor] = []
     owner: list[int] = []
     short: list[str] = []
@@ -251,6 +259,8 @@ def cut(
         ids = model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         while model.bos is not None and ids[:1] == [model.bos]:
             ids = ids[1:]
+        while closed and ids[-1:] == closing:
+            ids = ids[:-1]
         if len(ids) < 2:
             short.append(text)
             continue
@@ -258,7 +268,7 @@ def cut(
         count = count if per_document is None else min(count, per_document)
         parts = [ids[i * span : (i + 1) * span] for i in range(count)]
         dropped += len(ids) - sum(map(len, parts))
-        rows += [torch.tensor([model.bos, *part] if opened else part) for part in parts]
+        rows += [torch.tensor(opening + part + closing) for part in parts]
         owner += [index] * count
     if short and not rows:
         raise InputError(f"the text is shorter than two tokens: {short[0][:40]!r}")

@@ -40,6 +40,22 @@ GPT2 = LLAMA | {
     "attention write": "attn",
     "out": "attn.c_proj",
 }
+BERT = {
+    "layers": "bert.encoder.layer",
+    "attention": "attention.self",
+    "norm": "",
+    "mlp norm": "intermediate",
+    "attention write": "attention.output.dense",
+    "mlp write": "output.dense",
+    "out": "attention.output.dense",
+}
+MODERNBERT = LLAMA | {
+    "attention": "attn",
+    "norm": "attn_norm",
+    "mlp norm": "mlp_norm",
+    "attention write": "attn",
+    "out": "attn.Wo",
+}
 NAMES = dict.fromkeys(tiny.FAMILIES, LLAMA) | {
     "gemma2": GEMMA,
     "gemma3": GEMMA,
@@ -47,6 +63,10 @@ NAMES = dict.fromkeys(tiny.FAMILIES, LLAMA) | {
     "gpt_neox": NEOX,
     "gpt_neox parallel": NEOX,
     "gpt2": GPT2,
+    "bert": BERT,
+    "roberta": BERT | {"layers": "roberta.encoder.layer"},
+    "modernbert": MODERNBERT,
+    "modernbert untied": MODERNBERT,
 }
 HEAD_SIZE = {"qwen3": 16, "gemma2": 16, "gemma3": 16}
 
@@ -62,6 +82,10 @@ def qkv_rows(family: str, kind: str) -> tuple[str, list[int]]:
         return "c_attn", list(range(32 * which, 32 * (which + 1)))
     if family.startswith("gpt_neox"):
         return "query_key_value", [24 * h + 8 * which + i for h in range(4) for i in range(8)]
+    if family.startswith("modernbert"):
+        return "Wqkv", list(range(32 * which, 32 * (which + 1)))
+    if family in ("bert", "roberta"):
+        return ("query", "key", "value")[which], list(range(32))
     if family == "phi3":
         starts = (0, 32, 48, 64)
         return "qkv_proj", list(range(starts[which], starts[which + 1]))

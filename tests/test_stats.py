@@ -84,6 +84,66 @@ def test_the_rank_in_a_null_distribution() -> None:
     assert [ss.null_rank(observed, null) for observed in (0.6, 0.5, 0.2, 0.0)] == [0, 2, 3, 4]
 
 
+def test_the_p_value_of_a_rank() -> None:
+    null = [0.1, 0.5, 0.3, 0.5]
+    assert [ss.null_p(x, null) for x in (0.6, 0.5, 0.2, 0.0)] == pytest.approx([0.2, 0.6, 0.8, 1.0])
+    assert ss.null_p(1.0, []) == 1.0, "without draws there is no evidence"
+
+
+@pytest.mark.parametrize(
+    ("raw", "expected"),
+    [
+        ([], []),
+        ([0.02], [0.02]),
+        ([0.01, 0.04, 0.03, 0.005], [0.03, 0.06, 0.06, 0.02]),  # Holm's own steps: x4, x3, x2, x1
+        ([0.9, 0.8, 0.7], [1.0, 1.0, 1.0]),
+        ([0.02, 0.02], [0.04, 0.04]),
+    ],
+)
+def test_holm_by_hand(raw: list[float], expected: list[float]) -> None:
+    assert ss.holm(raw) == pytest.approx(expected)
+
+
+def test_holm_keeps_the_family_wise_error() -> None:
+    draws = np.random.default_rng(0).uniform(size=(4000, 6))
+    wrong = [min(ss.holm(p)) <= 0.1 for p in draws]
+    assert np.mean(wrong) == pytest.approx(1 - (1 - 0.1 / 6) ** 6, abs=0.015)
+    adjusted = np.array([ss.holm(p) for p in draws])
+    in_order = np.take_along_axis(adjusted, np.argsort(draws), axis=1)
+    assert (adjusted >= draws).all() and (np.diff(in_order) >= 0).all()
+    with pytest.raises(ss.InputError, match="expected 0 to 1"):
+        ss.holm([0.5, 1.5])
+
+
+def test_the_largest_size_within_a_budget() -> None:
+    costs = np.array([[0.0, 0.02, 0.2], [0.0, 0.04, 0.4]])
+    sizes = [0.1, 0.2, 0.3]
+    found = [ss.largest_within(costs, sizes, budget)[0] for budget in (-0.1, 0.01, 0.03, 0.29, 0.31)]
+    assert found == [0.0, 0.1, 0.2, 0.2, 0.3]
+    assert ss.largest_within(costs[:, ::-1], sizes[::-1], 0.03)[0] == 0.2, "in any order"
+    _, low, high = ss.largest_within(costs, sizes, 0.03)
+    assert (low, high) == (0.1, 0.2), "0.02, 0.03 or 0.04: a quarter of resamples is beyond the budget"
+    single = ss.largest_within(costs[:1], sizes, 0.03)
+    assert single[0] == 0.2 and np.isnan(single[1:]).all()
+
+
+def test_the_interval_of_the_largest_size_is_the_bootstraps() -> None:
+    rng = np.random.default_rng(5)
+    costs = np.linspace(0, 1, 11) + rng.normal(0, 0.3, (12, 1)) + rng.normal(0, 0.02, (12, 11))
+    sizes = np.arange(11.0)
+    found, low, high = ss.largest_within(costs, sizes, 0.5)
+    redrawn = [costs[rng.integers(0, 12, 12)].mean(0) <= 0.5 for _ in range(3000)]
+    again = np.quantile([max(sizes[within], default=0) for within in redrawn], [0.025, 0.975])
+    assert low <= found <= high and low < high
+    assert (low, high) == pytest.approx(tuple(again), abs=1)
+
+
+@pytest.mark.parametrize("bad", [np.zeros(3), np.zeros((2, 4)), np.full((2, 3), np.nan)])
+def test_costs_that_fit_no_sizes(bad: np.ndarray) -> None:
+    with pytest.raises(ss.InputError, match="expected finite"):
+        ss.largest_within(bad, [1, 2, 3], 0.1)
+
+
 @pytest.mark.parametrize(("h", "n"), [(1, 1), (1, 5), (2, 5), (3, 6), (6, 6)])
 def test_the_error_rate_of_sequential_draws_over_all_orders(h: int, n: int) -> None:
     found = []
@@ -139,3 +199,14 @@ def test_summarise_resamples_documents() -> None:
         assert row.mean == pytest.approx(np.mean(values))
         assert (row.low, row.high) == pytest.approx(ss.mean_interval(values))
     assert ss.summarise(frame, ["layer"], "value")["layer"].tolist() == [0, 1]
+
+
+def test_t_interval() -> None:
+    sample = np.random.default_rng(0).normal(2.0, 1.0, (4000, 3))
+    found = np.array([ss.t_interval(row) for row in sample])
+    assert np.mean((found[:, 0] <= 2) & (found[:, 1] >= 2)) == pytest.approx(0.95, abs=0.015)
+    low, high = ss.t_interval([1.0, 2.0, 3.0])
+    assert (low + high) / 2 == pytest.approx(2.0) and high - 2.0 == pytest.approx(
+        4.30265 / np.sqrt(3), rel=1e-4
+    )
+    assert np.isnan(ss.t_interval([1.0])).all() and ss.t_interval([1.0, 1.0]) == (1.0, 1.0)

@@ -63,12 +63,33 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 FAMILIES = tuple(CONFIGS)
 
+ENCODER_SIZES = {key: size for key, size in SIZES.items() if key != "num_key_value_heads"} | {
+    "cls_token_id": BOS,
+    "sep_token_id": EOS,
+    "pad_token_id": 2,
+    "tie_word_embeddings": True,
+}
+ENCODER_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bert": ("BertConfig", ENCODER_SIZES),
+    "roberta": ("RobertaConfig", ENCODER_SIZES | {"max_position_embeddings": CONTEXT + 3}),
+    "modernbert": ("ModernBertConfig", ENCODER_SIZES | {"local_attention": 8, "norm_bias": True}),
+    "modernbert untied": (
+        "ModernBertConfig",
+        ENCODER_SIZES | {"tie_word_embeddings": False, "decoder_bias": False, "attention_bias": True},
+    ),
+}
+ENCODERS = tuple(ENCODER_CONFIGS)
+"""Bidirectional, with a masked-LM head; `[CLS]` and `[SEP]` have the ids of BOS and EOS."""
+
+MASK = 3
+
 
 def build(family: str = "llama", *, seed: int = 0, attention: str = "eager", **sizes: Any) -> Any:
     """Make a transformers model with every parameter random: gains and biases too, attention not uniform."""
-    kind, given = CONFIGS[family]
+    kind, given = (CONFIGS | ENCODER_CONFIGS)[family]
     config = getattr(transformers, kind)(**given | sizes)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    auto: Any = transformers.AutoModelForMaskedLM if family in ENCODERS else transformers.AutoModelForCausalLM
+    model = auto.from_config(config, attn_implementation=attention)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -86,7 +107,8 @@ def plain(family: str = "llama") -> Any:
 
 @functools.cache
 def model(family: str = "llama") -> ss.LanguageModel:
-    return ss.load(copy.deepcopy(plain(family)), tokenizer=tokenizer())
+    words = encoder_tokenizer() if family in ENCODERS else tokenizer()
+    return ss.load(copy.deepcopy(plain(family)), tokenizer=words)
 
 
 def tokenizer(*, opens: bool = True, bos: bool = True) -> transformers.PreTrainedTokenizerFast:
@@ -104,10 +126,25 @@ def tokenizer(*, opens: bool = True, bos: bool = True) -> transformers.PreTraine
     )
 
 
+def encoder_tokenizer(*, mask: bool = True) -> transformers.PreTrainedTokenizerFast:
+    """Split at white space, between `[CLS]` (0) and `[SEP]` (1); word `w7` has id 7, `[MASK]` has 3."""
+    special = {"[CLS]": BOS, "[SEP]": EOS, "[UNK]": 2, "[MASK]": MASK}
+    words = special | {f"w{i}": i for i in range(4, VOCABULARY)}
+    made = Tokenizer(WordLevel(words, unk_token="[UNK]"))
+    made.pre_tokenizer = WhitespaceSplit()  # pyright: ignore[reportAttributeAccessIssue]
+    made.post_processor = TemplateProcessing(  # pyright: ignore[reportAttributeAccessIssue]
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", BOS), ("[SEP]", EOS)]
+    )
+    named = {"mask_token": "[MASK]"} if mask else {}
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, cls_token="[CLS]", sep_token="[SEP]", unk_token="[UNK]", **named
+    )
+
+
 def save(path: Path, family: str = "llama", **options: Any) -> Path:
     """Write a checkpoint folder with its tokenizer."""
     plain(family).save_pretrained(path, **options)
-    tokenizer().save_pretrained(path)
+    (encoder_tokenizer() if family in ENCODERS else tokenizer()).save_pretrained(path)
     return path
 
 

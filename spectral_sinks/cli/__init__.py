@@ -7,10 +7,12 @@ import tyro
 from tyro.conf import FlagCreatePairsOff, subcommand
 
 import spectral_sinks as ss
+from spectral_sinks.cli.circuits import Circuits, run_circuits
 from spectral_sinks.cli.commands import run_energy, run_info, run_nll, run_reproduce, run_spectrum
 from spectral_sinks.cli.options import Energy, Info, Nll, Reproduce, SpectrumCommand
 from spectral_sinks.cli.printing import quiet
 from spectral_sinks.cli.remoting import Remote, run_remote
+from spectral_sinks.cli.sinking import Sinks, run_sinks
 from spectral_sinks.cli.sweeping import Merge, Sweep, run_merge, run_sweep
 from spectral_sinks.cli.verifying import Verify, run_verify
 
@@ -19,6 +21,8 @@ Command = (
     | Annotated[SpectrumCommand, subcommand("spectrum")]
     | Annotated[Nll, subcommand("nll")]
     | Annotated[Energy, subcommand("energy")]
+    | Annotated[Sinks, subcommand("sinks")]
+    | Annotated[Circuits, subcommand("circuits")]
     | Annotated[Sweep, subcommand("sweep")]
     | Annotated[Merge, subcommand("merge")]
     | Annotated[Reproduce, subcommand("reproduce")]
@@ -32,6 +36,8 @@ RUN: dict[type, Any] = {
     SpectrumCommand: run_spectrum,
     Nll: run_nll,
     Energy: run_energy,
+    Sinks: run_sinks,
+    Circuits: run_circuits,
     Sweep: run_sweep,
     Merge: run_merge,
     Reproduce: run_reproduce,

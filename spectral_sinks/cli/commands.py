@@ -34,6 +34,7 @@ def run_spectrum(options: SpectrumCommand) -> None:
         "matrix": spectrum.matrix,
         "convention": spectrum.convention,
         "tied": spectrum.tied,
+        "reads_through": spectrum.reads_through,
         "d_model": spectrum.d,
         "singular_values": spectrum.values.tolist(),
         "bands": bands,
@@ -130,14 +131,18 @@ def run_nll(options: Nll) -> None:
             for seed, control in enumerate(controls)
         ],
     }
+    if not model.causal:
+        found["masking"] = windows.record["masking"]
+        found["reads_through"] = model.reads_through
     rows = [(str(k), plain(v)) for k, v in found.items() if k not in ("controls", "remote")]
+    token = "token" if model.causal else "masked token"
     if model.remote is not None:
         rows.append(("ran at", model.remote.host))
     if controls:
         reached = ss.null_rank(effect.delta_nll, [c.delta_nll for c in controls])
         rows.append(("random controls: difference", plain([c.delta_nll for c in controls])))
         rows.append(("controls that reach the filter's", f"{reached} of {len(controls)}"))
-    show(options.json, found, table(f"NLL (nats per token) of {model.name}", ("", ""), rows))
+    show(options.json, found, table(f"NLL (nats per {token}) of {model.name}", ("", ""), rows))
 
 
 def ran(model: ss.LanguageModel) -> dict[str, Any]:

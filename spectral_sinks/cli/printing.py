@@ -7,7 +7,7 @@ import warnings
 from typing import Any
 
 import datasets
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
 
 
@@ -27,7 +27,7 @@ def table(title: str, columns: tuple[str, ...], rows: Any) -> Table:
     return made
 
 
-def show(as_json: bool, found: dict[str, Any], shown: Table) -> None:
+def show(as_json: bool, found: dict[str, Any], shown: RenderableType) -> None:
     if as_json:
         print(json.dumps(without_nan(found)))
     else:

@@ -17,7 +17,8 @@ class Site:
     """A place: its kind, the layer, and the head for `head`.
 
     - `exit`: the residual stream as it leaves the layer
-    - `attention`, `mlp`: what the component adds to the residual stream
+    - `attention`, `mlp`: what the component adds to the residual stream (in BERT and RoBERTa, before the norm
+      that follows the addition: there an exit is normed, and not the sum of the entry and what was added)
     - `head`: what one head adds (before a norm that follows attention, in Gemma and OLMo 2)
     - `embedding`: the residual stream that enters layer 0 (positions included where they are added)
     - `queries`, `keys`, `values`, `mlp-input`: the residual stream as read by that component alone; all

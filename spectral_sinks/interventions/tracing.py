@@ -60,13 +60,14 @@ def trace(
 ) -> T:
     """One forward pass with functions at sites, reduced inside the trace to what `readout` returns.
 
-    `readout` receives the output of the final norm `[batch, tokens, d]`, the residuals at the `reads`
-    (after any edit there), and, with `attention`, each layer's attention weights `[batch, heads, tokens,
-    tokens]` (of the first 64 tokens under "sdpa_opening"), or what a function given as `attention` makes of
-    them as they arise; layers that `resume` skips have none. With `cache`, one of transformers' caches, `ids`
-    go on where it ends, and it grows by their keys and values, which come from edited residuals. Logits are
-    not computed beyond the last token: `readout` may unembed what it needs. With `gradients` the pass is
-    recorded for autograd. Raises InputError for a site that the model does not have.
+    `readout` receives the output of the final norm `[batch, tokens, d]`, which the unembedding reads, the
+    residuals at the `reads` (after any edit there), and, with `attention`, each layer's attention weights
+    `[batch, heads, tokens, tokens]` (of the first 64 tokens under "sdpa_opening"), or what a function given
+    as `attention` makes of them as they arise; layers that `resume` skips have none. With `cache`, one of
+    transformers' caches, `ids` go on where it ends, and it grows by their keys and values, which come from
+    edited residuals. Logits are not computed beyond the last token: `readout` may unembed what it needs. An
+    encoder reads the ids as they are: `masked_ids` masks. With `gradients` the pass is recorded for autograd.
+    Raises InputError for a site that the model does not have.
     """
     if attention and not model.reads_attention:
         raise InputError(
@@ -87,11 +88,16 @@ def trace(
     if any(layer < start for layer, _ in hooks):
         raise InputError(f"a pass that begins above layer {start - 1} has sites at or below it")
     seen = (lambda weights: weights) if attention is True else attention or None
-    with (
-        torch.set_grad_enabled(gradients),
-        model.nn.trace(input_ids=ids, logits_to_keep=1, use_cache=cache is not None, past_key_values=cache),
-    ):
+    options: dict[str, Any] = {}
+    if model.causal:
+        options = {"use_cache": cache is not None, "past_key_values": cache}
+    stops = bool(model.layout.transform)  # before the logits: such a head knows no `logits_to_keep`
+    if not stops:
+        options["logits_to_keep"] = 1
+    with torch.set_grad_enabled(gradients), model.nn.trace(input_ids=ids, **options) as tracer:
         ss_result = nnsight.save(_walk(model, hooks, seen, resume, readout, read))
+        if stops:
+            tracer.stop()
     return ss_result
 
 
@@ -141,8 +147,11 @@ def _visit(
     reads: dict[Kind, list[tuple[Site, Edit]]] = {kind: hooks[kind] for kind in READS if kind in hooks}
     if reads:
         _read_projections(model, layer, reads)
+    inside = layout.attention_projection.startswith(f"{layout.attention}.")
+    if look is not None and not inside:
+        weights.append(look(_maps(model, layer)))
     if "head" in hooks:
-        projection = layer.get(layout.attention_projection)
+        projection = model.part(layer, layout.attention_projection)
         mixed = projection.input
         change = torch.zeros_like(projection.output)
         for site, edit in hooks["head"]:
@@ -156,24 +165,28 @@ def _visit(
                 written = mixed[..., here] @ model.head_write(site.layer, site.head)
             change = change + (edit(written) - written)
         projection.output = projection.output + change
-    attention = layer.get(layout.attention)
-    if look is not None:
-        maps = attention.output[1]
-        if maps is None:
-            raise InputError(
-                f"attention weights of {model.name} cannot be read: {layer.path} returns none, so it runs "
-                "another attention than asked for; measure without sink mass: attention='sdpa'"
-            )
-        weights.append(look(maps))
+    if look is not None and inside:
+        weights.append(look(_maps(model, layer)))
     if "attention" in hooks:
-        _rewrite(layer.get(layout.attention_write), hooks["attention"])
+        _rewrite(model.part(layer, layout.attention_write), hooks["attention"])
     if "mlp-input" in hooks:
-        reader = layer.get(layout.mlp_norm or layout.mlp)
+        reader = model.part(layer, layout.mlp_norm or layout.mlp)
         reader.input = _chain(reader.input, hooks["mlp-input"])
     if "mlp" in hooks:
-        _rewrite(layer.get(layout.mlp_write), hooks["mlp"])
+        _rewrite(model.part(layer, layout.mlp_write), hooks["mlp"])
     if "exit" in hooks:
         _rewrite(layer, hooks["exit"])
+
+
+def _maps(model: LanguageModel, layer: Any) -> Tensor:
+    """Attention weights of a layer. Raises InputError where it returns none."""
+    maps = model.part(layer, model.layout.attention).output[1]
+    if maps is None:
+        raise InputError(
+            f"attention weights of {model.name} cannot be read: {layer.path} returns none, so it runs "
+            "another attention than asked for; measure without sink mass: attention='sdpa'"
+        )
+    return maps
 
 
 def _read_projections(model: LanguageModel, layer: Any, hooks: dict[Kind, list[tuple[Site, Edit]]]) -> None:
@@ -181,10 +194,10 @@ def _read_projections(model: LanguageModel, layer: Any, hooks: dict[Kind, list[t
     layout = model.layout
     entry = layer.input
     edited: dict[Kind, Tensor] = {kind: _chain(entry, edits) for kind, edits in hooks.items()}
-    norm = layer.get(layout.attention_norm) if layout.attention_norm else None
+    norm = model.part(layer, layout.attention_norm) if layout.attention_norm else None
     names: dict[Kind, str] = {"queries": layout.queries, "keys": layout.keys, "values": layout.values}
     for path in dict.fromkeys(names[kind] for kind in edited):
-        projection = layer.get(path)
+        projection = model.part(layer, path)
         extra: dict[Kind, Tensor] = {
             kind: projection(x if norm is None else norm(x))
             for kind, x in edited.items()

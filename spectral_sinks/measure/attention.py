@@ -18,20 +18,37 @@ EPSILON = 0.3
 
 
 def attention_received(
-    weights: Sequence[Float[Tensor, "batch heads tokens tokens"]], position: int = 0, tokens: int = TOKENS
+    weights: Sequence[Float[Tensor, "batch heads tokens tokens"]],
+    position: int = 0,
+    tokens: int | None = None,
+    *,
+    causal: bool = True,
 ) -> Float[Tensor, "batch layers heads"]:
-    """alpha_k: mean over queries i >= k, among the first `tokens`, of A[i, k], by layer and head.
+    """alpha_k: mean over queries i >= k, among the first `tokens` (64), of A[i, k], by layer and head.
 
     The first query's attention to itself, which is 1 for position 0, counts: uniform causal attention gives
-    0.0741 at 64 tokens. Raises InputError when the window is shorter than `tokens`. (Gu et al. 2025, 3.1)
+    0.0741 at 64 tokens. Where attention is not `causal`, a row is normalised over the whole window, so the
+    mean is over all queries of the window and `tokens` its length; position -1 is its last token ([SEP]).
+    Raises InputError when the window is shorter than `tokens`, or of another length where attention is not
+    causal. (Gu et al. 2025, 3.1)
     """
+    if not causal:
+        if tokens is not None and any(layer.shape[-1] != tokens for layer in weights):
+            raise InputError(
+                f"attention received over {tokens} tokens: a token of an encoder attends to its whole "
+                "window, so cut windows of that length"
+            )
+        return torch.stack([layer[..., position].float().mean(-1) for layer in weights], dim=1)
+    tokens = TOKENS if tokens is None else tokens
     if any(layer.shape[-1] < tokens for layer in weights):
         raise InputError(f"attention received is taken over {tokens} tokens, the window is shorter")
     return torch.stack([layer[:, :, position:tokens, position].float().mean(-1) for layer in weights], dim=1)
 
 
-def uniform_attention(position: int = 0, tokens: int = TOKENS) -> float:
-    """alpha_k of uniform causal attention."""
+def uniform_attention(position: int = 0, tokens: int = TOKENS, *, causal: bool = True) -> float:
+    """alpha_k of uniform attention; 1 / tokens where it is not causal."""
+    if not causal:
+        return 1 / tokens
     return sum(1 / (i + 1) for i in range(position, tokens)) / (tokens - position)
 
 
@@ -41,14 +58,20 @@ def sink_rate(received: Float[Tensor, "batch layers heads"], epsilon: float = EP
 
 
 def attention_by_head(
-    model: LanguageModel, windows: Windows, position: int = 0, *, tokens: int = TOKENS, batch_size: int = 16
+    model: LanguageModel,
+    windows: Windows,
+    position: int = 0,
+    *,
+    tokens: int | None = None,
+    batch_size: int = 16,
 ) -> pd.DataFrame:
     """Attention received by a position: one row per (document, layer, head), mean over its windows.
 
-    Raises InputError where attention weights cannot be read or a window is shorter than `tokens`, and for
-    more than 64 tokens under "sdpa_opening".
+    Over the first 64 tokens unless `tokens` says otherwise; by an encoder over whole windows, which it reads
+    as they are, nothing masked. Raises InputError where attention weights cannot be read, a window is
+    shorter than `tokens` (of another length, for an encoder), and for more than 64 under "sdpa_opening".
     """
-    if model.config._attn_implementation == OPENING and tokens > TOKENS:
+    if model.config._attn_implementation == OPENING and tokens is not None and tokens > TOKENS:
         raise InputError(
             f"attention received is taken over {tokens} tokens, and {OPENING!r} keeps the maps of only "
             f"the first {TOKENS}: load the model with attention='eager'"
@@ -59,7 +82,9 @@ def attention_by_head(
             model,
             ids.to(model.device),
             {},
-            readout=lambda final, read, weights: attention_received(weights, position, tokens).cpu(),
+            readout=lambda final, read, weights: attention_received(
+                weights, position, tokens, causal=model.causal
+            ).cpu(),
             attention=True,
         )
         index = pd.MultiIndex.from_product(

@@ -10,6 +10,7 @@ from torch import Tensor
 from spectral_sinks.interventions.remote import TooLarge, remotely, send
 from spectral_sinks.interventions.tracing import Interventions
 from spectral_sinks.measure.memory import Memory
+from spectral_sinks.measure.nll import predicted
 from spectral_sinks.measure.replay import Batch, Measured, cut_mask, reads_sink, start
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.texts import Windows
@@ -34,6 +35,7 @@ class DistantBatch:
     ) -> None:
         self.model, self.windows, self.places, self.ids = model, windows, list(places), ids
         self.attention = reads_sink(model, windows)
+        self.predicted = predicted(model, ids.shape[1])
 
     @property
     def baseline(self) -> Measured:

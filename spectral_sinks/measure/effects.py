@@ -16,9 +16,11 @@ from spectral_sinks.interventions.sites import Site
 from spectral_sinks.interventions.tracing import Edit, Interventions, trace
 from spectral_sinks.measure.distant import DistantBatch, opened
 from spectral_sinks.measure.memory import Memory
+from spectral_sinks.measure.nll import predicted
 from spectral_sinks.measure.replay import Batch, Measured, start
 from spectral_sinks.models.language import LanguageModel
-from spectral_sinks.spectra.filters import Filter, Mean, Swap
+from spectral_sinks.models.masked import masked_ids
+from spectral_sinks.spectra.filters import At, Filter, Mean, Swap
 from spectral_sinks.stats import mean_interval
 from spectral_sinks.texts import Windows
 
@@ -34,11 +36,12 @@ class Effect:
     ranks: tuple[int | None, ...]
     """Directions removed at each site; None for a custom function."""
     rows: pd.DataFrame
-    """One row per document: windows, tokens, the columns named above, sink_mass_L, baseline_sink_mass_L."""
+    """One row per document: windows, tokens (those predicted), the columns named above, sink_mass_L,
+    baseline_sink_mass_L."""
 
     @property
     def nll(self) -> float:
-        """Nats per token, mean over documents."""
+        """Nats per token (of an encoder: per masked token), mean over documents."""
         return float(self.rows["nll"].mean())
 
     @property
@@ -61,7 +64,10 @@ class Effect:
 
     @property
     def sink_mass(self) -> list[float] | None:
-        """Mean attention received by position 0 at T = 64, by layer; None where it cannot be read."""
+        """Mean attention received by position 0 at T = 64 (by an encoder, over the whole window), by layer.
+
+        None where it cannot be read.
+        """
         return self._by_layer("sink_mass_")
 
     @property
@@ -133,6 +139,11 @@ def evaluate_all(
     A pass begins at its lowest site: what lies below is taken from the untouched pass, bit for bit. Sink
     mass is read where attention weights can be read and all windows have 64 tokens. `progress` is called
     with the number of cells just done, for each batch anew.
+
+    The NLL of an encoder is that of masked tokens, in nats per masked token: each window is read with the
+    mask token at its `masked_positions` (15 %, special tokens never, chosen by the window's own ids), and
+    the tokens that stood there are predicted. KL and agreement are taken at these positions too, and sink
+    mass is that of the masked window.
     """
     for edits in cells.values():
         for site, edit in edits.items():
@@ -146,7 +157,7 @@ def evaluate_all(
         batch = opened(model, windows, chosen, ids, starts, memory)
         parts.append(_columns(batch, batch.measure(list(cells.values()), progress)))
         places += chosen
-        tokens += [ids.shape[1] - 1] * len(chosen)
+        tokens += [predicted(model, ids.shape[1])] * len(chosen)
     names, _ = parts[0]
     values = np.concatenate([part for _, part in parts], axis=1)
     owners = np.array([windows.document[place] for place in places])
@@ -190,7 +201,10 @@ def _columns(batch: Batch | DistantBatch, found: Measured) -> Table:
 def mean_residual(
     model: LanguageModel, windows: Windows, site: Site, batch_size: int = 16
 ) -> Float[Tensor, "tokens d"]:
-    """Mean over windows of the residual at a site, by position: the reference for the fill `Mean`."""
+    """Mean over windows of the residual at a site, by position: the reference for the fill `Mean`.
+
+    An encoder reads them masked, as where its NLL is measured.
+    """
     return mean_residuals(model, windows, [site], batch_size)[site]
 
 
@@ -201,9 +215,10 @@ def mean_residuals(
     total = {site: torch.zeros(windows.length, model.d, dtype=torch.float64) for site in sites}
     count = torch.zeros(windows.length, 1, dtype=torch.float64)
     for _, ids in windows.batches(batch_size):
+        ids = ids.to(model.device)
         sums = trace(
             model,
-            ids.to(model.device),
+            ids if model.causal else masked_ids(model, ids),
             {},
             sites,
             readout=lambda final, read, weights: {s: x.double().sum(0).cpu() for s, x in read.items()},
@@ -224,7 +239,7 @@ def check(site: Site, edit: Edit, model: LanguageModel, windows: Windows) -> Non
             f"{edit.name!r} at {site} filters a residual stream of width {edit.blocked.d}, "
             f"{model.name} has width {model.d}"
         )
-    if not isinstance(edit.tokens, (str, Tensor)) and edit.tokens:
+    if not isinstance(edit.tokens, (str, At, Tensor)) and edit.tokens:
         wrong = [i for i in sorted(edit.tokens) if not 0 <= i < model.vocabulary]
         if wrong:
             raise InputError(f"token id {wrong[0]} lies outside the vocabulary of {model.vocabulary}")
@@ -234,6 +249,11 @@ def check(site: Site, edit: Edit, model: LanguageModel, windows: Windows) -> Non
             "would move the sink itself: exempt position 0 with tokens='all-but-first', or open windows "
             "with BOS"
         )
+    if isinstance(edit.fill, Swap) and not model.causal and _touches_first(edit, windows):
+        raise InputError(
+            "fill 'swap' in an encoder, whose first token reads the whole window, would move the sink "
+            "itself: exempt position 0 with tokens='all-but-first'"
+        )
     if isinstance(edit.fill, Mean) and edit.fill.reference.shape[-1] != model.d:
         raise InputError(f"a mean of width {edit.fill.reference.shape[-1]} for a model of width {model.d}")
 
@@ -242,6 +262,8 @@ def _touches_first(edit: Filter, windows: Windows) -> bool:
     """Whether a filter acts at position 0 of some window."""
     if isinstance(edit.tokens, str):
         return edit.tokens != "all-but-first"
+    if isinstance(edit.tokens, At):
+        return 0 in edit.tokens.positions
     if isinstance(edit.tokens, Tensor):
         return bool(edit.tokens[..., 0].any())
     return not set(edit.tokens).isdisjoint(windows.first_token_ids)

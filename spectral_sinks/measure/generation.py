@@ -21,7 +21,7 @@ from spectral_sinks.interventions.sites import Site
 from spectral_sinks.interventions.tracing import Edit, Interventions, trace
 from spectral_sinks.measure.nll import score
 from spectral_sinks.models.language import LanguageModel
-from spectral_sinks.spectra.filters import Filter, Mean, Noise, Swap
+from spectral_sinks.spectra.filters import At, Filter, Mean, Noise, Swap
 
 ROWS = 128
 """Continuations that grow at once."""
@@ -59,8 +59,9 @@ def generate_all(
     end-of-sequence token is never drawn: all continuations have one length. A custom function
     sees the tokens that are new to the cache, and no others.
 
-    Raises InputError for a continuation longer than the context, several greedy draws, and filters that
-    choose tokens by a mask, or fill with noise by position or another text: tokens to come have neither.
+    Raises InputError for an encoder, a continuation longer than the context, several greedy draws, and
+    filters that choose tokens by a mask, or fill with noise by position or another text: tokens to come have
+    neither.
     """
     for interventions in cells.values():
         _check(model, prompts, interventions, new, temperature, draws)
@@ -103,8 +104,10 @@ def continuation_nll(
 ) -> Float[Tensor, "prompts draws"]:
     """Nats per token of continuations, given their prompts, whose own tokens do not count.
 
-    A text that loops is easy to predict: a low value is no sign of a good continuation.
+    A text that loops is easy to predict: a low value is no sign of a good continuation. Raises InputError for
+    an encoder.
     """
+    _require_causal(model)
     count, draws, new = continuations.shape
     texts = torch.cat([prompts.repeat_interleave(draws, 0), continuations.flatten(0, 1)], dim=1)
     found: list[Tensor] = []
@@ -121,7 +124,7 @@ def later(edit: Edit, position: int) -> Edit | None:
     """What an edit does to a single token at a position after the first; None for nothing."""
     if not isinstance(edit, Filter):
         return edit
-    if edit.tokens == "first":
+    if edit.tokens == "first" or isinstance(edit.tokens, At):  # positions beyond a prompt are refused
         return None
     if isinstance(edit.fill, Mean) and edit.fill.reference.ndim == 2:
         edit = replace(edit, fill=Mean(edit.fill.reference[position : position + 1]))
@@ -160,9 +163,15 @@ def _ends(model: LanguageModel) -> list[int]:
     return [] if found is None else ([found] if isinstance(found, int) else list(found))
 
 
+def _require_causal(model: LanguageModel) -> None:
+    if not model.causal:
+        raise InputError(f"{model.name} predicts masked tokens: only a causal model continues a text")
+
+
 def _check(
     model: LanguageModel, prompts: Tensor, edits: Interventions, new: int, temperature: float, draws: int
 ) -> None:
+    _require_causal(model)
     if prompts.ndim != 2 or not prompts.numel():
         raise InputError(f"prompts of shape {tuple(prompts.shape)}: expected [prompts, tokens] of one length")
     if new < 1 or draws < 1 or temperature < 0:

@@ -47,6 +47,11 @@ class Reader:
         if spectrum.d != model.d:
             raise InputError(f"a spectrum of width {spectrum.d} for {model.name} of width {model.d}")
         model.require_weights("a lens by band")
+        if model.reads_through:
+            raise InputError(
+                f"the logits of {model.name} are no sum over bands of the residual, which its head reads "
+                f"through {model.reads_through}"
+            )
         weight = model.unembedding_weight.detach().float()
         reading = spectrum.vectors.to(weight.device, weight.dtype)
         if model.centres_residual:
@@ -118,8 +123,8 @@ def band_lens(
     `nll` of the next token in nats, `kl` of the model's own distribution from the lens's, and `top1`, how
     often both have the same most likely token. All bands at the last exit are the model itself, at another
     the logit lens. Each band is reached by adding its part to the logits of those before it, with the final
-    norm's scale of the whole residual. Raises InputError for a spectrum of another width and for bands
-    that it has not.
+    norm's scale of the whole residual. Raises InputError for a spectrum of another width, for bands that it
+    has not, and for an encoder, whose head is no sum over bands.
     """
     sites = residual_sites(model) if sites is None else list(sites)
     for spectrum in spectra.values():

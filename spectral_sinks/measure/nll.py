@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from spectral_sinks.models.language import LanguageModel
+from spectral_sinks.models.masked import masked_count, masked_positions
 
 ROWS = 256
 """Predictions unembedded at once, at least: with fewer, reading the unembedding costs more than products."""
@@ -19,12 +20,12 @@ GPU busy."""
 
 @dataclass(frozen=True)
 class Scores:
-    """Per predicted token, `[batch, tokens - 1]`; `kl` and `agrees` compare with a reference pass."""
+    """Per predicted token, `[batch, predicted]`; `kl` and `agrees` compare with a reference pass."""
 
     nll: Float[Tensor, "batch predicted"]
     """Nats."""
     kl: Float[Tensor, "batch predicted"] | None = None
-    """KL(untouched || filtered) of the next-token distributions, nats."""
+    """KL(untouched || filtered) of the predicted distributions, nats."""
     agrees: Bool[Tensor, "batch predicted"] | None = None
     """Whether the untouched pass's most likely token is one of this pass's."""
 
@@ -42,7 +43,7 @@ class Reference:
     total: Float[Tensor, "rows"]
     """Log of the sum of the exponentials of the logits."""
     top: Int[Tensor, "rows"]
-    """Most likely next token."""
+    """Most likely token."""
     expected: Float[Tensor, "rows d"] | None
     """`p W`; None where logits are capped or rounded to half precision, or the weights are in another
     process; they are computed anew."""
@@ -70,12 +71,31 @@ class Reference:
         return Reference(change(self.final), change(self.total), change(self.top), expected)
 
 
+def predicted(model: LanguageModel, tokens: int) -> int:
+    """How many tokens of a window are predicted: all but the first, or those that an encoder has masked."""
+    return tokens - 1 if model.causal else masked_count(tokens)
+
+
+def predictions(
+    model: LanguageModel, final: Float[Tensor, "batch tokens d"], ids: Int[Tensor, "batch tokens"]
+) -> tuple[Float[Tensor, "rows d"], Int[Tensor, "rows"]]:
+    """What the unembedding reads where something is predicted, and what is to be predicted.
+
+    Token t + 1 from position t; by an encoder, whose pass has read `masked_ids`, the tokens of `ids` at the
+    masked positions from where they stood.
+    """
+    if model.causal:
+        return final[:, :-1].flatten(0, 1), ids[:, 1:].to(final.device).flatten()
+    places = masked_positions(model, ids).to(final.device)
+    rows = final.gather(1, places[..., None].expand(-1, -1, final.shape[-1]))
+    return rows.flatten(0, 1), ids.to(final.device).gather(1, places).flatten()
+
+
 def untouched(
     model: LanguageModel, final: Float[Tensor, "batch tokens d"], ids: Int[Tensor, "batch tokens"]
 ) -> tuple[Scores, Reference]:
     """Score the untouched pass and keep what others are compared with."""
-    rows = final[:, :-1].flatten(0, 1)
-    targets = ids[:, 1:].to(final.device).flatten()
+    rows, targets = predictions(model, final, ids)
     linear = getattr(model.config, "final_logit_softcapping", None) is None
     linear = linear and torch.finfo(final.dtype).bits >= 32 and not model.weightless
     weight = model.unembedding_weight
@@ -102,13 +122,13 @@ def score(
 ) -> Scores:
     """Score token ids from the output of the final norm, a chunk of predictions at a time.
 
-    Token t + 1 is predicted from position t: T tokens give T - 1 values, in float32 at least. The batch may
-    be several times that of the `reference`, whose rows then repeat. Runs inside a trace or outside.
+    What is predicted from where says `predictions`: T tokens give T - 1 values, in float32 at least, or an
+    encoder's 15 % of T (`ids` are the true ones). The batch may be several times that of the `reference`,
+    whose rows then repeat. Runs inside a trace or outside.
     """
     if reference is None:
         return untouched(model, final, ids)[0]
-    rows = final[:, :-1].flatten(0, 1)
-    targets = ids[:, 1:].to(final.device).flatten()
+    rows, targets = predictions(model, final, ids)
     reference = reference.to(final.device)
     period = len(reference.total)
     nll, kl, agrees = (
@@ -135,7 +155,7 @@ def score(
             nll[here] = total - hit
             agrees[here] = (at_top >= most).to(agrees.dtype)
             kl[here] = total - reference.total[part] - gained
-    shape = (ids.shape[0], ids.shape[1] - 1)
+    shape = (len(ids), -1)
     return Scores(nll.view(shape), kl.view(shape), agrees.view(shape).bool())
 
 

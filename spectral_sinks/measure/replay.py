@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -14,8 +15,9 @@ from spectral_sinks.interventions.sites import Site
 from spectral_sinks.interventions.tracing import Edit, Interventions, Resume, trace
 from spectral_sinks.measure.attention import attention_received
 from spectral_sinks.measure.memory import SHARE, Memory, free, out_of_memory
-from spectral_sinks.measure.nll import Reference, score, untouched
+from spectral_sinks.measure.nll import Reference, predicted, score, untouched
 from spectral_sinks.models.language import LanguageModel
+from spectral_sinks.models.masked import masked_ids
 from spectral_sinks.models.opening import TOKENS
 from spectral_sinks.spectra.filters import Filter, Mean, Noise, Zero
 from spectral_sinks.spectra.nested import Nested
@@ -37,7 +39,7 @@ class Measured:
     removed_energy_share: Column
     """Share of the energy that the filters take out, mean over the tokens and sites they touch."""
     sink_mass: Float[NDArray[np.float64], "cells windows layers"] | None
-    """Attention received by position 0 at T = 64, mean over heads."""
+    """Attention received by position 0, mean over heads: at T = 64; by an encoder over its whole windows."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,10 @@ def reads_sink(model: LanguageModel, windows: Windows) -> bool:
 
 
 class Batch:
-    """One batch of windows: its untouched pass, made once, and what cells do to it."""
+    """One batch of windows: its untouched pass, made once, and what cells do to it.
+
+    An encoder reads them masked: `ids` are what the model reads, `truth` is what the windows hold.
+    """
 
     def __init__(
         self,
@@ -79,9 +84,12 @@ class Batch:
         """`starts` are the exits from which cells will begin: their residuals are kept from the one pass, as
         many as fit; one that was not named costs another pass.
         """
-        self.model, self.places, self.ids = model, list(places), ids.to(model.device)
+        self.model, self.places, self.truth = model, list(places), ids.to(model.device)
+        self.ids = self.truth if model.causal else masked_ids(model, self.truth)
         self.windows = windows
-        self.attention = reads_sink(model, windows) if attention is None else attention
+        reads = reads_sink(model, windows) if attention is None else attention
+        self.attention = reads and partial(_received, causal=model.causal)
+        self.predicted = predicted(model, ids.shape[1])
         self.memory = memory or Memory(model, ids.shape[1])
         self._starts = sorted({layer for layer in starts if layer is not None and layer >= 0})
         self.baseline, self._reference, self._residuals = self._untouched()
@@ -138,15 +146,15 @@ class Batch:
         model, exits = self.model, self._fitting(self._starts)
 
         def run(a: int, b: int) -> tuple[Tensor, Reference, dict[Site, Tensor], list[Tensor]]:
-            ids = self.ids[a:b]
+            truth = self.truth[a:b]
 
             def readout(
                 final: Tensor, read: dict[Site, Tensor], weights: list[Tensor]
             ) -> tuple[Tensor, Reference, dict[Site, Tensor], list[Tensor]]:
-                scores, reference = untouched(model, final, ids)
+                scores, reference = untouched(model, final, truth)
                 return scores.nll, reference, read, weights
 
-            return trace(model, ids, {}, exits, readout=readout, attention=self.attention and _received)
+            return trace(model, self.ids[a:b], {}, exits, readout=readout, attention=self.attention)
 
         parts = self.memory.parts(len(self), 1, run)
         nll = _columns([part[0].double().mean(1) for part in parts], 1)
@@ -265,7 +273,7 @@ class Batch:
         size = len(ids)
         reference = self._reference
         if size < len(self):
-            reference = reference.windows(rows.start, rows.stop, ids.shape[1] - 1)
+            reference = reference.windows(rows.start, rows.stop, self.predicted)
 
         def stacked(site: Site) -> Edit:
             def edit(x: Tensor) -> Tensor:
@@ -279,10 +287,10 @@ class Batch:
             return edit
 
         sites = dict.fromkeys(site for edits in cells for site in edits)
-        repeated = ids.repeat(len(cells), 1)
+        repeated, truth = (x[rows].repeat(len(cells), 1) for x in (self.ids, self.truth))
 
         def readout(final: Tensor, read: dict[Site, Tensor], weights: list[Tensor]) -> Found:
-            scores = score(model, final, repeated, reference)
+            scores = score(model, final, truth, reference)
             assert scores.kl is not None and scores.agrees is not None
             nll, kl, agrees = (x.double().mean(1).cpu() for x in (scores.nll, scores.kl, scores.agrees))
             return Found(nll, kl, agrees, [layer.cpu() for layer in weights])
@@ -292,7 +300,7 @@ class Batch:
             repeated,
             {site: stacked(site) for site in sites},
             readout=readout,
-            attention=self.attention and _received,
+            attention=self.attention,
             resume=None if residuals is None else Resume(first, residuals),
         )
 
@@ -344,9 +352,9 @@ def _joined(parts: list[dict[Site, Tensor]]) -> dict[int, Tensor]:
     return {site.layer: torch.cat([part[site] for part in parts]) for site in parts[0]}
 
 
-def _received(weights: Float[Tensor, "batch heads tokens tokens"]) -> Float[Tensor, "batch"]:
+def _received(weights: Float[Tensor, "batch heads tokens tokens"], *, causal: bool) -> Float[Tensor, "batch"]:
     """Attention received by position 0, mean over heads."""
-    return attention_received([weights])[:, 0].double().mean(-1)
+    return attention_received([weights], causal=causal)[:, 0].double().mean(-1)
 
 
 def _columns(parts: list[Tensor], cells: int) -> Column:

@@ -12,8 +12,9 @@ from torch.nn.functional import cross_entropy
 from spectral_sinks.errors import InputError
 from spectral_sinks.interventions.sites import Site
 from spectral_sinks.interventions.tracing import trace
-from spectral_sinks.measure.nll import chunk
+from spectral_sinks.measure.nll import chunk, predicted, predictions
 from spectral_sinks.models.language import LanguageModel
+from spectral_sinks.models.masked import masked_ids
 from spectral_sinks.spectra.spectrum import Spectrum
 from spectral_sinks.texts import Windows
 
@@ -59,14 +60,14 @@ def first_order(
 
         found = trace(
             model,
-            ids,
+            ids if model.causal else masked_ids(model, ids),
             {entry: lambda x: x.detach().requires_grad_()},  # whether or not the weights want gradients
             exits,
             readout=readout,
             gradients=True,
         )
         estimates[places] = found.double().numpy()
-        tokens[places] = ids.shape[1] - 1
+        tokens[places] = predicted(model, ids.shape[1])
     weight = tokens / pd.Series(tokens).groupby(list(windows.document)).transform("sum").to_numpy()
     mean = np.tensordot(weight, estimates, 1) / len(set(windows.document))
     return pd.DataFrame(
@@ -82,14 +83,12 @@ def _gradient(
     model: LanguageModel, final: Float[Tensor, "batch tokens d"], ids: Int[Tensor, "batch tokens"]
 ) -> Float[Tensor, "batch tokens d"]:
     """Of each window's mean NLL by the output of the final norm, a chunk of logits at a time."""
-    rows = final.detach()[:, :-1].flatten(0, 1)
-    targets = ids[:, 1:].flatten()
+    final = final.detach().requires_grad_()
+    rows, targets = predictions(model, final, ids)
     step = chunk(model, final.device)
     parts: list[Tensor] = []
     for start in range(0, len(rows), step):
-        part = rows[start : start + step].requires_grad_()
+        part = rows[start : start + step].detach().requires_grad_()
         loss = cross_entropy(model.unembed(part), targets[start : start + step], reduction="sum")
-        parts.append(torch.autograd.grad(loss / (ids.shape[1] - 1), part)[0])
-    gradient = torch.zeros_like(final)
-    gradient[:, :-1] = torch.cat(parts).view(len(ids), -1, final.shape[-1])
-    return gradient
+        parts.append(torch.autograd.grad(loss / predicted(model, ids.shape[1]), part)[0])
+    return torch.autograd.grad(rows, final, torch.cat(parts))[0]

@@ -112,7 +112,8 @@ def sink_verdict(
 ) -> SinkVerdict:
     """Measure the sink at position 0, its carrier and its dependence on the dark band, and judge by `RULE`.
 
-    Raises InputError where attention cannot be read, windows are shorter than 64 tokens, or there are fewer
+    An encoder is judged over its whole windows where the rule says T = 64. Raises InputError where attention
+    cannot be read, windows are shorter than 64 tokens, or there are fewer
     than two documents, which have no interval.
     """
     if windows.record["documents"] < 2:
@@ -123,7 +124,8 @@ def sink_verdict(
     layer = int(mass.idxmax())
     site = Site("exit", layer - 1) if layer else Site("embedding")
     strongest = heads.groupby(["layer", "head"])["attention"].mean().idxmax()
-    over = mass[mass > ONSET * uniform_attention()]
+    uniform = uniform_attention() if model.causal else uniform_attention(tokens=windows.length, causal=False)
+    over = mass[mass > ONSET * uniform]
 
     dark = spectrum.dark()
     randoms = [random_subspace(model.d, dark.rank, seed) for seed in range(draws)]

@@ -6,9 +6,11 @@ from typing import Any
 from transformers import AutoConfig
 
 from spectral_sinks.errors import InputError
-from spectral_sinks.models.layout import FAMILIES
+from spectral_sinks.models.language import opening_token
+from spectral_sinks.models.layout import FAMILIES, context_of
 from spectral_sinks.models.loading import load_tokenizer, refuse_code
-from spectral_sinks.models.matrices import UNEMBEDDINGS
+from spectral_sinks.models.masked import is_masked_lm
+from spectral_sinks.models.matrices import UNEMBEDDINGS, read_through
 from spectral_sinks.models.source import DEFAULT, find_source
 
 
@@ -17,6 +19,8 @@ def describe(
 ) -> dict[str, Any]:
     """Family, sizes, tied or not, BOS policy and context of a checkpoint; weights are not read.
 
+    `causal` is False for an encoder, and `reads_through` names what stands between the residual stream and
+    the unembedding beside one norm.
     Raises InputError for a name that is neither a folder nor reachable, or a broken configuration.
     """
     source = find_source(str(model), revision)
@@ -32,22 +36,28 @@ def describe(
     except (ValueError, KeyError, OSError) as error:
         raise InputError(f"the configuration of {source.name} cannot be read: {error}") from error
     tokenizer: Any = load_tokenizer(source, trust_remote_code)
-    bos = None if tokenizer is None else tokenizer.bos_token_id
+    causal = not is_masked_lm(
+        source.config.get("architectures") or (), config.model_type, getattr(config, "is_decoder", False)
+    )
+    bos = None if tokenizer is None else opening_token(tokenizer, causal)
     names = source.shards
     opens = tokenizer is not None and bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
     return {
         "model": source.name,
         "family": config.model_type,
         "layout_tested": config.model_type in FAMILIES,
+        "causal": causal,
+        "reads_through": read_through(names),
         "layers": config.num_hidden_layers,
         "d_model": config.hidden_size,
         "heads": config.num_attention_heads,
         "key_value_heads": getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
         "vocabulary": config.vocab_size,
-        "context": getattr(config, "max_position_embeddings", None),
-        "tied": bool(config.tie_word_embeddings) and not any(name in names for name in UNEMBEDDINGS),
+        "context": context_of(config),
+        "tied": bool(config.tie_word_embeddings)
+        and not (causal and any(name in names for name in UNEMBEDDINGS)),
         "tokenizer": None if tokenizer is None else type(tokenizer).__name__,
-        "bos_token": None if tokenizer is None else tokenizer.bos_token,
+        "bos_token": None if tokenizer is None or bos is None else tokenizer.convert_ids_to_tokens(bos),
         "bos_token_id": bos,
         "opens_with_bos": opens,
     }

@@ -1,7 +1,8 @@
-"""A causal language model as the rest of the package sees it: parts, sizes, BOS policy."""
+"""A language model, causal or masked, as the rest of the package sees it: parts, sizes, BOS policy."""
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -12,9 +13,10 @@ from nnsight import TransformersModel
 from torch import Tensor, nn
 
 from spectral_sinks.errors import InputError
-from spectral_sinks.models.layout import FAMILIES, Layout
+from spectral_sinks.models.layout import FAMILIES, Layout, context_of
+from spectral_sinks.models.masked import predicts_masked
 from spectral_sinks.models.norms import gain_of
-from spectral_sinks.models.opening import OPENING
+from spectral_sinks.models.opening import BLOCKWISE, OPENING, WHOLE
 from spectral_sinks.models.whereabouts import Remote
 
 INCIDENTAL = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
@@ -23,7 +25,7 @@ INCIDENTAL = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transfo
 
 @dataclass(frozen=True, eq=False)
 class LanguageModel:
-    """A transformers causal language model wrapped by nnsight, with its parts found.
+    """A transformers language model, causal or masked, wrapped by nnsight, with its parts found.
 
     Make one with `load`. `nn` is the nnsight model for traces of one's own; `module` the transformers model.
     """
@@ -44,6 +46,20 @@ class LanguageModel:
     def config(self) -> Any:
         """The configuration of the text model."""
         return self.module.config.get_text_config()
+
+    @cached_property
+    def causal(self) -> bool:
+        """Whether it predicts the next token; False for an encoder, which predicts masked tokens."""
+        return not predicts_masked(self.module)
+
+    @property
+    def reads_through(self) -> str:
+        """What stands between the residual stream and the unembedding beside one norm; "" for nothing.
+
+        A masked-LM head has a dense layer and an activation there: its unembedding reads their output, and
+        not the residual stream.
+        """
+        return self.layout.reads_through
 
     @property
     def family(self) -> str:
@@ -71,6 +87,8 @@ class LanguageModel:
     @property
     def key_heads(self) -> int:
         """Number of key and value heads per layer (fewer than `heads` in grouped-query attention)."""
+        if self.layout.fused == "heads":
+            return self.heads
         return getattr(self.config, "num_key_value_heads", None) or self.heads
 
     @property
@@ -80,7 +98,7 @@ class LanguageModel:
     @property
     def context(self) -> int | None:
         """Longest window the model was made for, in tokens; None where its configuration does not say."""
-        return getattr(self.config, "max_position_embeddings", None)
+        return context_of(self.config)
 
     @property
     def device(self) -> torch.device:
@@ -109,8 +127,9 @@ class LanguageModel:
 
     @property
     def reads_attention(self) -> bool:
-        """Whether a trace can see attention weights, of the first 64 tokens at least."""
-        return self.config._attn_implementation in ("eager", OPENING)
+        """Whether a trace can see attention weights; of the first 64 tokens at least for a causal model."""
+        seen = ("eager", WHOLE, OPENING, BLOCKWISE) if self.causal else ("eager", WHOLE)
+        return self.config._attn_implementation in seen
 
     @cached_property
     def tied(self) -> bool:
@@ -138,8 +157,26 @@ class LanguageModel:
 
     @property
     def bos(self) -> int | None:
-        """Id of the beginning-of-sequence token; None where the tokenizer has none."""
-        return None if self.tokenizer is None else self.tokenizer.bos_token_id
+        """Id of the beginning-of-sequence token ([CLS] of an encoder); None where the tokenizer has none."""
+        return None if self.tokenizer is None else opening_token(self.tokenizer, self.causal)
+
+    @property
+    def sep(self) -> int | None:
+        """Id of the token that ends an encoder's window ([SEP]); None for a causal model."""
+        return None if self.tokenizer is None or self.causal else self.tokenizer.sep_token_id
+
+    @property
+    def mask(self) -> int:
+        """Id of the mask token. Raises InputError for a causal model, and where the tokenizer has none."""
+        if self.causal:
+            raise InputError(f"{self.name} is a causal language model: it masks nothing")
+        found = None if self.tokenizer is None else self.tokenizer.mask_token_id
+        if found is None:
+            raise InputError(
+                f"{self.name} came without a tokenizer that has a mask token, and has no masked-token NLL: "
+                "load(model, tokenizer=...)"
+            )
+        return found
 
     @cached_property
     def opens_with_bos(self) -> bool:
@@ -148,6 +185,11 @@ class LanguageModel:
             return False
         return self.tokenizer("a")["input_ids"][:1] == [self.bos]
 
+    @cached_property
+    def closes_with_sep(self) -> bool:
+        """Whether the tokenizer itself puts SEP behind a text, for an encoder."""
+        return self.sep is not None and self.tokenizer("a")["input_ids"][-1:] == [self.sep]
+
     def layer(self, index: int) -> Any:
         """The nnsight envoy of a layer. Raises InputError for a layer that does not exist."""
         if not 0 <= index < self.layers:
@@ -155,8 +197,8 @@ class LanguageModel:
         return self.nn.get(self.layout.layers)[index]
 
     def part(self, layer: Any, name: str) -> Any:
-        """A named part inside a layer's envoy."""
-        return layer.get(name)
+        """A named part inside a layer's envoy; nnsight serves a module called `output` as `E_output`."""
+        return layer.get(re.sub(r"\boutput\b", "E_output", name))
 
     def unembed(self, final: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch vocabulary"]:
         """Logits, float32 at least, of residuals that have passed the final norm."""
@@ -195,8 +237,8 @@ class LanguageModel:
     def check(self) -> None:
         """Run two tokens and see that the parts add up; raises InputError where they do not.
 
-        Each layer's exit must be its entry plus what attention and MLP wrote, and the unembedding of the
-        final norm's output must be the logits.
+        Each layer's exit must be its entry plus what attention and MLP wrote (in a post-norm layer, normed
+        after each), and the unembedding of the final norm's output must be the logits.
         """
         if self.vocabulary < 2:
             raise InputError(f"{self.name} has a vocabulary of {self.vocabulary}")
@@ -219,13 +261,16 @@ class LanguageModel:
         watch(self.layout.final_norm, "final")
         try:
             with torch.no_grad():
-                logits = self.module(input_ids=ids, use_cache=False).logits
+                options = {"use_cache": False} if self.causal else {}
+                logits = self.module(input_ids=ids, **options).logits
         finally:
             for handle in handles:
                 handle.remove()
         for index in range(self.layers):
             entry = seen[f"exit {index - 1}"] if index else seen["exit 0 input"]
-            total = entry + seen[f"attention {index}"] + seen[f"mlp {index}"]
+            layer = self.module.get_submodule(f"{self.layout.layers}.{index}")
+            total = normed(layer, self.layout.attention_add_norm, entry + seen[f"attention {index}"])
+            total = normed(layer, self.layout.mlp_add_norm, total + seen[f"mlp {index}"])
             if not torch.allclose(
                 total, seen[f"exit {index}"], rtol=1e-2, atol=1e-2 * float(total.abs().max())
             ):
@@ -274,3 +319,16 @@ class LanguageModel:
             f"{self.heads} heads, vocabulary {self.vocabulary}, {self.dtype}, "
             f"{'tied' if self.tied else 'untied'})"
         )
+
+
+def opening_token(tokenizer: Any, causal: bool) -> int | None:
+    """Id of the token that opens a text: BOS, or [CLS] of an encoder that has one."""
+    if causal or tokenizer.cls_token_id is None:
+        return tokenizer.bos_token_id
+    return tokenizer.cls_token_id
+
+
+@torch.no_grad()
+def normed(layer: nn.Module, name: str, x: Tensor) -> Tensor:
+    """The output of a layer's norm, or the input where there is no such norm."""
+    return layer.get_submodule(name).forward(x) if name else x

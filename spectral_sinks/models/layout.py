@@ -1,4 +1,4 @@
-"""Where a causal language model keeps its parts: the one table of module names."""
+"""Where a language model keeps its parts: the one table of module names."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -11,6 +11,7 @@ from spectral_sinks.errors import InputError
 FAMILIES = frozenset(
     {"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gpt2", "gpt_neox"}
     | {"olmo2", "phi3", "gpt_oss"}
+    | {"bert", "roberta", "modernbert"}
 )
 """Model types whose layout is tested; for any other the layout is checked against a forward pass."""
 
@@ -19,14 +20,16 @@ Fused = Literal["", "blocks", "heads"]
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Dotted names of a model's parts; all but the first four are names inside a layer."""
+    """Dotted names of a model's parts; all but the first four and the last are names inside a layer."""
 
     layers: str
     """The list of blocks."""
     embedding: str
     unembedding: str
     final_norm: str
+    """The norm whose output the unembedding reads."""
     attention: str
+    """The module that returns attention weights second."""
     mlp: str
     attention_norm: str
     """What attention reads through; empty where it reads the residual itself (OLMo 2)."""
@@ -39,31 +42,90 @@ class Layout:
     values: str
     attention_projection: str
     """W_O: its input is the output of the heads, side by side."""
+    attention_add_norm: str = ""
+    """The norm of the stream after attention is added to it, in a post-norm layer (BERT); empty elsewhere."""
+    mlp_add_norm: str = ""
+    """The same after the MLP: its output is the layer's exit."""
+    transform: str = ""
+    """In a masked-LM head, the dense layer between the stream and the final norm: a name in the model."""
     fused: Fused = ""
     """How one matrix holds queries, keys and values: `blocks` one after the other, or by `heads`."""
 
+    @property
+    def reads_through(self) -> str:
+        """What stands between the stream and the unembedding beside one norm; "" for nothing."""
+        return through(self.transform, self.final_norm) if self.transform else ""
+
 
 SEARCHED: dict[str, tuple[str, ...]] = {
-    "layers": ("model.layers", "transformer.h", "gpt_neox.layers", "model.language_model.layers"),
+    "layers": (
+        "model.layers",
+        "transformer.h",
+        "gpt_neox.layers",
+        "model.language_model.layers",
+        "bert.encoder.layer",
+        "roberta.encoder.layer",
+    ),
     "final_norm": (
         "model.norm",
         "transformer.ln_f",
         "gpt_neox.final_layer_norm",
         "model.language_model.norm",
+        "cls.predictions.transform.LayerNorm",
+        "lm_head.layer_norm",
+        "head.norm",
     ),
     "attention": ("self_attn", "attn", "attention"),
     "mlp": ("mlp",),
-    "attention_norm": ("input_layernorm", "ln_1"),
-    "mlp_norm": ("pre_feedforward_layernorm", "post_attention_layernorm", "ln_2"),
-    "attention_projection": ("o_proj", "c_proj", "dense"),
+    "attention_norm": ("input_layernorm", "ln_1", "attn_norm"),
+    "mlp_norm": ("pre_feedforward_layernorm", "post_attention_layernorm", "ln_2", "mlp_norm"),
+    "attention_projection": ("o_proj", "c_proj", "dense", "Wo"),
 }
+
+POST_NORM = {
+    "attention": "attention.self",
+    "mlp": "intermediate",
+    "attention_norm": "",
+    "mlp_norm": "",
+    "attention_write": "attention.output.dense",
+    "mlp_write": "output.dense",
+    "queries": "attention.self.query",
+    "keys": "attention.self.key",
+    "values": "attention.self.value",
+    "attention_projection": "attention.output.dense",
+    "attention_add_norm": "attention.output.LayerNorm",
+    "mlp_add_norm": "output.LayerNorm",
+}
+"""The layer of BERT and RoBERTa: each component's output is added to the stream, and the sum is normed."""
+
+TRANSFORMS = {"cls.predictions.transform.dense": "", "lm_head.dense": "", "head.dense": "model.final_norm, "}
+"""The dense layer of a masked-LM head, and what comes before it."""
 
 PROJECTIONS: tuple[tuple[tuple[str, ...], Fused], ...] = (
     (("q_proj", "k_proj", "v_proj"), ""),
     (("c_attn",) * 3, "blocks"),
     (("qkv_proj",) * 3, "blocks"),
     (("query_key_value",) * 3, "heads"),
+    (("Wqkv",) * 3, "blocks"),
 )
+
+OF_MODEL = ("layers", "embedding", "unembedding", "final_norm", "transform")
+"""Parts that are named in the model; the others are named in a layer."""
+
+
+SHIFTED = frozenset({"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm"})
+"""Model types whose positions start behind the id of the padding token."""
+
+
+def context_of(config: Any) -> int | None:
+    """Longest window in tokens, by a configuration; None where it does not say."""
+    longest = getattr(config, "max_position_embeddings", None)
+    return longest - config.pad_token_id - 1 if longest and config.model_type in SHIFTED else longest
+
+
+def through(transform: str, final_norm: str) -> str:
+    """A masked-LM head's way to its unembedding, for reports."""
+    return f"{TRANSFORMS.get(transform, '')}{transform}, an activation and {final_norm}"
 
 
 def find_layout(model: nn.Module, given: Mapping[str, str] | None = None) -> Layout:
@@ -75,7 +137,7 @@ def find_layout(model: nn.Module, given: Mapping[str, str] | None = None) -> Lay
     known = {field.name for field in fields(Layout)}
     if unknown := sorted(set(given) - known):
         raise InputError(f"no part is called {', '.join(unknown)}; parts: {', '.join(sorted(known))}")
-    for part in ("layers", "embedding", "unembedding", "final_norm"):
+    for part in OF_MODEL:
         if part in given:
             _get(model, given[part], part)
 
@@ -92,14 +154,20 @@ def find_layout(model: nn.Module, given: Mapping[str, str] | None = None) -> Lay
     if not isinstance(layers, nn.ModuleList) or len(layers) == 0:
         raise InputError(f"{found['layers']} is not a list of layers; name it by parts={{'layers': '...'}}")
     layer = layers[0]
+    if _has(layer, POST_NORM["attention_add_norm"]):
+        given = POST_NORM | given
+    for part in ("attention_add_norm", "mlp_add_norm"):
+        found[part] = given.get(part, "")
+    found["transform"] = given.get("transform", next((name for name in TRANSFORMS if _has(model, name)), ""))
     post_normed = hasattr(layer, "post_feedforward_layernorm")
     for part in ("attention", "mlp"):
         found[part] = given.get(part) or _first(layer, part, SEARCHED[part])
     bare = post_normed and not hasattr(layer, "pre_feedforward_layernorm")  # OLMo 2: norms only after
     for part in ("attention_norm", "mlp_norm"):
-        found[part] = given.get(part, "" if bare else None) or (
-            "" if bare else _first(layer, part, SEARCHED[part])
-        )
+        if part in given:
+            found[part] = given[part]
+        else:
+            found[part] = "" if bare else _first(layer, part, SEARCHED[part])
     found["attention_write"] = given.get("attention_write") or (
         "post_attention_layernorm" if post_normed else found["attention"]
     )
@@ -125,18 +193,23 @@ def find_layout(model: nn.Module, given: Mapping[str, str] | None = None) -> Lay
     )
     if given.get("fused") in ("blocks", "heads"):
         fused = "blocks" if given["fused"] == "blocks" else "heads"
-    for part in set(given) - {"layers", "embedding", "unembedding", "final_norm", "fused"}:
+    for part in set(given) - {*OF_MODEL, "fused"}:
         _get(layer, given[part], part)
     return Layout(fused=fused, **{part: name for part, name in found.items() if part != "fused"})
 
 
+def _has(module: nn.Module, name: str) -> bool:
+    try:
+        module.get_submodule(name)
+    except AttributeError:
+        return False
+    return True
+
+
 def _first(module: nn.Module, part: str, names: tuple[str, ...], prefix: str = "") -> str:
     for name in names:
-        try:
-            module.get_submodule(name)
-        except AttributeError:
-            continue
-        return name
+        if _has(module, name):
+            return name
     raise InputError(_missing(part, list(names), prefix))
 
 

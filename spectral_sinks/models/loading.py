@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from nnsight import TransformersModel
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from spectral_sinks.errors import InputError
 from spectral_sinks.models.afar import weightless
 from spectral_sinks.models.language import LanguageModel
-from spectral_sinks.models.layout import find_layout
+from spectral_sinks.models.layout import Layout, find_layout
+from spectral_sinks.models.masked import is_masked_lm, predicts_masked
 from spectral_sinks.models.opening import OPENING
 from spectral_sinks.models.parcel import wrap
 from spectral_sinks.models.source import DEFAULT, Source, check_finite, find_source
@@ -36,21 +37,24 @@ def load(
     remote: To = False,
     factors: str | None = None,
 ) -> LanguageModel:
-    """A causal language model: the embedded `sinklet`, a Hugging Face id, a folder, or a loaded model.
+    """A language model: the embedded `sinklet`, a Hugging Face id, a folder, or a loaded model.
+
+    A checkpoint of a masked language model (by its `architectures`: BERT, RoBERTa, ModernBERT) becomes an
+    encoder, `causal` False, unless its configuration says `is_decoder`.
 
     `dtype` "auto" is the checkpoint's own. `attention` is transformers' `attn_implementation`: sink mass can
     be read from "eager" and from "sdpa_opening", which is torch's fast kernel with the maps of the first 64
-    tokens beside it; "auto" is the latter where the model supports it (not Gemma 2 and gpt-oss), else eager.
-    `parts` names modules by hand where they are not found. A model given as an object stays on its device, in
-    its dtype and with its attention, and is put into evaluation mode.
+    tokens beside it; "auto" is the latter where the model supports it (not Gemma 2, gpt-oss and encoders),
+    else eager. `parts` names modules by hand where they are not found. A model given as an object stays on
+    its device, in its dtype and with its attention, and is put into evaluation mode.
 
     With `remote` all measurements of the model run at the NDIF server that nnsight is configured for (True,
     or an address), eager attention is asked for there, and no weights are loaded here; "local" rehearses
     that in this process, on the weights. Bases travel in the model's dtype, or in `factors`.
 
     Raises InputError for a name that is neither a folder nor reachable, for missing, pickled (unless
-    allowed) or non-finite weights, for a checkpoint that runs code of its own (unless trusted), and for a
-    model whose parts are not found or do not add up.
+    allowed) or non-finite weights, for a checkpoint that runs code of its own (unless trusted), for a model
+    without a head over the vocabulary, and for one whose parts are not found or do not add up.
     """
     if isinstance(model, LanguageModel):
         place = whereabouts(remote, model.remote and model.remote.commit, factors)
@@ -89,12 +93,18 @@ def load(
         name = getattr(module.config, "name_or_path", "") or type(module).__name__
         if tokenizer is None and Path(name).is_dir():
             tokenizer = load_tokenizer(Source(name, Path(name)), trust_remote_code)
+    masked = predicts_masked(module)
     if getattr(module.config, "_attn_implementation", "") == OPENING:
         _check_opening(name, module)
     module.eval()
     for parameter, weight in module.named_parameters():
         check_finite(f"{name}: {parameter}", weight)
-    layout = find_layout(module, parts)
+    layout = _layout(name, module, parts)
+    if layout.transform and not masked and getattr(module.config, "is_decoder", None) is False:
+        raise InputError(
+            f"{name} is a {type(module).__name__} whose tokens attend to later ones: set is_decoder=True in "
+            "its configuration, or load it as a masked language model"
+        )
     wrapped = model if isinstance(model, TransformersModel) else wrap(module, tokenizer)
     loaded = LanguageModel(wrapped, layout, name, tokenizer, whereabouts(remote, None, factors))
     if not loaded.tested or parts:
@@ -134,8 +144,12 @@ def _load_module(
 ) -> Any:
     refuse_code(source, trust_remote_code)
     source.require_weights(allow_pickle)
+    config = source.config
+    masked = is_masked_lm(
+        config.get("architectures") or (), config.get("model_type"), config.get("is_decoder")
+    )
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = (AutoModelForMaskedLM if masked else AutoModelForCausalLM).from_pretrained(
             source.location,
             dtype=dtype,
             device_map=device_map,
@@ -147,7 +161,8 @@ def _load_module(
             output_loading_info=True,
         )
     except (ValueError, KeyError, OSError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"{source.name} cannot be loaded as a causal language model: {error}") from error
+        kind = "masked" if masked else "causal"
+        raise InputError(f"{source.name} cannot be loaded as a {kind} language model: {error}") from error
     module, report = loaded
     if lacking := sorted(report["missing_keys"]):  # transformers would fill them with random numbers
         raise InputError(
@@ -156,15 +171,34 @@ def _load_module(
         )
     if attention == OPENING:
         _check_opening(source.name, module)
-    if attention == OPENING or (attention == "auto" and module._supports_sdpa):
+    if attention == OPENING or (attention == "auto" and module._supports_sdpa and not masked):
         module.set_attn_implementation(OPENING)
     return module
 
 
 def _check_opening(name: str, module: Any) -> None:
-    """Raise InputError where the kernel would leave out a cap or a learned sink."""
+    """Raise InputError where the kernel would leave out a cap, a learned sink, or keys beyond the opening."""
+    if predicts_masked(module):
+        raise InputError(
+            f"{name}: tokens of a {type(module).__name__} attend to later ones, and {OPENING!r} maps the "
+            "opening alone: use attention='eager'"
+        )
     if not module._supports_sdpa:
         raise InputError(f"{name}: {type(module).__name__} has no sdpa attention: use attention='eager'")
+
+
+def _layout(name: str, module: Any, parts: Mapping[str, str] | None) -> Layout:
+    """`find_layout`, which says of a model without attention heads (Mamba, RWKV) what it lacks."""
+    try:
+        return find_layout(module, parts)
+    except InputError as error:
+        config: Any = module.config.get_text_config()
+        if getattr(config, "num_attention_heads", None) is None:
+            raise InputError(
+                f"{name} ({config.model_type}) has no attention heads in its configuration: this package is "
+                "about softmax attention"
+            ) from error
+        raise
 
 
 def _moved(module: Any, device: str | torch.device) -> Any:

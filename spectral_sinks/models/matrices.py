@@ -1,5 +1,6 @@
 """Spectra of a model's matrices, from the model or from the one tensor of its checkpoint."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -7,11 +8,20 @@ from torch import Tensor
 
 from spectral_sinks.errors import InputError
 from spectral_sinks.models.language import LanguageModel
+from spectral_sinks.models.layout import TRANSFORMS, through
 from spectral_sinks.models.loading import refuse_code
+from spectral_sinks.models.masked import is_masked_lm
 from spectral_sinks.models.source import DEFAULT, Source, find_source
 from spectral_sinks.spectra.spectrum import Convention, Spectrum
 
-UNEMBEDDINGS = ("lm_head.weight", "embed_out.weight", "model.lm_head.weight")
+UNEMBEDDINGS = (
+    "lm_head.weight",
+    "embed_out.weight",
+    "model.lm_head.weight",
+    "cls.predictions.decoder.weight",
+    "lm_head.decoder.weight",
+    "decoder.weight",
+)
 EMBEDDINGS = (
     "model.embed_tokens.weight",
     "transformer.wte.weight",
@@ -19,6 +29,9 @@ EMBEDDINGS = (
     "gpt_neox.embed_in.weight",
     "model.language_model.embed_tokens.weight",
     "language_model.model.embed_tokens.weight",
+    "bert.embeddings.word_embeddings.weight",
+    "roberta.embeddings.word_embeddings.weight",
+    "model.embeddings.tok_embeddings.weight",
 )
 NORMS = (
     "model.norm.weight",
@@ -27,6 +40,10 @@ NORMS = (
     "gpt_neox.final_layer_norm.weight",
     "model.language_model.norm.weight",
     "language_model.model.norm.weight",
+    "cls.predictions.transform.LayerNorm.weight",
+    "cls.predictions.transform.LayerNorm.gamma",
+    "lm_head.layer_norm.weight",
+    "head.norm.weight",
 )
 
 
@@ -43,10 +60,12 @@ def read_spectrum(
 
     From a name or folder only the tensors it needs are read, and the model is not built. A named matrix
     reads the residual stream along whichever of its sides has the model's width; a square one is taken as
-    `nn.Linear` stores it (columns read). `folded` and `centred` are conventions of the unembedding.
+    `nn.Linear` stores it (columns read). `folded` and `centred` are conventions of the unembedding. Where a
+    head's transform stands between the residual stream and the unembedding, as in BERT, the matrix reads the
+    transform's output, and `reads_through` of the spectrum says so.
 
-    Raises InputError for an unknown matrix, one without a side of the model's width, NaN or Inf, or a
-    convention that the matrix does not have.
+    Raises InputError for an encoder without a head over the vocabulary, an unknown matrix, one without a side
+    of the model's width, NaN or Inf, or a convention that the matrix does not have.
     """
     if matrix != "unembedding" and convention != "raw":
         raise InputError(
@@ -54,11 +73,13 @@ def read_spectrum(
         )
     if isinstance(model, LanguageModel):
         weight, gain, layernorm, tied, width = _from_model(model, matrix, convention)
+        way = model.reads_through
     else:
         source = find_source(str(model), revision)
         refuse_code(source, trust_remote_code=True)  # only tensors are read: no code of it runs
         source.require_weights()
         weight, gain, layernorm, tied, width = _from_checkpoint(source, matrix, convention)
+        way = read_through(source.shards)
     if weight.ndim == 2 and weight.shape[1] != width and weight.shape[0] == width:
         weight = weight.T
     if weight.ndim != 2 or weight.shape[1] != width:
@@ -72,6 +93,7 @@ def read_spectrum(
         gain=gain,
         centre_residual=layernorm,
         tied=tied,
+        reads_through=way if matrix == "unembedding" else "",
         bands=bands,
         use_cache=use_cache,
     )
@@ -93,6 +115,7 @@ def _from_checkpoint(
     source: Source, matrix: str, convention: Convention
 ) -> tuple[Tensor, Tensor | None, bool, bool, int]:
     config: dict[str, Any] = source.config.get("text_config", source.config)
+    is_masked_lm(config.get("architectures") or (), config.get("model_type"), config.get("is_decoder"))
     present = source.shards
     head, embedding = _present(present, UNEMBEDDINGS), _present(present, EMBEDDINGS)
     # transformers ties where the configuration says so, whatever else the checkpoint stores
@@ -111,10 +134,19 @@ def _from_checkpoint(
         gain = source.tensor(norm).float()
         gain = 1 + gain if str(config.get("model_type", "")).startswith("gemma") else gain
     layernorm = norm is not None and norm.removesuffix("weight") + "bias" in present
+    layernorm = layernorm or read_through(present) != ""  # that of a masked-LM head may have no bias
     width = config.get("hidden_size") or config.get("n_embd")
     if not isinstance(width, int):
         raise InputError(f"{source.name}: config.json names no hidden_size")
     return source.tensor(str(name)), gain, layernorm, tied, width
+
+
+def read_through(present: Iterable[str]) -> str:
+    """What stands between residual stream and unembedding, by the names of a checkpoint's tensors."""
+    names = {name.rpartition(".")[0] for name in present}
+    dense = next((name for name in TRANSFORMS if name in names), "")
+    norm = next((name for name in (each.rpartition(".")[0] for each in NORMS) if name in names), "")
+    return through(dense, norm) if dense else ""
 
 
 def _present(present: dict[str, str], names: tuple[str, ...]) -> str | None:

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 OPENING = "sdpa_opening"
 """Name of the implementation."""
 
+BLOCKWISE, WHOLE = "blockwise", "blockwise_whole"
+"""Names of the implementations of `attending`, which show the opening's maps and whole maps."""
+
 TOKENS = 64
 """Tokens of the opening: attention received is averaged over these queries, since it falls with length (Gu et
 al. 2025)."""
@@ -59,14 +62,15 @@ def opening_attention(
 
 @contextmanager
 def whole_maps(model: "LanguageModel") -> Iterator[None]:
-    """Eager attention inside the block, so that a trace sees whole maps; the model's own after it."""
+    """Inside the block a trace sees whole maps: eager attention, or what `attending` makes of it."""
     before = model.config._attn_implementation
-    if before != "eager":
-        model.module.set_attn_implementation("eager")
+    whole = WHOLE if before == BLOCKWISE else "eager"
+    if before not in ("eager", WHOLE):
+        model.module.set_attn_implementation(whole)
     try:
         yield
     finally:
-        if before != "eager":
+        if before not in ("eager", WHOLE):
             model.module.set_attn_implementation(before)
 
 

@@ -5,6 +5,7 @@ use. nnsight's wrapper stays behind and is put on again.
 """
 
 import copyreg
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,14 +18,21 @@ from transformers import PreTrainedTokenizerFast
 from spectral_sinks.errors import InputError
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.models.layout import Layout
+from spectral_sinks.models.opening import BLOCKWISE, WHOLE
 
 
 def wrap(module: Any, tokenizer: Any) -> TransformersModel:
     """A transformers model as an nnsight model."""
     # nnsight asks for a tokenizer even where only ids are traced, which never reach it
     placeholder = tokenizer or PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({})))
+    task = "text-generation" if module.can_generate() else "fill-mask"
+    if task == "fill-mask" and placeholder.mask_token is None:
+        words = Tokenizer(WordLevel({"[MASK]": 0}))
+        placeholder = PreTrainedTokenizerFast(tokenizer_object=words, mask_token="[MASK]")
     meta = {"device": "meta"} if next(module.parameters()).is_meta else {}
-    return TransformersModel(module, task="text-generation", tokenizer=placeholder, **meta)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".* has a submodule named 'output'", UserWarning)  # see `part`
+        return TransformersModel(module, task=task, tokenizer=placeholder, **meta)
 
 
 def pack(model: LanguageModel) -> tuple[Any, ...]:
@@ -34,6 +42,11 @@ def pack(model: LanguageModel) -> tuple[Any, ...]:
         raise InputError(
             f"{model.name} is spread over several devices by its device_map, so it cannot be handed to other "
             "processes: run it in one process"
+        )
+    if module.config._attn_implementation in (BLOCKWISE, WHOLE):
+        raise InputError(
+            f"the attention of {model.name} is being changed or looked at by functions of this process, "
+            "which do not travel: leave `attending` first, or run in one process"
         )
     tensors = {
         **dict(module.named_parameters(remove_duplicate=False)),  # tied weights stay tied

@@ -25,6 +25,9 @@ EMBEDDED = Path(__file__).parent / "embedded"
 DEFAULT = "sinklet"
 """The embedded model."""
 
+TWIN = "sinklet-nobos"
+"""The embedded negative control: same data, steps and seed, no BOS."""
+
 TIMEOUT = 5.0
 """Seconds to wait for the hub to say whether it knows a model."""
 
@@ -127,11 +130,11 @@ class Source:
 
 
 def find_source(name: str, revision: str | None = None) -> Source:
-    """Find a checkpoint by the embedded model's name, a folder, or a hub id.
+    """Find a checkpoint by the name of an embedded model, a folder, or a hub id.
 
     Raises InputError within seconds for what is neither a folder nor known to a reachable hub.
     """
-    if name == DEFAULT:
+    if name in (DEFAULT, TWIN):
         return Source(name, EMBEDDED / name)
     folder = Path(name).expanduser()
     if folder.is_dir():

@@ -19,7 +19,9 @@ PARTS: tuple[Part, ...] = get_args(Part)
 WRITERS: tuple[Part, ...] = ("o", "down")
 
 UP = ("up_proj", "c_fc", "dense_h_to_4h")
-DOWN = ("down_proj", "c_proj", "dense_4h_to_h")
+DOWN = ("down_proj", "c_proj", "dense_4h_to_h", "Wo")
+FUSED = ("gate_up_proj", "Wi")
+"""Gate and up in one matrix, the gate (what passes the activation) first."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,25 +69,34 @@ def residual_weights(model: LanguageModel) -> Iterator[Weight]:
     layout = model.layout
     for layer in range(model.layers):
         block: Any = model.module.get_submodule(f"{layout.layers}.{layer}")
-        gain, centres = _norm(block, layout.attention_norm, model.d)
-        projections: tuple[tuple[Part, str, str], ...] = (
-            ("q", layout.queries, "queries"),
-            ("k", layout.keys, "keys"),
-            ("v", layout.values, "values"),
-        )
-        for part, path, which in projections:
-            weight = _outputs(block.get_submodule(path))[model.projection_index(which)]
-            for head, rows in enumerate(weight.split(model.head_size)):
-                yield Weight(part, layer, head, rows, gain, centres)
-        after = "" if layout.attention_write == layout.attention else layout.attention_write
-        gain, centres = _norm(block, after, model.d)
-        for head in range(model.heads):
-            yield Weight("o", layer, head, model.head_write(layer, head).detach(), gain, centres)
-
+        yield from attention_weights(model, layer)
         before = _norm(block, layout.mlp_norm, model.d)
-        after = _norm(block, "" if layout.mlp_write == layout.mlp else layout.mlp_write, model.d)
-        for part, unit, rows in _mlp(block.get_submodule(layout.mlp), model):
+        name = layout.mlp_add_norm or ("" if layout.mlp_write == layout.mlp else layout.mlp_write)
+        after = _norm(block, name, model.d)
+        for part, unit, rows in _mlp(block, model):
             yield Weight(part, layer, unit, rows, *(after if part in WRITERS else before))
+
+
+def attention_weights(model: LanguageModel, layer: int) -> Iterator[Weight]:
+    """The readers `q`, `k`, `v` and the writer `o` of one layer's attention, by head."""
+    layout = model.layout
+    block: Any = model.module.get_submodule(f"{layout.layers}.{layer}")
+    gain, centres = _norm(block, layout.attention_norm, model.d)
+    projections: tuple[tuple[Part, str, str], ...] = (
+        ("q", layout.queries, "queries"),
+        ("k", layout.keys, "keys"),
+        ("v", layout.values, "values"),
+    )
+    for part, path, which in projections:
+        weight = _outputs(block.get_submodule(path))[model.projection_index(which)]
+        for head, rows in enumerate(weight.split(model.head_size)):
+            yield Weight(part, layer, head, rows, gain, centres)
+    after = layout.attention_add_norm
+    if not after and layout.attention_write != layout.attention:
+        after = layout.attention_write
+    gain, centres = _norm(block, after, model.d)
+    for head in range(model.heads):
+        yield Weight("o", layer, head, model.head_write(layer, head).detach(), gain, centres)
 
 
 def _norm(block: Any, path: str, d: int) -> tuple[Tensor | None, bool]:
@@ -100,20 +111,26 @@ def _outputs(module: Any) -> Float[Tensor, "outputs inputs"]:
     return (module.weight if isinstance(module, nn.Linear) else module.weight.T).detach()
 
 
-def _mlp(mlp: Any, model: LanguageModel) -> Iterator[tuple[Part, int, Tensor]]:
+def _mlp(block: Any, model: LanguageModel) -> Iterator[tuple[Part, int, Tensor]]:
+    mlp = block.get_submodule(model.layout.mlp)
+    if model.layout.mlp_add_norm:  # BERT: the writer is no part of the module that reads
+        yield "up", -1, _outputs(mlp.dense)
+        yield "down", -1, _outputs(block.get_submodule(model.layout.mlp_write)).T
+        return
     experts = getattr(mlp, "experts", None)
     if experts is not None:
         yield from _experts(experts, model)
         return
     down = next((name for name in DOWN if hasattr(mlp, name)), None)
     up = next((name for name in UP if hasattr(mlp, name)), None)
-    if down is None or (up is None and not hasattr(mlp, "gate_up_proj")):
+    both = next((name for name in FUSED if hasattr(mlp, name)), None)
+    if down is None or (up is None and both is None):
         raise InputError(
             f"the matrices of {type(mlp).__name__} of {model.name} ({model.family}) were not found: tried "
-            f"gate_up_proj, {', '.join(UP)} and {', '.join(DOWN)}"
+            f"gate_up_proj, {', '.join(UP)}, Wi and {', '.join(DOWN)}"
         )
     if up is None:
-        gate, ups = _outputs(mlp.gate_up_proj).chunk(2)
+        gate, ups = _outputs(getattr(mlp, str(both))).chunk(2)
         yield "gate", -1, gate
         yield "up", -1, ups
     else:

@@ -213,11 +213,21 @@ def birth(log: pd.DataFrame, path: Path) -> None:
         axes[0, 0].legend()
 
 
+from spectral_sinks.report.across import across as across  # noqa: E402  it draws with what is above
 from spectral_sinks.report.bars import bars  # noqa: E402  these draw with what is defined above
+from spectral_sinks.report.circuits import circuit_page as circuit_page  # noqa: E402
+from spectral_sinks.report.circuits import circuits as circuits  # noqa: E402
+from spectral_sinks.report.controls import controls as controls  # noqa: E402
+from spectral_sinks.report.controls import reads as reads  # noqa: E402
+from spectral_sinks.report.designated import designated as designated  # noqa: E402
+from spectral_sinks.report.designated import variants as variants  # noqa: E402
 from spectral_sinks.report.eu_dark import eu_dark  # noqa: E402
+from spectral_sinks.report.fills import fills as fills  # noqa: E402
+from spectral_sinks.report.fills import sink_preserving as sink_preserving  # noqa: E402
+from spectral_sinks.report.fills import swap  # noqa: E402
+from spectral_sinks.report.generation import generation as generation  # noqa: E402
 from spectral_sinks.report.lens import lens  # noqa: E402
+from spectral_sinks.report.sinks import sinks as sinks  # noqa: E402
 from spectral_sinks.report.weights import weights  # noqa: E402
 
-__all__ = ["bars", "birth", "bos", "eu_dark", "ladder", "lens", "sink", "spectrum", "weights"]
-from spectral_sinks.report.across import across as across  # noqa: E402  it draws with what is above
-from spectral_sinks.report.generation import generation as generation  # noqa: E402
+__all__ = ["bars", "birth", "bos", "eu_dark", "ladder", "lens", "sink", "spectrum", "swap", "weights"]

@@ -22,7 +22,20 @@ from spectral_sinks.spectra.subspace import Subspace, intersection, random_subsp
 Fill = Callable[[Tensor, Subspace], Tensor]
 """From the removed component `[..., tokens, d]` and the blocked subspace to what takes its place."""
 
-Tokens = Literal["all", "first", "all-but-first"] | Tensor | Collection[int]
+
+@dataclass(frozen=True, init=False)
+class At:
+    """The tokens at some positions, counted from 0."""
+
+    positions: tuple[int, ...]
+
+    def __init__(self, *positions: int) -> None:
+        if not positions or min(positions) < 0:
+            raise InputError(f"positions {positions}: give at least one, counted from 0, as in At(4)")
+        object.__setattr__(self, "positions", tuple(sorted(set(positions))))
+
+
+Tokens = Literal["all", "first", "all-but-first"] | At | Tensor | Collection[int]
 """Which tokens are filtered: by position, by a mask `[tokens]` or `[batch, tokens]`, or by token id."""
 
 Reading = Literal["u-e", "e-u", "intersection"]
@@ -165,6 +178,10 @@ class Filter:
                 return None
             first = torch.arange(count, device=x.device) == 0
             return first if self.tokens == "first" else ~first
+        if isinstance(self.tokens, At):
+            if self.tokens.positions[-1] >= count:
+                raise InputError(f"position {self.tokens.positions[-1]}: the text has {count} tokens")
+            return torch.isin(torch.arange(count), torch.tensor(self.tokens.positions)).to(x.device)
         if isinstance(self.tokens, Tensor):
             if self.tokens.dtype != torch.bool or not _fits(self.tokens, x):
                 raise InputError(

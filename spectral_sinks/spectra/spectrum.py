@@ -50,6 +50,8 @@ class Spectrum:
     """Hash of the weights and the convention."""
     count: int = 20
     """Number of bands."""
+    reads_through: str = ""
+    """What stands between the residual stream and what the matrix reads, beside one norm; "" for nothing."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.count <= self.d:
@@ -79,6 +81,7 @@ class Spectrum:
         gain: Float[Tensor, "d"] | None = None,
         centre_residual: bool = False,
         tied: bool = False,
+        reads_through: str = "",
         bands: int = 20,
         use_cache: bool = True,
     ) -> "Spectrum":
@@ -118,7 +121,7 @@ class Spectrum:
             if use_cache:
                 cache.store(fingerprint, *stored)
         values, vectors = stored
-        return cls(vectors, values, name, convention, tied, fingerprint, bands)
+        return cls(vectors, values, name, convention, tied, fingerprint, bands, reads_through)
 
     @property
     def d(self) -> int:
@@ -132,7 +135,14 @@ class Spectrum:
     def with_bands(self, count: int) -> "Spectrum":
         """The same decomposition cut into another number of bands."""
         return Spectrum(
-            self.vectors, self.values, self.matrix, self.convention, self.tied, self.fingerprint, count
+            self.vectors,
+            self.values,
+            self.matrix,
+            self.convention,
+            self.tied,
+            self.fingerprint,
+            count,
+            self.reads_through,
         )
 
     def directions(self, start: int, stop: int, name: str) -> Subspace:
@@ -219,6 +229,7 @@ class Spectrum:
 
     def __repr__(self) -> str:
         tied = ", tied" if self.tied else ""
+        tied += f", reads through {self.reads_through}" if self.reads_through else ""
         return (
             f"Spectrum({self.matrix}, {self.convention}{tied}, d={self.d}, {self.count} bands, "
             f"singular values {self.values[0]:.4g} to {self.values[-1]:.4g})"

@@ -11,8 +11,11 @@ from spectral_sinks.errors import InputError
 from spectral_sinks.interventions.tracing import Edit, Interventions
 from spectral_sinks.measure import replay
 from spectral_sinks.models.language import LanguageModel
+from spectral_sinks.models.masked import RULE
+from spectral_sinks.models.opening import BLOCKWISE, WHOLE
 from spectral_sinks.spectra.cache import fingerprint
-from spectral_sinks.spectra.filters import Fill, Filter, Mean, Noise, Swap, Zero
+from spectral_sinks.spectra.controls import NormRestored
+from spectral_sinks.spectra.filters import At, Fill, Filter, Mean, Noise, Swap, Zero
 from spectral_sinks.spectra.subspace import Subspace
 from spectral_sinks.texts import Windows
 
@@ -34,8 +37,14 @@ def address(context: Mapping[str, Any], edits: Interventions) -> str:
 
 
 def context(model: LanguageModel, windows: Windows, batch_size: int) -> dict[str, Any]:
-    """What all cells of a sweep share."""
-    return {
+    """What all cells of a sweep share. Raises InputError inside `attending`, which no address covers."""
+    if model.config._attn_implementation in (BLOCKWISE, WHOLE):
+        raise InputError(
+            f"the attention of {model.name} is being changed or looked at, of which a stored cell would say "
+            "nothing: leave `attending` before a sweep"
+        )
+    masking = {} if model.causal else {"masking": [RULE, model.mask, sorted(model.tokenizer.all_special_ids)]}
+    return masking | {
         "weights": model.fingerprint,
         "data": digest([of_rows(windows), list(map(int, windows.document))]),
         "metrics": [*METRICS, *(["sink_mass"] if replay.reads_sink(model, windows) else [])],
@@ -51,10 +60,14 @@ def swapping(edits: Interventions) -> bool:
 
 def of_edit(edit: Edit) -> Any:
     """What identifies a filter: subspaces by their members in a spectrum or by their basis, fill, tokens."""
+    if isinstance(edit, NormRestored):
+        return ["norm restored", of_edit(edit.filter)]
     if not isinstance(edit, Filter):
         return _own(edit)
     tokens = edit.tokens
-    if isinstance(tokens, Tensor):
+    if isinstance(tokens, At):
+        tokens = f"positions {tokens.positions}"
+    elif isinstance(tokens, Tensor):
         tokens = fingerprint(tokens, None, "mask")
     elif not isinstance(tokens, str):
         tokens = sorted(set(map(int, tokens)))

@@ -15,6 +15,7 @@ from spectral_sinks.measure.effects import mean_residuals
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.spectra.cache import fingerprint
 from spectral_sinks.spectra.filters import (
+    At,
     Fill,
     Filter,
     Mean,
@@ -157,6 +158,8 @@ def _filters(
 def _suffix(fill: str, tokens: Tokens) -> str:
     if isinstance(tokens, Tensor):
         where = f"mask {fingerprint(tokens, None, 'mask')[:8]}"
+    elif isinstance(tokens, At):
+        where = f"at {' '.join(map(str, tokens.positions))}"
     else:
         where = tokens if isinstance(tokens, str) else f"tokens {' '.join(map(str, sorted(tokens)))}"
     return ("" if fill == "zero" else f", {fill}") + ("" if where == "all" else f", {where}")

@@ -203,7 +203,7 @@ def _sent(sweep: Sweep, unit: Unit) -> Iterable[Note]:
         cells=[described(sweep, index) for index in unit.cells],
         documents=[int(sweep.windows.document[place]) for place in places],
         windows=list(places),
-        tokens=ids.shape[1] - 1,
+        tokens=batch.predicted,
     )
 
 

@@ -186,7 +186,7 @@ class Sweep:
         found = batch.measure([self.cells[i].edits for i in unit.cells])
         cells = [described(self, index) for index in unit.cells]
         documents = [self.windows.document[place] for place in batch.places]
-        return table_of(cells, documents, batch.places, batch.ids.shape[1] - 1, batch.baseline, found)
+        return table_of(cells, documents, batch.places, batch.predicted, batch.baseline, found)
 
 
 def described(sweep: Sweep, index: int) -> dict[str, Any]:

@@ -86,3 +86,50 @@ def test_learning_rate_rises_stays_and_ends_at_zero(script, text, tmp_path):
     assert rates[9:76] == [pytest.approx(peak)] * 67
     assert rates[88] == pytest.approx(peak * 12 / 25)
     assert rates[100] == 0
+
+
+@pytest.mark.parametrize("softmax", ["off-by-one", "learned"])
+def test_a_further_logit_in_the_softmax(script, text, tmp_path, softmax):
+    script.main(recipe(script, text, tmp_path / "run", softmax=softmax))
+    script.main(recipe(script, text, tmp_path / "plain"))
+    sinks = load_file(tmp_path / "run" / "model" / "sinks.safetensors")["sink_logits"]
+    assert sinks.shape == (2, 2) and bool((sinks != 0).any()) == (softmax == "learned")
+    names = {run: set(load_file(tmp_path / run / "model" / "model.safetensors")) for run in ("run", "plain")}
+    assert names["run"] == names["plain"], "the checkpoint is a plain Llama's"
+
+    settings = recipe(script, text, tmp_path / "run", softmax=softmax)
+    model = script.build(settings)
+    ids = torch.randint(300, (2, 20), generator=torch.Generator().manual_seed(1))
+    weights = model(ids, output_attentions=True).attentions
+    assert all((layer.sum(-1) < 1).all() for layer in weights)
+    plain = script.build(recipe(script, text, tmp_path / "plain"))(ids, output_attentions=True).attentions
+    assert all(
+        bool((mine <= theirs + 1e-6).all()) for mine, theirs in zip(weights[:1], plain[:1], strict=True)
+    )
+
+
+def test_bos_at_a_chosen_place(script, text, tmp_path):
+    settings = recipe(script, text, tmp_path / "run", position=5)
+    rows = script.with_bos(torch.arange(1, 13).view(2, 6).numpy(), settings)
+    assert rows.tolist() == [[1, 2, 3, 4, 5, 0, 6], [7, 8, 9, 10, 11, 0, 12]]
+    logits = torch.randn(2, 6, 300, generator=torch.Generator().manual_seed(0))
+    nll = script.losses_of(logits, torch.from_numpy(rows), settings)
+    every = script.losses_of(logits, torch.from_numpy(rows), recipe(script, text, tmp_path))
+    assert torch.equal(nll, every[:, [0, 1, 2, 3, 5]]), "all but the prediction of BOS"
+    script.main(settings)
+    assert json.loads((tmp_path / "run" / "model" / "recipe.json").read_text())["position"] == 5
+
+
+def test_fine_tuning_without_the_first_key(script, text, tmp_path):
+    script.main(recipe(script, text, tmp_path / "plain"))
+    start = tmp_path / "plain" / "model"
+    settings = recipe(script, text, tmp_path / "tuned", softmax="no-first", start=start, steps=2)
+    model = script.build(settings)
+    ids = torch.randint(300, (2, 20), generator=torch.Generator().manual_seed(1))
+    for layer in model(ids, output_attentions=True).attentions:
+        assert (layer[:, :, 1:, 0] == 0).all() and torch.allclose(layer.sum(-1), torch.ones(()))
+    before = load_file(start / "model.safetensors")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    script.main(settings)
+    after = load_file(tmp_path / "tuned" / "model" / "model.safetensors")
+    assert any(not torch.equal(after[name], before[name]) for name in before)

@@ -7,21 +7,9 @@ import pandas as pd
 import pytest
 import tiny
 import torch
+from studies import run, study
 
 import spectral_sinks as ss
-from spectral_sinks.study import find_experiment
-
-
-def study(model: ss.LanguageModel, out: Path, tokens: int = 70, draws: int = 3) -> ss.Study:
-    rows = tiny.ids(4, tokens, seed=1)
-    spectra = [ss.read_spectrum(model, name) for name in ("unembedding", "embedding")]
-    return ss.Study(model, ss.Windows.of_ids(rows, model), spectra[0], spectra[1], out, draws)
-
-
-def run(name: str, given: ss.Study) -> pd.DataFrame:
-    answers = pd.DataFrame(find_experiment(name)(given).answers)
-    assert np.isfinite(answers["value"]).all()
-    return answers.set_index("quantity")
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_oss"])

@@ -215,3 +215,10 @@ def test_distinct_cells_are_the_first_of_each_address() -> None:
     assert list(sweep.distinct) == sorted(sweep.distinct)
     assert all(sweep.addresses[i] not in sweep.addresses[:i] for i in sweep.distinct)
     assert {cell for unit in sweep.units for cell in unit.cells} == set(sweep.distinct)
+
+
+def test_a_changed_attention_has_no_address(tmp_path: Path) -> None:
+    model = tiny.model()
+    windows = ss.Windows.of_ids(tiny.ids(2, 12).tolist(), model, [0, 1])
+    with ss.attending(model, lambda call: None), pytest.raises(ss.InputError, match="before a sweep"):
+        address.context(model, windows, 4)

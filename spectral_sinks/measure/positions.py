@@ -1,0 +1,233 @@
+"""Attention received by every position, a layer and a block of queries at a time."""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from numpy.typing import NDArray
+from torch import Tensor
+
+from spectral_sinks.errors import InputError, SpectralWarning
+from spectral_sinks.interventions.tracing import Interventions, trace
+from spectral_sinks.measure.attention import EPSILON
+from spectral_sinks.measure.memory import Memory
+from spectral_sinks.models.attending import AttentionCall, attending
+from spectral_sinks.models.language import LanguageModel
+from spectral_sinks.models.opening import TOKENS
+from spectral_sinks.texts import Windows
+
+
+@dataclass(frozen=True, eq=False)
+class PositionAttention:
+    """What every position receives from the first T tokens of each window, by layer and head."""
+
+    windows: Windows
+    """The windows that were read, T tokens each; whole windows where the model is bidirectional."""
+    causal: bool
+    ids: Int[NDArray[np.int64], "windows tokens"]
+    """-1 behind the end of a shorter window, where all below is NaN."""
+    total: Float[NDArray[np.float32], "windows layers heads tokens"]
+    """Sum over queries of the attention to each position."""
+    seen: Float[NDArray[np.float32], "windows layers heads tokens"]
+    """Queries that can see each position: fewer than come after it where a window slides."""
+    to_sink_logit: Float[NDArray[np.float32], "windows layers heads"]
+    """Mean over queries of what a learned logit without a value takes of each row (gpt-oss); else 0."""
+
+    @property
+    def tokens(self) -> int:
+        """T: tokens of the longest window read."""
+        return self.ids.shape[1]
+
+    @cached_property
+    def lengths(self) -> Int[NDArray[np.int64], "windows"]:
+        """Tokens in each window."""
+        return (self.ids >= 0).sum(1)
+
+    @cached_property
+    def queries(self) -> Float[NDArray[np.float64], "windows tokens"]:
+        """Queries over which the mean is taken: those at the position and after it, or all."""
+        ends = self.lengths[:, None].astype(np.float64)
+        return ends - np.arange(self.tokens) if self.causal else np.broadcast_to(ends, self.ids.shape)
+
+    @cached_property
+    def alpha(self) -> Float[NDArray[np.float64], "windows layers heads tokens"]:
+        """alpha_k: mean over queries i >= k of A[i, k]; over all queries in a bidirectional model.
+
+        Queries that a sliding window keeps from k count as 0, as published. (Gu et al. 2025)
+        """
+        return self.total / self.queries[:, None, None]
+
+    @property
+    def alpha_seen(self) -> Float[NDArray[np.float64], "windows layers heads tokens"]:
+        """The mean over only those queries that can see k [ours]; NaN where none can."""
+        with np.errstate(invalid="ignore"):
+            return self.total.astype(np.float64) / self.seen
+
+    def rate(self, epsilon: float = EPSILON) -> Float[NDArray[np.float64], "documents tokens"]:
+        """Sink^eps_k: share of a document's (window, layer, head) with alpha_k above epsilon, every k."""
+        return self.by_document(_above(self.alpha, epsilon).mean((1, 2)))
+
+    def mass(
+        self, members: Bool[NDArray[np.bool_], "windows #layers tokens"]
+    ) -> Float[NDArray[np.float64], "windows layers heads"]:
+        """Mean over all queries of the attention to some positions of each window together."""
+        chosen = np.where(members[:, :, None], self.total, 0.0)
+        return np.nansum(chosen, axis=-1) / self.lengths[:, None, None]
+
+    def uniform(
+        self, members: Bool[NDArray[np.bool_], "windows #layers tokens"]
+    ) -> Float[NDArray[np.float64], "windows #layers"]:
+        """`mass` if every query attended evenly to all that comes before it, and to itself (or to all)."""
+        if not self.causal:
+            return members.sum(-1) / self.lengths[:, None]
+        shares = np.cumsum(members, axis=-1) / np.arange(1, self.tokens + 1)
+        return shares.mean(-1)
+
+    def by_document(self, values: NDArray[Any]) -> NDArray[np.float64]:
+        """Mean over the windows of each document, documents in ascending order; NaNs are left out."""
+        owners = np.asarray(self.windows.document)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # nothing but NaN stays NaN
+            return np.stack([np.nanmean(values[owners == owner], axis=0) for owner in np.unique(owners)])
+
+
+def _above(values: NDArray[np.float64], threshold: float) -> NDArray[np.float64]:
+    """1 where strictly above, 0 where not, NaN where NaN."""
+    return np.where(np.isnan(values), np.nan, values > threshold)
+
+
+def attention_by_position(
+    model: LanguageModel, windows: Windows, *, tokens: int = TOKENS, batch_size: int = 16
+) -> PositionAttention:
+    """Attention received by every position among the first `tokens` of each window, in every head.
+
+    No map of all queries and keys is held, whatever the attention implementation. Windows shorter than
+    `tokens` are left out with a warning; a bidirectional model reads its windows whole. Raises InputError
+    where nothing is left, `tokens` exceeds the context, ids are padded, or attention cannot be seen.
+    """
+    return watch(model, opened(model, windows, tokens), batch_size)
+
+
+def watch(
+    model: LanguageModel,
+    windows: Windows,
+    batch_size: int = 16,
+    edits: Interventions | None = None,
+    after: Callable[[list[int]], None] = lambda places: None,
+) -> PositionAttention:
+    """`attention_by_position` of windows read whole, in passes with functions at sites.
+
+    `after` is called with the places of the windows of each pass.
+    """
+    _check_attention(model)
+    count, length = len(windows), windows.length
+    shape = (count, model.layers, model.heads, length)
+    ids = np.full((count, length), -1)
+    total, seen = (np.full(shape, np.nan, dtype=np.float32) for _ in range(2))
+    sink_logit = np.zeros(shape[:3], dtype=np.float32)
+    found: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def look(call: AttentionCall) -> None:
+        found[call.layer] = received_by_keys(call)
+
+    memory = Memory(model, length)
+    for places, rows in windows.batches(batch_size):
+
+        def run(start: int, stop: int, places: list[int] = places, rows: Tensor = rows) -> None:
+            found.clear()
+            part = rows[start:stop]
+            with attending(model, look):
+                trace(model, part.to(model.device), edits or {}, readout=lambda *_: None)
+            width = part.shape[1]
+            for row, place in enumerate(places[start:stop]):
+                ids[place, :width] = part[row]
+                for layer, (mass, visible, rest) in found.items():
+                    total[place, layer, :, :width] = mass[row]
+                    seen[place, layer, :, :width] = visible[row]
+                    sink_logit[place, layer] = rest[row]
+            after(places[start:stop])
+
+        memory.parts(len(places), 1, run)
+    return PositionAttention(windows, causal(model), ids, total, seen, sink_logit)
+
+
+def received_by_keys(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums over queries: attention to each key, queries that see it, and mean mass of a learned logit.
+
+    Shapes `[batch, heads, keys]`, twice, and `[batch, heads]`; on the CPU, float32.
+    """
+    batch, heads, queries, _ = call.query.shape
+    shape = (batch, heads, call.key.shape[2])
+    total = torch.zeros(shape, dtype=torch.float32, device=call.query.device)
+    seen = torch.zeros_like(total)
+    for rows in call.blocks():
+        total += call.weights(rows).sum(2)
+        seen += call.visible(rows).sum(2)
+    rest = torch.zeros(batch, heads) if call.sinks is None else 1 - total.sum(-1) / queries
+    return total.cpu(), seen.cpu(), rest.cpu()
+
+
+def _check_attention(model: LanguageModel) -> None:
+    """Raise InputError for a model some of whose layers have no attention (linear or recurrent ones)."""
+    name = model.layout.attention
+    parts = [dict(layer.named_modules()) for layer in model.module.get_submodule(model.layout.layers)]
+    if lacking := [layer for layer, part in enumerate(parts) if name not in part]:
+        raise InputError(
+            f"{model.name}: {len(lacking)} of {model.layers} layers, such as {lacking[0]}, have no {name!r}: "
+            "attention sinks are defined for softmax attention in every layer"
+        )
+
+
+def causal(model: LanguageModel) -> bool:
+    """Whether a token sees only what comes before it."""
+    return getattr(model, "causal", True)
+
+
+def opened(model: LanguageModel, windows: Windows, tokens: int) -> Windows:
+    """The first `tokens` tokens of each window that has them; all windows whole if bidirectional."""
+    _check_padding(model, windows)
+    if tokens < 2:
+        raise InputError(f"attention received over {tokens} tokens: give at least 2")
+    if model.context is not None and tokens > model.context:
+        raise InputError(
+            f"attention received over {tokens} tokens: {model.name} has a context of {model.context}"
+        )
+    if not causal(model):
+        return windows
+    kept = [place for place, row in enumerate(windows.rows) if len(row) >= tokens]
+    if not kept:
+        raise InputError(
+            f"attention received is taken over {tokens} tokens, and the longest window has {windows.length}: "
+            f"give longer texts, or take it over fewer (tokens={windows.length}, --tokens), which raises it"
+        )
+    if short := len(windows) - len(kept):
+        warnings.warn(
+            f"{short} of {len(windows)} windows are shorter than {tokens} tokens and left out",
+            SpectralWarning,
+            stacklevel=3,
+        )
+    return Windows.of_ids(
+        [windows.rows[place][:tokens] for place in kept],
+        model,
+        [windows.document[place] for place in kept],
+    )
+
+
+def _check_padding(model: LanguageModel, windows: Windows) -> None:
+    """Raise InputError for windows that open, or end, with two or more padding tokens and hold others."""
+    pad = getattr(model.tokenizer, "pad_token_id", None)
+    pad = model.config.pad_token_id if pad is None else pad
+    if pad is None:
+        return
+    for place, row in enumerate(windows.rows):
+        for side, end in (("opens", row[:2]), ("ends", row[-2:])):
+            if bool((end == pad).all()) and bool((row != pad).any()):
+                raise InputError(
+                    f"window {place} {side} with the padding token {pad}: padding shifts positions and "
+                    "receives attention; give unpadded windows, which may differ in length"
+                )

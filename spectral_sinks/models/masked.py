@@ -1,0 +1,94 @@
+"""Masked language models: how one is recognised, and which tokens of a window are masked."""
+
+import hashlib
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+from spectral_sinks.errors import InputError
+
+if TYPE_CHECKING:
+    from spectral_sinks.models.language import LanguageModel
+
+SHARE = 0.15
+"""Share of a window's tokens that is masked (Devlin et al. 2019, 3.1)."""
+
+RULE = (
+    "15 % of a window's tokens, at least one, become the mask token; special tokens never; drawn by a "
+    "generator seeded by the SHA-256 of the window's ids"
+)
+"""How tokens are masked, for records."""
+
+HEADS = ("ForMaskedLM", "ForPreTraining")
+GENERATORS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+
+
+def is_masked_lm(architectures: Iterable[str], model_type: str | None, decoder: bool | None) -> bool:
+    """Whether a model of these class names predicts masked tokens; a configuration made a `decoder` does not.
+
+    Without names, by the model type. Raises InputError for an encoder without a head over the vocabulary,
+    such as a classifier.
+    """
+    names = list(architectures)
+    encoder = model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if decoder or not (names or encoder):
+        return False
+    if any(name.endswith(HEADS) for name in names) or not names:
+        return True
+    if encoder and not any(name.endswith(GENERATORS) for name in names):
+        raise InputError(
+            f"{names[0]} ({model_type}) has no head over the vocabulary: expected a masked language model, "
+            "such as BertForMaskedLM, or a causal one"
+        )
+    return False
+
+
+def predicts_masked(module: Any) -> bool:
+    """Whether a transformers model predicts masked tokens; raises InputError as `is_masked_lm`."""
+    config = module.config.get_text_config()
+    names = [kind.__name__ for kind in type(module).__mro__]
+    return is_masked_lm(names, config.model_type, getattr(config, "is_decoder", False))
+
+
+def masked_count(tokens: int) -> int:
+    """How many tokens of a window are masked; special tokens count in its length, as in BERT's own data."""
+    return max(1, round(SHARE * tokens))
+
+
+def masked_positions(model: "LanguageModel", ids: Int[Tensor, "batch tokens"]) -> Int[Tensor, "batch masked"]:
+    """The positions in each window whose tokens are masked and predicted, in order.
+
+    They follow from the window's own ids alone: 15 %, at least one, special tokens never. Raises InputError
+    for a model without a mask token, and for a window with too few tokens that are not special.
+    """
+    _ = model.mask  # says what is missing
+    special = frozenset(model.tokenizer.all_special_ids)
+    return torch.tensor([_drawn(tuple(row), special) for row in ids.tolist()], device=ids.device)
+
+
+def masked_ids(model: "LanguageModel", ids: Int[Tensor, "batch tokens"]) -> Int[Tensor, "batch tokens"]:
+    """Windows as an encoder reads them when its NLL is measured: the mask token at `masked_positions`.
+
+    Raises InputError as `masked_positions` does.
+    """
+    return ids.scatter(1, masked_positions(model, ids), model.mask)
+
+
+@lru_cache(4096)
+def _drawn(row: tuple[int, ...], special: frozenset[int]) -> list[int]:
+    places = [place for place, token in enumerate(row) if token not in special]
+    count = masked_count(len(row))
+    if len(places) < count:
+        raise InputError(
+            f"a window of {len(row)} tokens has {len(places)} that are not special, and {count} are to be "
+            "masked: give other text, or a tokenizer that knows its words"
+        )
+    content = hashlib.sha256(torch.tensor(row).numpy().tobytes()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(content[:8]) >> 1)
+    order = torch.randperm(len(places), generator=generator)[:count]
+    return sorted(places[i] for i in order.tolist())

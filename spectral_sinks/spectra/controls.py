@@ -1,0 +1,191 @@
+"""Controls for a filter: what else is removed, or put in its place, so that its effect can be told apart.
+
+The rank-matched control is `rnd`. Here are the others: the same energy removed, the same coefficients on
+other directions, the norm restored, random directions of a larger subspace, and everything but the change.
+"""
+
+# torch is typed only in part:
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from spectral_sinks.errors import InputError
+from spectral_sinks.spectra.filters import Filter, Zero
+from spectral_sinks.spectra.subspace import Subspace, random_subspace
+
+STREAM = 2**32
+"""Added to a seed, so that a swap is not drawn from the numbers of `random_subspace` with the same seed."""
+
+TOLERANCE = 0.01
+"""Relative error of the removed energy up to which a subspace counts as matched."""
+
+
+def energy_matched(observed: Subspace, x: Float[Tensor, "*tokens d"], seed: int = 0) -> Subspace:
+    """A random subspace that takes the same share of the energy of `x` as `observed`, whatever its rank.
+
+    The share is that of `removed_energy_share`: of each token's energy, mean over the tokens of `x` (any
+    reference residuals). Haar-random directions are taken one by one until their number is the nearest to
+    the share; then one of them, the last if it can be, is turned towards a further random direction until the
+    share is met. So all directions but one are those of a uniform draw; only where no single turn will do, as
+    for shares far below that of any random direction, are there several.
+
+    Raises InputError for residuals of another width, all zero or not finite, and where no turns come
+    within 1 % of the share.
+    """
+    if x.shape[-1] != observed.d:
+        raise InputError(f"{observed.name!r} is of width {observed.d}, the residuals of width {x.shape[-1]}")
+    rows = x.detach().cpu().double().reshape(-1, observed.d)
+    norms = rows.norm(dim=-1, keepdim=True)
+    if not torch.isfinite(norms).all() or not norms.any():
+        raise InputError("the residuals to match energy on are all zero or not finite")
+    rows = (rows / norms)[norms[:, 0] > 0]
+    target = float(observed.to("cpu", torch.float64).project(rows).square().sum(-1).mean())
+    name = f"energy of {observed.name} (seed {seed})"
+    if min(observed.rank, observed.d - observed.rank) == 0:
+        return random_subspace(observed.d, observed.rank, seed).named(name)
+
+    generator = torch.Generator().manual_seed(seed)
+    normal = torch.empty(observed.d, 0, dtype=torch.float64)
+    while True:
+        more = min(observed.d, max(2 * normal.shape[1], 2 * observed.rank + 16)) - normal.shape[1]
+        drawn = torch.randn(observed.d, more, generator=generator, dtype=torch.float64)
+        normal = torch.cat([normal, drawn], dim=1)
+        basis = _matched(torch.linalg.qr(normal).Q, rows, target)
+        reached = float((rows @ basis).square().sum(-1).mean())
+        if abs(reached - target) <= TOLERANCE * target:
+            return Subspace(basis, name)
+        if normal.shape[1] == observed.d:
+            break
+    raise InputError(
+        f"no subspace of rank {basis.shape[1]} made of these draws takes {target:.4g} of the energy of the "
+        f"{len(rows)} residuals (nearest {reached:.4g}): compare at equal rank with rnd"
+    )
+
+
+def _matched(columns: Float[Tensor, "d k"], rows: Float[Tensor, "n d"], target: float) -> Tensor:
+    """As many of the columns as come nearest to the target, turned until they meet it or nothing helps."""
+    coordinates = rows @ columns
+    moments = coordinates.T @ coordinates / len(rows)
+    shares = moments.diagonal().cumsum(0)
+    rank = min(int((shares - target).abs().argmin()) + 1, columns.shape[1] - 1)
+    for _ in range(4 * columns.shape[1]):
+        missing = target - float(moments.diagonal()[:rank].sum())
+        if abs(missing) <= 1e-9 * target:
+            break
+        own, partner, angle = _turn(moments, rank, missing)
+        pair, (cos, sin) = [own, partner], (torch.cos(angle), torch.sin(angle))
+        turn = torch.stack([torch.stack([cos, -sin]), torch.stack([sin, cos])])
+        columns[:, pair] = columns[:, pair] @ turn
+        moments[:, pair] = moments[:, pair] @ turn
+        moments[pair] = turn.T @ moments[pair]
+    return columns[:, :rank].clone()
+
+
+def _turn(moments: Float[Tensor, "k k"], rank: int, missing: float) -> tuple[int, int, Tensor]:
+    """Which of the first directions to turn towards which further one, and the smallest angle that will do.
+
+    In the plane of directions i and j the energy at angle t is `mean + radius cos(2 t - phase)`. The last
+    direction comes first, the partners in order; where no pair reaches what is missing, the nearest one.
+    """
+    energies = moments.diagonal()
+    own, other = energies[:rank, None].flip(0), energies[None, rank:]
+    cross = moments[:rank, rank:].flip(0)
+    mean, half = (own + other) / 2, (own - other) / 2
+    radius = torch.hypot(half, cross)
+    off = own + missing - mean
+    short = (off.abs() - radius).clamp_min(0)
+    row, column = divmod(int(short.argmin()), short.shape[1])
+    phase = torch.atan2(cross[row, column], half[row, column])
+    tiny = torch.finfo(radius.dtype).tiny
+    swing = torch.arccos((off[row, column] / radius[row, column].clamp_min(tiny)).clamp(-1, 1))
+    angles = torch.stack([phase + swing, phase - swing]) / 2
+    angles = torch.remainder(angles + torch.pi / 2, torch.pi) - torch.pi / 2
+    return rank - 1 - row, rank + column, angles[angles.abs().argmin()]
+
+
+def random_within(outer: Subspace, rank: int, seed: int = 0) -> Subspace:
+    """A subspace of the given rank drawn uniformly inside another. Raises InputError beyond its rank."""
+    if not 0 <= rank <= outer.rank:
+        raise InputError(f"a random subspace of rank {rank} inside {outer.name!r} of rank {outer.rank}")
+    inner = random_subspace(outer.rank, rank, seed).orthonormal()
+    return Subspace(
+        outer.orthonormal().cpu().double() @ inner, f"random {rank} in {outer.name} (seed {seed})"
+    )
+
+
+@dataclass(frozen=True)
+class DirectionSwap:
+    """The fill that keeps the coefficients and changes the directions.
+
+    A fixed isometry, drawn from the seed, carries the blocked subspace into one orthogonal to it, so the
+    removed components keep their norms and their angles to one another. It does not depend on which basis of
+    the blocked subspace is stored. Raises InputError where the blocked subspace has more than half of all
+    directions, for then there is no room beside it.
+    """
+
+    seed: int = 0
+
+    @property
+    def address(self) -> str:
+        return f"direction swap {self.seed}"
+
+    def __call__(self, removed: Tensor, blocked: Subspace) -> Tensor:
+        if 2 * blocked.rank > blocked.d:
+            raise InputError(
+                f"fill 'direction swap' needs as many directions beside {blocked.name!r} as in it, and its "
+                f"rank is {blocked.rank} of {blocked.d}"
+            )
+        basis = blocked.orthonormal().cpu().double()
+        generator = torch.Generator().manual_seed(self.seed + STREAM)
+        there, here = torch.randn(2, *basis.shape, generator=generator, dtype=torch.float64)
+        there = there - basis @ (basis.T @ there)
+        u, _, vh = torch.linalg.svd(there @ (here.T @ basis), full_matrices=False)  # nearest isometry
+        source, goal = (part.to(removed.device, removed.dtype) for part in (basis, u @ vh))
+        return (removed @ source) @ goal.T
+
+
+@dataclass(frozen=True)
+class NoOp:
+    """The fill that puts back what was removed: all of the machinery, and no change beyond rounding."""
+
+    @property
+    def address(self) -> str:
+        return "no-op"
+
+    def __call__(self, removed: Tensor, blocked: Subspace) -> Tensor:
+        return removed
+
+
+@dataclass(frozen=True, eq=False)
+class NormRestored:
+    """What a filter leaves of each token, scaled back to the norm that the token had.
+
+    A function of a tensor, `[..., tokens, d]`; a token of which nothing is left stays zero. Raises
+    InputError for a filter that fills the gap or selects tokens by a mask or by id.
+    """
+
+    filter: Filter
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.filter.fill, Zero) or not isinstance(self.filter.tokens, str):
+            raise InputError(
+                f"{self.filter!r}: the norm is restored after a removal (fill Zero) at 'all', 'first' or "
+                "'all-but-first' tokens"
+            )
+
+    @property
+    def name(self) -> str:
+        return f"{self.filter.name}, norm restored"
+
+    def __call__(self, x: Float[Tensor, "*batch tokens d"]) -> Float[Tensor, "*batch tokens d"]:
+        precise = torch.promote_types(x.dtype, torch.float32)
+        left = self.filter(x.to(precise))
+        before, after = x.to(precise).norm(dim=-1, keepdim=True), left.norm(dim=-1, keepdim=True)
+        scaled = left * (before / after.clamp_min(torch.finfo(precise).tiny))
+        selected = self.filter.selected(x, None)
+        out = scaled.to(x.dtype)
+        return out if selected is None else torch.where(selected.unsqueeze(-1), out, x)
