@@ -25,7 +25,13 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("remote", ["local", "ndif"])
 @pytest.mark.parametrize(
-    "command", [("nll", "--layer", 1, "--remove", "dark", "--controls", 2), ("energy",)], ids=lambda c: c[0]
+    "command",
+    [
+        ("nll", "--layer", 1, "--remove", "dark", "--controls", 2),
+        ("energy",),
+        ("sinks", "--epsilon", 0.07, "--draws", 2),
+    ],
+    ids=lambda c: c[0],
 )
 def test_a_command_says_the_same_elsewhere(
     command: tuple[object, ...],
@@ -48,19 +54,21 @@ def test_a_command_says_the_same_elsewhere(
     assert fakendif.without_key(there.out + there.err)
 
 
-def agree(one: object, other: object) -> None:
+def agree(one: object, other: object, where: str = "") -> None:
     if isinstance(one, dict) and isinstance(other, dict):
         assert one.keys() == other.keys()
         for key in one:
-            agree(one[key], other[key])
+            agree(one[key], other[key], f"{where} {key}")
     elif isinstance(one, list) and isinstance(other, list):
         assert len(one) == len(other)
         for pair in zip(one, other, strict=True):
-            agree(*pair)
+            agree(*pair, where)
     elif isinstance(one, float):
-        assert other == pytest.approx(one, abs=2e-6)
+        # over three documents an interval jumps where resampled means tie but for rounding
+        jumps = where.startswith(" sinks") and where.endswith("interval")
+        assert other == pytest.approx(one, abs=2e-2 if jumps else 2e-6), where
     else:
-        assert one == other
+        assert one == other, where
 
 
 def test_a_failure_is_one_line_and_status_2(
@@ -72,6 +80,14 @@ def test_a_failure_is_one_line_and_status_2(
     ran = tiny.run(capsys, "nll", folder, *options)
     assert ran.status == 2 and "does not accept the API key" in ran.err.splitlines()[-1]
     assert fakendif.without_key(ran.out + ran.err)
+
+
+def test_circuits_are_refused_in_one_line(
+    folder: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--text", text, "--separator", "|", "--length", 66, "--bands", 4, "--remote", "local")
+    ran = tiny.run(capsys, "circuits", folder, *options)
+    assert ran.status == 2 and "no-op circuits acts on attention in this process" in ran.err.splitlines()[-1]
 
 
 def test_reproduce_leaves_out_what_cannot_be_had(

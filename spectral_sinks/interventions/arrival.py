@@ -93,16 +93,28 @@ def _installed(name):
         return False
 
 
+def _registries():
+    """What transformers knows of attention implementations: the sources register their own."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    return [kind._global_mapping for kind in (AttentionInterface, AttentionMaskInterface)]
+
+
 def run(nn, sources, digest, job):
-    """The packed outcome of a packed job on the nnsight model of this process; leaves no module behind."""
+    """The packed outcome of a packed job on the nnsight model of this process, which is left as it was."""
     ours = [name for name in sys.modules if name.partition(".")[0] == PACKAGE]
     before = {name: sys.modules.pop(name) for name in ours}
     finder = Sources(json.loads(zlib.decompress(sources)), digest)
     sys.meta_path.insert(0, finder)
+    registries = _registries()
+    registered = [dict(registry) for registry in registries]
     try:
         return importlib.import_module(f"{PACKAGE}.interventions.courier").serve(nn, job)
     finally:
         sys.meta_path.remove(finder)
+        for registry, entries in zip(registries, registered, strict=True):
+            registry.clear()
+            registry.update(entries)
         for name in [*finder.made, *sys.modules]:
             if name in finder.made or name.partition(".")[0] == PACKAGE:
                 sys.modules.pop(name, None)

@@ -54,10 +54,12 @@ def load(
 
     Raises InputError for a name that is neither a folder nor reachable, for missing, pickled (unless
     allowed) or non-finite weights, for a checkpoint that runs code of its own (unless trusted), for a model
-    without a head over the vocabulary, and for one whose parts are not found or do not add up.
+    without a head over the vocabulary, for one whose parts are not found or do not add up, and for an
+    encoder that is to run elsewhere.
     """
     if isinstance(model, LanguageModel):
         place = whereabouts(remote, model.remote and model.remote.commit, factors)
+        _refuse_encoder(model.name, remote, not model.causal)
         return model if place is None else replace(model, remote=place)
     if remote not in (False, "local"):
         if device is not None or device_map is not None:
@@ -94,6 +96,7 @@ def load(
         if tokenizer is None and Path(name).is_dir():
             tokenizer = load_tokenizer(Source(name, Path(name)), trust_remote_code)
     masked = predicts_masked(module)
+    _refuse_encoder(name, remote, masked)
     if getattr(module.config, "_attn_implementation", "") == OPENING:
         _check_opening(name, module)
     module.eval()
@@ -128,6 +131,7 @@ def _afar(
         raise InputError(f"{type(model).__name__}: a server knows models by name: give a Hugging Face id")
     source = find_source(str(model), revision)
     refuse_code(source, trust_remote_code)
+    _refuse_encoder(source.name, remote, _masked(source))
     place = whereabouts(remote, source.revision, factors, dtype)
     tokenizer = tokenizer or load_tokenizer(source, trust_remote_code)
     nn, layout = weightless(source, tokenizer, attention, dtype, parts, revision, trust_remote_code)
@@ -144,10 +148,7 @@ def _load_module(
 ) -> Any:
     refuse_code(source, trust_remote_code)
     source.require_weights(allow_pickle)
-    config = source.config
-    masked = is_masked_lm(
-        config.get("architectures") or (), config.get("model_type"), config.get("is_decoder")
-    )
+    masked = _masked(source)
     try:
         loaded: Any = (AutoModelForMaskedLM if masked else AutoModelForCausalLM).from_pretrained(
             source.location,
@@ -174,6 +175,16 @@ def _load_module(
     if attention == OPENING or (attention == "auto" and module._supports_sdpa and not masked):
         module.set_attn_implementation(OPENING)
     return module
+
+
+def _masked(source: Source) -> bool:
+    config = source.config
+    return is_masked_lm(config.get("architectures") or (), config.get("model_type"), config.get("is_decoder"))
+
+
+def _refuse_encoder(name: str, remote: To, masked: bool) -> None:
+    if masked and remote is not False:
+        raise InputError(f"{name} is an encoder, and servers run causal models: load it without remote")
 
 
 def _check_opening(name: str, module: Any) -> None:

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import tiny
@@ -60,6 +61,17 @@ def difference(one: pd.DataFrame, other: pd.DataFrame) -> float:
     return float((one[numbers] - other[numbers]).abs().max().max())
 
 
+def by_position(found: ss.PositionAttention) -> dict[str, Any]:
+    return {name: getattr(found, name).ravel() for name in ("total", "seen")}
+
+
+def by_sink(found: ss.Sinks) -> dict[str, Any]:
+    assert found.sinks
+    sizes = [getattr(found.residuals, name).ravel() for name in ("norm", "peak", "dimension", "median")]
+    shares = [sink.dark_share.value for sink in found.sinks]
+    return {"value": np.concatenate([found.attention.total.ravel(), *sizes, shares])}
+
+
 MEASUREMENTS: dict[str, Callable[[ss.LanguageModel, ss.Windows, ss.Spectrum], pd.DataFrame]] = {
     "energy": lambda m, w, u: ss.energy(m, w, u),
     "attention": lambda m, w, u: ss.attention_by_head(m, w),
@@ -77,6 +89,8 @@ MEASUREMENTS: dict[str, Callable[[ss.LanguageModel, ss.Windows, ss.Spectrum], pd
     "continuation": lambda m, w, u: pd.DataFrame(
         ss.continuation_nll(m, tiny.ids(2, 9), tiny.ids(2, 6)[:, None]).numpy()
     ),
+    "positions": lambda m, w, u: pd.DataFrame(by_position(ss.attention_by_position(m, w, tokens=40))),
+    "sinks": lambda m, w, u: pd.DataFrame(by_sink(ss.find_sinks(m, w, u, epsilon=0.07, draws=3))),
     "ladder": lambda m, w, u: ss.ladder(m, w, ss.Site("exit", 1), u, u, random_at=(2,), draws=2),
 }
 
@@ -138,6 +152,46 @@ def test_a_refusal_comes_back_as_it_is() -> None:
         ss.trace(there, tiny.ids(), {ss.Site("exit", 1): lambda x: x[:, 1:]}, readout=lambda final, *_: 0)
 
 
+def test_attention_implementations_are_left_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What sees attention at the far end is taken away again: from the model, and from transformers."""
+    from transformers import AttentionInterface
+
+    model = tiny.model()
+    before = {name: AttentionInterface()[name] for name in AttentionInterface()}
+    ss.attention_by_position(ss.load(model, remote="local"), windows(model))
+    assert model.config._attn_implementation == "eager"
+    assert {name: AttentionInterface()[name] for name in AttentionInterface()} == before
+    monkeypatch.setattr(LanguageModel, "weightless", True)
+    with pytest.raises(ss.InputError, match=r"`attending` reads the weights of .* trusts you"):
+        ss.attention_by_position(model, windows(model))
+
+
+REFUSED: dict[str, Callable[[ss.LanguageModel, ss.Windows], Any]] = {
+    "attending": lambda m, w: ss.attending(m, ss.MaskKey(0)).__enter__(),
+    "compare": lambda m, w: ss.compare(m, w, {"masked": ss.MaskKey(0)}),
+    "designate": lambda m, w: ss.designate(m, w, 3),
+    "circuits": lambda m, w: ss.no_op_circuits(m, w, ss.random_spectrum(m.d, 4)),
+    "head use": lambda m, w: ss.head_use(m, w),
+    "mean keys": lambda m, w: ss.mean_keys(m, w),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_changes_attention_in_this_process_is_refused(name: str) -> None:
+    there = ss.load(tiny.model(), remote="local")
+    with pytest.raises(ss.InputError, match=r"acts on attention in this process, .* \(local rehearsal\)"):
+        REFUSED[name](there, windows(there))
+    assert not there.remote.jobs and there.config._attn_implementation == "eager"
+
+
+def test_an_encoder_is_refused(tmp_path: Any) -> None:
+    model = tiny.model("bert")
+    folder = tiny.save(tmp_path / "bert", "bert")
+    for given, remote_to in ((model, "local"), (model.module, "local"), (folder, "local"), (folder, True)):
+        with pytest.raises(ss.InputError, match="is an encoder, and servers run causal models"):
+            ss.load(given, remote=remote_to)
+
+
 def test_what_cannot_be_sent_is_said() -> None:
     import threading
 
@@ -173,7 +227,7 @@ def test_payloads_are_small(monkeypatch: pytest.MonkeyPatch) -> None:
     assert columns < one - nothing < columns + 1500
     assert bytes_of(a=ss.phi(u, 1, 1), b=ss.keep(u.band(1)), c=ss.remove(u.band(1))) < one + 1000
     assert bytes_of(a=ss.rnd(u.d, 16)) - nothing < 500
-    assert len(sources()[0]) < 80_000
+    assert len(sources()[0]) < 150_000
 
 
 def test_bases_travel_in_the_dtype_asked_for() -> None:
