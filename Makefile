@@ -5,7 +5,9 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 BIN := .venv/bin
 
-.PHONY: install reproduce verify bench test check clean
+NDIF := .venv-ndif
+
+.PHONY: install reproduce verify bench test test-ndif check clean
 
 install: .venv/installed
 
@@ -33,5 +35,17 @@ check: install
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
+# The actual NDIF server on this machine's CPU, on loopback; needs redis-server (or REDIS_SERVER=path to one).
+test-ndif: $(NDIF)/installed
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(NDIF)/bin/pytest -x -v -p no:xdist tests/ndif
+
+$(NDIF)/installed: pyproject.toml constraints.txt tests/ndif/requirements.txt
+	@command -v "$${REDIS_SERVER:-redis-server}" >/dev/null || { echo "redis-server is missing: apt-get install redis-server, or REDIS_SERVER=path"; exit 1; }
+	$(PYTHON) -m venv $(NDIF)
+	$(NDIF)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(NDIF)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -r tests/ndif/requirements.txt -e '.[dev]'
+	$(NDIF)/bin/pip install --quiet --disable-pip-version-check --no-deps --ignore-requires-python ndif==0.1.2
+	touch $@
+
 clean:
-	rm -rf .venv
+	rm -rf .venv $(NDIF)

@@ -1,8 +1,9 @@
 """Spectral filtering of the residual stream: what a model keeps where its vocabulary cannot read."""
 
-from spectral_sinks.errors import InputError, SpectralWarning
+from spectral_sinks.errors import InputError, RemoteError, SpectralWarning
 from spectral_sinks.interventions.added import KeyBias, Prefix, SinkLogit
 from spectral_sinks.interventions.moves import Move
+from spectral_sinks.interventions.probing import examine
 from spectral_sinks.interventions.sinks import CopyKey, MaskKey, Restrict, SetValue, Streaming
 from spectral_sinks.interventions.sites import Site
 from spectral_sinks.interventions.tracing import trace
@@ -24,11 +25,13 @@ from spectral_sinks.measure.lens import ALONE, TOGETHER, band_lens
 from spectral_sinks.measure.massive import massive_activations
 from spectral_sinks.measure.noop import Circuits, no_op_circuits
 from spectral_sinks.measure.positions import PositionAttention, attention_by_position
+from spectral_sinks.measure.preflight import preflight
 from spectral_sinks.measure.references import massive_channels, mean_keys, mean_values
 from spectral_sinks.measure.repetition import distinct, loop_onset, repeated, repetition
 from spectral_sinks.measure.screen import first_order
 from spectral_sinks.measure.sink import Sink
 from spectral_sinks.measure.sinks import Sinks, find_sinks
+from spectral_sinks.measure.spectra import read_spectrum
 from spectral_sinks.measure.verdict import Measured, SinkVerdict, sink_verdict
 from spectral_sinks.measure.weights import weight_shares
 from spectral_sinks.models.attending import AttentionCall, attending
@@ -36,7 +39,6 @@ from spectral_sinks.models.describe import describe
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.models.loading import load
 from spectral_sinks.models.masked import masked_ids, masked_positions
-from spectral_sinks.models.matrices import read_spectrum
 from spectral_sinks.models.source import DEFAULT
 from spectral_sinks.report import figures
 from spectral_sinks.report.checking import Check, uncovered, verify
@@ -84,6 +86,7 @@ from spectral_sinks.study import Finding, Study, answer, reproduce, without_last
 from spectral_sinks.sweeps.cells import Cell, grid
 from spectral_sinks.sweeps.cost import Cost
 from spectral_sinks.sweeps.file import SweepFile
+from spectral_sinks.sweeps.jobs import collect, jobs
 from spectral_sinks.sweeps.ladder import ladder
 from spectral_sinks.sweeps.run import Done, Report, plan, sweep
 from spectral_sinks.sweeps.store import Store
@@ -110,6 +113,7 @@ __all__ = [
     "Check",
     "Circuits",
     "Claims",
+    "collect",
     "compare",
     "Comparison",
     "continuation_nll",
@@ -133,6 +137,7 @@ __all__ = [
     "energy_matched",
     "evaluate",
     "evaluate_all",
+    "examine",
     "farthest",
     "figures",
     "Filter",
@@ -146,6 +151,7 @@ __all__ = [
     "holm",
     "InputError",
     "intersection",
+    "jobs",
     "keep",
     "KeyBias",
     "ladder",
@@ -179,6 +185,7 @@ __all__ = [
     "outside",
     "phi",
     "plan",
+    "preflight",
     "PositionAttention",
     "Prefix",
     "principal_cosines",
@@ -189,6 +196,7 @@ __all__ = [
     "rank_correlation",
     "read_spectrum",
     "received",
+    "RemoteError",
     "remove",
     "repeated",
     "repetition",

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -12,15 +13,16 @@ from typing import Any
 import pandas as pd
 from tqdm import tqdm
 
-from spectral_sinks.errors import InputError
+from spectral_sinks.errors import InputError, RemoteError, SpectralWarning
 from spectral_sinks.interventions.sites import Site
 from spectral_sinks.interventions.tracing import Interventions
 from spectral_sinks.measure.attention import attention_by_head
 from spectral_sinks.measure.effects import Effect, evaluate_all
+from spectral_sinks.measure.spectra import read_spectrum
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.models.loading import load
-from spectral_sinks.models.matrices import read_spectrum
 from spectral_sinks.models.source import DEFAULT
+from spectral_sinks.models.whereabouts import To
 from spectral_sinks.spectra.spectrum import Spectrum
 from spectral_sinks.stats import mean_interval
 from spectral_sinks.sweeps.ladder import ladder
@@ -201,8 +203,11 @@ def reproduce(
     out: str | Path = "results",
     only: str | None = None,
     documents: int = 16,
+    remote: To = False,
 ) -> list[Finding]:
     """Run the experiments on a model; tables, figures, NAME_summary.csv and manifest.json land in `out`.
+
+    Of a model at a server, experiments that cannot be had there are left out, with a warning.
 
     Raises InputError for an unknown experiment, OSError where `out` cannot be written.
     """
@@ -210,14 +215,20 @@ def reproduce(
     runs = {name: find_experiment(name) for name in names}
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    loaded = load(model)
+    loaded = load(model, remote=remote)
     windows = cut(read_documents(limit=documents), loaded, per_document=1)
     spectra = {matrix: read_spectrum(loaded, matrix) for matrix in ("unembedding", "embedding")}
     study = Study(loaded, windows, spectra["unembedding"], spectra["embedding"], out)
     findings: list[Finding] = []
     for name, run in runs.items():
         began = time.monotonic()
-        found = run(study)
+        try:
+            found = run(study)
+        except InputError as error:
+            if loaded.remote is None or only is not None or isinstance(error, RemoteError):
+                raise
+            warnings.warn(f"experiment {name!r} is left out: {error}", SpectralWarning, stacklevel=2)
+            continue
         findings.append(replace(found, name=name, seconds=time.monotonic() - began))
         summary = pd.DataFrame([{"experiment": name, **row} for row in found.answers])
         study.save(summary, f"{name}_summary")
@@ -234,7 +245,10 @@ def reproduce(
         "versions": versions(),
         "draws_per_control": study.draws,
     }
-    manifest |= {"experiments": _together(out / "manifest.json", manifest, names)}
+    done = [found.name for found in findings]
+    manifest |= {"experiments": _together(out / "manifest.json", manifest, done)}
+    if loaded.remote is not None:
+        manifest["remote"] = loaded.remote.record()
     with whole(out / "manifest.json") as path:
         path.write_text(json.dumps(manifest, indent=1) + "\n")
     if len(verdicts := _verdicts(out / "verdicts.csv", findings, manifest["experiments"])):

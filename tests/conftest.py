@@ -1,6 +1,7 @@
 """What every test shares: a cache of its own, matrices with a known spectrum, reproducible examples."""
 
 from collections.abc import Callable, Sequence
+from importlib.metadata import distributions
 from pathlib import Path
 
 import beartype  # noqa: F401  before nnsight, after which it cannot be imported
@@ -12,6 +13,10 @@ from torch import Tensor
 
 settings.register_profile("tests", deadline=None, derandomize=True, database=None, max_examples=40)
 settings.load_profile("tests")
+
+collect_ignore = (
+    [] if list(distributions(name="ndif")) else ["ndif"]
+)  # `make test-ndif` has an environment with the server
 
 Planted = Callable[..., Tensor]
 

@@ -11,6 +11,7 @@ from spectral_sinks.cli.circuits import Circuits, run_circuits
 from spectral_sinks.cli.commands import run_energy, run_info, run_nll, run_reproduce, run_spectrum
 from spectral_sinks.cli.options import Energy, Info, Nll, Reproduce, SpectrumCommand
 from spectral_sinks.cli.printing import quiet
+from spectral_sinks.cli.remoting import Remote, run_remote
 from spectral_sinks.cli.sinking import Sinks, run_sinks
 from spectral_sinks.cli.sweeping import Merge, Sweep, run_merge, run_sweep
 from spectral_sinks.cli.verifying import Verify, run_verify
@@ -25,6 +26,7 @@ Command = (
     | Annotated[Sweep, subcommand("sweep")]
     | Annotated[Merge, subcommand("merge")]
     | Annotated[Reproduce, subcommand("reproduce")]
+    | Annotated[Remote, subcommand("remote")]
     | Annotated[Verify, subcommand("verify")]
 )
 
@@ -39,6 +41,7 @@ RUN: dict[type, Any] = {
     Sweep: run_sweep,
     Merge: run_merge,
     Reproduce: run_reproduce,
+    Remote: run_remote,
     Verify: run_verify,
 }
 

@@ -6,7 +6,7 @@ from typing import Any
 from tqdm import tqdm
 
 import spectral_sinks as ss
-from spectral_sinks.cli.options import Energy, Info, Nll, Reproduce, SpectrumCommand, read_spectrum
+from spectral_sinks.cli.options import Energy, Info, Nll, Reproduce, SpectrumCommand, read_spectrum, remote_of
 from spectral_sinks.cli.printing import plain, show, table
 
 
@@ -120,6 +120,7 @@ def run_nll(options: Nll) -> None:
         "removed_energy_share": float(effect.rows["removed_energy_share"].mean()),
         "sink_mass": effect.sink_mass,
         "baseline_sink_mass": effect.baseline_sink_mass,
+        **ran(model),
         "controls": [
             {
                 "seed": seed,
@@ -133,13 +134,20 @@ def run_nll(options: Nll) -> None:
     if not model.causal:
         found["masking"] = windows.record["masking"]
         found["reads_through"] = model.reads_through
-    rows = [(str(k), plain(v)) for k, v in found.items() if k != "controls"]
+    rows = [(str(k), plain(v)) for k, v in found.items() if k not in ("controls", "remote")]
     token = "token" if model.causal else "masked token"
+    if model.remote is not None:
+        rows.append(("ran at", model.remote.host))
     if controls:
         reached = ss.null_rank(effect.delta_nll, [c.delta_nll for c in controls])
         rows.append(("random controls: difference", plain([c.delta_nll for c in controls])))
         rows.append(("controls that reach the filter's", f"{reached} of {len(controls)}"))
     show(options.json, found, table(f"NLL (nats per {token}) of {model.name}", ("", ""), rows))
+
+
+def ran(model: ss.LanguageModel) -> dict[str, Any]:
+    """Where the model is, if it is elsewhere."""
+    return {} if model.remote is None else {"remote": model.remote.record()}
 
 
 def layer_of_strongest_sink(model: ss.LanguageModel, windows: ss.Windows, batch_size: int) -> int:
@@ -179,6 +187,7 @@ def run_energy(options: Energy) -> None:
         "documents": windows.record["documents"],
         "first_token_ids": windows.first_token_ids,
         "rows": mean.to_dict("records"),
+        **ran(model),
     }
     rows: list[tuple[str, ...]] = []
     for (site, layer, kind), part in mean.groupby(["site", "layer", "position_class"], sort=False):
@@ -192,7 +201,11 @@ def run_energy(options: Energy) -> None:
 
 def run_reproduce(options: Reproduce) -> None:
     findings = ss.reproduce(
-        model=options.model, out=options.out, only=options.only, documents=options.documents
+        model=options.model,
+        out=options.out,
+        only=options.only,
+        documents=options.documents,
+        remote=remote_of(options.remote),
     )
     rows = [
         {"experiment": f.name, **answer, "seconds": round(f.seconds, 1)}

@@ -11,6 +11,7 @@ from tyro.conf import Positional
 import spectral_sinks as ss
 
 FillName = Literal["zero", "mean", "swap", "noise"]
+RemoteName = Literal["ndif", "local"]
 
 
 @dataclass(frozen=True)
@@ -65,14 +66,23 @@ class Running(Common):
     """Where to run, such as cuda or cpu."""
     dtype: str = "auto"
     """Weights in this dtype, such as bfloat16; the checkpoint's own by default."""
+    remote: RemoteName | None = None
+    """ndif: at the server that nnsight is configured for; local: the same, rehearsed here."""
+    factors: str | None = None
+    """Dtype in which bases travel to a server, such as float32; the model's own by default."""
     convention: Literal["raw", "folded", "centred"] = "raw"
     """Convention of the unembedding."""
     bands: int = 20
     """Number of bands."""
 
     def prepare(self) -> tuple[ss.LanguageModel, ss.Windows, ss.Spectrum]:
-        spectrum = read_spectrum(self, "unembedding", self.convention, self.bands)
-        model = self.load(device=self.device, dtype=self.dtype)
+        if self.remote == "ndif":
+            model = self.load(dtype=self.dtype, remote=True, factors=self.factors, device=self.device)
+            spectrum = ss.read_spectrum(model, convention=self.convention, bands=self.bands)
+        else:
+            spectrum = read_spectrum(self, "unembedding", self.convention, self.bands)
+            remote = remote_of(self.remote)
+            model = self.load(device=self.device, dtype=self.dtype, remote=remote, factors=self.factors)
         separator = self.separator and self.separator.replace("\\n", "\n").replace("\\t", "\t")
         source: Any = self.text
         if self.text == "-":
@@ -153,8 +163,15 @@ class Reproduce:
     """The embedded model's name, a Hugging Face id, or a folder."""
     documents: int = 16
     """Documents of the shipped corpus to measure on, one window each."""
+    remote: RemoteName | None = None
+    """ndif: at the server that nnsight is configured for; local: the same, rehearsed here."""
     json: bool = False
     """Print the summary as one JSON object and nothing else on standard output."""
+
+
+def remote_of(name: RemoteName | None) -> bool | str:
+    """`load`'s word for it."""
+    return {None: False, "ndif": True, "local": "local"}[name]
 
 
 def read_spectrum(options: Common, matrix: str, convention: Any, bands: int) -> ss.Spectrum:

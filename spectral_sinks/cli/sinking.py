@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Group
 
 import spectral_sinks as ss
+from spectral_sinks.cli.commands import ran
 from spectral_sinks.cli.options import Running
 from spectral_sinks.cli.printing import plain, show, table
 
@@ -43,6 +44,7 @@ def run_sinks(options: Sinks) -> None:
         "first_token_ids": found.attention.windows.first_token_ids,
         "opens_with_bos": found.attention.windows.opens_with_bos,
         "data_hash": found.attention.windows.record["data_hash"],
+        **ran(model),
     }
     if options.figure is not None:
         ss.figures.sinks(
@@ -74,6 +76,8 @@ def _tables(record: dict[str, Any]) -> list[Any]:
         ("onset layer", plain(record["onset_layer"])),
         ("documents, windows", f"{record['documents']}, {record['windows']}"),
     ]
+    if "remote" in record:
+        rows.append(("ran at", record["remote"]["host"]))
     tables = [table(title, ("", ""), rows)]
     if not record["sinks"]:
         return [*tables, "no sinks"]

@@ -9,6 +9,7 @@ from typing import Any
 from tyro.conf import Positional
 
 import spectral_sinks as ss
+from spectral_sinks.cli.options import RemoteName
 from spectral_sinks.cli.printing import plain, show, table
 
 SHOWN = 40
@@ -38,6 +39,10 @@ class Sweep:
     """Processes that share the weights; by default the work is done in this one."""
     devices: str | None = None
     """Devices to deal to the workers, such as cuda:0,cuda:1."""
+    remote: RemoteName | None = None
+    """ndif: as jobs at the server that nnsight is configured for; local: the same rehearsed here."""
+    no_wait: bool = False
+    """Send the jobs and leave; `spectral-sinks remote collect` asks after them."""
     dask: str | None = None
     """Address of a Dask scheduler whose workers do the work, such as tcp://127.0.0.1:8786."""
     json: bool = False
@@ -64,6 +69,8 @@ def run_sweep(options: Sweep) -> None:
     if options.devices and not options.workers:
         raise ss.InputError("--devices are dealt to workers: give --workers as well")
     file = ss.SweepFile.read(options.file)
+    if options.remote:
+        file = file.at(options.remote)
     out = options.out or Path("runs") / options.file.stem
     shard = parse_shard(options.shard)
     if options.dry_run:
@@ -85,8 +92,15 @@ def run_sweep(options: Sweep) -> None:
             workers=options.workers,
             devices=options.devices.split(",") if options.devices else (),
             in_flight=in_flight,
+            wait=not options.no_wait,
             say=(lambda _: None) if options.json else print,
         )
+    if options.no_wait:
+        notes = ss.jobs(out)
+        waiting = sum(note.state == "waiting" for note in notes)
+        rows = [("jobs waiting", str(waiting)), ("ask after them", f"spectral-sinks remote collect {out}")]
+        show(options.json, {"out": str(out), "waiting": waiting}, table("", ("", ""), rows))
+        return
     summary = done.summary()
     found: dict[str, Any] = {"out": str(out), **asdict(done.report), "cells": summary.to_dict("records")}
     rows = [

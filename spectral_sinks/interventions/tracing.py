@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from spectral_sinks.errors import InputError
+from spectral_sinks.interventions.remote import remotely
 from spectral_sinks.interventions.sites import ORDER, Kind, Site
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.spectra.filters import Filter
@@ -44,6 +45,7 @@ def bind(interventions: Interventions, ids: Int[Tensor, "batch tokens"]) -> dict
     return {site: bound(edit) for site, edit in interventions.items()}
 
 
+@remotely
 def trace(
     model: LanguageModel,
     ids: Int[Tensor, "batch tokens"],
@@ -72,6 +74,8 @@ def trace(
             f"attention weights of {model.name} cannot be read: it runs "
             f"{model.config._attn_implementation!r} attention; load it with attention='eager'"
         )
+    if gradients and model.weightless:
+        raise InputError(f"gradients of {model.name} cannot be had where its weights are in another process")
     hooks: Hooks = {}
     for site, edit in bind(edits, ids).items():
         site.check(model)
@@ -152,8 +156,13 @@ def _visit(
         change = torch.zeros_like(projection.output)
         for site, edit in hooks["head"]:
             assert site.head is not None
-            part = mixed[..., site.head * model.head_size : (site.head + 1) * model.head_size]
-            written = part @ model.head_write(site.layer, site.head)
+            here = slice(site.head * model.head_size, (site.head + 1) * model.head_size)
+            if model.weightless:
+                alone = torch.zeros_like(mixed)
+                alone[..., here] = mixed[..., here]
+                written = projection(alone) - projection(torch.zeros_like(mixed))
+            else:
+                written = mixed[..., here] @ model.head_write(site.layer, site.head)
             change = change + (edit(written) - written)
         projection.output = projection.output + change
     if look is not None and inside:
@@ -170,14 +179,15 @@ def _visit(
 
 
 def _maps(model: LanguageModel, layer: Any) -> Tensor:
-    """The attention weights that a layer returns. Raises InputError where its implementation returns none."""
-    weights = model.part(layer, model.layout.attention).output[1]
-    if weights is None:
+    """Attention weights of a layer. Raises InputError where its implementation returns none."""
+    maps = model.part(layer, model.layout.attention).output[1]
+    if maps is None:
         raise InputError(
-            f"{model.name}: {model.config._attn_implementation!r} attention returns no weights (None): let "
-            "it return them beside its output"
+            f"attention weights of {model.name} cannot be read: {layer.path} returns none, so it runs "
+            "another attention than asked for, or one that keeps them: let it return them beside its output, "
+            "or measure without sink mass: attention='sdpa'"
         )
-    return weights
+    return maps
 
 
 def _read_projections(model: LanguageModel, layer: Any, hooks: dict[Kind, list[tuple[Site, Edit]]]) -> None:

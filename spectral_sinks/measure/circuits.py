@@ -48,6 +48,7 @@ def head_use(
     A norm after attention (Gemma, OLMo 2) is part of W_O by its gain. No map of tokens x tokens outlives a
     block of queries. Raises InputError for a position that no other token can attend to.
     """
+    model.require_here("what heads do with a sink")
     check_position(model, windows, position)
     table = HeadUse(model, position)
     observe(model, windows, [table], batch_size=batch_size)

@@ -92,6 +92,7 @@ def compare(
 
     Raises InputError for what is no move, what the model does not have, and positions beyond the windows.
     """
+    model.require_here("a comparison of moves")
     shortest = min(len(row) for row in windows.rows)
     tokens = min(tokens, shortest)
     positions = list(positions)

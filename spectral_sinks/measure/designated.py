@@ -111,6 +111,7 @@ def designate(
     Raises InputError unless one of position and token is given, for windows of different lengths, a position
     or token that they do not have, and fewer than two documents.
     """
+    model.require_here("designating a sink")
     dark = None if spectrum is None else spectrum.dark()
     attempts = Attempts(model, windows, position, token, dark, tokens, batch_size)
     spaces: list[Subspace] = []

@@ -14,6 +14,7 @@ from torch import Tensor
 from spectral_sinks.errors import InputError
 from spectral_sinks.interventions.sites import Site
 from spectral_sinks.interventions.tracing import Edit, Interventions, trace
+from spectral_sinks.measure.distant import DistantBatch, opened
 from spectral_sinks.measure.memory import Memory
 from spectral_sinks.measure.nll import predicted
 from spectral_sinks.measure.replay import Batch, Measured, start
@@ -153,7 +154,7 @@ def evaluate_all(
     tokens: list[int] = []
     parts: list[Table] = []
     for chosen, ids in windows.batches(batch_size):
-        batch = Batch(model, windows, chosen, ids, starts, memory)
+        batch = opened(model, windows, chosen, ids, starts, memory)
         parts.append(_columns(batch, batch.measure(list(cells.values()), progress)))
         places += chosen
         tokens += [predicted(model, ids.shape[1])] * len(chosen)
@@ -179,7 +180,7 @@ def evaluate_all(
 Table = tuple[list[str], Float[NDArray[np.float64], "cells windows columns"]]
 
 
-def _columns(batch: Batch, found: Measured) -> Table:
+def _columns(batch: Batch | DistantBatch, found: Measured) -> Table:
     """Everything measured on a batch side by side, and the names of the columns."""
     base = batch.baseline
     columns = {

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from spectral_sinks.errors import InputError
+from spectral_sinks.interventions.remote import remotely
 from spectral_sinks.interventions.sites import Site
 from spectral_sinks.interventions.tracing import Edit, Interventions, trace
 from spectral_sinks.measure.nll import score
@@ -36,6 +37,7 @@ def generate(
     return generate_all(model, prompts, {"": interventions or {}}, **options)[""]
 
 
+@remotely
 def generate_all(
     model: LanguageModel,
     prompts: Int[Tensor, "prompts tokens"],
@@ -53,7 +55,8 @@ def generate_all(
     The interventions act on the prompt and on every new token as it is read, so cached keys and values come
     from edited residuals, as they would without a cache. `temperature` 0 is greedy. The draw of a token
     depends on `seed`, prompt, draw and step alone: the same for every intervention, and not on how rows share
-    passes. The end-of-sequence token is never drawn: all continuations have one length. A custom function
+    passes. At a server that runs functions apart from the weights there is no cache, and the same texts. The
+    end-of-sequence token is never drawn: all continuations have one length. A custom function
     sees the tokens that are new to the cache, and no others.
 
     Raises InputError for an encoder, a continuation longer than the context, several greedy draws, and
@@ -63,6 +66,7 @@ def generate_all(
     for interventions in cells.values():
         _check(model, prompts, interventions, new, temperature, draws)
     places = [(name, p, draw) for name in cells for p in range(len(prompts)) for draw in range(draws)]
+    cached = cached and not model.weightless  # a cache would grow in the other process alone
     grown: list[Tensor] = []
     for start in range(0, len(places), rows):
         part = places[start : start + rows]

@@ -6,10 +6,11 @@ from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from spectral_sinks.errors import InputError
+from spectral_sinks.interventions.remote import remotely
 from spectral_sinks.interventions.sites import Site
 from spectral_sinks.interventions.tracing import trace
 from spectral_sinks.measure.energy import residual_sites
@@ -45,6 +46,7 @@ class Reader:
         """The reader of a model; takes as much memory as its unembedding in float32."""
         if spectrum.d != model.d:
             raise InputError(f"a spectrum of width {spectrum.d} for {model.name} of width {model.d}")
+        model.require_weights("a lens by band")
         if model.reads_through:
             raise InputError(
                 f"the logits of {model.name} are no sum over bands of the residual, which its head reads "
@@ -128,26 +130,13 @@ def band_lens(
     for spectrum in spectra.values():
         if bands is not None and not set(bands) <= set(range(1, spectrum.count + 1)):
             raise InputError(f"bands {sorted(bands)}: {spectrum!r} has bands 1 to {spectrum.count}")
-    readers = {name: Reader.of(model, spectrum) for name, spectrum in spectra.items()}
     readings = (TOGETHER, ALONE) if alone else (TOGETHER,)
+    made = (
+        spectra if model.remote else {name: Reader.of(model, spectrum) for name, spectrum in spectra.items()}
+    )
     rows: list[dict[str, Any]] = []
     for places, ids in windows.batches(batch_size):
-        ids = ids.to(model.device)
-        read, final = trace(model, ids, {}, sites, readout=lambda final, read, weights: (read, final))
-        targets = ids[:, 1:].flatten()
-        truth = final[:, :-1].flatten(0, 1)
-        residuals = [read[site][:, :-1].flatten(0, 1) for site in sites]
-        residuals = [x.float() * scale(model, x) for x in residuals]
-        step = chunk(model, truth.device)
-        found: dict[tuple[Site, str, str, int], list[Tensor]] = {}
-        for start in range(0, len(truth), step):
-            here = slice(start, start + step)
-            goal = Goal.of(model, truth[here], targets[here])
-            for name, reader in readers.items():
-                scorer = Scorer(model, reader, goal)
-                for site, x in zip(sites, residuals, strict=True):
-                    for (reading, band), scores in scorer.scores(x[here], readings, bands).items():
-                        found.setdefault((site, name, reading, band), []).append(scores.cpu())
+        found = _scored(model, ids.to(model.device), made, sites, readings, bands)
         for (site, name, reading, band), parts in found.items():
             scores = torch.cat(parts).view(len(ids), -1, 3).mean(1)
             layer = -1 if site.kind == "embedding" else site.layer
@@ -155,6 +144,35 @@ def band_lens(
                 key = (windows.document[place], site.kind, layer, name, reading, band)
                 rows.append(dict(zip(KEYS, key, strict=True)) | {"nll": nll, "kl": kl, "top1": top1})
     return pd.DataFrame(rows).groupby(list(KEYS), sort=False, as_index=False).mean()
+
+
+@remotely
+def _scored(
+    model: LanguageModel,
+    ids: Int[Tensor, "batch tokens"],
+    readers: Mapping[str, "Reader | Spectrum"],
+    sites: Sequence[Site],
+    readings: Sequence[str],
+    bands: Sequence[int] | None,
+) -> dict[tuple[Site, str, str, int], list[Tensor]]:
+    """Scores of every prediction of a batch by site, basis, reading and band, in parts."""
+    made = {name: Reader.of(model, r) if isinstance(r, Spectrum) else r for name, r in readers.items()}
+    read, final = trace(model, ids, {}, sites, readout=lambda final, read, weights: (read, final))
+    targets = ids[:, 1:].flatten()
+    truth = final[:, :-1].flatten(0, 1)
+    residuals = [read[site][:, :-1].flatten(0, 1) for site in sites]
+    residuals = [x.float() * scale(model, x) for x in residuals]
+    step = chunk(model, truth.device)
+    found: dict[tuple[Site, str, str, int], list[Tensor]] = {}
+    for start in range(0, len(truth), step):
+        here = slice(start, start + step)
+        goal = Goal.of(model, truth[here], targets[here])
+        for name, reader in made.items():
+            scorer = Scorer(model, reader, goal)
+            for site, x in zip(sites, residuals, strict=True):
+                for (reading, band), scores in scorer.scores(x[here], readings, bands).items():
+                    found.setdefault((site, name, reading, band), []).append(scores.cpu())
+    return found
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
+from spectral_sinks.interventions.remote import remotely
 from spectral_sinks.interventions.sites import Site
 from spectral_sinks.interventions.tracing import Edit
 from spectral_sinks.measure.energy import residual_sites
@@ -64,6 +65,7 @@ class Residuals:
         return (self.z(levels) > Z) & (self.norm > RATIO * levels[0, :, None])
 
 
+@remotely
 def observe(
     model: LanguageModel, windows: Windows, batch_size: int = 16
 ) -> tuple[PositionAttention, Residuals]:

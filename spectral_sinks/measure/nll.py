@@ -45,7 +45,8 @@ class Reference:
     top: Int[Tensor, "rows"]
     """Most likely token."""
     expected: Float[Tensor, "rows d"] | None
-    """`p W`; None where logits are capped or rounded to half precision, and are computed anew."""
+    """`p W`; None where logits are capped or rounded to half precision, or the weights are in another
+    process; they are computed anew."""
 
     def to(self, device: torch.device) -> "Reference":
         return self._each(lambda x: x.to(device))
@@ -96,7 +97,7 @@ def untouched(
     """Score the untouched pass and keep what others are compared with."""
     rows, targets = predictions(model, final, ids)
     linear = getattr(model.config, "final_logit_softcapping", None) is None
-    linear = linear and torch.finfo(final.dtype).bits >= 32
+    linear = linear and torch.finfo(final.dtype).bits >= 32 and not model.weightless
     weight = model.unembedding_weight
     nll, total, top, expected = [], [], [], []
     for part in _chunks(model, rows):

@@ -133,6 +133,7 @@ def no_op_circuits(
     it); and what that mode reads at the sink from the residual there (biases left out). Four passes. Raises
     InputError for a spectrum of another width, and for a position that no other token can attend to.
     """
+    model.require_here("the search for no-op circuits")
     if spectrum.d != model.d:
         raise InputError(f"a spectrum of width {spectrum.d} for {model.name} of width {model.d}")
     check_position(model, windows, position)

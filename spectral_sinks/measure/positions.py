@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from spectral_sinks.errors import InputError, SpectralWarning
+from spectral_sinks.interventions.remote import remotely
 from spectral_sinks.interventions.tracing import Interventions, trace
 from spectral_sinks.measure.attention import EPSILON
 from spectral_sinks.measure.memory import Memory
@@ -116,6 +117,7 @@ def attention_by_position(
     return watch(model, opened(model, windows, tokens), batch_size)
 
 
+@remotely
 def watch(
     model: LanguageModel,
     windows: Windows,
@@ -125,7 +127,7 @@ def watch(
 ) -> PositionAttention:
     """`attention_by_position` of windows read whole, in passes with functions at sites.
 
-    `after` is called with the places of the windows of each pass.
+    `after` is called with the places of the windows of each pass, where the model is.
     """
     _check_attention(model)
     count, length = len(windows), windows.length

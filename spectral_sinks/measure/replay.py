@@ -79,6 +79,7 @@ class Batch:
         ids: Int[Tensor, "batch tokens"],
         starts: Collection[int | None] = (),
         memory: Memory | None = None,
+        attention: bool | None = None,
     ) -> None:
         """`starts` are the exits from which cells will begin: their residuals are kept from the one pass, as
         many as fit; one that was not named costs another pass.
@@ -86,7 +87,8 @@ class Batch:
         self.model, self.places, self.truth = model, list(places), ids.to(model.device)
         self.ids = self.truth if model.causal else masked_ids(model, self.truth)
         self.windows = windows
-        self.attention = reads_sink(model, windows) and partial(_received, causal=model.causal)
+        reads = reads_sink(model, windows) if attention is None else attention
+        self.attention = reads and partial(_received, causal=model.causal)
         self.predicted = predicted(model, ids.shape[1])
         self.memory = memory or Memory(model, ids.shape[1])
         self._starts = sorted({layer for layer in starts if layer is not None and layer >= 0})
@@ -103,7 +105,10 @@ class Batch:
         `progress` is called with the number of cells just done. Raises InputError where memory is short and
         a cell needs the whole batch at once, as a swap does, and a function of a user's own may.
         """
-        bound = [{site: self._cut(edit) for site, edit in edits.items()} for edits in cells]
+        bound = [
+            {site: cut_mask(edit, self.windows, self.places) for site, edit in edits.items()}
+            for edits in cells
+        ]
         by_start: dict[int | None, list[int]] = {}
         for index, edits in enumerate(bound):
             by_start.setdefault(start(edits), []).append(index)
@@ -299,13 +304,14 @@ class Batch:
             resume=None if residuals is None else Resume(first, residuals),
         )
 
-    def _cut(self, edit: Edit) -> Edit:
-        """A filter whose mask has a row per window, cut to the windows of the batch."""
-        if isinstance(edit, Filter) and isinstance(edit.tokens, Tensor) and edit.tokens.ndim == 2:
-            if edit.tokens.shape[0] != len(self.windows):
-                raise InputError(f"a mask of {edit.tokens.shape[0]} rows for {len(self.windows)} windows")
-            return replace(edit, tokens=edit.tokens[self.places])
-        return edit
+
+def cut_mask(edit: Edit, windows: Windows, places: Sequence[int]) -> Edit:
+    """A filter whose mask has a row per window, cut to the windows at some places."""
+    if isinstance(edit, Filter) and isinstance(edit.tokens, Tensor) and edit.tokens.ndim == 2:
+        if edit.tokens.shape[0] != len(windows):
+            raise InputError(f"a mask of {edit.tokens.shape[0]} rows for {len(windows)} windows")
+        return replace(edit, tokens=edit.tokens[list(places)])
+    return edit
 
 
 def applied(

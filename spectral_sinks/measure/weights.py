@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from spectral_sinks.errors import InputError
+from spectral_sinks.interventions.remote import remotely
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.models.weights import PARTS, residual_weights
 from spectral_sinks.spectra.pairs import share_deviation
@@ -34,6 +35,16 @@ def weight_shares(
     for subspace in subspaces.values():
         if subspace.d != model.d:
             raise InputError(f"a subspace of width {subspace.d} for {model.name} of width {model.d}")
+    table = pd.DataFrame(_shares(model, subspaces, convention))
+    return table.assign(part=pd.Categorical(table["part"], PARTS, ordered=True))
+
+
+@remotely
+def _shares(
+    model: LanguageModel, subspaces: Mapping[str, Subspace], convention: str
+) -> list[dict[str, object]]:
+    """The rows of `weight_shares`."""
+    model.require_weights("who reads and writes what")
     ranks = [subspace.rank for subspace in subspaces.values()]
     bases = torch.cat([subspace.orthonormal().double() for subspace in subspaces.values()], dim=1)
     bases = bases.to(model.device)
@@ -60,8 +71,7 @@ def weight_shares(
                     "effective_rank": effective,
                 }
             )
-    table = pd.DataFrame(rows)
-    return table.assign(part=pd.Categorical(table["part"], PARTS, ordered=True))
+    return rows
 
 
 def _effective_rank(matrix: Tensor, total: Tensor) -> float:

@@ -155,8 +155,11 @@ def attending(model: "LanguageModel", look: Look) -> Iterator[None]:
     What `look` returns takes the place of the call. Blocks nest: the inner one sees what the outer one made.
     Outputs agree with the model's own attention to rounding. Where `look` has a method `check(model)`, that
     is asked first. Raises InputError for a model that does not run its attention through transformers'
-    interface, and for one with an attention implementation of its own, which may be no softmax.
+    interface, for one with an attention implementation of its own, which may be no softmax, and for one that
+    is elsewhere or whose weights are in another process.
     """
+    model.require_here("`attending`")
+    model.require_weights("`attending`")
     module: Any = model.module
     if callable(check := getattr(look, "check", None)):
         check(model)

@@ -17,6 +17,7 @@ from spectral_sinks.models.layout import FAMILIES, Layout, context_of
 from spectral_sinks.models.masked import predicts_masked
 from spectral_sinks.models.norms import gain_of
 from spectral_sinks.models.opening import BLOCKWISE, OPENING, WHOLE, is_softmax
+from spectral_sinks.models.whereabouts import Remote
 
 INCIDENTAL = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
 """Settings that do not change what a model computes."""
@@ -33,6 +34,8 @@ class LanguageModel:
     layout: Layout
     name: str
     tokenizer: Any = None
+    remote: Remote | None = None
+    """Where its traces run; None for this process."""
 
     @property
     def module(self) -> Any:
@@ -99,11 +102,36 @@ class LanguageModel:
 
     @property
     def device(self) -> torch.device:
-        return self.embedding_weight.device
+        """Where tensors for it go; the CPU where the weights are in another process."""
+        weight = self.embedding_weight
+        return torch.device("cpu") if weight.is_meta else weight.device
 
     @property
     def dtype(self) -> torch.dtype:
+        if self.remote is not None and self.remote.examined:
+            return getattr(torch, self.remote.examined["dtype"])
         return self.embedding_weight.dtype
+
+    def require_weights(self, purpose: str) -> None:
+        """Raise InputError where the weights are in another process."""
+        if self.weightless:
+            raise InputError(
+                f"{purpose} reads the weights of {self.name}, and a server that keeps them apart from the "
+                "code that it is sent shows none: load the model here, or use a server that trusts you"
+            )
+
+    def require_here(self, purpose: str) -> None:
+        """Raise InputError where traces run elsewhere."""
+        if self.remote is not None:
+            raise InputError(
+                f"{purpose} acts on attention in this process, and {self.name} runs elsewhere "
+                f"({self.remote.host}): load it here, without remote"
+            )
+
+    @property
+    def weightless(self) -> bool:
+        """Whether the weights are in another process."""
+        return self.unembedding_weight.is_meta
 
     @property
     def reads_attention(self) -> bool:
@@ -188,7 +216,10 @@ class LanguageModel:
 
     def unembed(self, final: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch vocabulary"]:
         """Logits, float32 at least, of residuals that have passed the final norm."""
-        logits = self.module.get_submodule(self.layout.unembedding).forward(final)
+        if self.weightless:  # inside a trace nnsight has the module called where its weights are
+            logits = self.nn.get(self.layout.unembedding)(final)
+        else:
+            logits = self.module.get_submodule(self.layout.unembedding).forward(final)
         return self.capped(logits.to(torch.promote_types(logits.dtype, torch.float32)))
 
     def capped(self, logits: Float[Tensor, "*batch vocabulary"]) -> Float[Tensor, "*batch vocabulary"]:
@@ -267,12 +298,24 @@ class LanguageModel:
                 f"{self.name} ({self.family}): logits are not unembedding(final norm); its NLL would be wrong"
             )
 
+    @property
+    def settings(self) -> str:
+        """The configuration without what does not change what is computed, as JSON."""
+        kept = {k: v for k, v in self.config.to_dict().items() if k not in INCIDENTAL}
+        return json.dumps(kept, sort_keys=True, default=str)
+
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over all weights and the configuration: what the model computes depends on nothing else."""
+        """SHA-256 over all weights and the configuration: what the model computes depends on nothing else.
+
+        Of weights at a server: over their name, the commit they were published as, and the server.
+        """
         digest = hashlib.sha256()
-        settings = {k: v for k, v in self.config.to_dict().items() if k not in INCIDENTAL}
-        digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+        digest.update(self.settings.encode())
+        if self.remote is not None and self.weightless:
+            where = f"{self.name} at {self.remote.host}, commit {self.remote.commit}, {self.dtype}"
+            digest.update(where.encode())
+            return digest.hexdigest()
         for name, tensor in sorted(self.module.state_dict().items()):
             if tensor.device.type == "meta":
                 raise InputError(f"{self.name}: the weights of {name!r} are not in memory, so have no hash")

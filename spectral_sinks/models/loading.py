@@ -1,6 +1,7 @@
 """`load`: a model by name, folder, hub id or object."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokeniz
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from spectral_sinks.errors import InputError
+from spectral_sinks.models.afar import weightless
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.models.layout import Layout, find_layout
 from spectral_sinks.models.masked import is_masked_lm, predicts_masked
 from spectral_sinks.models.opening import OPENING, is_softmax
 from spectral_sinks.models.parcel import wrap
 from spectral_sinks.models.source import DEFAULT, Source, check_finite, find_source
+from spectral_sinks.models.whereabouts import To, whereabouts
 
 
 def load(
@@ -31,6 +34,8 @@ def load(
     parts: Mapping[str, str] | None = None,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
+    remote: To = False,
+    factors: str | None = None,
 ) -> LanguageModel:
     """A language model: the embedded `sinklet`, a Hugging Face id, a folder, or a loaded model.
 
@@ -44,12 +49,23 @@ def load(
     else eager. `parts` names modules by hand where they are not found. A model given as an object stays on
     its device, in its dtype and with its attention, and is put into evaluation mode.
 
+    With `remote` all measurements of the model run at the NDIF server that nnsight is configured for (True,
+    or an address), eager attention is asked for there, and no weights are loaded here; "local" rehearses
+    that in this process, on the weights. Bases travel in the model's dtype, or in `factors`.
+
     Raises InputError for a name that is neither a folder nor reachable, for missing, pickled (unless
     allowed) or non-finite weights, for a checkpoint that runs code of its own (unless trusted), for a model
-    without a head over the vocabulary, and for one whose parts are not found or do not add up.
+    without a head over the vocabulary, for one whose parts are not found or do not add up, and for an
+    encoder that is to run elsewhere.
     """
     if isinstance(model, LanguageModel):
-        return model
+        place = whereabouts(remote, model.remote and model.remote.commit, factors)
+        _refuse_encoder(model.name, remote, not model.causal)
+        return model if place is None else replace(model, remote=place)
+    if remote not in (False, "local"):
+        if device is not None or device_map is not None:
+            raise InputError("a model at a server has the server's devices: give no device and no device_map")
+        return _afar(model, tokenizer, attention, dtype, parts, revision, trust_remote_code, remote, factors)
     if isinstance(model, (str, Path)):
         if (
             isinstance(dtype, str)
@@ -81,6 +97,7 @@ def load(
         if tokenizer is None and Path(name).is_dir():
             tokenizer = load_tokenizer(Source(name, Path(name)), trust_remote_code)
     masked = predicts_masked(module)
+    _refuse_encoder(name, remote, masked)
     if getattr(module.config, "_attn_implementation", "") == OPENING:
         _check_opening(name, module)
     module.eval()
@@ -93,10 +110,33 @@ def load(
             "its configuration, or load it as a masked language model"
         )
     wrapped = model if isinstance(model, TransformersModel) else wrap(module, tokenizer)
-    loaded = LanguageModel(wrapped, layout, name, tokenizer)
+    loaded = LanguageModel(wrapped, layout, name, tokenizer, whereabouts(remote, None, factors))
     if not loaded.tested or parts:
         loaded.check()
     return loaded
+
+
+def _afar(
+    model: Any,
+    tokenizer: Any,
+    attention: str,
+    dtype: torch.dtype | str,
+    parts: Mapping[str, str] | None,
+    revision: str | None,
+    trust_remote_code: bool,
+    remote: To,
+    factors: str | None,
+) -> LanguageModel:
+    """A model that stays at a server."""
+    if not isinstance(model, str | Path):
+        raise InputError(f"{type(model).__name__}: a server knows models by name: give a Hugging Face id")
+    source = find_source(str(model), revision)
+    refuse_code(source, trust_remote_code)
+    _refuse_encoder(source.name, remote, _masked(source))
+    place = whereabouts(remote, source.revision, factors, dtype)
+    tokenizer = tokenizer or load_tokenizer(source, trust_remote_code)
+    nn, layout = weightless(source, tokenizer, attention, dtype, parts, revision, trust_remote_code)
+    return LanguageModel(nn, layout, source.name, tokenizer, place)
 
 
 def _load_module(
@@ -109,13 +149,10 @@ def _load_module(
 ) -> Any:
     refuse_code(source, trust_remote_code)
     source.require_weights(allow_pickle)
-    config = source.config
-    named = config.get("attn_implementation")
+    named = source.config.get("attn_implementation")
     if attention == "auto" and named and not is_softmax(named):
         attention = named
-    masked = is_masked_lm(
-        config.get("architectures") or (), config.get("model_type"), config.get("is_decoder")
-    )
+    masked = _masked(source)
     try:
         loaded: Any = (AutoModelForMaskedLM if masked else AutoModelForCausalLM).from_pretrained(
             source.location,
@@ -142,6 +179,16 @@ def _load_module(
     if attention == OPENING or (attention == "auto" and module._supports_sdpa and not masked):
         module.set_attn_implementation(OPENING)
     return module
+
+
+def _masked(source: Source) -> bool:
+    config = source.config
+    return is_masked_lm(config.get("architectures") or (), config.get("model_type"), config.get("is_decoder"))
+
+
+def _refuse_encoder(name: str, remote: To, masked: bool) -> None:
+    if masked and remote is not False:
+        raise InputError(f"{name} is an encoder, and servers run causal models: load it without remote")
 
 
 def _check_opening(name: str, module: Any) -> None:

@@ -29,9 +29,10 @@ def wrap(module: Any, tokenizer: Any) -> TransformersModel:
     if task == "fill-mask" and placeholder.mask_token is None:
         words = Tokenizer(WordLevel({"[MASK]": 0}))
         placeholder = PreTrainedTokenizerFast(tokenizer_object=words, mask_token="[MASK]")
+    meta = {"device": "meta"} if next(module.parameters()).is_meta else {}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".* has a submodule named 'output'", UserWarning)  # see `part`
-        return TransformersModel(module, task=task, tokenizer=placeholder)
+        return TransformersModel(module, task=task, tokenizer=placeholder, **meta)
 
 
 def pack(model: LanguageModel) -> tuple[Any, ...]:

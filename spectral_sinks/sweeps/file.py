@@ -9,15 +9,19 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 
 from spectral_sinks.errors import InputError
+from spectral_sinks.measure.spectra import read_spectrum
 from spectral_sinks.models.loading import load
-from spectral_sinks.models.matrices import read_spectrum
 from spectral_sinks.models.source import DEFAULT
+from spectral_sinks.models.whereabouts import To
 from spectral_sinks.spectra.filters import Tokens
 from spectral_sinks.spectra.spectrum import Convention
 from spectral_sinks.sweeps.address import digest
 from spectral_sinks.sweeps.cells import Cell, FillName, Rung, grid
 from spectral_sinks.sweeps.sweep import Sweep
 from spectral_sinks.texts import Bos, cut, documents
+
+REMOTE: dict[str | None, To] = {None: False, "ndif": True, "local": "local"}
+"""How files and the command line write where a model runs."""
 
 
 class _Table(BaseModel):
@@ -79,6 +83,10 @@ class SweepFile(_Table):
     device_map: str | None = None
     """"auto" spreads a model that is larger than one device over all."""
     dtype: str = "auto"
+    remote: Literal["ndif", "local"] | None = None
+    """At the server that nnsight is configured for, or rehearsed here."""
+    factors: str | None = None
+    """Dtype in which bases travel to a server; the model's own by default."""
     batch_size: int = Field(default=16, ge=1)
     texts: Texts = Texts()
     spectrum: Reading = Reading()
@@ -103,6 +111,10 @@ class SweepFile(_Table):
         found._path = path
         return found
 
+    def at(self, remote: Literal["ndif", "local"]) -> "SweepFile":
+        """The same sweep, run elsewhere."""
+        return self.model_copy(update={"remote": remote})
+
     @property
     def key(self) -> str:
         return digest(self.model_dump(mode="json"))
@@ -110,7 +122,14 @@ class SweepFile(_Table):
     def prepare(self) -> Sweep:
         """Load the model, cut the texts, make the cells. Raises InputError as each of these does."""
         with self._at("model"):
-            model = load(self.model, device=self.device, dtype=self.dtype, device_map=self.device_map)
+            model = load(
+                self.model,
+                device=self.device,
+                dtype=self.dtype,
+                device_map=self.device_map,
+                remote=REMOTE[self.remote],
+                factors=self.factors,
+            )
         texts, reading = self.texts, self.spectrum
         with self._at("texts"):
             found = documents(

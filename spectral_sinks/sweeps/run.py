@@ -13,10 +13,12 @@ import pandas as pd
 from tqdm import tqdm
 
 from spectral_sinks.errors import InputError
+from spectral_sinks.interventions.remote import ready
 from spectral_sinks.stats import mean_interval
 from spectral_sinks.sweeps.cost import Cost, duration, estimate, floor
 from spectral_sinks.sweeps.file import SweepFile
 from spectral_sinks.sweeps.files import listing
+from spectral_sinks.sweeps.jobs import RemoteCost, estimate_afar, run_afar
 from spectral_sinks.sweeps.store import Store
 from spectral_sinks.sweeps.sweep import Sweep, Unit, describe
 from spectral_sinks.sweeps.workers import Adopted, Held, Serial, Source, check, pool, work
@@ -93,6 +95,7 @@ def sweep(
     workers: int = 0,
     devices: Sequence[str] = (),
     in_flight: int = 8,
+    wait: bool = True,
     say: Callable[[str], None] | None = None,
 ) -> Done:
     """Measure the cells of a sweep, or of a sweep file, into the results folder `out`.
@@ -102,8 +105,9 @@ def sweep(
     `shard` (i, n) of it into a folder of its own, to be joined by `Store.merge`. Units of work run in this
     process; in `workers` processes, which share the weights or hold them on `devices`; or on any
     `concurrent.futures.Executor`, such as a Dask client's, whose workers make the sweep from the file, or are
-    sent it; `in_flight` is how many units it has in hand, two for each of its workers or more. `say` is told
-    what it will cost.
+    sent it; `in_flight` is how many units it has in hand, two for each of its workers or more. Of a model at
+    a server they are jobs there, whose ids the folder keeps; without `wait` they are sent and not waited for
+    (`collect` asks after them). `say` is told what it will cost.
 
     Raises InputError, before the folder is touched, for a file that is not understood, cells that have no
     content address and a shard that does not exist; and for a folder that is no store or cannot be written.
@@ -117,12 +121,20 @@ def sweep(
     made = what if isinstance(what, Sweep) else what.prepare()
     if shard is not None:
         made.shard(*shard)
+    if made.model.remote is not None and (workers or executor is not None):
+        raise InputError("a model that is elsewhere needs no workers or executor here")
+    if not wait and not _afar(made):
+        raise InputError("only jobs at a server can be left alone: load the model with remote=True")
     if workers:
         check(made, devices)
+    if _afar(made):
+        ready(made.model)  # addresses name the dtype that the server runs in
     _ = made.units
     store = Store(out)
     if fresh:
         store.clear()
+    if _afar(made):
+        return _run_afar(made, store, shard, in_flight, wait, say)
     source = Adopted(made.key) if workers else Held(made) if isinstance(what, Sweep) else what
     runner = partial(pool, made, workers, devices) if workers else executor
     return run(
@@ -142,7 +154,7 @@ def plan(
     out: str | Path | None = None,
     *,
     shard: tuple[int, int] | None = None,
-) -> Cost:
+) -> Cost | RemoteCost:
     """What is still to be done of a sweep, as measured on its first batch; nothing is written.
 
     Raises InputError as `sweep` does.
@@ -150,11 +162,14 @@ def plan(
     if isinstance(what, str | Path):
         what = SweepFile.read(what)
     made = what if isinstance(what, Sweep) else what.prepare()
+    if _afar(made):
+        ready(made.model)
     units = made.units if shard is None else made.shard(*shard)
     finished: set[tuple[str, int]] = set()
     if out is not None and listing(Path(out).expanduser()):
         finished = Store(out, create=False).finished()
-    return estimate(made, tuple(_missing(made, units, finished)))
+    left = tuple(_missing(made, units, finished))
+    return estimate(made, left) if made.model.remote is None else estimate_afar(made, left)
 
 
 def run(
@@ -178,9 +193,11 @@ def run(
     total = sum(map(sweep.size, units))
     store.record(sweep.key, sweep.manifest())
     left = deque(_missing(sweep, units, store.finished()))
-    cost = estimate(sweep, tuple(left), processes) if say is not None and left else None
+    here = sweep.model.remote is None
+    cost = estimate(sweep, tuple(left), processes) if say is not None and left and here else None
     if say is not None:
-        say(str(cost) if cost else f"all {total} cells x windows are in {store.folder}")
+        there = f"all {total} cells x windows are in {store.folder}"
+        say(str(cost or (estimate_afar(sweep, tuple(left)) if left else there)))
     began = time.perf_counter()
     computed, worker_seconds, lowest = 0, 0.0, 0.0
     workers = _Workers(executor)
@@ -209,6 +226,39 @@ def run(
     seconds = time.perf_counter() - began
     ratio = worker_seconds / lowest if lowest else None
     return Done(sweep, store, Report(computed, total - computed, seconds, worker_seconds, ratio))
+
+
+def _afar(sweep: Sweep) -> bool:
+    """Whether units are jobs at a server."""
+    return sweep.model.remote is not None and sweep.model.remote.to != "local"
+
+
+def _run_afar(
+    sweep: Sweep,
+    store: Store,
+    shard: tuple[int, int] | None,
+    in_flight: int,
+    wait: bool,
+    say: Callable[[str], None] | None,
+) -> Done:
+    """Do what is missing of a sweep at a server."""
+    units = sweep.units if shard is None else sweep.shard(*shard)
+    total = sum(map(sweep.size, units))
+    store.record(sweep.key, sweep.manifest())
+    left = tuple(_missing(sweep, units, store.finished()))
+    if say is not None:
+        say(str(estimate_afar(sweep, left)) if left else f"all {total} cells x windows are in {store.folder}")
+    began = time.perf_counter()
+    computed = run_afar(
+        sweep,
+        store,
+        lambda sent: _missing(sweep, units, store.finished() | sent),
+        in_flight=in_flight,
+        wait=wait,
+    )
+    seconds = time.perf_counter() - began
+    found = total - sum(map(sweep.size, _missing(sweep, units, store.finished()))) - computed
+    return Done(sweep, store, Report(computed, found, seconds, seconds, None))
 
 
 Result = tuple[pd.DataFrame, float]

@@ -2,6 +2,7 @@
 
     manifest.json                  the format, and what was run
     parts/UNIT-CHECKSUM.parquet    finished work; pandas.read_parquet("parts") reads it without this package
+    jobs/UNIT.json                 what was sent to a server
     .locks/                        who is at work; the operating system frees the locks of a dead process
 
 Made for a local file system: the locks may not hold between machines on a network one. Give each machine a
@@ -62,7 +63,7 @@ class Store:
         present = listing(self.folder)
         if not create and "parts" not in present:
             raise InputError(f"{self.folder} holds no sweep results")
-        if strangers := sorted(set(present) - {"parts", "manifest.json"}):
+        if strangers := sorted(set(present) - {"parts", "jobs", "manifest.json"}):
             raise InputError(
                 f"{self.folder} holds other things than sweep results ({strangers[0]}): give an empty folder"
             )

@@ -1,7 +1,7 @@
 """A sweep: a model, windows and cells, cut into units of work that any process can do."""
 
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
@@ -14,9 +14,10 @@ from torch import Tensor
 
 from spectral_sinks.errors import InputError
 from spectral_sinks.interventions.tracing import Interventions
+from spectral_sinks.measure.distant import DistantBatch, cells_per_job, opened
 from spectral_sinks.measure.effects import check
 from spectral_sinks.measure.memory import Memory
-from spectral_sinks.measure.replay import VERSION, Batch, start
+from spectral_sinks.measure.replay import VERSION, Batch, Measured, start
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.spectra.filters import Filter, Zero
 from spectral_sinks.sweeps.address import address, context, digest, swapping
@@ -53,7 +54,7 @@ class Sweep:
     batch_size: int = 16
     spectrum: str = ""
     """Convention of the spectrum that the cells were made from, for the manifest."""
-    _held: dict[int, Batch] = field(default_factory=dict, repr=False)
+    _held: dict[int, Batch | DistantBatch] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(
@@ -97,6 +98,7 @@ class Sweep:
             "version": VERSION,
             "libraries": versions(),
             "cells": list(self.addresses),
+            **({} if self.model.remote is None else {"remote": self.model.remote.record()}),
         }
 
     @cached_property
@@ -161,6 +163,8 @@ class Sweep:
         return -2 if found is None else found
 
     def _cells_per_unit(self, ids: Tensor) -> int:
+        if self.model.remote is not None:
+            return cells_per_job(self.model, ids)
         weights = self.model.layers * 12 * self.model.d**2 + self.model.vocabulary * self.model.d
         budget = UNIT.get(self.model.device.type, UNIT["cpu"])
         return max(1, min(CELLS, int(budget / (2 * weights * ids.numel()))))
@@ -177,35 +181,49 @@ class Sweep:
             self._held.clear()  # one batch at a time: its residuals are large
             places, ids = self.batches[unit.batch]
             memory = Memory(self.model, ids.shape[1])
-            self._held[unit.batch] = Batch(self.model, self.windows, places, ids, self.starts, memory)
+            self._held[unit.batch] = opened(self.model, self.windows, places, ids, self.starts, memory)
         batch = self._held[unit.batch]
         found = batch.measure([self.cells[i].edits for i in unit.cells])
-        base = batch.baseline
-        rows: list[dict[str, Any]] = []
-        for row, index in enumerate(unit.cells):
-            described = {
-                "cell": self.addresses[index],
-                "model": self.model.name,
-                **describe(self.cells[index]),
-            }
-            for column, place in enumerate(batch.places):
-                rows.append(
-                    described
-                    | {
-                        "document": self.windows.document[place],
-                        "window": place,
-                        "tokens": batch.predicted,
-                        "nll": found.nll[row, column],
-                        "baseline_nll": base.nll[0, column],
-                        "delta_nll": found.nll[row, column] - base.nll[0, column],
-                        "kl": found.kl[row, column],
-                        "top1_agreement": found.top1_agreement[row, column],
-                        "removed_energy_share": found.removed_energy_share[row, column],
-                        "sink_mass": _listed(found.sink_mass, row, column),
-                        "baseline_sink_mass": _listed(base.sink_mass, 0, column),
-                    }
-                )
-        return pd.DataFrame(rows)
+        cells = [described(self, index) for index in unit.cells]
+        documents = [self.windows.document[place] for place in batch.places]
+        return table_of(cells, documents, batch.places, batch.predicted, batch.baseline, found)
+
+
+def described(sweep: Sweep, index: int) -> dict[str, Any]:
+    """The columns of a cell in the store that do not depend on a window."""
+    cell = sweep.cells[index]
+    return {"cell": sweep.addresses[index], "model": sweep.model.name, **describe(cell)}
+
+
+def table_of(
+    cells: Sequence[dict[str, Any]],
+    documents: Sequence[int],
+    windows: Sequence[int],
+    tokens: int,
+    base: Measured,
+    found: Measured,
+) -> pd.DataFrame:
+    """Rows for the store, one per cell and window, of windows that each predict so many tokens."""
+    rows: list[dict[str, Any]] = []
+    for row, cell in enumerate(cells):
+        for column, (document, window) in enumerate(zip(documents, windows, strict=True)):
+            rows.append(
+                cell
+                | {
+                    "document": document,
+                    "window": window,
+                    "tokens": tokens,
+                    "nll": found.nll[row, column],
+                    "baseline_nll": base.nll[0, column],
+                    "delta_nll": found.nll[row, column] - base.nll[0, column],
+                    "kl": found.kl[row, column],
+                    "top1_agreement": found.top1_agreement[row, column],
+                    "removed_energy_share": found.removed_energy_share[row, column],
+                    "sink_mass": _listed(found.sink_mass, row, column),
+                    "baseline_sink_mass": _listed(base.sink_mass, 0, column),
+                }
+            )
+    return pd.DataFrame(rows)
 
 
 def versions() -> dict[str, str | None]:

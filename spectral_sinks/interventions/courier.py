@@ -1,0 +1,226 @@
+"""Jobs as bytes: a function of this package and its arguments one way, its result and the facts the other.
+
+What a job is made of travels thin. Classes and functions of the package go by name, since its sources go
+along; a user's own functions go as source; the model goes as a reference to the server's; a tensor goes
+without the storage it is a view of; a subspace goes as the columns of its spectrum that it stores, each
+column once for all subspaces of the job, or as the seed it was drawn from.
+"""
+
+import hashlib
+import io
+import json
+import pickle
+import platform
+import re
+import zlib
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import FunctionType
+from typing import Any
+
+import torch
+from nnsight.intervention.serialization import CustomCloudPickler
+from torch import Tensor
+
+from spectral_sinks.errors import InputError
+from spectral_sinks.models.language import LanguageModel
+from spectral_sinks.models.layout import Layout
+from spectral_sinks.spectra.filters import Mean
+from spectral_sinks.spectra.spectrum import Spectrum
+from spectral_sinks.spectra.subspace import Subspace, random_subspace
+
+PACKAGE = Path(__file__).parents[1]
+ROOMS = ("errors.py", "stats.py", "texts.py", "spectra", "models", "interventions", "measure")
+"""What a measurement may need at the server."""
+
+
+DRAWN = re.compile(r"random (\d+) (\d+) (\d+)")
+"""The `source` of a random subspace: width, rank, seed."""
+
+
+@cache
+def sources() -> tuple[bytes, str]:
+    """The package's sources, compressed JSON by module name, and their digest."""
+    files = [
+        file
+        for room in ROOMS
+        for file in ([PACKAGE / room] if room.endswith(".py") else sorted((PACKAGE / room).glob("*.py")))
+    ]
+    names = [".".join(["spectral_sinks", *file.relative_to(PACKAGE).with_suffix("").parts]) for file in files]
+    texts = {
+        name.removesuffix(".__init__"): file.read_text("utf-8")
+        for name, file in zip(names, files, strict=True)
+    }
+    raw = json.dumps(texts, sort_keys=True).encode()
+    return zlib.compress(raw, 9), hashlib.sha256(raw).hexdigest()[:12]
+
+
+@cache
+def arrival() -> str:
+    """The source of the far end."""
+    return Path(__file__).with_name("arrival.py").read_text("utf-8")
+
+
+@dataclass(frozen=True, eq=False)
+class Columns:
+    """Columns of a spectrum, and where each of its directions is among them."""
+
+    vectors: Tensor
+    place: Tensor
+
+    def subspace(self, stored: Tensor, name: str, complemented: bool, dtype: str) -> Subspace:
+        basis = self.vectors[:, self.place[stored]].to(getattr(torch, dtype))
+        return Subspace(basis, name, complemented)
+
+
+class Packer(CustomCloudPickler):
+    """Pickles a job or a result; `factors` is the dtype in which bases and singular vectors travel."""
+
+    def __init__(self, file: Any, factors: torch.dtype | None, columns: dict[str, Columns | Tensor]) -> None:
+        super().__init__(file, protocol=4)
+        self._factors, self._columns = factors, columns
+
+    def persistent_id(self, obj: Any) -> Any:
+        return "model" if isinstance(obj, LanguageModel) else None
+
+    def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, type | FunctionType) and _named(obj):
+            return NotImplemented
+        if isinstance(obj, Tensor):
+            plain = obj.detach().cpu().contiguous()
+            raw = plain.flatten().view(torch.uint8).numpy().tobytes()
+            return tensor, (raw, str(obj.dtype).removeprefix("torch."), tuple(obj.shape))
+        if isinstance(obj, Subspace):
+            return self._subspace(obj)
+        if isinstance(obj, Mean) and self._factors is not None:  # used in float32 at least
+            kind = torch.promote_types(self._factors, torch.float32)
+            return Mean, (obj.reference.to(kind), obj.source)
+        if isinstance(obj, Spectrum) and self._factors is not None:
+            fields = (obj.values, obj.matrix, obj.convention, obj.tied, obj.fingerprint, obj.count)
+            return _spectrum, (obj.vectors.to(self._factors), *fields)
+        return super().reducer_override(obj)
+
+    def _dynamic_function_reduce(self, func: FunctionType) -> Any:
+        made, (*args, _, file, line), *rest = super()._dynamic_function_reduce(func)
+        return made, (*args, None, file, line), *rest  # annotations may name what the server lacks
+
+    def _subspace(self, space: Subspace) -> Any:
+        if drawn := DRAWN.fullmatch(space.source):
+            return _random, (*map(int, drawn.groups()), space.name, space.complemented)
+        if self._factors is None or space.members is None or space.spectrum is None:
+            basis = space.basis if self._factors is None else space.basis.to(self._factors)
+            return Subspace, (basis, space.name, space.complemented)
+        fingerprint, vectors = space.spectrum
+        stored = space.members ^ space.complemented
+        key = fingerprint or str(id(vectors))
+        found = self._columns.get(key)
+        if isinstance(found, Columns):
+            dtype = str(self._factors).removeprefix("torch.")
+            return _of_columns, (found, stored, space.name, space.complemented, dtype)
+        self._columns[key] = stored if found is None else stored | found
+        self._vectors = getattr(self, "_vectors", {}) | {key: vectors}
+        return Subspace, (torch.empty(space.d, 0), space.name, space.complemented)
+
+    def seen(self) -> dict[str, Columns | Tensor]:
+        """After a first pass: the columns that the subspaces of the job need, each once."""
+        assert self._factors is not None
+        found: dict[str, Columns | Tensor] = {}
+        for key, needed in self._columns.items():
+            assert isinstance(needed, Tensor)
+            place = needed.cumsum(0) - 1
+            vectors: Tensor = self._vectors[key]
+            found[key] = Columns(vectors[:, needed].to(self._factors), place.to(torch.int32))
+        return found
+
+
+def pack(value: Any, factors: torch.dtype | None = None) -> bytes:
+    """A value as bytes. Raises InputError for what cannot be sent."""
+    columns: dict[str, Columns | Tensor] = {}
+    try:
+        if factors is not None:
+            first = Packer(io.BytesIO(), factors, columns)
+            first.dump(value)
+            columns = first.seen() if columns else {}
+        buffer = io.BytesIO()
+        Packer(buffer, factors, columns).dump(value)
+    except (pickle.PicklingError, TypeError, AttributeError, ValueError) as error:
+        raise InputError(
+            f"this cannot be sent to a server ({error}): functions of yours must not hold locks, files or a "
+            "bare super()"
+        ) from error
+    return buffer.getvalue()
+
+
+def unpack(data: bytes, model: Any = None) -> Any:
+    """What was packed, with `model` in the place of a model."""
+
+    class Unpacker(pickle.Unpickler):
+        def persistent_load(self, pid: Any) -> Any:
+            return model
+
+    return Unpacker(io.BytesIO(data)).load()
+
+
+@dataclass(frozen=True)
+class Job:
+    """A function of a model to be called where the model is."""
+
+    layout: Layout
+    name: str
+    factors: torch.dtype
+    call: bytes
+    """Function, positional and named arguments, packed."""
+
+
+def serve(nn: Any, job: bytes) -> bytes:
+    """Do a job on the nnsight model of this process: what it returned or why it refused, and the facts."""
+    given: Job = unpack(job)
+    model = LanguageModel(nn, given.layout, given.name, getattr(nn, "tokenizer", None))
+    function, args, options = unpack(given.call, model)
+    try:
+        outcome: tuple[str, Any] = "result", function(model, *args, **options)
+    except InputError as error:
+        outcome = "refused", str(error)
+    return pack((*outcome, facts(model)))
+
+
+def facts(model: LanguageModel) -> dict[str, Any]:
+    """What a result comes from: library versions and settings of the process that the model runs in."""
+    import nnsight
+    import transformers
+
+    return {
+        "python": platform.python_version(),
+        "nnsight": nnsight.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "attention": model.config._attn_implementation,
+        "commit": getattr(model.module.config, "_commit_hash", None),
+    }
+
+
+def tensor(raw: bytes, dtype: str, shape: tuple[int, ...]) -> Tensor:
+    """A tensor from its bytes."""
+    kind = getattr(torch, dtype)
+    flat = torch.frombuffer(bytearray(raw), dtype=kind) if raw else torch.empty(0, dtype=kind)
+    return flat.reshape(shape)
+
+
+def _of_columns(columns: Columns, stored: Tensor, name: str, complemented: bool, dtype: str) -> Subspace:
+    return columns.subspace(stored, name, complemented, dtype)
+
+
+def _random(d: int, rank: int, seed: int, name: str, complemented: bool) -> Subspace:
+    drawn = random_subspace(d, rank, seed)
+    return (drawn if drawn.complemented == complemented else drawn.complement()).named(name)
+
+
+def _spectrum(vectors: Tensor, *fields: Any) -> Spectrum:
+    return Spectrum(vectors, *fields)
+
+
+def _named(obj: Any) -> bool:
+    """Whether the server finds a class or function of the package by its name."""
+    module, name = getattr(obj, "__module__", "") or "", obj.__qualname__
+    return module.partition(".")[0] == "spectral_sinks" and "<" not in name

@@ -1,0 +1,90 @@
+"""What can go wrong between here and a server, one sentence each, and what is worth another try."""
+
+import re
+
+from nnsight.schema.config import CONFIG
+
+from spectral_sinks.errors import InputError, RemoteError
+
+HIDDEN = "[key]"
+
+
+def hidden(text: str) -> str:
+    """A text without the API key: servers repeat a malformed one in their answer."""
+    key = CONFIG.API.APIKEY
+    return text.replace(key, HIDDEN) if key else text
+
+
+ANSWERS: tuple[tuple[str, str, bool], ...] = (
+    (
+        r"Invalid API key|Missing or invalid API key|\b401\b|\b403\b",
+        "{host} does not accept the API key: get one at https://login.ndif.us and store it with "
+        "`nnsight login`, or set NDIF_API_KEY",
+        False,
+    ),
+    (
+        r"below the minimum|version was not provided|Malformed .* version|architecture on this server",
+        "the versions here and at {host} do not fit together ({said}): see `spectral-sinks remote check`",
+        False,
+    ),
+    (
+        r"Could not deploy|Error (provisioning|starting) model",
+        "{model} is not running at {host} and could not be started ({said}): https://nnsight.net/status "
+        "lists the models that are",
+        False,
+    ),
+    (
+        r"\b413\b|[Tt]oo [Ll]arge|exceeds the (maximum|limit)",
+        "{host} refuses a payload of this size ({said}): give fewer cells or documents at once",
+        False,
+    ),
+    (
+        r"out of memory|OutOfMemoryError",
+        "the server ran out of memory: give a smaller batch_size or shorter windows",
+        False,
+    ),
+    (r"payload could not be read", "{host} could not read the job ({said})", True),
+    (
+        r"exceeded the execution timeout",
+        "the job took longer than {host} allows ({said}): give fewer cells or documents at once",
+        False,
+    ),
+    (r"\b429\b|[Tt]oo many requests|[Rr]ate limit", "{host} asks for patience ({said})", True),
+    (
+        r"\b50[234]\b|temporarily unavailable|reconnecting|[Tt]ry again|Auth backend unavailable|cancelled|"
+        r"ActorDied|Critical server error",
+        "{host} is not ready ({said})",
+        True,
+    ),
+    (
+        r"[Cc]onnect(ion)? |[Cc]onnection|refused|[Tt]imed out|[Tt]imeout|disconnected|unreachable|"
+        r"Name or service|Errno|EOF|[Hh]andshake",
+        "{host} cannot be reached ({said})",
+        True,
+    ),
+)
+"""What a server or the way to it says, by pattern; whether another try may go better. The first that fits."""
+
+
+def explained(error: BaseException, model: str) -> InputError:
+    """One sentence for a failure on the way to a server or at it; the key is never in it.
+
+    What the package itself refused comes back as it is.
+    """
+    if isinstance(error, InputError):
+        return error
+    said = hidden(" ".join(str(error).split()))
+    host = CONFIG.API.HOST
+    if "Traceback" in said:  # of the job at the server: its last line says what, the class name which kind
+        said = hidden(str(error).strip().splitlines()[-1].strip())
+    short = said if len(said) <= 200 else f"{said[:200]}..."
+    connection = isinstance(error, OSError) or type(error).__module__.partition(".")[0] in (
+        "httpx",
+        "websocket",
+    )
+    for pattern, sentence, again in ANSWERS:
+        if re.search(pattern, said):
+            return RemoteError(sentence.format(host=host, model=model, said=short), again)
+    if connection:
+        return RemoteError(f"{host} cannot be reached ({short or type(error).__name__})", True)
+    return RemoteError(f"the job failed at {host} ({short or type(error).__name__})", False)

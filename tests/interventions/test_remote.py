@@ -1,0 +1,341 @@
+"""The same functions of a model, called where the model is: numbers, payloads, refusals."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import tiny
+import torch
+
+import spectral_sinks as ss
+from spectral_sinks.interventions import courier, remote
+from spectral_sinks.interventions.courier import pack, sources, unpack
+from spectral_sinks.models.language import LanguageModel
+
+TOKENS = 66
+
+
+def windows(model: ss.LanguageModel) -> ss.Windows:
+    return ss.Windows.of_ids(tiny.ids(5, TOKENS), model, [0, 0, 1, 2, 3])
+
+
+def spectrum(model: ss.LanguageModel) -> ss.Spectrum:
+    return ss.read_spectrum(model, bands=4, use_cache=False)
+
+
+def cells(u: ss.Spectrum) -> dict[str, dict[ss.Site, Any]]:
+    exit, last = ss.Site("exit", 0), ss.Site("exit", 2)
+    mask = torch.zeros(5, TOKENS, dtype=torch.bool)
+    mask[2, 3:9] = True
+    return {
+        "no-op": {},
+        "dark": {exit: ss.remove(u.dark())},
+        "thick": {exit: ss.phi(u, 1, 1), last: ss.phi(u, 1, 3)},
+        "random": {exit: ss.rnd(u.d, 3, 7), ss.Site("mlp", 1): ss.rnd(u.d, 29, 7)},
+        "random kept": {exit: ss.keep(ss.random_subspace(u.d, 3, 7))},
+        "intersection": {exit: ss.remove(ss.intersection(u.bands(2, 4), ss.random_subspace(u.d, 20)))},
+        "swap": {exit: ss.remove(u.band(2), ss.Swap(), "all-but-first")},
+        "noise": {ss.Site("attention", 1): ss.remove(u.band(1), ss.Noise(3))},
+        "mean": {exit: ss.remove(u.band(1), ss.Mean(torch.ones(TOKENS, u.d)))},
+        "masked": {exit: ss.remove(u.band(4)).at(mask)},
+        "by id": {exit: ss.remove(u.band(4)).at({5, 9, 11})},
+        "psi": {exit: ss.psi(u, ss.random_spectrum(u.d, 4), 2)},
+        "head": {ss.Site("head", 1, 2): ss.remove(u.bands(1, 2))},
+        "queries": {ss.Site("queries", 1): ss.remove(u.bands(1, 2))},
+        "own": {last: lambda x: 0.5 * x + x.mean()},
+    }
+
+
+def tables(model: ss.LanguageModel, u: ss.Spectrum) -> pd.DataFrame:
+    effects = ss.evaluate_all(model, windows(model), cells(u), batch_size=3)
+    return pd.concat([effect.frame() for effect in effects.values()])
+
+
+def difference(one: pd.DataFrame, other: pd.DataFrame) -> float:
+    numbers = one.select_dtypes("number").columns
+    assert list(one.columns) == list(other.columns) and one[numbers].notna().any().all()
+    return float((one[numbers] - other[numbers]).abs().max().max())
+
+
+def by_position(found: ss.PositionAttention) -> dict[str, Any]:
+    return {name: getattr(found, name).ravel() for name in ("total", "seen")}
+
+
+def by_sink(found: ss.Sinks) -> dict[str, Any]:
+    assert found.sinks
+    sizes = [getattr(found.residuals, name).ravel() for name in ("norm", "peak", "dimension", "median")]
+    shares = [sink.dark_share.value for sink in found.sinks]
+    return {"value": np.concatenate([found.attention.total.ravel(), *sizes, shares])}
+
+
+MEASUREMENTS: dict[str, Callable[[ss.LanguageModel, ss.Windows, ss.Spectrum], pd.DataFrame]] = {
+    "energy": lambda m, w, u: ss.energy(m, w, u),
+    "attention": lambda m, w, u: ss.attention_by_head(m, w),
+    "verdict": lambda m, w, u: pd.DataFrame([ss.sink_verdict(m, w, u, draws=3).row()]),
+    "received": lambda m, w, u: ss.received(m, w, {"dark": u.dark(), "rest": u.dark().complement()}),
+    "lens": lambda m, w, u: ss.band_lens(m, w, {"u": u}, bands=[1, 4]),
+    "weights": lambda m, w, u: ss.weight_shares(m, {"dark": u.dark()}, convention="folded"),
+    "screen": lambda m, w, u: ss.first_order(m, w, u),
+    "mean": lambda m, w, u: pd.DataFrame(ss.mean_residual(m, w, ss.Site("exit", 1)).numpy()),
+    "generate": lambda m, w, u: pd.DataFrame(
+        ss.generate(m, tiny.ids(2, 9), {ss.Site("exit", 0): ss.remove(u.dark())}, new=5, temperature=1.0)
+        .flatten(0, 1)
+        .numpy()
+    ),
+    "continuation": lambda m, w, u: pd.DataFrame(
+        ss.continuation_nll(m, tiny.ids(2, 9), tiny.ids(2, 6)[:, None]).numpy()
+    ),
+    "positions": lambda m, w, u: pd.DataFrame(by_position(ss.attention_by_position(m, w, tokens=40))),
+    "sinks": lambda m, w, u: pd.DataFrame(by_sink(ss.find_sinks(m, w, u, epsilon=0.07, draws=3))),
+    "ladder": lambda m, w, u: ss.ladder(m, w, ss.Site("exit", 1), u, u, random_at=(2,), draws=2),
+}
+
+
+@pytest.mark.parametrize("name", MEASUREMENTS)
+def test_every_measurement_is_the_same_elsewhere(name: str) -> None:
+    model = tiny.model()
+    u, w = spectrum(model), windows(model)
+    there = ss.load(model, remote="local")
+    measure = MEASUREMENTS[name]
+    assert difference(measure(model, w, u), measure(there, w, u)) < 1e-6
+    assert there.remote is not None and there.remote.jobs, "nothing was sent"
+    assert model.remote is None
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_every_intervention_is_the_same_elsewhere(family: str) -> None:
+    model = tiny.model(family)
+    u = spectrum(model)
+    assert difference(tables(model, u), tables(ss.load(model, remote="local"), u)) < 1e-6
+
+
+def test_a_filter_alone_is_the_same_bit_for_bit() -> None:
+    model = tiny.model()
+    u = spectrum(model)
+    there = ss.load(model, remote="local")
+    for edit in (ss.remove(u.dark()), ss.phi(u, 1, 1), ss.rnd(u.d, 3)):
+        one, other = (ss.evaluate(m, windows(m), {ss.Site("exit", 0): edit}) for m in (model, there))
+        assert one.rows.equals(other.rows)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "gpt_neox parallel"])
+def test_without_weights_at_hand_modules_are_called(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that runs what it is sent apart from the weights: nothing may read them."""
+    model = tiny.model(family)
+    u = spectrum(model)
+    before = tables(model, u)
+    monkeypatch.setattr(LanguageModel, "weightless", True)
+    monkeypatch.setattr(LanguageModel, "head_write", None)
+    assert difference(before, tables(model, u)) < 2e-6
+    with pytest.raises(ss.InputError, match="weights of"):
+        ss.weight_shares(model, {"dark": u.dark()})
+    with pytest.raises(ss.InputError, match="gradients"):
+        ss.first_order(model, windows(model), u)
+
+
+def test_continuations_without_a_cache_that_grows_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.model()
+    before = ss.generate(model, tiny.ids(2, 9), new=6)
+    monkeypatch.setattr(LanguageModel, "weightless", True)
+    assert torch.equal(before, ss.generate(model, tiny.ids(2, 9), new=6))
+
+
+def test_a_refusal_comes_back_as_it_is() -> None:
+    there = ss.load(tiny.model(), remote="local")
+    with pytest.raises(ss.InputError, match=r"layer 7: .* layers 0 to 2"):
+        ss.trace(there, tiny.ids(), {ss.Site("exit", 7): lambda x: x}, readout=lambda final, *_: 0)
+    with pytest.raises(ss.InputError, match="returned shape"):
+        ss.trace(there, tiny.ids(), {ss.Site("exit", 1): lambda x: x[:, 1:]}, readout=lambda final, *_: 0)
+
+
+def test_attention_implementations_are_left_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What sees attention at the far end is taken away again: from the model, and from transformers."""
+    from transformers import AttentionInterface
+
+    model = tiny.model()
+    before = {name: AttentionInterface()[name] for name in AttentionInterface()}
+    ss.attention_by_position(ss.load(model, remote="local"), windows(model))
+    assert model.config._attn_implementation == "eager"
+    assert {name: AttentionInterface()[name] for name in AttentionInterface()} == before
+    monkeypatch.setattr(LanguageModel, "weightless", True)
+    with pytest.raises(ss.InputError, match=r"`attending` reads the weights of .* trusts you"):
+        ss.attention_by_position(model, windows(model))
+
+
+REFUSED: dict[str, Callable[[ss.LanguageModel, ss.Windows], Any]] = {
+    "attending": lambda m, w: ss.attending(m, ss.MaskKey(0)).__enter__(),
+    "compare": lambda m, w: ss.compare(m, w, {"masked": ss.MaskKey(0)}),
+    "designate": lambda m, w: ss.designate(m, w, 3),
+    "circuits": lambda m, w: ss.no_op_circuits(m, w, ss.random_spectrum(m.d, 4)),
+    "head use": lambda m, w: ss.head_use(m, w),
+    "mean keys": lambda m, w: ss.mean_keys(m, w),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_changes_attention_in_this_process_is_refused(name: str) -> None:
+    there = ss.load(tiny.model(), remote="local")
+    with pytest.raises(ss.InputError, match=r"acts on attention in this process, .* \(local rehearsal\)"):
+        REFUSED[name](there, windows(there))
+    assert not there.remote.jobs and there.config._attn_implementation == "eager"
+
+
+def test_an_encoder_is_refused(tmp_path: Any) -> None:
+    model = tiny.model("bert")
+    folder = tiny.save(tmp_path / "bert", "bert")
+    for given, remote_to in ((model, "local"), (model.module, "local"), (folder, "local"), (folder, True)):
+        with pytest.raises(ss.InputError, match="is an encoder, and servers run causal models"):
+            ss.load(given, remote=remote_to)
+
+
+def test_what_cannot_be_sent_is_said() -> None:
+    import threading
+
+    lock = threading.Lock()
+
+    def locked(x: torch.Tensor) -> torch.Tensor:
+        with lock:
+            return x
+
+    there = ss.load(tiny.model(), remote="local")
+    with pytest.raises(ss.InputError, match=r"cannot be sent.*locks"):
+        ss.evaluate(there, windows(there), {ss.Site("exit", 0): locked})
+
+
+def test_payloads_are_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job weighs its columns once, a draw by its seed, and nothing of the names around it."""
+    model = tiny.model()
+    u, w = spectrum(model), windows(model)
+    there = ss.load(model, remote="local")
+    exit = ss.Site("exit", 0)
+    ss_result = ss_space = ss_model = job = torch.zeros(10**6)  # names of the block: none may go along
+    assert len(ss_result) == len(ss_space) == len(ss_model) == len(job)
+
+    def bytes_of(**edits: Any) -> int:
+        there.remote.jobs.clear()
+        ss.evaluate_all(there, w, {name: {exit: edit} for name, edit in edits.items()}, batch_size=8)
+        return there.remote.jobs[-1].payload
+
+    nothing = bytes_of(a=ss.remove(u.subspace("none")))
+    one = bytes_of(a=ss.phi(u, 1, 1))
+    columns = 4 * u.d * u.edges[1]
+    assert nothing < 5000 + 8 * 5 * TOKENS
+    assert columns < one - nothing < columns + 1500
+    assert bytes_of(a=ss.phi(u, 1, 1), b=ss.keep(u.band(1)), c=ss.remove(u.band(1))) < one + 1000
+    assert bytes_of(a=ss.rnd(u.d, 16)) - nothing < 500
+    assert len(sources()[0]) < 150_000
+
+
+def test_bases_travel_in_the_dtype_asked_for() -> None:
+    model = tiny.model()
+    u = spectrum(model)
+    packed = {kind: len(pack(u.dark(), kind)) for kind in (torch.bfloat16, torch.float32, torch.float64)}
+    size = u.d * u.dark().rank
+    assert abs(packed[torch.float32] - packed[torch.bfloat16] - 2 * size) < 20
+    assert abs(packed[torch.float64] - packed[torch.float32] - 4 * size) < 20
+    there = ss.load(model, remote="local", factors="bfloat16")
+    edits = {ss.Site("exit", 0): ss.remove(u.dark())}
+    rounded = ss.evaluate(there, windows(there), edits).delta_nll
+    exact = ss.evaluate(model, windows(model), edits).delta_nll
+    assert 0 < abs(rounded - exact) < 0.05 * abs(exact) + 1e-3
+    with pytest.raises(ss.InputError, match="factors 'int8'"):
+        ss.load(model, remote="local", factors="int8")
+
+
+def test_a_view_travels_without_its_storage() -> None:
+    large = torch.arange(10**5, dtype=torch.float32)
+    sent = pack([large[3:7], large[::25000], large[:0], torch.ones(2, dtype=torch.bool), large[5].bfloat16()])
+    assert len(sent) < 1000
+    one, two, empty, flags, scalar = unpack(sent)
+    assert torch.equal(one, large[3:7]) and torch.equal(two, large[::25000]) and empty.shape == (0,)
+    assert flags.all() and scalar.shape == () and scalar.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("complement", [False, True])
+@pytest.mark.parametrize("rank", [0, 3, 16, 20, 32])
+def test_random_subspaces_are_drawn_again(rank: int, complement: bool) -> None:
+    space = ss.random_subspace(32, rank, 5)
+    space = space.complement() if complement else space
+    again = unpack(pack(space, torch.float32))
+    x = torch.randn(4, 32)
+    assert torch.equal(again.project(x), space.project(x)) and (again.rank, again.name) == (
+        space.rank,
+        space.name,
+    )
+
+
+def test_too_large_a_job_is_cut_and_then_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.model()
+    u, there = spectrum(model), ss.load(model, remote="local")
+    edits = {
+        f"{i}": {ss.Site("exit", 0): ss.remove(ss.intersection(u.band(i), u.band(i)))} for i in (1, 2, 3)
+    }
+    here = ss.evaluate_all(model, windows(model), edits)
+    ss.examine(there)
+    there.remote.jobs.clear()
+    monkeypatch.setattr(remote, "PAYLOAD", 6_000)
+    found = ss.evaluate_all(there, windows(model), edits)
+    assert len(there.remote.jobs) > 1
+    assert all(difference(here[name].rows, found[name].rows) < 1e-6 for name in edits)
+    monkeypatch.setattr(remote, "PAYLOAD", 100)
+    with pytest.raises(ss.InputError, match=r"a job of .* MB, .* at most"):
+        ss.evaluate_all(there, windows(model), edits)
+
+
+BARE = """
+import importlib.abc, sys, types
+LACKING = {"datasets", "jaxtyping", "pandas", "pyarrow", "scipy", "spectral_sinks"}
+class Lacking(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in LACKING:
+            raise ModuleNotFoundError(name)
+import nnsight, torch
+folder, arrival, sources, digest, job, out = sys.argv[1:]
+nn = nnsight.TransformersModel(folder, task="text-generation", dispatch=True, attn_implementation="eager")
+nn._module.eval()
+for name in [n for n in sys.modules if n.partition(".")[0] in LACKING]:
+    del sys.modules[name]
+import importlib.util
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *a: None if name in LACKING else find(name, *a)
+sys.meta_path.insert(0, Lacking())
+read = lambda file: open(file, "rb").read()
+space = {"__name__": "arrival"}
+exec(read(arrival).decode(), space)
+answer = space["run"](nn, read(sources), digest, read(job))
+open(out, "wb").write(answer)
+assert not [n for n in sys.modules if n.partition(".")[0] in LACKING], "something was left behind"
+"""
+
+
+def test_a_server_needs_little(tmp_path: Any) -> None:
+    """A process without this package, pandas, scipy, datasets and jaxtyping does a job all the same."""
+    model = tiny.model()
+    u, w = spectrum(model), windows(model)
+    there = ss.load(model, remote="local")
+    folder = tiny.save(tmp_path / "model")
+    from spectral_sinks.measure.distant import DistantBatch
+
+    places, ids = next(iter(w.batches(8)))
+    batch = DistantBatch(there, w, places, ids)
+    job = remote.packed(there, *batch.job(list(cells(u).values())))
+    files = {"arrival": courier.arrival().encode(), "sources": sources()[0], "job": job}
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    arguments = [
+        folder,
+        tmp_path / "arrival",
+        tmp_path / "sources",
+        sources()[1],
+        tmp_path / "job",
+        tmp_path / "out",
+    ]
+    subprocess.run([sys.executable, "-c", BARE, *map(str, arguments)], check=True, timeout=120)
+    kind, (_, found), facts = unpack((tmp_path / "out").read_bytes())
+    assert kind == "result" and facts["torch"] == torch.__version__
+    here = batch.measure(list(cells(u).values()))
+    assert abs(found.nll - here.nll).max() < 1e-6 and abs(found.sink_mass - here.sink_mass).max() < 1e-6
