@@ -149,7 +149,7 @@ def build(recipe: Recipe) -> LlamaForCausalLM:
     torch.manual_seed(recipe.seed)
     attention = {"plain": "eager", "no-first": NO_FIRST}.get(recipe.softmax, WITH_SINK)
     if recipe.start:
-        return AutoModelForCausalLM.from_pretrained(recipe.start, attn_implementation=attention)
+        return LlamaForCausalLM.from_pretrained(recipe.start, attn_implementation=attention)
     model = AutoModelForCausalLM.from_config(
         LlamaConfig(
             vocab_size=recipe.vocabulary,
