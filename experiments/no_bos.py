@@ -233,6 +233,7 @@ def measure(study: ss.Study) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 def run(study: ss.Study) -> ss.Finding:
     layers, places, tokens, found = [], [], [], []
+    effects = pd.DataFrame()
     for name, case in cases(study).items():
         table, inner = measure(case)
         layer = darkness(inner)
@@ -242,7 +243,7 @@ def run(study: ss.Study) -> ss.Finding:
         places.append(by_position(table).assign(model=name))
         tokens.append(by_token(inner).assign(model=name))
         found += [sinks_of(name, case), *answers(name, table, inner, layer)]
-        if len(layers) == 1:
+        if effects.empty:
             effects = removal(case, inner)
     cost = costs(effects)
     for column, control in (
