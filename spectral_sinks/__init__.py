@@ -12,7 +12,7 @@ from spectral_sinks.measure.attention import (
     sink_rate,
     uniform_attention,
 )
-from spectral_sinks.measure.bars import candidates, mark_bars, matched, received
+from spectral_sinks.measure.bars import candidates, mark_bars, matched, received, strata
 from spectral_sinks.measure.compare import Comparison, compare
 from spectral_sinks.measure.designated import Designation, designate
 from spectral_sinks.measure.effects import Effect, evaluate, evaluate_all, mean_residual
@@ -200,6 +200,7 @@ __all__ = [
     "SpectralWarning",
     "Spectrum",
     "Store",
+    "strata",
     "Streaming",
     "Study",
     "Subspace",

@@ -49,6 +49,7 @@ EXPERIMENTS = (
     "fills",
     "controls",
     "reads",
+    "no_bos",
 )
 """In the order of the story; each is a file of the experiments folder."""
 

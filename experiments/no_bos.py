@@ -1,0 +1,397 @@
+"""No BOS: where does attention go without one, and is what receives it dark?
+
+Question: are there distributed sinks in a model that never saw BOS, on which tokens (frequency, punctuation,
+position), and do they carry the U-dark signature that BOS has in its twin?
+Design: attention that each token receives from later ones, over uniform attention, in every layer; the most
+attended are 5 % by layer, of positions that half of the queries follow, 0 apart (later ones receive from
+their neighbours only). Dark share of what the layer reads; rank correlation of both given position and
+frequency; the NLL without the band at these tokens alone.
+Control: tokens of the same layer matched in position and frequency (permutations, Holm over layers), random
+subspaces of the same rank, as many matched tokens, and the twin with BOS.
+
+The embedded model is measured beside its twin `sinklet-nobos`; any other one on windows without BOS, which it
+may have seen in training. Further checkpoints, with an interval over them:
+
+    python experiments/no_bos.py FOLDER... --name no_bos_more --out DIR
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+import tyro
+from numpy.typing import NDArray
+from scipy import stats
+from tyro.conf import Positional
+
+import spectral_sinks as ss
+
+TWIN = "sinklet-nobos"
+TOP = 0.05
+"""Share of the tokens of a layer that are its most attended ones."""
+MASKS = 5
+"""Draws of each control of the NLL: they are averaged, and compared by document."""
+GIVEN = ("position", "usual", "count")
+
+
+def cases(study: ss.Study) -> dict[str, ss.Study]:
+    """The model without BOS first; the study's own windows, where they have one, for comparison."""
+    model, windows = study.model, study.windows
+    rows = [row[1:] for row in windows.rows] if windows.opens_with_bos else windows.rows
+    bare = ss.load(TWIN) if model.name == ss.DEFAULT else model
+    name = bare.name if bare is not model else f"{model.name}, without BOS"
+    found = {
+        name: replace(
+            study,
+            model=bare,
+            windows=ss.Windows.of_ids(rows, bare, windows.document),
+            unembedding=ss.read_spectrum(bare),
+            embedding=ss.read_spectrum(bare, "embedding"),
+        )
+    }
+    return found | ({f"{model.name}, with BOS": study} if windows.opens_with_bos else {})
+
+
+def attended(study: ss.Study) -> pd.DataFrame:
+    """Every token of every layer: attention over `uniform`, and shares of energy of what the layer reads."""
+    dark = study.unembedding.dark()
+    spaces = {"dark": dark}
+    spaces |= {f"random {seed}": ss.random_subspace(dark.d, dark.rank, seed) for seed in range(study.draws)}
+    table = ss.received(study.model, study.windows, spaces)
+    length = table.groupby("window")["position"].transform("max").to_numpy() + 1
+    sums = np.concatenate([[0.0], np.cumsum(1 / np.arange(1, length.max() + 1))])
+    k = table["position"].to_numpy()
+    with np.errstate(invalid="ignore"):
+        later = (sums[length] - sums[k + 1]) / (length - 1 - k)  # queries strictly after k
+    uniform = later if study.model.causal else 1 / length
+    table[list(spaces)] **= 2
+    return table.assign(relative=table["attention"] / uniform, late=k >= length / 2)
+
+
+def candidates(table: pd.DataFrame) -> pd.DataFrame:
+    """The tokens that may be `top`, what each is matched by, and its `stratum`."""
+    inner = table[(table["position"] > 0) & ~table["late"]].reset_index(drop=True)
+    by = inner.groupby("layer")["relative"]
+    return inner.assign(
+        top=inner["relative"] > by.transform("quantile", 1 - TOP),
+        count=inner.groupby(["layer", "token"])["token"].transform("size"),
+        usual=inner.groupby(["layer", "position"])["relative"].transform("mean"),
+        stratum=ss.strata(inner),
+    )
+
+
+def shuffled(part: pd.DataFrame, seed: int) -> NDArray[np.bool_]:
+    """The labels `top` dealt anew within each stratum of a layer."""
+    stratum, top = part["stratum"].to_numpy(), part["top"].to_numpy()
+    order = np.lexsort((np.random.default_rng(seed).random(len(part)), stratum))
+    dealt = np.empty_like(top)
+    dealt[order] = top[np.argsort(stratum, kind="stable")]
+    return dealt
+
+
+def darkness(inner: pd.DataFrame) -> tuple[pd.DataFrame, pd.Series]:
+    """By layer: dark share of the most attended and of their matches, tested; and the rank correlation.
+
+    With it, the mean over layers of the first above the second, by document.
+    """
+    names = [name for name in inner.columns if name == "dark" or name.startswith("random ")]
+    rows: list[dict[str, object]] = []
+    excess: list[pd.Series] = []
+    for layer, part in inner.groupby("layer"):
+        others = part[~part["top"]].groupby("stratum")[names].mean()
+        top = part[part["top"] & part["stratum"].isin(others.index)]
+        control = others.loc[top["stratum"]].set_index(top.index)
+        means = pd.concat([top[names] - control, top[["document"]]], axis=1).groupby("document").mean()
+        excess.append(means["dark"])
+        low, high = ss.mean_interval(means["dark"])
+        p, draws = permuted(part)
+        row: dict[str, object] = {
+            "layer": layer,
+            "relative": top["relative"].mean(),
+            "top": top["dark"].mean(),
+        }
+        row |= {"matched": control["dark"].mean(), "excess": means["dark"].mean(), "low": low, "high": high}
+        row |= {"random_low": means[names[1:]].mean().min(), "random_high": means[names[1:]].mean().max()}
+        rows.append(row | {"p": p, "permutations": draws} | linked(part, names))
+    found = pd.DataFrame(rows)
+    return found.assign(p_holm=ss.holm(found["p"].tolist())), pd.concat(excess, axis=1).mean(axis=1)
+
+
+def permuted(part: pd.DataFrame) -> tuple[float, int]:
+    """One-sided p value of the most attended of a layer being this dark, and the permutations drawn."""
+    dark = part["dark"].to_numpy()
+    observed = float(dark[part["top"]].mean())
+    return ss.sequential_p(observed, lambda seed: float(dark[shuffled(part, seed)].mean()))
+
+
+def linked(part: pd.DataFrame, names: list[str]) -> dict[str, float]:
+    """Rank correlation of attention with dark share given position and frequency; mean over documents."""
+    links = {
+        name: [
+            ss.rank_correlation(of["relative"], of[name], [of[column] for column in GIVEN])
+            for _, of in part.groupby("document")
+        ]
+        for name in names
+    }
+    drawn = [float(np.mean(links[name])) for name in names[1:]]
+    low, high = ss.mean_interval(links["dark"])
+    row = {"rho": float(np.mean(links["dark"])), "rho_low": low, "rho_high": high}
+    return row | {"rho_random_low": min(drawn), "rho_random_high": max(drawn)}
+
+
+def removal(study: ss.Study, inner: pd.DataFrame) -> pd.DataFrame:
+    """NLL without the dark band at the most attended tokens of a layer, and the controls, by document."""
+    dark, windows = study.unembedding.dark(), study.windows
+    draws = range(min(MASKS, study.draws))
+    cells: dict[str, tuple[ss.Site, ss.Subspace, torch.Tensor]] = {}
+
+    def mask(part: pd.DataFrame, chosen: NDArray[np.bool_]) -> torch.Tensor:
+        found = torch.zeros(len(windows.rows), windows.length, dtype=torch.bool)
+        found[part["window"].to_numpy()[chosen], part["position"].to_numpy()[chosen]] = True
+        return found
+
+    for layer, part in inner.groupby("layer"):
+        site = ss.Site("exit", int(layer) - 1) if layer else ss.Site("embedding")
+        top = mask(part, part["top"].to_numpy())
+        cells[f"{layer}|most attended|0"] = site, dark, top
+        for seed in draws:
+            cells[f"{layer}|matched|{seed}"] = site, dark, mask(part, shuffled(part, seed))
+            cells[f"{layer}|random|{seed}"] = site, ss.random_subspace(dark.d, dark.rank, seed), top
+    rows: list[pd.DataFrame] = []
+    for places, ids in windows.batches(16):  # a mask says which tokens of one batch
+        here = ss.Windows.of_ids(ids, study.model, [windows.document[place] for place in places])
+        edits = {
+            name: {site: ss.remove(space, tokens=tokens[places, : ids.shape[1]])}
+            for name, (site, space, tokens) in cells.items()
+        }
+        for name, effect in replace(study, windows=here).evaluate(edits, "no BOS").items():
+            layer, kind, draw = name.split("|")
+            found = effect.rows[["document", "delta_nll"]]
+            rows.append(found.assign(layer=int(layer), kind=kind, draw=int(draw)))
+    return pd.concat(rows).groupby(["layer", "kind", "draw", "document"], as_index=False)["delta_nll"].mean()
+
+
+def costs(effects: pd.DataFrame) -> pd.DataFrame:
+    """By layer: the three costs, and the most attended above each control, paired by document."""
+    by = effects.groupby(["layer", "kind", "document"])["delta_nll"].mean().unstack("kind")
+    rows: list[dict[str, object]] = []
+    for layer, part in by.groupby("layer"):
+        row: dict[str, object] = {"layer": layer}
+        for kind in part.columns:
+            low, high = ss.mean_interval(part[kind])
+            row |= {kind: part[kind].mean(), f"{kind}_low": low, f"{kind}_high": high}
+        for control in ("matched", "random"):
+            excess = part["most attended"] - part[control]
+            low, high = ss.mean_interval(excess)
+            row |= {f"above_{control}": excess.mean()}
+            row |= {f"above_{control}_low": low, f"above_{control}_high": high}
+            row |= {f"p_{control}": ss.sign_flip(excess)}
+        rows.append(row)
+    found = pd.DataFrame(rows)
+    return found.assign(**{f"p_{c}_holm": ss.holm(found[f"p_{c}"].tolist()) for c in ("matched", "random")})
+
+
+def described(inner: pd.DataFrame, model: ss.LanguageModel) -> pd.DataFrame:
+    """The candidates with the text of their token, and whether it is punctuation: no letter, no digit."""
+    text = {
+        i: str(i) if model.tokenizer is None else model.tokenizer.decode([i]) for i in set(inner["token"])
+    }
+    named = inner["token"].map(text)
+    return inner.assign(text=named, punctuation=~named.map(lambda t: any(c.isalnum() for c in t)))
+
+
+def by_token(inner: pd.DataFrame) -> pd.DataFrame:
+    """How often each token is among the most attended, most often first."""
+    found = inner.groupby(["token", "text", "punctuation"], as_index=False).agg(
+        top=("top", "sum"), pairs=("top", "size"), relative=("relative", "mean"), dark=("dark", "mean")
+    )
+    found = found.assign(rate=found["top"] / found["pairs"])
+    return found.sort_values(["top", "token"], ascending=[False, True]).reset_index(drop=True)
+
+
+def by_position(table: pd.DataFrame) -> pd.DataFrame:
+    """Relative attention by position, mean over layers and documents, of the first half."""
+    return ss.summarise(table[~table["late"]], ["position"], "relative")
+
+
+def sinks_of(name: str, study: ss.Study) -> dict[str, object]:
+    """How many sinks `find_sinks` lists, and which."""
+    tokens = min(64, *(len(row) for row in study.windows.rows))
+    found = ss.find_sinks(study.model, study.windows, study.unembedding, tokens=tokens, draws=study.draws)
+    texts = [
+        f"{s.token!r} in {s.documents} documents, alpha {s.attention_mass.value:.3f} in layer {s.layer}, "
+        f"dark share {s.dark_share.value:.3f}, others {s.other_dark_share.value:.3f}"
+        for s in found.sinks
+    ]
+    rate, most = found.attention.rate(), float(np.nanmax(found.attention.alpha.mean(0)[..., : tokens // 2]))
+    return ss.answer(
+        f"{name}: sinks by the rule of find_sinks, T = {tokens}",
+        len(found.sinks),
+        f"largest mean alpha of a head {most:.3f}; Sink^0.3 at position 0 {rate[:, 0].mean():.3f}, at others "
+        f"{rate[:, 1 : tokens // 2].mean():.4f}" + "".join(f"; {text}" for text in texts[:5]),
+    )
+
+
+def measure(study: ss.Study) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """All tokens, and the described candidates."""
+    table = attended(study)
+    return table, described(candidates(table), study.model)
+
+
+def run(study: ss.Study) -> ss.Finding:
+    layers, places, tokens, inners, darker, found = [], [], [], [], [], []
+    measured = cases(study)
+    for name, case in measured.items():
+        table, inner = measure(case)
+        layer, excess = darkness(inner)
+        darker.append(excess)
+        first = ss.summarise(table[table["position"] == 0], ["layer"], "dark")
+        layer["first"], layer["first_low"], layer["first_high"] = first["mean"], first["low"], first["high"]
+        layers.append(layer.assign(model=name))
+        places.append(by_position(table).assign(model=name))
+        tokens.append(by_token(inner).assign(model=name))
+        found += [sinks_of(name, case), *answers(name, table, inner, layer, excess)]
+        inners.append(inner)
+    if len(darker) == 2:
+        pair = (darker[1] - darker[0]).dropna()
+        quantity = "excess of dark share with BOS minus without, paired by document"
+        found.append(ss.answer(quantity, pair, f"sign flips {ss.sign_flip(pair):.4f}"))
+    cost = costs(removal(next(iter(measured.values())), inners[0]))
+    for column, control in (
+        ("above_matched", "as many matched tokens"),
+        ("above_random", "random subspaces"),
+    ):
+        worst = cost.loc[cost[column].idxmax()]
+        found.append(
+            ss.answer(
+                f"NLL without the dark band at the most attended, above {control}, largest of the layers",
+                float(worst[column]),
+                f"layer {worst['layer']:.0f}: {worst['most attended']:+.4f} against "
+                f"{worst[column.removeprefix('above_')]:+.4f}, sign flips and Holm "
+                f"{worst['p_' + column.removeprefix('above_') + '_holm']:.4f}",
+                (float(worst[f"{column}_low"]), float(worst[f"{column}_high"])),
+            )
+        )
+    layer, place, token = (pd.concat(part, ignore_index=True) for part in (layers, places, tokens))
+    for rows, suffix in ((layer, ""), (place, "_positions"), (token, "_tokens"), (cost, "_nll")):
+        study.save(rows, f"no_bos{suffix}")
+    ss.figures.no_bos(layer, place, token, cost, study.figure("no_bos"))
+    return ss.Finding(found, verdict=verdict(int(found[0]["value"]), layers[0], cost))
+
+
+def answers(
+    name: str, table: pd.DataFrame, inner: pd.DataFrame, layer: pd.DataFrame, excess: pd.Series
+) -> list[dict[str, object]]:
+    """Where attention goes: position 0, the most attended, and which tokens these are."""
+    top, ten = inner[inner["top"]], by_token(inner).head(10)
+    first = table[table["position"] == 0].groupby("document")["relative"].mean()
+    links = {
+        column: [
+            ss.rank_correlation(part["relative"], part[column])
+            for _, part in inner.groupby(["document", "layer"])
+        ]
+        for column in ("count", "position")
+    }
+    owners = [document for (document, _), _ in inner.groupby(["document", "layer"])]
+    link = {key: pd.Series(values).groupby(owners).mean() for key, values in links.items()}
+    darker = (layer["p_holm"] <= 0.05) & (layer["low"] > 0)
+    beyond = darker & (layer["low"] > layer["random_high"])
+    return [
+        ss.answer(f"{name}: attention to position 0 over uniform", first),
+        ss.answer(
+            f"{name}: attention to the most attended 5 % over uniform",
+            top.groupby("document")["relative"].mean(),
+            f"all candidates {inner['relative'].mean():.2f}; above 2: {(inner['relative'] > 2).mean():.4f}",
+        ),
+        ss.answer(
+            f"{name}: share of punctuation among the most attended",
+            top.groupby("document")["punctuation"].mean(),
+            f"all candidates {inner['punctuation'].mean():.3f}",
+        ),
+        ss.answer(
+            f"{name}: share of the most attended on ten tokens ({', '.join(ten['text'].map(repr))})",
+            float(ten["top"].sum() / len(top)),
+            f"their share of all candidates {ten['pairs'].sum() / len(inner):.3f}",
+        ),
+        ss.answer(
+            f"{name}: median position of the most attended",
+            float(top["position"].median()),
+            f"all candidates {inner['position'].median():.0f}",
+        ),
+        ss.answer(f"{name}: rank correlation of attention with the count of the token", link["count"]),
+        ss.answer(f"{name}: rank correlation of attention with position", link["position"]),
+        ss.answer(
+            f"{name}: dark share of the most attended above their matches, mean over layers",
+            excess,
+            f"most attended {layer['top'].mean():.3f}, matched {layer['matched'].mean():.3f}, "
+            f"position 0 {layer['first'].mean():.3f}",
+        ),
+        ss.answer(
+            f"{name}: layers where the most attended are darker than their matches (Holm, 5 %)",
+            int(darker.sum()),
+            f"of {len(layer)}; and beyond random subspaces {int(beyond.sum())}; "
+            f"smallest adjusted p {layer['p_holm'].min():.4f}",
+        ),
+    ]
+
+
+def verdict(listed: int, layer: pd.DataFrame, cost: pd.DataFrame) -> str:
+    """Whether the most attended are darker than their matches and any random subspace, and at what cost."""
+    darker = (layer["p_holm"] <= 0.05) & (layer["low"] > 0) & (layer["low"] > layer["random_high"])
+    dearer = (cost["p_matched_holm"] <= 0.05) & (cost["above_matched_low"] > 0)
+    word = "holds" if darker.all() else "holds partly" if darker.any() else "does not hold here"
+    return (
+        f"{word}: {layer['model'].iloc[0]} has {listed or 'no'} sink(s) by the rule of find_sinks; its most "
+        "attended 5 % are darker than matched tokens, and that by more than in any random subspace, in "
+        f"{int(darker.sum())} of {len(layer)} layers; removing the dark band there costs more than at as "
+        f"many matched tokens in {int(dearer.sum())} of {len(cost)}"
+    )
+
+
+@dataclass(frozen=True)
+class Options:
+    """Checkpoints of one kind, to be compared by seed."""
+
+    models: Positional[tuple[str, ...]]
+    """Names or folders of models."""
+    out: Path = Path("runs/no_bos")
+    name: str = "no_bos_more"
+    documents: int = 16
+    draws: int = 20
+
+
+def main(options: Options) -> None:
+    options.out.mkdir(parents=True, exist_ok=True)
+    texts, rows = ss.documents(limit=options.documents), []
+    for name in options.models:
+        model = ss.load(name)
+        spectra = [ss.read_spectrum(model, matrix) for matrix in ("unembedding", "embedding")]
+        windows = ss.cut(texts, model, per_document=1, bos="never")
+        table, inner = measure(ss.Study(model, windows, spectra[0], spectra[1], options.out, options.draws))
+        layer, excess = darkness(inner)
+        label = Path(name).parent.name if Path(name).is_dir() else name
+        top = inner[inner["top"]]
+        rows.append(
+            {
+                "model": label,
+                "first": table[table["position"] == 0]["relative"].mean(),
+                "relative": top["relative"].mean(),
+                "punctuation": top["punctuation"].mean(),
+                "excess": excess.mean(),
+                "rho": layer["rho"].mean(),
+                "darker_layers": int(((layer["p_holm"] <= 0.05) & (layer["low"] > 0)).sum()),
+                "layers": len(layer),
+            }
+        )
+        print(rows[-1])
+    found = pd.DataFrame(rows).set_index("model").astype(float)
+    if len(found) > 1:
+        mean, half = found.mean(), stats.t.ppf(0.975, len(found) - 1) * found.sem()  # over checkpoints
+        found.loc["mean"], found.loc["low"], found.loc["high"] = mean, mean - half, mean + half
+    found.to_csv(options.out / f"{options.name}.csv", float_format="%.6g")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
