@@ -68,8 +68,11 @@ class Recipe:
     """Put BOS into every window; without it, windows start anywhere."""
     position: int = 0
     """Where BOS stands in the window: at the start, or at a chosen place, where it is not to be predicted."""
-    softmax: Literal["plain", "off-by-one", "learned"] = "plain"
-    """What else is in the softmax of attention: nothing, a logit of 0, or one learned for each head."""
+    softmax: Literal["plain", "off-by-one", "learned", "no-first"] = "plain"
+    """What else is in the softmax of attention: nothing, a logit of 0, or one learned for each head; or all
+    keys but the first, which only sees itself then: what becomes of a model without its sink."""
+    start: Path | None = None
+    """Folder of a model to go on from (fine-tuning); the initial weights are random without it."""
     seed: int = 0
     evaluate_every: int = 250
     threads: int = 1
@@ -144,6 +147,9 @@ def learning_rate(recipe: Recipe, step: int) -> float:
 
 def build(recipe: Recipe) -> LlamaForCausalLM:
     torch.manual_seed(recipe.seed)
+    attention = {"plain": "eager", "no-first": NO_FIRST}.get(recipe.softmax, WITH_SINK)
+    if recipe.start:
+        return LlamaForCausalLM.from_pretrained(recipe.start, attn_implementation=attention)
     model = AutoModelForCausalLM.from_config(
         LlamaConfig(
             vocab_size=recipe.vocabulary,
@@ -157,9 +163,9 @@ def build(recipe: Recipe) -> LlamaForCausalLM:
             bos_token_id=0,
             eos_token_id=None,
         ),
-        attn_implementation="eager" if recipe.softmax == "plain" else WITH_SINK,
+        attn_implementation=attention,
     )
-    if recipe.softmax != "plain":
+    if attention == WITH_SINK:
         for layer in model.model.layers:
             logits = torch.zeros(recipe.heads)
             layer.self_attn.sinks = torch.nn.Parameter(logits, requires_grad=recipe.softmax == "learned")
@@ -176,9 +182,21 @@ def attention_with_sink(
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
-WITH_SINK = "eager_with_sink"
-AttentionInterface.register(WITH_SINK, attention_with_sink)
-AttentionMaskInterface.register(WITH_SINK, eager_mask)
+def attention_without_first(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **options: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eager attention in which only the first query sees the first key."""
+    scores = query @ key.transpose(2, 3) * options["scaling"] + mask[..., : key.shape[2]]
+    hidden = torch.zeros(scores.shape[-2:], dtype=torch.bool, device=scores.device)
+    hidden[1:, 0] = True
+    weights = scores.masked_fill(hidden, -torch.inf).softmax(-1, dtype=torch.float32).to(value.dtype)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+WITH_SINK, NO_FIRST = "eager_with_sink", "eager_without_first"
+for _name, _attention in ((WITH_SINK, attention_with_sink), (NO_FIRST, attention_without_first)):
+    AttentionInterface.register(_name, _attention)
+    AttentionMaskInterface.register(_name, eager_mask)
 
 
 def optimiser(model: LlamaForCausalLM, recipe: Recipe) -> torch.optim.AdamW:
@@ -292,7 +310,7 @@ def main(recipe: Recipe) -> None:
         adam.zero_grad(set_to_none=True)
         losses.append(loss.item())
     final = recipe.out / "model"
-    if recipe.softmax != "plain":
+    if recipe.softmax in ("off-by-one", "learned"):
         final.mkdir(exist_ok=True)
         attention: list[Any] = [layer.self_attn for layer in model.model.layers]
         sinks = torch.stack([part.sinks.detach() for part in attention])

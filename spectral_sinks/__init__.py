@@ -15,18 +15,20 @@ from spectral_sinks.measure.attention import (
 from spectral_sinks.measure.bars import candidates, mark_bars, matched, received, strata
 from spectral_sinks.measure.compare import Comparison, compare
 from spectral_sinks.measure.designated import Designation, designate
+from spectral_sinks.measure.detectors import Detectors, detectors
 from spectral_sinks.measure.effects import Effect, evaluate, evaluate_all, mean_residual
 from spectral_sinks.measure.energy import energy
 from spectral_sinks.measure.generation import continuation_nll, generate, generate_all
 from spectral_sinks.measure.lens import ALONE, TOGETHER, band_lens
 from spectral_sinks.measure.massive import massive_activations
+from spectral_sinks.measure.noop import Circuits, no_op_circuits
 from spectral_sinks.measure.positions import PositionAttention, attention_by_position
 from spectral_sinks.measure.references import massive_channels, mean_keys, mean_values
 from spectral_sinks.measure.repetition import distinct, loop_onset, repeated, repetition
 from spectral_sinks.measure.screen import first_order
 from spectral_sinks.measure.sink import Sink
 from spectral_sinks.measure.sinks import Sinks, find_sinks
-from spectral_sinks.measure.verdict import SinkVerdict, sink_verdict
+from spectral_sinks.measure.verdict import Measured, SinkVerdict, sink_verdict
 from spectral_sinks.measure.weights import weight_shares
 from spectral_sinks.models.attending import AttentionCall, attending
 from spectral_sinks.models.describe import describe
@@ -53,6 +55,7 @@ from spectral_sinks.spectra.filters import (
     remove,
     rnd,
 )
+from spectral_sinks.spectra.modes import Modes
 from spectral_sinks.spectra.pairs import (
     farthest,
     nearest,
@@ -74,6 +77,7 @@ from spectral_sinks.stats import (
     sequential_p,
     sign_flip,
     summarise,
+    t_interval,
 )
 from spectral_sinks.study import Finding, Study, answer, reproduce, without_last_band
 from spectral_sinks.sweeps.cells import Cell, grid
@@ -103,6 +107,7 @@ __all__ = [
     "Cell",
     "channels",
     "Check",
+    "Circuits",
     "Claims",
     "compare",
     "Comparison",
@@ -115,6 +120,8 @@ __all__ = [
     "describe",
     "designate",
     "Designation",
+    "Detectors",
+    "detectors",
     "DirectionSwap",
     "distinct",
     "documents",
@@ -134,6 +141,7 @@ __all__ = [
     "generate",
     "generate_all",
     "grid",
+    "head_use",
     "holm",
     "InputError",
     "intersection",
@@ -156,8 +164,11 @@ __all__ = [
     "mean_keys",
     "mean_residual",
     "mean_values",
+    "Measured",
+    "Modes",
     "Move",
     "nearest",
+    "no_op_circuits",
     "Noise",
     "NoOp",
     "NormRestored",
@@ -206,9 +217,10 @@ __all__ = [
     "Subspace",
     "summarise",
     "Swap",
-    "sweep",
     "Sweep",
+    "sweep",
     "SweepFile",
+    "t_interval",
     "TOGETHER",
     "trace",
     "uncovered",

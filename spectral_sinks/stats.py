@@ -30,6 +30,17 @@ def mean_interval(values: ArrayLike, level: float = 0.95, seed: int = 0) -> tupl
     return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 
+def t_interval(values: ArrayLike, level: float = 0.95) -> tuple[float, float]:
+    """Student's t interval of the mean, for the few seeds of a training; (nan, nan) for fewer than two."""
+    sample = np.asarray(values, dtype=np.float64)
+    if sample.size < 2:
+        return float("nan"), float("nan")
+    if np.ptp(sample) == 0:
+        return float(sample[0]), float(sample[0])
+    low, high = stats.t.interval(level, sample.size - 1, sample.mean(), stats.sem(sample))
+    return float(low), float(high)
+
+
 def sign_flip(values: ArrayLike, seed: int = 0) -> float:
     """Two-sided p value of a paired permutation test that the mean difference is zero."""
     sample = np.asarray(values, dtype=np.float64)

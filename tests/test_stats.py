@@ -199,3 +199,14 @@ def test_summarise_resamples_documents() -> None:
         assert row.mean == pytest.approx(np.mean(values))
         assert (row.low, row.high) == pytest.approx(ss.mean_interval(values))
     assert ss.summarise(frame, ["layer"], "value")["layer"].tolist() == [0, 1]
+
+
+def test_t_interval() -> None:
+    sample = np.random.default_rng(0).normal(2.0, 1.0, (4000, 3))
+    found = np.array([ss.t_interval(row) for row in sample])
+    assert np.mean((found[:, 0] <= 2) & (found[:, 1] >= 2)) == pytest.approx(0.95, abs=0.015)
+    low, high = ss.t_interval([1.0, 2.0, 3.0])
+    assert (low + high) / 2 == pytest.approx(2.0) and high - 2.0 == pytest.approx(
+        4.30265 / np.sqrt(3), rel=1e-4
+    )
+    assert np.isnan(ss.t_interval([1.0])).all() and ss.t_interval([1.0, 1.0]) == (1.0, 1.0)

@@ -7,6 +7,7 @@ import tyro
 from tyro.conf import FlagCreatePairsOff, subcommand
 
 import spectral_sinks as ss
+from spectral_sinks.cli.circuits import Circuits, run_circuits
 from spectral_sinks.cli.commands import run_energy, run_info, run_nll, run_reproduce, run_spectrum
 from spectral_sinks.cli.options import Energy, Info, Nll, Reproduce, SpectrumCommand
 from spectral_sinks.cli.printing import quiet
@@ -20,6 +21,7 @@ Command = (
     | Annotated[Nll, subcommand("nll")]
     | Annotated[Energy, subcommand("energy")]
     | Annotated[Sinks, subcommand("sinks")]
+    | Annotated[Circuits, subcommand("circuits")]
     | Annotated[Sweep, subcommand("sweep")]
     | Annotated[Merge, subcommand("merge")]
     | Annotated[Reproduce, subcommand("reproduce")]
@@ -33,6 +35,7 @@ RUN: dict[type, Any] = {
     Nll: run_nll,
     Energy: run_energy,
     Sinks: run_sinks,
+    Circuits: run_circuits,
     Sweep: run_sweep,
     Merge: run_merge,
     Reproduce: run_reproduce,

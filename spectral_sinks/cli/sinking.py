@@ -77,23 +77,17 @@ def _tables(record: dict[str, Any]) -> list[Any]:
     tables = [table(title, ("", ""), rows)]
     if not record["sinks"]:
         return [*tables, "no sinks"]
-    columns = ("position", "token", "documents", "layer", "attention", "uniform", "norm ratio")
-    columns += ("dark share", "random", "others", "dark", "onset", "erasure")
+    columns = ("sink", "layers", "attention", "norm ratio", "dark share", "dark")
     lines = [
         (
-            "any" if sink["position"] is None else str(sink["position"]),
-            "any" if sink["token"] is None else repr(sink["token"]),
-            f"{sink['documents']} ({sink['share_of_documents']:.0%})",
-            str(sink["layer"]),
-            _with_interval(sink, "attention_mass"),
-            f"{sink['uniform_mass']:.4f}",
+            f"{_any(sink['position'])} {_any(sink['token'])}\n{sink['documents']} documents\n"
+            f"({sink['share_of_documents']:.0%})",
+            f"strongest {sink['layer']}\nfrom {sink['onset_layer']}\nto {plain(sink['erasure_layer'])}",
+            f"{_interval(sink, 'attention_mass')}\nuniform {sink['uniform_mass']:.3f}",
             f"{sink['norm_ratio']:.2f}",
-            _with_interval(sink, "dark_share"),
-            " to ".join(f"{value:.4f}" for value in sink["random_dark_share"]),
-            f"{sink['other_dark_share']:.4f}",
+            f"{_interval(sink, 'dark_share')}\nrandom {sink['random_dark_share'][0]:.3f} to "
+            f"{sink['random_dark_share'][1]:.3f}\nothers {sink['other_dark_share']:.3f}",
             {True: "yes", False: "no", None: "-"}[sink["dark"]],
-            str(sink["onset_layer"]),
-            plain(sink["erasure_layer"]),
         )
         for sink in record["sinks"]
     ]
@@ -103,3 +97,12 @@ def _tables(record: dict[str, Any]) -> list[Any]:
 def _with_interval(record: dict[str, Any], name: str) -> str:
     low, high = record[f"{name}_interval"]
     return f"{plain(record[name])} [{plain(low)}, {plain(high)}]"
+
+
+def _interval(record: dict[str, Any], name: str) -> str:
+    low, high = record[f"{name}_interval"]
+    return f"{record[name]:.3f}\n[{low:.3f}, {high:.3f}]"
+
+
+def _any(value: object) -> str:
+    return "any" if value is None else repr(value)

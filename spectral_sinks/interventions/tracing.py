@@ -145,7 +145,7 @@ def _visit(
         _read_projections(model, layer, reads)
     inside = layout.attention_projection.startswith(f"{layout.attention}.")
     if look is not None and not inside:
-        weights.append(look(model.part(layer, layout.attention).output[1]))
+        weights.append(look(_maps(model, layer)))
     if "head" in hooks:
         projection = model.part(layer, layout.attention_projection)
         mixed = projection.input
@@ -157,7 +157,7 @@ def _visit(
             change = change + (edit(written) - written)
         projection.output = projection.output + change
     if look is not None and inside:
-        weights.append(look(model.part(layer, layout.attention).output[1]))
+        weights.append(look(_maps(model, layer)))
     if "attention" in hooks:
         _rewrite(model.part(layer, layout.attention_write), hooks["attention"])
     if "mlp-input" in hooks:
@@ -167,6 +167,17 @@ def _visit(
         _rewrite(model.part(layer, layout.mlp_write), hooks["mlp"])
     if "exit" in hooks:
         _rewrite(layer, hooks["exit"])
+
+
+def _maps(model: LanguageModel, layer: Any) -> Tensor:
+    """The attention weights that a layer returns. Raises InputError where its implementation returns none."""
+    weights = model.part(layer, model.layout.attention).output[1]
+    if weights is None:
+        raise InputError(
+            f"{model.name}: {model.config._attn_implementation!r} attention returns no weights (None): let "
+            "it return them beside its output"
+        )
+    return weights
 
 
 def _read_projections(model: LanguageModel, layer: Any, hooks: dict[Kind, list[tuple[Site, Edit]]]) -> None:

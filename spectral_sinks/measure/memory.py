@@ -69,7 +69,7 @@ def row_bytes(model: LanguageModel, tokens: int) -> int:
     """Bytes that one window takes in a pass: residuals, the widest layer, kept attention maps."""
     wide = getattr(model.config, "intermediate_size", None) or 4 * model.d
     width = 8 * model.d + 3 * wide
-    if model.config._attn_implementation == "eager":
+    if model.config._attn_implementation == "eager" or model.own_attention is not None:
         width += 3 * model.heads * tokens
     return tokens * width * max(4, model.dtype.itemsize)
 

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -107,8 +108,10 @@ def attention_by_position(
     """Attention received by every position among the first `tokens` of each window, in every head.
 
     No map of all queries and keys is held, whatever the attention implementation. Windows shorter than
-    `tokens` are left out with a warning; a bidirectional model reads its windows whole. Raises InputError
-    where nothing is left, `tokens` exceeds the context, ids are padded, or attention cannot be seen.
+    `tokens` are left out with a warning; a bidirectional model reads its windows whole. Of an attention
+    implementation of the model's own, which may be no softmax, the whole maps that it returns are read, with
+    a warning that says to what their rows sum. Raises InputError where nothing is left, `tokens` exceeds the
+    context, ids are padded, or attention cannot be seen.
     """
     return watch(model, opened(model, windows, tokens), batch_size)
 
@@ -135,14 +138,20 @@ def watch(
     def look(call: AttentionCall) -> None:
         found[call.layer] = received_by_keys(call)
 
+    def read(weights: Tensor) -> Tensor:
+        found[len(found)] = received_in_maps(weights, causal(model))
+        return weights[:0]
+
+    own = model.own_attention
     memory = Memory(model, length)
     for places, rows in windows.batches(batch_size):
 
         def run(start: int, stop: int, places: list[int] = places, rows: Tensor = rows) -> None:
             found.clear()
             part = rows[start:stop]
-            with attending(model, look):
-                trace(model, part.to(model.device), edits or {}, readout=lambda *_: None)
+            with attending(model, look) if own is None else nullcontext():
+                seeing = own is not None and read
+                trace(model, part.to(model.device), edits or {}, readout=lambda *_: None, attention=seeing)
             width = part.shape[1]
             for row, place in enumerate(places[start:stop]):
                 ids[place, :width] = part[row]
@@ -153,6 +162,14 @@ def watch(
             after(places[start:stop])
 
         memory.parts(len(places), 1, run)
+    if own is not None:
+        sums = np.nansum(total, axis=-1) / (ids >= 0).sum(1)[:, None, None]
+        warnings.warn(
+            f"{model.name} runs {own!r} attention, an implementation of its own: measured are the weights "
+            f"that it returns, whose rows sum to {sums.mean():.3g} in the mean (to 1 under softmax)",
+            SpectralWarning,
+            stacklevel=3,
+        )
     return PositionAttention(windows, causal(model), ids, total, seen, sink_logit)
 
 
@@ -170,6 +187,16 @@ def received_by_keys(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
         seen += call.visible(rows).sum(2)
     rest = torch.zeros(batch, heads) if call.sinks is None else 1 - total.sum(-1) / queries
     return total.cpu(), seen.cpu(), rest.cpu()
+
+
+def received_in_maps(
+    weights: Float[Tensor, "batch heads tokens tokens"], causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`received_by_keys` from whole maps; every later query is taken to see a key, and no logit is known."""
+    total = weights.float().sum(2)
+    tokens = torch.arange(total.shape[-1], 0, -1, device=total.device)
+    seen = (tokens if causal else torch.full_like(tokens, len(tokens))).float().expand_as(total)
+    return total.cpu(), seen.cpu(), torch.zeros(total.shape[:2])
 
 
 def _check_attention(model: LanguageModel) -> None:

@@ -155,7 +155,7 @@ def attending(model: "LanguageModel", look: Look) -> Iterator[None]:
     What `look` returns takes the place of the call. Blocks nest: the inner one sees what the outer one made.
     Outputs agree with the model's own attention to rounding. Where `look` has a method `check(model)`, that
     is asked first. Raises InputError for a model that does not run its attention through transformers'
-    interface.
+    interface, and for one with an attention implementation of its own, which may be no softmax.
     """
     module: Any = model.module
     if callable(check := getattr(look, "check", None)):
@@ -164,6 +164,12 @@ def attending(model: "LanguageModel", look: Look) -> Iterator[None]:
         raise InputError(
             f"{model.name}: {type(module).__name__} does not run its attention through transformers' "
             "attention interface, so its queries and keys cannot be seen"
+        )
+    if model.own_attention is not None:
+        raise InputError(
+            f"{model.name} runs {model.own_attention!r} attention, an implementation of its own that may be "
+            "no softmax, and this would put a softmax in its place; the weights that it returns are read by "
+            "find_sinks, attention_by_position and attention_by_head"
         )
     before = model.config._attn_implementation
     text = _Text()

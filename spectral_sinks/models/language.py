@@ -16,7 +16,7 @@ from spectral_sinks.errors import InputError
 from spectral_sinks.models.layout import FAMILIES, Layout, context_of
 from spectral_sinks.models.masked import predicts_masked
 from spectral_sinks.models.norms import gain_of
-from spectral_sinks.models.opening import BLOCKWISE, OPENING, WHOLE
+from spectral_sinks.models.opening import BLOCKWISE, OPENING, WHOLE, is_softmax
 
 INCIDENTAL = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
 """Settings that do not change what a model computes."""
@@ -84,6 +84,8 @@ class LanguageModel:
     @property
     def key_heads(self) -> int:
         """Number of key and value heads per layer (fewer than `heads` in grouped-query attention)."""
+        if self.layout.fused == "heads":
+            return self.heads
         return getattr(self.config, "num_key_value_heads", None) or self.heads
 
     @property
@@ -107,7 +109,13 @@ class LanguageModel:
     def reads_attention(self) -> bool:
         """Whether a trace can see attention weights; of the first 64 tokens at least for a causal model."""
         seen = ("eager", WHOLE, OPENING, BLOCKWISE) if self.causal else ("eager", WHOLE)
-        return self.config._attn_implementation in seen
+        return self.config._attn_implementation in seen or self.own_attention is not None
+
+    @property
+    def own_attention(self) -> str | None:
+        """Name of an attention implementation that is not transformers' and may be no softmax, else None."""
+        name = self.config._attn_implementation
+        return None if name is None or is_softmax(name) else name
 
     @cached_property
     def tied(self) -> bool:

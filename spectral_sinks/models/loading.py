@@ -14,7 +14,7 @@ from spectral_sinks.errors import InputError
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.models.layout import Layout, find_layout
 from spectral_sinks.models.masked import is_masked_lm, predicts_masked
-from spectral_sinks.models.opening import OPENING
+from spectral_sinks.models.opening import OPENING, is_softmax
 from spectral_sinks.models.parcel import wrap
 from spectral_sinks.models.source import DEFAULT, Source, check_finite, find_source
 
@@ -39,7 +39,8 @@ def load(
 
     `dtype` "auto" is the checkpoint's own. `attention` is transformers' `attn_implementation`: sink mass can
     be read from "eager" and from "sdpa_opening", which is torch's fast kernel with the maps of the first 64
-    tokens beside it; "auto" is the latter where the model supports it (not Gemma 2, gpt-oss and encoders),
+    tokens beside it; "auto" is the implementation of its own that the checkpoint's configuration names
+    (`attn_implementation`), else the latter where the model supports it (not Gemma 2, gpt-oss and encoders),
     else eager. `parts` names modules by hand where they are not found. A model given as an object stays on
     its device, in its dtype and with its attention, and is put into evaluation mode.
 
@@ -109,6 +110,9 @@ def _load_module(
     refuse_code(source, trust_remote_code)
     source.require_weights(allow_pickle)
     config = source.config
+    named = config.get("attn_implementation")
+    if attention == "auto" and named and not is_softmax(named):
+        attention = named
     masked = is_masked_lm(
         config.get("architectures") or (), config.get("model_type"), config.get("is_decoder")
     )

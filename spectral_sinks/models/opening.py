@@ -60,17 +60,27 @@ def opening_attention(
     return output, scores.softmax(-1, dtype=torch.float32)
 
 
+def is_softmax(implementation: str) -> bool:
+    """Whether an attention implementation is one of transformers' or ours, which all compute a softmax.
+
+    What else is registered with transformers under a name may compute anything.
+    """
+    known = ("eager", "sdpa", "flex_attention", OPENING, BLOCKWISE, WHOLE)
+    return "flash" in implementation or implementation.removeprefix("paged|") in known
+
+
 @contextmanager
 def whole_maps(model: "LanguageModel") -> Iterator[None]:
-    """Inside the block a trace sees whole maps: eager attention, or what `attending` makes of it."""
+    """Inside the block a trace sees whole maps: eager attention, what `attending` makes of it, or its own."""
     before = model.config._attn_implementation
     whole = WHOLE if before == BLOCKWISE else "eager"
-    if before not in ("eager", WHOLE):
+    changes = before not in ("eager", WHOLE) and model.own_attention is None
+    if changes:
         model.module.set_attn_implementation(whole)
     try:
         yield
     finally:
-        if before not in ("eager", WHOLE):
+        if changes:
             model.module.set_attn_implementation(before)
 
 

@@ -69,28 +69,34 @@ def residual_weights(model: LanguageModel) -> Iterator[Weight]:
     layout = model.layout
     for layer in range(model.layers):
         block: Any = model.module.get_submodule(f"{layout.layers}.{layer}")
-        gain, centres = _norm(block, layout.attention_norm, model.d)
-        projections: tuple[tuple[Part, str, str], ...] = (
-            ("q", layout.queries, "queries"),
-            ("k", layout.keys, "keys"),
-            ("v", layout.values, "values"),
-        )
-        for part, path, which in projections:
-            weight = _outputs(block.get_submodule(path))[model.projection_index(which)]
-            for head, rows in enumerate(weight.split(model.head_size)):
-                yield Weight(part, layer, head, rows, gain, centres)
-        after = layout.attention_add_norm
-        if not after and layout.attention_write != layout.attention:
-            after = layout.attention_write
-        gain, centres = _norm(block, after, model.d)
-        for head in range(model.heads):
-            yield Weight("o", layer, head, model.head_write(layer, head).detach(), gain, centres)
-
+        yield from attention_weights(model, layer)
         before = _norm(block, layout.mlp_norm, model.d)
         name = layout.mlp_add_norm or ("" if layout.mlp_write == layout.mlp else layout.mlp_write)
         after = _norm(block, name, model.d)
         for part, unit, rows in _mlp(block, model):
             yield Weight(part, layer, unit, rows, *(after if part in WRITERS else before))
+
+
+def attention_weights(model: LanguageModel, layer: int) -> Iterator[Weight]:
+    """The readers `q`, `k`, `v` and the writer `o` of one layer's attention, by head."""
+    layout = model.layout
+    block: Any = model.module.get_submodule(f"{layout.layers}.{layer}")
+    gain, centres = _norm(block, layout.attention_norm, model.d)
+    projections: tuple[tuple[Part, str, str], ...] = (
+        ("q", layout.queries, "queries"),
+        ("k", layout.keys, "keys"),
+        ("v", layout.values, "values"),
+    )
+    for part, path, which in projections:
+        weight = _outputs(block.get_submodule(path))[model.projection_index(which)]
+        for head, rows in enumerate(weight.split(model.head_size)):
+            yield Weight(part, layer, head, rows, gain, centres)
+    after = layout.attention_add_norm
+    if not after and layout.attention_write != layout.attention:
+        after = layout.attention_write
+    gain, centres = _norm(block, after, model.d)
+    for head in range(model.heads):
+        yield Weight("o", layer, head, model.head_write(layer, head).detach(), gain, centres)
 
 
 def _norm(block: Any, path: str, d: int) -> tuple[Tensor | None, bool]:

@@ -215,8 +215,13 @@ def birth(log: pd.DataFrame, path: Path) -> None:
 
 from spectral_sinks.report.across import across as across  # noqa: E402  it draws with what is above
 from spectral_sinks.report.bars import bars  # noqa: E402  these draw with what is defined above
+from spectral_sinks.report.circuits import circuit_page as circuit_page  # noqa: E402
+from spectral_sinks.report.circuits import circuits as circuits  # noqa: E402
 from spectral_sinks.report.controls import controls as controls  # noqa: E402
 from spectral_sinks.report.controls import reads as reads  # noqa: E402
+from spectral_sinks.report.designated import designated as designated  # noqa: E402
+from spectral_sinks.report.designated import tuned as tuned  # noqa: E402
+from spectral_sinks.report.designated import variants as variants  # noqa: E402
 from spectral_sinks.report.eu_dark import eu_dark  # noqa: E402
 from spectral_sinks.report.fills import fills as fills  # noqa: E402
 from spectral_sinks.report.fills import sink_preserving as sink_preserving  # noqa: E402

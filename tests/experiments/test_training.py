@@ -118,3 +118,18 @@ def test_bos_at_a_chosen_place(script, text, tmp_path):
     assert torch.equal(nll, every[:, [0, 1, 2, 3, 5]]), "all but the prediction of BOS"
     script.main(settings)
     assert json.loads((tmp_path / "run" / "model" / "recipe.json").read_text())["position"] == 5
+
+
+def test_fine_tuning_without_the_first_key(script, text, tmp_path):
+    script.main(recipe(script, text, tmp_path / "plain"))
+    start = tmp_path / "plain" / "model"
+    settings = recipe(script, text, tmp_path / "tuned", softmax="no-first", start=start, steps=2)
+    model = script.build(settings)
+    ids = torch.randint(300, (2, 20), generator=torch.Generator().manual_seed(1))
+    for layer in model(ids, output_attentions=True).attentions:
+        assert (layer[:, :, 1:, 0] == 0).all() and torch.allclose(layer.sum(-1), torch.ones(()))
+    before = load_file(start / "model.safetensors")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    script.main(settings)
+    after = load_file(tmp_path / "tuned" / "model" / "model.safetensors")
+    assert any(not torch.equal(after[name], before[name]) for name in before)

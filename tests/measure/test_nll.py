@@ -240,7 +240,7 @@ print(json.dumps([forward, chunked, peak(), chunk]))
 
 
 def test_peak_memory_with_a_large_vocabulary() -> None:
-    """A filter takes what the pass takes and one chunk of logits; all logits at once would show."""
+    """A filter takes what the pass takes, one chunk of logits and one of work; all at once would show."""
     tests = Path(tiny.__file__).parent
     paths = os.pathsep.join(map(str, (tests, tests.parent)))
     ran = subprocess.run(
@@ -254,5 +254,5 @@ def test_peak_memory_with_a_large_vocabulary() -> None:
     assert ran.returncode == 0, ran.stderr
     forward, chunked, whole, chunk = json.loads(ran.stdout)
     assert chunk == 256 * 128_000 * 4
-    assert chunked <= 1.2 * forward + chunk < whole
-    assert whole - forward > 0.8 * 8 * 127 * 128_000 * 4, "which is what holding all logits takes"
+    assert chunked <= forward + 2.5 * chunk, "the loading of the model may have had a higher peak"
+    assert whole >= chunked + chunk, "holding all logits, four chunks, shows"

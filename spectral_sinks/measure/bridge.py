@@ -1,0 +1,84 @@
+"""The bridge between a head's circuit and the dark tail: what is read and written, by band."""
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from scipy import stats
+from torch import Tensor
+
+from spectral_sinks.interventions.sites import Site
+from spectral_sinks.interventions.tracing import trace
+from spectral_sinks.measure.circuits import per_document
+from spectral_sinks.measure.detectors import Detectors
+from spectral_sinks.models.attending import AttentionCall
+from spectral_sinks.models.language import LanguageModel
+from spectral_sinks.models.positions import key_gain
+from spectral_sinks.models.weights import attention_weights
+from spectral_sinks.spectra.spectrum import Spectrum
+from spectral_sinks.texts import Windows
+
+
+class SinkValues:
+    """Observer: in which bands the sink's value writes, by window."""
+
+    def __init__(self, model: LanguageModel, spectrum: Spectrum, position: int) -> None:
+        self.model, self.spectrum, self.position = model, spectrum, position
+        self.found: list[tuple[list[int], int, Tensor]] = []
+
+    def __call__(self, call: AttentionCall, places: list[int]) -> None:
+        writes = [w.folded() for w in attention_weights(self.model, call.layer) if w.part == "o"]
+        value = call.value[:, :, self.position].repeat_interleave(call.groups, dim=1)
+        written = torch.einsum("bhs,hsd->bhd", value.double(), torch.stack(writes).to(value.device).double())
+        self.found.append((places, call.layer, self.spectrum.shares(written).cpu()))
+
+
+def key_directions(model: LanguageModel, found: Detectors) -> Float[Tensor, "layers heads d"]:
+    """The direction of the residual that each head's leading mode reads at the sink, float64."""
+    groups = model.heads // model.key_heads
+    directions: list[Tensor] = []
+    for layer, modes in enumerate(found.modes):
+        reads = [w.folded().double().cpu() for w in attention_weights(model, layer) if w.part == "k"]
+        side = torch.einsum("st,ht->hs", found.turns[layer], modes.key[..., 0])
+        side = side * key_gain(model, layer).double().repeat_interleave(groups, dim=0)
+        directions.append(
+            torch.einsum("hs,hsd->hd", side, torch.stack(reads).repeat_interleave(groups, dim=0))
+        )
+    return torch.stack(directions)
+
+
+def readings(
+    model: LanguageModel,
+    windows: Windows,
+    spectrum: Spectrum,
+    directions: Float[Tensor, "layers heads d"],
+    position: int,
+    batch_size: int,
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Parts by band of `x_s . direction` for the residual that each layer reads, and of its energy."""
+    sites = [Site("embedding"), *(Site("exit", layer) for layer in range(model.layers - 1))]
+    basis = spectrum.vectors
+    sizes = np.diff(spectrum.edges).tolist()
+    read: list[tuple[list[int], int, Tensor]] = []
+    energy: list[tuple[list[int], int, Tensor]] = []
+    for places, ids in windows.batches(batch_size):
+
+        def readout(final: Tensor, read: dict[Site, Tensor], weights: list[Tensor]) -> list[Tensor]:
+            return [read[site][:, position].double().cpu() for site in sites]
+
+        residuals = trace(model, ids.to(model.device), {}, sites, readout=readout)
+        for layer, x in enumerate(residuals):
+            products = (x @ basis)[:, None] * (directions[layer] @ basis)
+            parts = torch.stack([part.sum(-1) for part in products.split(sizes, dim=-1)], dim=-1)
+            read.append((places, layer, parts / parts.sum(-1, keepdim=True)))
+            energy.append((places, layer, spectrum.shares(x)[:, None]))
+    bands = tuple(str(band) for band in range(1, spectrum.count + 1))
+    sink = per_document(energy, windows, bands).drop(columns="head")
+    return per_document(read, windows, bands), sink
+
+
+def random_shares(spectrum: Spectrum) -> list[tuple[float, float, float]]:
+    """Of a random direction, by band: the mean share r/d, and where 95 % of draws lie (a beta law)."""
+    ranks = np.diff(spectrum.edges)
+    law = [stats.beta(r / 2, (spectrum.d - r) / 2) for r in ranks]
+    return [(float(b.mean()), float(b.ppf(0.025)), float(b.ppf(0.975))) for b in law]

@@ -1,0 +1,187 @@
+"""The no-op circuit: a head attends to a sink that writes nothing, found by a mode that is always on."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from spectral_sinks.errors import InputError
+from spectral_sinks.measure import circuits, detectors
+from spectral_sinks.measure.attention import EPSILON
+from spectral_sinks.measure.bridge import SinkValues, key_directions, random_shares, readings
+from spectral_sinks.measure.circuits import NO_OP, HeadUse
+from spectral_sinks.measure.detectors import Detectors
+from spectral_sinks.measure.observing import check_position, observe
+from spectral_sinks.models.language import LanguageModel
+from spectral_sinks.spectra.spectrum import Spectrum
+from spectral_sinks.stats import mean_interval
+from spectral_sinks.texts import Windows
+
+MOST = 0.5
+"""Share of the margin that the leading two modes of a no-op circuit carry at least [ours]."""
+
+ALWAYS_ON = 0.8
+"""Share of a query side's mean square that is constant, from which it is always on: its mean is twice its
+standard deviation [ours]."""
+
+RIVAL = 0.5
+"""Largest key side on another key, as a share of that on the sink, up to which a mode is selective [ours]."""
+
+RULE = (
+    "a head has a no-op circuit where, in the mean over documents, its queries put at least "
+    f"{EPSILON} of their attention on the sink [published], the sink value ratio is at most {NO_OP} "
+    f"[published], the leading two modes of its scores carry at least {MOST} of the sink's margin and more "
+    "than those of any random basis [ours], the leading mode's query side is always on (at least "
+    f"{ALWAYS_ON} of its mean square is constant) [ours], and no other key has more than {RIVAL} of the "
+    "sink's key side [ours]"
+)
+"""The rule of `no_op_circuits`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Circuits:
+    """What every head does with its sink, and which heads have a no-op circuit by `RULE`."""
+
+    model: str
+    position: int
+    record: dict[str, Any]
+    """How the windows were cut."""
+    heads: pd.DataFrame
+    """A row per layer and head: each quantity of `head_use` and `detectors` with `_low` and `_high`, the
+    share of documents on which it is `dormant`, its most frequent `use`, `random_top_two` (the largest of the
+    random bases), `key_dark` and `value_dark`, `circuit`, and what it is `lacking`."""
+    use: pd.DataFrame
+    """The table of `head_use`."""
+    detectors: Detectors
+    spectrum: Spectrum
+    key_shares: Float[Tensor, "layers heads bands"]
+    """Share of each band in the direction of the residual that the leading mode's key side reads."""
+    value_shares: pd.DataFrame
+    """A row per document, layer and head, a column per band: the same of what the sink's value writes; NaN
+    where it writes nothing at all."""
+    read_shares: pd.DataFrame
+    """The same of what the leading mode reads at the sink, from the residual there: parts have signs and add
+    up to 1."""
+    sink_shares: pd.DataFrame
+    """A row per document and layer: share of each band in the energy of that residual."""
+
+    rule: ClassVar[str] = RULE
+
+    @property
+    def found(self) -> list[tuple[int, int]]:
+        """Layer and head of every no-op circuit."""
+        table = self.heads[self.heads["circuit"]]
+        return list(zip(table["layer"].tolist(), table["head"].tolist(), strict=True))
+
+    def sides(self, layer: int, head: int) -> pd.DataFrame:
+        """Both sides of a head's leading two modes over the first longest window, in roots of nats.
+
+        Columns `position`, `query_1`, `key_1`, `query_2`, `key_2`; the product of a mode's sides is its part
+        of a score, up to what all keys share. Signs are such that the sink's key side is positive.
+        """
+        found = self.detectors
+        query, key = found.query_sides[layer][head], found.key_sides[layer][head]
+        sign = torch.where(key[self.position] < 0, -1.0, 1.0)
+        columns: dict[str, Any] = {"position": range(len(key))}
+        for mode in range(key.shape[-1]):
+            columns[f"query_{mode + 1}"] = (query * sign)[:, mode].numpy()
+            columns[f"key_{mode + 1}"] = (key * sign)[:, mode].numpy()
+        return pd.DataFrame(columns)
+
+    def profile(self, layer: int, head: int) -> pd.DataFrame:
+        """Bands of one head: `what`, `band`, `share`, `low`, `high`, `random`, `random_low`, `random_high`.
+
+        "key direction" and "value": their energy, beside that of a random direction (its mean, r/d, and where
+        95 % of draws lie). "reading": what the leading mode reads at the sink, beside what random
+        directions read there on average, which is the energy of the sink's residual.
+        """
+        here = {"layer": layer, "head": head}
+        value, read = (_only(table, **here) for table in (self.value_shares, self.read_shares))
+        sink = _only(self.sink_shares, layer=layer)
+        rows: list[dict[str, Any]] = []
+        for band, null in enumerate(random_shares(self.spectrum), start=1):
+            key = [float(self.key_shares[layer, head, band - 1])] * 2
+            energy = (float(sink[str(band)].mean()), float("nan"), float("nan"))
+            for what, sample, control in (
+                ("key direction", key, null),
+                ("value", value[str(band)], null),
+                ("reading", read[str(band)], energy),
+            ):
+                low, high = mean_interval(sample)
+                row = {"what": what, "band": band, "share": float(np.mean(sample)), "low": low, "high": high}
+                rows.append(row | dict(zip(("random", "random_low", "random_high"), control, strict=True)))
+        return pd.DataFrame(rows)
+
+
+def no_op_circuits(
+    model: LanguageModel,
+    windows: Windows,
+    spectrum: Spectrum,
+    position: int = 0,
+    *,
+    batch_size: int = 16,
+) -> Circuits:
+    """Look at every head's use of the sink at `position`, its detectors and their bands; judge by `RULE`.
+
+    The bridge to the dark tail, by band of the spectrum: the direction of the residual stream that the
+    leading mode's key side reads (through W_K at the sink's position, with the gains of the norms on the way,
+    whose scales are one number); what the sink's value writes (through W_O, with the gain of a norm after
+    it); and what that mode reads at the sink from the residual there (biases left out). Four passes. Raises
+    InputError for a spectrum of another width, and for a position that no other token can attend to.
+    """
+    if spectrum.d != model.d:
+        raise InputError(f"a spectrum of width {spectrum.d} for {model.name} of width {model.d}")
+    check_position(model, windows, position)
+    use, values = HeadUse(model, position), SinkValues(model, spectrum, position)
+    observe(model, windows, [use, values], batch_size=batch_size)
+    frame = use.frame(windows)
+    found = detectors.detectors(model, windows, position, batch_size=batch_size)
+    directions = key_directions(model, found)
+    shares = spectrum.shares(directions)
+    read, sink = readings(model, windows, spectrum, directions, position, batch_size)
+    bands = [str(band) for band in range(1, spectrum.count + 1)]
+    written = circuits.per_document(values.found, windows, tuple(bands))
+    heads = judged(frame, found)
+    heads["key_dark"] = shares[..., -1].flatten().numpy()
+    for name, table in (("value_dark", written), ("reading_dark", read)):
+        heads[name] = table.groupby(["layer", "head"])[bands[-1]].mean().to_numpy()
+    return Circuits(
+        model.name, position, windows.record, heads, frame, found, spectrum, shares, written, read, sink
+    )
+
+
+def judged(use: pd.DataFrame, found: Detectors) -> pd.DataFrame:
+    """One row per head: means with intervals, and the verdict by `RULE`."""
+    both = use.merge(found.table, on=["document", "layer", "head"])
+    both["dormant"] = both["dormant"].astype(float)
+    quantities = ("dormant", *circuits.QUANTITIES, *detectors.QUANTITIES)
+    rows: list[dict[str, Any]] = []
+    for (layer, head), part in both.groupby(["layer", "head"]):
+        row: dict[str, Any] = {"layer": layer, "head": head, "use": part["use"].mode().iloc[0]}
+        for name in quantities:
+            low, high = mean_interval(part[name])
+            row |= {name: float(part[name].mean()), f"{name}_low": low, f"{name}_high": high}
+        row["random_top_two"] = float(found.controls[layer, head, :, -1].max())
+        row["ranks"] = found.ranks[layer, head].tolist()
+        row["lacking"] = ", ".join(name for name, holds in conditions(row).items() if not holds)
+        rows.append(row | {"circuit": not row["lacking"]})
+    return pd.DataFrame(rows)
+
+
+def conditions(row: dict[str, Any]) -> dict[str, bool]:
+    """The parts of `RULE`, by name."""
+    return {
+        "attention": row["attention"] >= EPSILON,
+        "a sink that writes nothing": row["value_ratio"] <= NO_OP,
+        "one or two modes": row["margin"] > 0 and row["top_two"] >= max(MOST, row["random_top_two"]),
+        "queries always on": row["always_on"] >= ALWAYS_ON,
+        "a key of the sink alone": row["rival"] <= RIVAL,
+    }
+
+
+def _only(table: pd.DataFrame, **values: int) -> pd.DataFrame:
+    return table[np.logical_and.reduce([table[name] == value for name, value in values.items()])]
