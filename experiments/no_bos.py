@@ -221,8 +221,8 @@ def sinks_of(name: str, study: ss.Study) -> dict[str, object]:
     tokens = min(64, *(len(row) for row in study.windows.rows))
     found = ss.find_sinks(study.model, study.windows, study.unembedding, tokens=tokens, draws=study.draws)
     texts = [
-        f"{s.token!r} in {s.documents} documents, alpha {s.attention_mass.value:.3f} in layer {s.layer}, "
-        f"dark share {s.dark_share.value:.3f}, others {s.other_dark_share.value:.3f}"
+        f"{s.token!r} in {s.documents} documents, dark share {s.dark_share.value:.3f}, others "
+        f"{s.other_dark_share.value:.3f}, alpha in layer {s.layer} {s.attention_mass.value:.3f}"
         for s in found.sinks
     ]
     rate, most = found.attention.rate(), float(np.nanmax(found.attention.alpha.mean(0)[..., : tokens // 2]))

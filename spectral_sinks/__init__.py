@@ -13,6 +13,7 @@ from spectral_sinks.measure.attention import (
     uniform_attention,
 )
 from spectral_sinks.measure.bars import candidates, mark_bars, matched, received, strata
+from spectral_sinks.measure.circuits import head_use
 from spectral_sinks.measure.compare import Comparison, compare
 from spectral_sinks.measure.designated import Designation, designate
 from spectral_sinks.measure.detectors import Detectors, detectors

@@ -49,6 +49,9 @@ EXPERIMENTS = (
     "fills",
     "controls",
     "reads",
+    "circuits",
+    "designated",
+    "several",
     "no_bos",
 )
 """In the order of the story; each is a file of the experiments folder."""
