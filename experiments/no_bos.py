@@ -91,15 +91,20 @@ def shuffled(part: pd.DataFrame, seed: int) -> NDArray[np.bool_]:
     return dealt
 
 
-def darkness(inner: pd.DataFrame) -> pd.DataFrame:
-    """By layer: dark share of the most attended and of their matches, tested; and the rank correlation."""
+def darkness(inner: pd.DataFrame) -> tuple[pd.DataFrame, pd.Series]:
+    """By layer: dark share of the most attended and of their matches, tested; and the rank correlation.
+
+    With it, the mean over layers of the first above the second, by document.
+    """
     names = [name for name in inner.columns if name == "dark" or name.startswith("random ")]
     rows: list[dict[str, object]] = []
+    excess: list[pd.Series] = []
     for layer, part in inner.groupby("layer"):
         others = part[~part["top"]].groupby("stratum")[names].mean()
         top = part[part["top"] & part["stratum"].isin(others.index)]
         control = others.loc[top["stratum"]].set_index(top.index)
         means = pd.concat([top[names] - control, top[["document"]]], axis=1).groupby("document").mean()
+        excess.append(means["dark"])
         low, high = ss.mean_interval(means["dark"])
         p, draws = permuted(part)
         row: dict[str, object] = {
@@ -111,7 +116,7 @@ def darkness(inner: pd.DataFrame) -> pd.DataFrame:
         row |= {"random_low": means[names[1:]].mean().min(), "random_high": means[names[1:]].mean().max()}
         rows.append(row | {"p": p, "permutations": draws} | linked(part, names))
     found = pd.DataFrame(rows)
-    return found.assign(p_holm=ss.holm(found["p"].tolist()))
+    return found.assign(p_holm=ss.holm(found["p"].tolist())), pd.concat(excess, axis=1).mean(axis=1)
 
 
 def permuted(part: pd.DataFrame) -> tuple[float, int]:
@@ -215,7 +220,11 @@ def sinks_of(name: str, study: ss.Study) -> dict[str, object]:
     """How many sinks `find_sinks` lists, and which."""
     tokens = min(64, *(len(row) for row in study.windows.rows))
     found = ss.find_sinks(study.model, study.windows, study.unembedding, tokens=tokens, draws=study.draws)
-    texts = [f"{s.token!r} at {s.position}: {s.attention_mass.value:.3f}" for s in found.sinks]
+    texts = [
+        f"{s.token!r} in {s.documents} documents, dark share {s.dark_share.value:.3f}, others "
+        f"{s.other_dark_share.value:.3f}, alpha in layer {s.layer} {s.attention_mass.value:.3f}"
+        for s in found.sinks
+    ]
     rate, most = found.attention.rate(), float(np.nanmax(found.attention.alpha.mean(0)[..., : tokens // 2]))
     return ss.answer(
         f"{name}: sinks by the rule of find_sinks, T = {tokens}",
@@ -232,20 +241,24 @@ def measure(study: ss.Study) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def run(study: ss.Study) -> ss.Finding:
-    layers, places, tokens, found = [], [], [], []
-    effects = pd.DataFrame()
-    for name, case in cases(study).items():
+    layers, places, tokens, inners, darker, found = [], [], [], [], [], []
+    measured = cases(study)
+    for name, case in measured.items():
         table, inner = measure(case)
-        layer = darkness(inner)
+        layer, excess = darkness(inner)
+        darker.append(excess)
         first = ss.summarise(table[table["position"] == 0], ["layer"], "dark")
         layer["first"], layer["first_low"], layer["first_high"] = first["mean"], first["low"], first["high"]
         layers.append(layer.assign(model=name))
         places.append(by_position(table).assign(model=name))
         tokens.append(by_token(inner).assign(model=name))
-        found += [sinks_of(name, case), *answers(name, table, inner, layer)]
-        if effects.empty:
-            effects = removal(case, inner)
-    cost = costs(effects)
+        found += [sinks_of(name, case), *answers(name, table, inner, layer, excess)]
+        inners.append(inner)
+    if len(darker) == 2:
+        pair = (darker[1] - darker[0]).dropna()
+        quantity = "excess of dark share with BOS minus without, paired by document"
+        found.append(ss.answer(quantity, pair, f"sign flips {ss.sign_flip(pair):.4f}"))
+    cost = costs(removal(next(iter(measured.values())), inners[0]))
     for column, control in (
         ("above_matched", "as many matched tokens"),
         ("above_random", "random subspaces"),
@@ -269,7 +282,7 @@ def run(study: ss.Study) -> ss.Finding:
 
 
 def answers(
-    name: str, table: pd.DataFrame, inner: pd.DataFrame, layer: pd.DataFrame
+    name: str, table: pd.DataFrame, inner: pd.DataFrame, layer: pd.DataFrame, excess: pd.Series
 ) -> list[dict[str, object]]:
     """Where attention goes: position 0, the most attended, and which tokens these are."""
     top, ten = inner[inner["top"]], by_token(inner).head(10)
@@ -311,7 +324,7 @@ def answers(
         ss.answer(f"{name}: rank correlation of attention with position", link["position"]),
         ss.answer(
             f"{name}: dark share of the most attended above their matches, mean over layers",
-            float(layer["excess"].mean()),
+            excess,
             f"most attended {layer['top'].mean():.3f}, matched {layer['matched'].mean():.3f}, "
             f"position 0 {layer['first'].mean():.3f}",
         ),
@@ -330,7 +343,7 @@ def verdict(listed: int, layer: pd.DataFrame, cost: pd.DataFrame) -> str:
     dearer = (cost["p_matched_holm"] <= 0.05) & (cost["above_matched_low"] > 0)
     word = "holds" if darker.all() else "holds partly" if darker.any() else "does not hold here"
     return (
-        f"{word}: {layer['model'].iloc[0]} has {listed or 'no'} sinks by the rule of find_sinks; its most "
+        f"{word}: {layer['model'].iloc[0]} has {listed or 'no'} sink(s) by the rule of find_sinks; its most "
         "attended 5 % are darker than matched tokens, and that by more than in any random subspace, in "
         f"{int(darker.sum())} of {len(layer)} layers; removing the dark band there costs more than at as "
         f"many matched tokens in {int(dearer.sum())} of {len(cost)}"
@@ -357,7 +370,8 @@ def main(options: Options) -> None:
         spectra = [ss.read_spectrum(model, matrix) for matrix in ("unembedding", "embedding")]
         windows = ss.cut(texts, model, per_document=1, bos="never")
         table, inner = measure(ss.Study(model, windows, spectra[0], spectra[1], options.out, options.draws))
-        layer, label = darkness(inner), Path(name).parent.name if Path(name).is_dir() else name
+        layer, excess = darkness(inner)
+        label = Path(name).parent.name if Path(name).is_dir() else name
         top = inner[inner["top"]]
         rows.append(
             {
@@ -365,7 +379,7 @@ def main(options: Options) -> None:
                 "first": table[table["position"] == 0]["relative"].mean(),
                 "relative": top["relative"].mean(),
                 "punctuation": top["punctuation"].mean(),
-                "excess": layer["excess"].mean(),
+                "excess": excess.mean(),
                 "rho": layer["rho"].mean(),
                 "darker_layers": int(((layer["p_holm"] <= 0.05) & (layer["low"] > 0)).sum()),
                 "layers": len(layer),

@@ -14,8 +14,8 @@ def no_bos(
 ) -> None:
     """Relative attention by position, the most attended tokens, their darkness, and the NLL without it.
 
-    `place`: model, position, mean. `token`: model, text, top, rate, most first. `layer`: model, layer, top,
-    matched, excess, low, high, random_low, random_high, first, first_low, first_high. `cost`: layer, and of
+    `place`: model, position, mean. `token`: model, text, top, rate, most first. `layer`: model, layer,
+    excess, low, high, random_low, random_high. `cost`: layer, and of
     "most attended", "matched" and "random" the mean, `_low` and `_high`. The first model is the one without.
     """
     names = list(layer["model"].unique())
@@ -24,8 +24,8 @@ def no_bos(
         axis = axes[0, 0]
         for name, style in styles.items():
             part = place[place["model"] == name]
-            axis.loglog(part["position"] + 1, part["mean"], label=name, **{**style, "marker": ""})
-            axis.loglog([1], part["mean"].iloc[:1], **style)
+            axis.semilogx(part["position"] + 1, part["mean"], label=name, **{**style, "marker": ""})
+            axis.semilogx([1], part["mean"].iloc[:1], **style)
         axis.axhline(1, color="#444444", linewidth=0.7, linestyle=":", label="uniform attention")
         axis.set(xlabel="position, counted from 1", ylabel="attention received over uniform")
         axis.legend(fontsize=7)
@@ -43,23 +43,22 @@ def no_bos(
         axis.set(xlabel=f"times among the most attended 5 % of {names[0]}\n(label: of all its pairs)")
 
         axis = axes[1, 0]
-        for name, style in styles.items():
+        null = layer[layer["model"] == names[0]]
+        axis.fill_between(
+            null["layer"],
+            null["random_low"],
+            null["random_high"],
+            color="#d4d4d4",
+            label=f"{names[0]}, random subspaces",
+        )
+        for shift, (name, style) in zip((-0.04, 0.04), styles.items(), strict=False):
             part = layer[layer["model"] == name]
-            axis.plot(part["layer"], part["top"], label=f"{name}: most attended", **style)
-            axis.plot(
-                part["layer"],
-                part["matched"],
-                label="  matched tokens",
-                **{**style, "marker": "x"},
-                alpha=0.6,
-            )
-            first = part[["first", "first_low", "first_high"]].set_axis(["mean", "low", "high"], axis=1)
-            shown = STYLES["Omega"] if name == names[0] else STYLES["Psi"]
-            _line(axis, part["layer"], first, "  position 0", shown)
-        axis.set(xlabel="layer that reads", ylabel="dark share of energy", ylim=(0, None))
+            _line(axis, part["layer"] + shift, part.assign(mean=part["excess"]), name, style)
+        axis.axhline(0, color="#444444", linewidth=0.7, linestyle=":")
+        axis.set(xlabel="layer that reads", ylabel="dark share of the most attended\nabove matched tokens")
         low, high = axis.get_ylim()
-        axis.set_ylim(low, 1.45 * high)
-        axis.legend(fontsize=6.5, ncols=2, loc="upper left")
+        axis.set_ylim(low, high + 0.3 * (high - low))
+        axis.legend(fontsize=7, loc="upper left")
 
         axis = axes[1, 1]
         shapes = (
@@ -67,9 +66,9 @@ def no_bos(
             ("matched", "as many matched tokens", STYLES["Psi"]),
             ("random", "most attended, random subspaces", OTHER),
         )
-        for kind, shown, style in shapes:
+        for shift, (kind, shown, style) in zip((-0.08, 0, 0.08), shapes, strict=True):
             part = cost[[kind, f"{kind}_low", f"{kind}_high"]].set_axis(["mean", "low", "high"], axis=1)
-            _line(axis, cost["layer"], part, shown, style)
+            _line(axis, cost["layer"] + shift, part, shown, style)
         axis.axhline(0, color="#444444", linewidth=0.7, linestyle=":")
         axis.set(xlabel="layer that reads", ylabel="NLL without the dark band there\nabove untouched (nats)")
         low, high = axis.get_ylim()

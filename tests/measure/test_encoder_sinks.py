@@ -1,0 +1,40 @@
+"""Sinks and the use of heads in bidirectional encoders: means over all queries, from eager maps."""
+
+import copy
+
+import pytest
+import tiny
+import torch
+
+import spectral_sinks as ss
+
+
+@pytest.mark.parametrize("family", tiny.ENCODERS)
+def test_attention_and_head_use_are_those_of_eager_maps(family: str) -> None:
+    plain, ids = tiny.plain(family), tiny.ids(3, 40)
+    model = ss.load(copy.deepcopy(plain))
+    windows = ss.Windows.of_ids(ids, model)
+    with torch.no_grad():
+        maps = torch.stack(
+            plain(ids, output_attentions=True).attentions, 1
+        )  # window, layer, head, query, key
+    seen = ss.attention_by_position(model, windows, tokens=40)
+    assert torch.allclose(torch.from_numpy(seen.alpha).float(), maps.mean(3), atol=1e-5)
+    found = ss.find_sinks(model, windows, ss.read_spectrum(model), tokens=40, draws=2)
+    assert found.sink_rate.value == pytest.approx(float((maps.mean(3)[..., 0] > 0.3).float().mean()))
+
+    position = 39
+    use = ss.head_use(model, windows, position).set_index(["document", "layer", "head"])
+    others = torch.arange(40) != position
+    column = maps[:, :, :, others, position]
+    expected = column.sum(3) / (column > 0).sum(3)  # of the queries that see it: ModernBERT has local layers
+    for document, layer, head in [(0, 0, 0), (2, 1, 3), (1, 2, 2)]:
+        value = use.loc[(document, layer, head), "attention"]
+        assert value == pytest.approx(float(expected[document, layer, head]), abs=1e-5)
+
+
+@pytest.mark.parametrize("family", tiny.ENCODERS)
+def test_a_random_encoder_has_no_circuit(family: str) -> None:
+    model = ss.load(copy.deepcopy(tiny.plain(family)))
+    windows = ss.Windows.of_ids(tiny.ids(3, 40), model)
+    assert ss.no_op_circuits(model, windows, ss.read_spectrum(model), 39).found == []
