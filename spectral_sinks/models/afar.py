@@ -45,7 +45,7 @@ def weightless(
             )
     except (ValueError, KeyError, OSError) as error:
         raise InputError(f"{source.name} cannot be built as a causal language model: {error}") from error
-    nn = wrap(module.eval(), tokenizer)
+    nn = wrap(module.eval(), tokenizer, device="meta")
     nn.repo_id, nn.revision = source.location, revision  # what the server knows it by
     if source.folder is not None:  # which a server on this machine sees too
         huggingface._ID_CACHE[nn.repo_id] = nn.repo_id

@@ -21,18 +21,17 @@ from spectral_sinks.models.layout import Layout
 from spectral_sinks.models.opening import BLOCKWISE, WHOLE
 
 
-def wrap(module: Any, tokenizer: Any) -> TransformersModel:
-    """A transformers model as an nnsight model."""
+def wrap(module: Any, tokenizer: Any, **options: Any) -> TransformersModel:
+    """A transformers model as an nnsight model, which takes the options."""
     # nnsight asks for a tokenizer even where only ids are traced, which never reach it
     placeholder = tokenizer or PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({})))
     task = "text-generation" if module.can_generate() else "fill-mask"
     if task == "fill-mask" and placeholder.mask_token is None:
         words = Tokenizer(WordLevel({"[MASK]": 0}))
         placeholder = PreTrainedTokenizerFast(tokenizer_object=words, mask_token="[MASK]")
-    meta = {"device": "meta"} if next(module.parameters()).is_meta else {}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".* has a submodule named 'output'", UserWarning)  # see `part`
-        return TransformersModel(module, task=task, tokenizer=placeholder, **meta)
+        return TransformersModel(module, task=task, tokenizer=placeholder, **options)
 
 
 def pack(model: LanguageModel) -> tuple[Any, ...]:
