@@ -111,4 +111,4 @@ def peek(key: str) -> tuple[bool, float, str, int]:
     model = workers._SWEEPS[key].model
     weight = model.unembedding_weight
     value = 0.0 if weight.is_meta else float(weight[3, 5])
-    return weight.is_shared(), value, str(model.device), os.getpid()
+    return weight.is_shared(), value, str(weight.device), os.getpid()

@@ -7,13 +7,16 @@ to the model as one nnsight session, whatever number of traces it makes there, a
 import functools
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import nnsight
+from cloudpickle import list_registry_pickle_by_value, unregister_pickle_by_value
+from nnsight import ndif
 from nnsight.intervention.backends.local import LocalSimulationBackend
 from nnsight.intervention.backends.remote import RemoteBackend
-from nnsight.ndif import pull_env
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
 from spectral_sinks.errors import InputError, RemoteError
@@ -125,9 +128,22 @@ def ready(model: LanguageModel) -> None:
 
 def packed(model: LanguageModel, function: Callable[..., Any], *args: Any, **options: Any) -> bytes:
     """A job as bytes. Raises InputError for what cannot be sent."""
-    pull_env()  # a user's own modules go along
     factors = _remote(model).factors or model.dtype
-    return pack(Job(model.layout, model.name, factors, pack((function, args, options), factors)))
+    with _modules_along():
+        return pack(Job(model.layout, model.name, factors, pack((function, args, options), factors)))
+
+
+@contextmanager
+def _modules_along() -> Iterator[None]:
+    """A user's own modules travel as source, as nnsight has it; elsewhere, as to a pool, by name again."""
+    before = list_registry_pickle_by_value()
+    ndif.pull_env()
+    try:
+        yield
+    finally:
+        for name in list_registry_pickle_by_value() - before:
+            unregister_pickle_by_value(ModuleType(name))  # it may not be imported
+        ndif._PULLED_ENV = False  # so that nnsight registers them again for the next
 
 
 def _fitting(model: LanguageModel, function: Callable[..., Any], *args: Any, **options: Any) -> bytes:
@@ -146,7 +162,7 @@ def _session(model: LanguageModel, job: bytes, backend: Any) -> Any:
     ss_nn, ss_job, ss_arrival = model.nn, job, arrival()
     ss_sources, ss_digest = sources()
     ss_result: Any = None
-    with ss_nn.session(backend=backend):
+    with _modules_along(), ss_nn.session(backend=backend):
         ss_space = {"__name__": "ss_arrival"}
         exec(ss_arrival, ss_space)
         ss_result = nnsight.save(ss_space["run"](ss_nn, ss_sources, ss_digest, ss_job))  # pyright: ignore
