@@ -40,6 +40,9 @@ from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.models.loading import load
 from spectral_sinks.models.masked import masked_ids, masked_positions
 from spectral_sinks.models.source import DEFAULT
+from spectral_sinks.models.towers import load_vision
+from spectral_sinks.models.vision import VisionModel
+from spectral_sinks.pixels import Pixels, pixels
 from spectral_sinks.report import figures
 from spectral_sinks.report.checking import Check, uncovered, verify
 from spectral_sinks.report.claims import Claims
@@ -158,6 +161,7 @@ __all__ = [
     "LanguageModel",
     "largest_within",
     "load",
+    "load_vision",
     "loop_onset",
     "mark_bars",
     "masked_ids",
@@ -184,10 +188,12 @@ __all__ = [
     "omega",
     "outside",
     "phi",
+    "Pixels",
+    "pixels",
     "plan",
-    "preflight",
     "PositionAttention",
     "Prefix",
+    "preflight",
     "principal_cosines",
     "psi",
     "random_spectrum",
@@ -236,6 +242,7 @@ __all__ = [
     "uniform_attention",
     "union",
     "verify",
+    "VisionModel",
     "weight_shares",
     "Windows",
     "without_last_band",

@@ -23,8 +23,10 @@ from spectral_sinks.errors import InputError, RemoteError
 from spectral_sinks.interventions.courier import Job, arrival, pack, sources, unpack
 from spectral_sinks.interventions.failures import explained
 from spectral_sinks.models.language import LanguageModel
+from spectral_sinks.models.stream import Stream
 from spectral_sinks.models.whereabouts import Remote, Sent
 
+M = TypeVar("M", bound=Stream)
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -42,16 +44,16 @@ class TooLarge(InputError):
 
 
 def remotely(
-    function: Callable[Concatenate[LanguageModel, P], T],
-) -> Callable[Concatenate[LanguageModel, P], T]:
+    function: Callable[Concatenate[M, P], T],
+) -> Callable[Concatenate[M, P], T]:
     """A function of a model that is called where the model is.
 
     Its arguments and what it returns travel, so they are small; it needs nothing but numpy and torch there.
     """
 
     @functools.wraps(function)
-    def called(model: LanguageModel, *args: P.args, **options: P.kwargs) -> T:
-        if model.remote is None:
+    def called(model: M, *args: P.args, **options: P.kwargs) -> T:
+        if model.remote is None or not isinstance(model, LanguageModel):
             return function(model, *args, **options)
         return send(model, called, *args, **options)
 

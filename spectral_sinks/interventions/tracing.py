@@ -12,7 +12,7 @@ from torch import Tensor
 from spectral_sinks.errors import InputError
 from spectral_sinks.interventions.remote import remotely
 from spectral_sinks.interventions.sites import ORDER, Kind, Site
-from spectral_sinks.models.language import LanguageModel
+from spectral_sinks.models.stream import Stream
 from spectral_sinks.spectra.filters import Filter
 
 T = TypeVar("T")
@@ -37,18 +37,18 @@ class Resume:
 
 
 def bind(interventions: Interventions, ids: Int[Tensor, "batch tokens"]) -> dict[Site, Edit]:
-    """Give each filter the token ids of the batch, by which it may select."""
+    """Give each filter the token ids of the batch, by which it may select; pixels have none."""
 
     def bound(edit: Edit) -> Edit:
-        return (lambda x: edit(x, ids)) if isinstance(edit, Filter) else edit
+        return (lambda x: edit(x, ids)) if isinstance(edit, Filter) and ids.ndim == 2 else edit
 
     return {site: bound(edit) for site, edit in interventions.items()}
 
 
 @remotely
 def trace(
-    model: LanguageModel,
-    ids: Int[Tensor, "batch tokens"],
+    model: Stream,
+    ids: Int[Tensor, "batch tokens"] | Float[Tensor, "batch channels height width"],
     edits: Interventions,
     reads: Sequence[Site] = (),
     *,
@@ -66,7 +66,8 @@ def trace(
     as `attention` makes of them as they arise; layers that `resume` skips have none. With `cache`, one of
     transformers' caches, `ids` go on where it ends, and it grows by their keys and values, which come from
     edited residuals. Logits are not computed beyond the last token: `readout` may unembed what it needs. An
-    encoder reads the ids as they are: `masked_ids` masks. With `gradients` the pass is recorded for autograd.
+    encoder reads the ids as they are: `masked_ids` masks. An image encoder reads pixels in their place; its
+    `readout` may call the model's `logits()`. With `gradients` the pass is recorded for autograd.
     Raises InputError for a site that the model does not have.
     """
     if attention and not model.reads_attention:
@@ -88,15 +89,12 @@ def trace(
     if any(layer < start for layer, _ in hooks):
         raise InputError(f"a pass that begins above layer {start - 1} has sites at or below it")
     seen = (lambda weights: weights) if attention is True else attention or None
-    options: dict[str, Any] = {}
+    options = model.inputs(ids)
     if model.causal:
-        options = {"use_cache": cache is not None, "past_key_values": cache}
-    stops = bool(model.layout.transform)  # before the logits: such a head knows no `logits_to_keep`
-    if not stops:
-        options["logits_to_keep"] = 1
-    with torch.set_grad_enabled(gradients), model.nn.trace(input_ids=ids, **options) as tracer:
+        options |= {"use_cache": cache is not None, "past_key_values": cache, "logits_to_keep": 1}
+    with torch.set_grad_enabled(gradients), model.nn.trace(**options) as tracer:
         ss_result = nnsight.save(_walk(model, hooks, seen, resume, readout, read))
-        if stops:
+        if model.layout.transform:  # before the logits: such a head knows no `logits_to_keep`
             tracer.stop()
     return ss_result
 
@@ -110,7 +108,7 @@ def _recorder(site: Site, into: dict[Site, Tensor]) -> Edit:
 
 
 def _walk(
-    model: LanguageModel,
+    model: Stream,
     hooks: Hooks,
     attention: Edit | None,
     resume: Resume | None,
@@ -130,11 +128,11 @@ def _walk(
         }
         if here or attention is not None:
             _visit(model, model.layer(index), here, attention, weights)
-    return readout(model.nn.get(model.layout.final_norm).output, read, weights)
+    return readout(model.final(), read, weights)
 
 
 def _visit(
-    model: LanguageModel,
+    model: Stream,
     layer: Any,
     hooks: dict[Kind, list[tuple[Site, Edit]]],
     look: Edit | None,
@@ -178,7 +176,7 @@ def _visit(
         _rewrite(layer, hooks["exit"])
 
 
-def _maps(model: LanguageModel, layer: Any) -> Tensor:
+def _maps(model: Stream, layer: Any) -> Tensor:
     """Attention weights of a layer. Raises InputError where its implementation returns none."""
     maps = model.part(layer, model.layout.attention).output[1]
     if maps is None:
@@ -190,7 +188,7 @@ def _maps(model: LanguageModel, layer: Any) -> Tensor:
     return maps
 
 
-def _read_projections(model: LanguageModel, layer: Any, hooks: dict[Kind, list[tuple[Site, Edit]]]) -> None:
+def _read_projections(model: Stream, layer: Any, hooks: dict[Kind, list[tuple[Site, Edit]]]) -> None:
     """Let queries, keys or values read another residual: the projection is run on it beside the true one."""
     layout = model.layout
     entry = layer.input

@@ -22,7 +22,7 @@ from spectral_sinks.errors import InputError
 from spectral_sinks.models.opening import BLOCKWISE, TOKENS, WHOLE
 
 if TYPE_CHECKING:
-    from spectral_sinks.models.language import LanguageModel
+    from spectral_sinks.models.stream import Stream
 
 WEIGHTS = 2**20
 """Attention weights held at once: 4 MB in float32."""
@@ -149,7 +149,7 @@ Look = Callable[[AttentionCall], AttentionCall | None]
 
 
 @contextmanager
-def attending(model: "LanguageModel", look: Look) -> Iterator[None]:
+def attending(model: "Stream", look: Look) -> Iterator[None]:
     """Inside the block, every attention layer of the model is shown to `look` at each pass, in order.
 
     What `look` returns takes the place of the call. Blocks nest: the inner one sees what the outer one made.
@@ -210,6 +210,8 @@ class _Text:
 
     def read(self, module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
         ids: Tensor | None = named.get("input_ids", given[0] if given else None)
+        if ids is not None and ids.ndim != 2:  # pixels
+            ids = None
         cache = named.get("past_key_values")
         self.past = 0 if cache is None else int(cache.get_seq_length())
         if self.past and ids is not None:

@@ -1,46 +1,29 @@
 """A language model, causal or masked, as the rest of the package sees it: parts, sizes, BOS policy."""
 
-import hashlib
-import json
-import re
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from nnsight import TransformersModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from spectral_sinks.errors import InputError
-from spectral_sinks.models.layout import FAMILIES, Layout, context_of
+from spectral_sinks.models.layout import FAMILIES, context_of
 from spectral_sinks.models.masked import predicts_masked
-from spectral_sinks.models.norms import gain_of
-from spectral_sinks.models.opening import BLOCKWISE, OPENING, WHOLE, is_softmax
-from spectral_sinks.models.whereabouts import Remote
-
-INCIDENTAL = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
-"""Settings that do not change what a model computes."""
-
+from spectral_sinks.models.opening import BLOCKWISE, OPENING, WHOLE
+from spectral_sinks.models.stream import Stream
 
 @dataclass(frozen=True, eq=False)
-class LanguageModel:
+class LanguageModel(Stream):
     """A transformers language model, causal or masked, wrapped by nnsight, with its parts found.
 
     Make one with `load`. `nn` is the nnsight model for traces of one's own; `module` the transformers model.
     """
 
     nn: TransformersModel
-    layout: Layout
-    name: str
     tokenizer: Any = None
-    remote: Remote | None = None
-    """Where its traces run; None for this process."""
-
-    @property
-    def module(self) -> Any:
-        """The transformers model itself."""
-        return self.nn._module
 
     @cached_property
     def config(self) -> Any:
@@ -60,36 +43,6 @@ class LanguageModel:
         not the residual stream.
         """
         return self.layout.reads_through
-
-    @property
-    def family(self) -> str:
-        return self.config.model_type
-
-    @cached_property
-    def layers(self) -> int:
-        """Number of layers."""
-        return len(self.module.get_submodule(self.layout.layers))
-
-    @property
-    def d(self) -> int:
-        """Width of the residual stream."""
-        return self.config.hidden_size
-
-    @property
-    def heads(self) -> int:
-        """Number of query heads per layer."""
-        return self.config.num_attention_heads
-
-    @property
-    def head_size(self) -> int:
-        return getattr(self.config, "head_dim", None) or self.d // self.heads
-
-    @property
-    def key_heads(self) -> int:
-        """Number of key and value heads per layer (fewer than `heads` in grouped-query attention)."""
-        if self.layout.fused == "heads":
-            return self.heads
-        return getattr(self.config, "num_key_value_heads", None) or self.heads
 
     @property
     def vocabulary(self) -> int:
@@ -112,22 +65,6 @@ class LanguageModel:
             return getattr(torch, self.remote.examined["dtype"])
         return self.embedding_weight.dtype
 
-    def require_weights(self, purpose: str) -> None:
-        """Raise InputError where the weights are in another process."""
-        if self.weightless:
-            raise InputError(
-                f"{purpose} reads the weights of {self.name}, and a server that keeps them apart from the "
-                "code that it is sent shows none: load the model here, or use a server that trusts you"
-            )
-
-    def require_here(self, purpose: str) -> None:
-        """Raise InputError where traces run elsewhere."""
-        if self.remote is not None:
-            raise InputError(
-                f"{purpose} acts on attention in this process, and {self.name} runs elsewhere "
-                f"({self.remote.host}): load it here, without remote"
-            )
-
     @property
     def weightless(self) -> bool:
         """Whether the weights are in another process."""
@@ -138,12 +75,6 @@ class LanguageModel:
         """Whether a trace can see attention weights; of the first 64 tokens at least for a causal model."""
         seen = ("eager", WHOLE, OPENING, BLOCKWISE) if self.causal else ("eager", WHOLE)
         return self.config._attn_implementation in seen or self.own_attention is not None
-
-    @property
-    def own_attention(self) -> str | None:
-        """Name of an attention implementation that is not transformers' and may be no softmax, else None."""
-        name = self.config._attn_implementation
-        return None if name is None or is_softmax(name) else name
 
     @cached_property
     def tied(self) -> bool:
@@ -158,16 +89,6 @@ class LanguageModel:
     @property
     def unembedding_weight(self) -> Float[Tensor, "vocabulary d"]:
         return self.module.get_submodule(self.layout.unembedding).weight
-
-    @cached_property
-    def final_gain(self) -> Float[Tensor, "d"]:
-        """The gain of the final norm as it acts, float32: `weight`, or `1 + weight` (Gemma)."""
-        return gain_of(self.module.get_submodule(self.layout.final_norm), self.d)
-
-    @property
-    def centres_residual(self) -> bool:
-        """Whether the final norm removes the residual's own mean (LayerNorm)."""
-        return isinstance(self.module.get_submodule(self.layout.final_norm), nn.LayerNorm)
 
     @property
     def bos(self) -> int | None:
@@ -204,16 +125,6 @@ class LanguageModel:
         """Whether the tokenizer itself puts SEP behind a text, for an encoder."""
         return self.sep is not None and self.tokenizer("a")["input_ids"][-1:] == [self.sep]
 
-    def layer(self, index: int) -> Any:
-        """The nnsight envoy of a layer. Raises InputError for a layer that does not exist."""
-        if not 0 <= index < self.layers:
-            raise InputError(f"layer {index}: {self.name} has layers 0 to {self.layers - 1}")
-        return self.nn.get(self.layout.layers)[index]
-
-    def part(self, layer: Any, name: str) -> Any:
-        """A named part inside a layer's envoy; nnsight serves a module called `output` as `E_output`."""
-        return layer.get(re.sub(r"\boutput\b", "E_output", name))
-
     def unembed(self, final: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch vocabulary"]:
         """Logits, float32 at least, of residuals that have passed the final norm."""
         if self.weightless:  # inside a trace nnsight has the module called where its weights are
@@ -227,26 +138,9 @@ class LanguageModel:
         cap = getattr(self.config, "final_logit_softcapping", None)
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
-    def head_write(self, layer: int, head: int) -> Float[Tensor, "head_size d"]:
-        """The slice of W_O that carries one head's output into the residual stream."""
-        if not 0 <= head < self.heads:
-            raise InputError(f"head {head}: {self.name} has heads 0 to {self.heads - 1}")
-        path = f"{self.layout.layers}.{layer}.{self.layout.attention_projection}"
-        projection = self.module.get_submodule(path)
-        weight = projection.weight.T if isinstance(projection, nn.Linear) else projection.weight
-        return weight[head * self.head_size : (head + 1) * self.head_size]
-
-    def projection_index(self, which: str) -> Tensor | slice:
-        """Which outputs of the projection named in the layout are `queries`, `keys` or `values`."""
-        if not self.layout.fused:
-            return slice(None)
-        size, order = self.head_size, ("queries", "keys", "values")
-        if self.layout.fused == "heads":
-            start = torch.arange(self.heads)[:, None] * 3 * size + order.index(which) * size
-            return (start + torch.arange(size)).flatten()
-        lengths = [self.heads * size, self.key_heads * size, self.key_heads * size]
-        start = sum(lengths[: order.index(which)])
-        return slice(start, start + lengths[order.index(which)])
+    def inputs(self, batch: Int[Tensor, "batch tokens"]) -> dict[str, Any]:
+        """What the model's forward pass takes for a batch of token ids."""
+        return {"input_ids": batch}
 
     def check(self) -> None:
         """Run two tokens and see that the parts add up; raises InputError where they do not.
@@ -257,71 +151,12 @@ class LanguageModel:
         if self.vocabulary < 2:
             raise InputError(f"{self.name} has a vocabulary of {self.vocabulary}")
         ids = torch.tensor([[0, 1]], device=self.device)
-        seen: dict[str, Tensor] = {}
-        handles: list[Any] = []
-
-        def watch(path: str, key: str) -> None:
-            def hook(_: nn.Module, inputs: Any, output: Any) -> None:
-                seen[key] = output[0] if isinstance(output, tuple) else output
-                seen[key + " input"] = inputs[0] if inputs else seen[key]
-
-            handles.append(self.module.get_submodule(path).register_forward_hook(hook))
-
-        for index in range(self.layers):
-            path = f"{self.layout.layers}.{index}"
-            watch(path, f"exit {index}")
-            watch(f"{path}.{self.layout.attention_write}", f"attention {index}")
-            watch(f"{path}.{self.layout.mlp_write}", f"mlp {index}")
-        watch(self.layout.final_norm, "final")
-        try:
-            with torch.no_grad():
-                options = {"use_cache": False} if self.causal else {}
-                logits = self.module(input_ids=ids, **options).logits
-        finally:
-            for handle in handles:
-                handle.remove()
-        for index in range(self.layers):
-            entry = seen[f"exit {index - 1}"] if index else seen["exit 0 input"]
-            layer = self.module.get_submodule(f"{self.layout.layers}.{index}")
-            total = normed(layer, self.layout.attention_add_norm, entry + seen[f"attention {index}"])
-            total = normed(layer, self.layout.mlp_add_norm, total + seen[f"mlp {index}"])
-            if not torch.allclose(
-                total, seen[f"exit {index}"], rtol=1e-2, atol=1e-2 * float(total.abs().max())
-            ):
-                raise InputError(
-                    f"{self.name} ({self.family}): layer {index} is not entry + attention + MLP with the "
-                    f"parts {self.layout.attention_write!r} and {self.layout.mlp_write!r}; name them by "
-                    "hand: load(model, parts={'attention_write': ..., 'mlp_write': ...})"
-                )
-        if not torch.allclose(self.unembed(seen["final"]), logits.float(), rtol=1e-2, atol=1e-2):
+        options = {"use_cache": False} if self.causal else {}
+        output, final = self.check_sums(lambda: self.module(input_ids=ids, **options))
+        if not torch.allclose(self.unembed(final), output.logits.float(), rtol=1e-2, atol=1e-2):
             raise InputError(
                 f"{self.name} ({self.family}): logits are not unembedding(final norm); its NLL would be wrong"
             )
-
-    @property
-    def settings(self) -> str:
-        """The configuration without what does not change what is computed, as JSON."""
-        kept = {k: v for k, v in self.config.to_dict().items() if k not in INCIDENTAL}
-        return json.dumps(kept, sort_keys=True, default=str)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """SHA-256 over all weights and the configuration: what the model computes depends on nothing else.
-
-        Of weights at a server: over their name, the commit they were published as, and the server.
-        """
-        digest = hashlib.sha256()
-        digest.update(self.settings.encode())
-        if self.remote is not None and self.weightless:
-            where = f"{self.name} at {self.remote.host}, commit {self.remote.commit}, {self.dtype}"
-            digest.update(where.encode())
-            return digest.hexdigest()
-        for name, tensor in sorted(self.module.state_dict().items()):
-            if tensor.device.type == "meta":
-                raise InputError(f"{self.name}: the weights of {name!r} are not in memory, so have no hash")
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        return digest.hexdigest()
 
     @property
     def tested(self) -> bool:
@@ -341,8 +176,3 @@ def opening_token(tokenizer: Any, causal: bool) -> int | None:
         return tokenizer.bos_token_id
     return tokenizer.cls_token_id
 
-
-@torch.no_grad()
-def normed(layer: nn.Module, name: str, x: Tensor) -> Tensor:
-    """The output of a layer's norm, or the input where there is no such norm."""
-    return layer.get_submodule(name).forward(x) if name else x

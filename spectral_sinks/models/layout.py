@@ -142,7 +142,7 @@ def find_layout(model: nn.Module, given: Mapping[str, str] | None = None) -> Lay
             _get(model, given[part], part)
 
     found: dict[str, Any] = {
-        part: given.get(part) or _first(model, part, SEARCHED[part]) for part in ("layers", "final_norm")
+        part: given.get(part) or first(model, part, SEARCHED[part]) for part in ("layers", "final_norm")
     }
     for part, module in (
         ("embedding", model.get_input_embeddings()),  # pyright: ignore[reportCallIssue]
@@ -154,20 +154,20 @@ def find_layout(model: nn.Module, given: Mapping[str, str] | None = None) -> Lay
     if not isinstance(layers, nn.ModuleList) or len(layers) == 0:
         raise InputError(f"{found['layers']} is not a list of layers; name it by parts={{'layers': '...'}}")
     layer = layers[0]
-    if _has(layer, POST_NORM["attention_add_norm"]):
+    if has(layer, POST_NORM["attention_add_norm"]):
         given = POST_NORM | given
     for part in ("attention_add_norm", "mlp_add_norm"):
         found[part] = given.get(part, "")
-    found["transform"] = given.get("transform", next((name for name in TRANSFORMS if _has(model, name)), ""))
+    found["transform"] = given.get("transform", next((name for name in TRANSFORMS if has(model, name)), ""))
     post_normed = hasattr(layer, "post_feedforward_layernorm")
     for part in ("attention", "mlp"):
-        found[part] = given.get(part) or _first(layer, part, SEARCHED[part])
+        found[part] = given.get(part) or first(layer, part, SEARCHED[part])
     bare = post_normed and not hasattr(layer, "pre_feedforward_layernorm")  # OLMo 2: norms only after
     for part in ("attention_norm", "mlp_norm"):
         if part in given:
             found[part] = given[part]
         else:
-            found[part] = "" if bare else _first(layer, part, SEARCHED[part])
+            found[part] = "" if bare else first(layer, part, SEARCHED[part])
     found["attention_write"] = given.get("attention_write") or (
         "post_attention_layernorm" if post_normed else found["attention"]
     )
@@ -188,7 +188,7 @@ def find_layout(model: nn.Module, given: Mapping[str, str] | None = None) -> Lay
             found[part] = given[part]
         elif part not in found:
             raise InputError(_missing(part, [n for names, _ in PROJECTIONS for n in names], prefix))
-    found["attention_projection"] = given.get("attention_projection") or prefix + _first(
+    found["attention_projection"] = given.get("attention_projection") or prefix + first(
         attention, "attention_projection", SEARCHED["attention_projection"], prefix
     )
     if given.get("fused") in ("blocks", "heads"):
@@ -198,7 +198,8 @@ def find_layout(model: nn.Module, given: Mapping[str, str] | None = None) -> Lay
     return Layout(fused=fused, **{part: name for part, name in found.items() if part != "fused"})
 
 
-def _has(module: nn.Module, name: str) -> bool:
+def has(module: nn.Module, name: str) -> bool:
+    """Whether a module has a part of that dotted name."""
     try:
         module.get_submodule(name)
     except AttributeError:
@@ -206,9 +207,10 @@ def _has(module: nn.Module, name: str) -> bool:
     return True
 
 
-def _first(module: nn.Module, part: str, names: tuple[str, ...], prefix: str = "") -> str:
+def first(module: nn.Module, part: str, names: tuple[str, ...], prefix: str = "") -> str:
+    """The first of some names that a module has; raises InputError where it has none."""
     for name in names:
-        if _has(module, name):
+        if has(module, name):
             return name
     raise InputError(_missing(part, list(names), prefix))
 

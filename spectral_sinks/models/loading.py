@@ -76,7 +76,7 @@ def load(
         source = find_source(str(model), revision)
         module = _load_module(source, dtype, device_map, attention, allow_pickle, trust_remote_code)
         if device is not None:
-            module = _moved(module, device)
+            module = moved(module, device)
         tokenizer = tokenizer or load_tokenizer(source, trust_remote_code)
         name = source.name
     else:
@@ -90,7 +90,7 @@ def load(
                 "nnsight"
             )
         if device is not None:
-            module = _moved(module, device)
+            module = moved(module, device)
         if isinstance(model, TransformersModel):
             tokenizer = tokenizer or model.tokenizer
         name = getattr(module.config, "name_or_path", "") or type(module).__name__
@@ -110,7 +110,7 @@ def load(
             "its configuration, or load it as a masked language model"
         )
     wrapped = model if isinstance(model, TransformersModel) else wrap(module, tokenizer)
-    loaded = LanguageModel(wrapped, layout, name, tokenizer, whereabouts(remote, None, factors))
+    loaded = LanguageModel(wrapped, layout, name, tokenizer, remote=whereabouts(remote, None, factors))
     if not loaded.tested or parts:
         loaded.check()
     return loaded
@@ -136,7 +136,7 @@ def _afar(
     place = whereabouts(remote, source.revision, factors, dtype)
     tokenizer = tokenizer or load_tokenizer(source, trust_remote_code)
     nn, layout = weightless(source, tokenizer, attention, dtype, parts, revision, trust_remote_code)
-    return LanguageModel(nn, layout, source.name, tokenizer, place)
+    return LanguageModel(nn, layout, source.name, tokenizer, remote=place)
 
 
 def _load_module(
@@ -216,7 +216,8 @@ def _layout(name: str, module: Any, parts: Mapping[str, str] | None) -> Layout:
         raise
 
 
-def _moved(module: Any, device: str | torch.device) -> Any:
+def moved(module: Any, device: str | torch.device) -> Any:
+    """The module on a device. Raises InputError where that cannot be."""
     try:
         return module.to(device)
     except (RuntimeError, AssertionError) as error:  # no such device, none here, or too little memory on it

@@ -1,4 +1,4 @@
-"""Norms as they act: the gain of RMSNorm and LayerNorm, whatever form it is stored in."""
+"""Norms as they act: the gain of RMSNorm, LayerNorm and LayerScale, whatever form it is stored in."""
 
 from typing import Any
 
@@ -10,10 +10,12 @@ from spectral_sinks.errors import InputError
 
 
 def gain_of(norm: Any, d: int) -> Float[Tensor, "d"]:
-    """What a norm multiplies each coordinate by, float32: `weight`, or `1 + weight` (Gemma).
+    """What a norm multiplies each coordinate by, float32: `weight`, `1 + weight` (Gemma), a layer scale.
 
     Raises InputError for a module that is no norm with a gain.
     """
+    if (scale := getattr(norm, "lambda1", None)) is not None:  # LayerScale of DINOv2 and DINOv3
+        return scale.detach().float().cpu()
     weight = getattr(norm, "weight", None)
     if weight is None:
         return torch.ones(d)

@@ -19,7 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 if TYPE_CHECKING:
-    from spectral_sinks.models.language import LanguageModel
+    from spectral_sinks.models.stream import Stream
 
 OPENING = "sdpa_opening"
 """Name of the implementation."""
@@ -70,7 +70,7 @@ def is_softmax(implementation: str) -> bool:
 
 
 @contextmanager
-def whole_maps(model: "LanguageModel") -> Iterator[None]:
+def whole_maps(model: "Stream") -> Iterator[None]:
     """Inside the block a trace sees whole maps: eager attention, what `attending` makes of it, or its own."""
     before = model.config._attn_implementation
     whole = WHOLE if before == BLOCKWISE else "eager"

@@ -9,17 +9,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from spectral_sinks.models.attending import AttentionCall, attending
-from spectral_sinks.models.language import LanguageModel
+from spectral_sinks.models.stream import Stream
 from spectral_sinks.models.norms import gain_of
 
 
-def key_norm(model: LanguageModel, layer: int) -> Any | None:
+def key_norm(model: Stream, layer: int) -> Any | None:
     """The norm that keys pass before they are turned (Qwen3, Gemma 3, OLMo 2); None without one."""
     attention = f"{model.layout.layers}.{layer}.{model.layout.attention}"
     return getattr(model.module.get_submodule(attention), "k_norm", None)
 
 
-def key_gain(model: LanguageModel, layer: int) -> Float[Tensor, "key_heads size"]:
+def key_gain(model: Stream, layer: int) -> Float[Tensor, "key_heads size"]:
     """The gain of the norm that keys pass, by head; ones where they pass none."""
     norm, size = key_norm(model, layer), model.head_size
     if norm is None:
@@ -28,7 +28,7 @@ def key_gain(model: LanguageModel, layer: int) -> Float[Tensor, "key_heads size"
 
 
 @contextmanager
-def unturned_keys(model: LanguageModel) -> Iterator[dict[int, Tensor]]:
+def unturned_keys(model: Stream) -> Iterator[dict[int, Tensor]]:
     """Inside the block, the last pass's keys by layer as they were before positions turned them.
 
     They are the outputs of the projection, or of the norm after it; `arranged` puts them in order.
@@ -63,7 +63,7 @@ def arranged(unturned: Tensor, call: AttentionCall) -> Float[Tensor, "batch key_
     return min(either, key=lambda x: float((norms / x.norm(dim=-1).clamp_min(1e-30)).std()))
 
 
-def key_turns(model: LanguageModel, place: int) -> Float[Tensor, "layers size size"]:
+def key_turns(model: Stream, place: int) -> Float[Tensor, "layers size size"]:
     """What becomes of keys at a position between their projection (or its norm) and the products.
 
     With matrix R of a layer, a key `k` enters the products as `k @ R`: a rotation for rotary embeddings,
@@ -102,7 +102,7 @@ def key_turns(model: LanguageModel, place: int) -> Float[Tensor, "layers size si
     return torch.stack(found)
 
 
-def _source(model: LanguageModel, layer: int) -> Any:
+def _source(model: Stream, layer: int) -> Any:
     """The module whose output positions turn."""
     path = f"{model.layout.layers}.{layer}.{model.layout.keys}"
     norm = key_norm(model, layer)

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from spectral_sinks.errors import InputError
-from spectral_sinks.models.language import LanguageModel
+from spectral_sinks.models.stream import Stream
 from spectral_sinks.models.norms import gain_of
 
 Part = Literal["q", "k", "v", "gate", "up", "o", "down"]
@@ -18,8 +18,8 @@ Part = Literal["q", "k", "v", "gate", "up", "o", "down"]
 PARTS: tuple[Part, ...] = get_args(Part)
 WRITERS: tuple[Part, ...] = ("o", "down")
 
-UP = ("up_proj", "c_fc", "dense_h_to_4h")
-DOWN = ("down_proj", "c_proj", "dense_4h_to_h", "Wo")
+UP = ("up_proj", "c_fc", "dense_h_to_4h", "fc1")
+DOWN = ("down_proj", "c_proj", "dense_4h_to_h", "Wo", "fc2")
 FUSED = ("gate_up_proj", "Wi")
 """Gate and up in one matrix, the gate (what passes the activation) first."""
 
@@ -60,7 +60,7 @@ class Weight:
         return rows
 
 
-def residual_weights(model: LanguageModel) -> Iterator[Weight]:
+def residual_weights(model: Stream) -> Iterator[Weight]:
     """The readers and writers of every layer, by head; `gate` only where the MLP has one.
 
     Fused projections are taken apart, and so are the experts of gpt-oss. Raises InputError for an MLP whose
@@ -77,7 +77,7 @@ def residual_weights(model: LanguageModel) -> Iterator[Weight]:
             yield Weight(part, layer, unit, rows, *(after if part in WRITERS else before))
 
 
-def attention_weights(model: LanguageModel, layer: int) -> Iterator[Weight]:
+def attention_weights(model: Stream, layer: int) -> Iterator[Weight]:
     """The readers `q`, `k`, `v` and the writer `o` of one layer's attention, by head."""
     layout = model.layout
     block: Any = model.module.get_submodule(f"{layout.layers}.{layer}")
@@ -111,7 +111,7 @@ def _outputs(module: Any) -> Float[Tensor, "outputs inputs"]:
     return (module.weight if isinstance(module, nn.Linear) else module.weight.T).detach()
 
 
-def _mlp(block: Any, model: LanguageModel) -> Iterator[tuple[Part, int, Tensor]]:
+def _mlp(block: Any, model: Stream) -> Iterator[tuple[Part, int, Tensor]]:
     mlp = block.get_submodule(model.layout.mlp)
     if model.layout.mlp_add_norm:  # BERT: the writer is no part of the module that reads
         yield "up", -1, _outputs(mlp.dense)
@@ -140,7 +140,7 @@ def _mlp(block: Any, model: LanguageModel) -> Iterator[tuple[Part, int, Tensor]]
     yield "down", -1, _outputs(getattr(mlp, down)).T
 
 
-def _experts(experts: Any, model: LanguageModel) -> Iterator[tuple[Part, int, Tensor]]:
+def _experts(experts: Any, model: Stream) -> Iterator[tuple[Part, int, Tensor]]:
     """Experts as gpt-oss stores them: `experts x d x 2 inner`, gate and up alternating."""
     both, down = getattr(experts, "gate_up_proj", None), getattr(experts, "down_proj", None)
     if model.family != "gpt_oss" or not isinstance(both, Tensor) or not isinstance(down, Tensor):

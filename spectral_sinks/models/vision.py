@@ -1,0 +1,247 @@
+"""An image encoder as the rest of the package sees it: parts, patch grid, prefix tokens, what reads it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from spectral_sinks.errors import InputError
+from spectral_sinks.models.layout import Layout, first, has
+from spectral_sinks.models.stream import Stream
+
+VISION_FAMILIES = frozenset(
+    {"dinov2", "dinov2_with_registers", "dinov3_vit", "vit", "deit", "clip_vision_model"}
+    | {"siglip_vision_model"}
+)
+"""Model types of image encoders whose layout is tested; any other is checked against a forward pass."""
+
+TOWERS = ("dinov2", "dinov2_with_registers", "vit", "deit", "model", "vision_model", "vision_tower", "")
+"""Where the encoder stands in a model with a head."""
+
+SEARCHED: dict[str, tuple[str, ...]] = {
+    "layers": ("layers", "encoder.layer", "encoder.layers", "model.layer", "layer"),
+    "embedding": ("embeddings",),
+    "final_norm": ("layernorm", "norm", "post_layernorm"),
+    "attention": ("attention", "self_attn"),
+    "mlp": ("mlp",),
+    "attention_norm": ("norm1", "layernorm_before", "layer_norm1"),
+    "mlp_norm": ("norm2", "layernorm_after", "layer_norm2"),
+    "queries": ("q_proj",),
+    "keys": ("k_proj",),
+    "values": ("v_proj",),
+    "attention_projection": ("o_proj", "out_proj"),
+}
+
+OF_TOWER = ("layers", "embedding", "final_norm")
+OF_ATTENTION = ("queries", "keys", "values", "attention_projection")
+HEADS = ("classifier", "cls_classifier", "distillation_classifier")
+
+
+@dataclass(frozen=True, eq=False)
+class VisionModel(Stream):
+    """A transformers image encoder, with or without a classifier head, wrapped by nnsight.
+
+    Make one with `load_vision`. The tokens of an image are its `prefix`, then the patches row by row.
+    """
+
+    processor: Any = None
+    """The image processor that the checkpoint ships; None without one (pixels can still be measured)."""
+
+    @cached_property
+    def tower(self) -> Any:
+        """The encoder without its head."""
+        return self.module.get_submodule(self.layout.embedding.rpartition(".")[0])
+
+    @cached_property
+    def config(self) -> Any:
+        """The configuration of the encoder."""
+        return self.tower.config
+
+    @property
+    def patch_size(self) -> int:
+        """Side of a patch in pixels."""
+        size = self.config.patch_size
+        return size if isinstance(size, int) else size[0]
+
+    @property
+    def image_size(self) -> int | None:
+        """Side in pixels of the images that it was made for; None where the configuration does not say."""
+        size = getattr(self.config, "image_size", None)
+        return size if isinstance(size, int) or size is None else size[0]
+
+    @cached_property
+    def prefix(self) -> tuple[str, ...]:
+        """Names of the tokens before the patches: "cls", then "distillation" (DeiT) or "reg1", "reg2", ..."""
+        part = self.tower.embeddings
+        if not hasattr(part, "cls_token") and not hasattr(part, "class_embedding"):
+            return ()
+        registers = getattr(self.config, "num_register_tokens", 0) or 0
+        distilled = ("distillation",) if hasattr(part, "distillation_token") else ()
+        return ("cls", *distilled, *(f"reg{index + 1}" for index in range(registers)))
+
+    @property
+    def registers(self) -> tuple[int, ...]:
+        """Positions of the register tokens."""
+        return tuple(place for place, name in enumerate(self.prefix) if name.startswith("reg"))
+
+    @property
+    def cls(self) -> int | None:
+        """Position of the [CLS] token; None without one (SigLIP)."""
+        return 0 if self.prefix else None
+
+    def grid(self, pixels: Float[Tensor, "batch channels height width"]) -> tuple[int, int]:
+        """Rows and columns of patches. Raises InputError for images without a whole patch."""
+        rows, columns = (side // self.patch_size for side in pixels.shape[-2:])
+        if not rows or not columns:
+            raise InputError(
+                f"images of {pixels.shape[-2]} x {pixels.shape[-1]} pixels: {self.name} has patches of "
+                f"{self.patch_size} x {self.patch_size}"
+            )
+        return rows, columns
+
+    def kinds(self, pixels: Float[Tensor, "batch channels height width"]) -> Int[Tensor, "batch tokens"]:
+        """A number for the kind of each token: place in `prefix`, and `len(prefix)` for a patch."""
+        rows, columns = self.grid(pixels)
+        row = [*range(len(self.prefix)), *[len(self.prefix)] * (rows * columns)]
+        return torch.tensor(row).expand(len(pixels), -1)
+
+    def inputs(self, batch: Float[Tensor, "batch channels height width"]) -> dict[str, Any]:
+        """What the model's forward pass takes; positions are interpolated for images of another size."""
+        self.grid(batch)
+        given: dict[str, Any] = {"pixel_values": batch.to(self.dtype)}
+        fixed = not self.family.startswith("dino")  # which interpolate, or turn keys, by themselves
+        if fixed and tuple(batch.shape[-2:]) != (self.image_size, self.image_size):
+            given["interpolate_pos_encoding"] = True
+        return given
+
+    def final(self) -> Any:
+        """Inside a trace, the residual stream `[batch, tokens, d]` after the final norm.
+
+        CLIP norms its pooled token alone: the last layer's exit is returned, which is what is read of it.
+        """
+        if self.family == "clip_vision_model":
+            return self.layer(self.layers - 1).output
+        return super().final()
+
+    @property
+    def reading(self) -> tuple[str, ...]:
+        """Names of the matrices that read the residual stream for the head: empty without a head."""
+        return tuple(f"{name}.weight" for name in HEADS if has(self.module, name) and self._linear(name))
+
+    def _linear(self, name: str) -> bool:
+        return isinstance(self.module.get_submodule(name), torch.nn.Linear)
+
+    @property
+    def classes(self) -> int:
+        """Number of classes of the head; 0 without one."""
+        return self.module.get_parameter(self.reading[0]).shape[0] if self.reading else 0
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the classes."""
+        names = self.module.config.id2label
+        return tuple(names[index] for index in range(self.classes))
+
+    @property
+    def unembedding_weight(self) -> Float[Tensor, "rows d"]:
+        """What the classifier reads of the residual stream: a row for each class and token it reads.
+
+        The head of DINOv2 reads [CLS] beside the mean of the patches, DeiT's two heads read two tokens; their
+        halves stand one below the other. Raises InputError without a head.
+        """
+        if not self.reading:
+            raise InputError(
+                f"{self.name} has no classifier head, so nothing names what is read of its residual stream: "
+                "name a matrix, such as "
+                f"read_spectrum(model, '{self.layout.layers}.0.{self.layout.values}.weight')"
+            )
+        weights = [self.module.get_parameter(name) for name in self.reading]
+        return torch.cat([part for weight in weights for part in weight.split(self.d, dim=1)])
+
+    @property
+    def embedding_weight(self) -> Float[Tensor, "inputs d"]:
+        """What the patch embedding writes, a row for each of a patch's values."""
+        name = next(
+            name for name, part in self.tower.embeddings.named_modules() if isinstance(part, torch.nn.Conv2d)
+        )
+        return self.tower.embeddings.get_submodule(name).weight.flatten(1).T
+
+    @property
+    def tied(self) -> bool:
+        return False
+
+    def logits(self) -> Any:
+        """Inside a trace, what the head gives, `[batch, classes]`. Raises InputError without a head."""
+        if not self.reading:
+            raise InputError(f"{self.name} has no classifier head")
+        return self.nn.output.logits
+
+    def check(self) -> None:
+        """Run one image and see that layers add up and tokens are as counted; raises InputError otherwise."""
+        side = self.image_size or 2 * self.patch_size
+        pixels = torch.zeros(1, self.config.num_channels, side, side, device=self.device)
+        options = self.inputs(pixels)
+        seen: list[int] = []
+
+        def count(_: Any, given: Any, output: Any) -> None:
+            seen.append((output[0] if isinstance(output, tuple) else output).shape[-2])
+
+        last = self.module.get_submodule(f"{self.layout.layers}.{self.layers - 1}")
+        handle = last.register_forward_hook(count)
+        try:
+            self.check_sums(lambda: self.module(**options))
+        finally:
+            handle.remove()
+        if seen != [tokens := self.kinds(pixels).shape[1]]:
+            raise InputError(
+                f"{self.name} ({self.family}) makes {seen[0]} tokens of an image of {side} x {side}, and "
+                f"{tokens} were expected: {', '.join(self.prefix) or 'no prefix'} and the patches"
+            )
+
+    @property
+    def tested(self) -> bool:
+        return self.family in VISION_FAMILIES
+
+    def __repr__(self) -> str:
+        return (
+            f"VisionModel({self.name}, {self.family}, {self.layers} layers, d {self.d}, {self.heads} heads, "
+            f"patches of {self.patch_size}, {', '.join(self.prefix) or 'no prefix'}, "
+            f"{self.classes or 'no'} classes, {self.dtype})"
+        )
+
+
+def vision_layout(module: Any, given: Mapping[str, str] | None = None) -> Layout:
+    """The layout of an image encoder; `given` names parts by hand.
+
+    Raises InputError that says which part was not found and how to name it.
+    """
+    given = dict(given or {})
+    tower = next((name for name in TOWERS if has(module, f"{name}.embeddings".lstrip("."))), None)
+    if tower is None:
+        raise InputError(
+            f"{type(module).__name__} holds no image encoder that is known: expected DINOv2, DINOv3, ViT, "
+            "DeiT, or the vision tower of CLIP or SigLIP"
+        )
+    start = f"{tower}." if tower else ""
+    found: dict[str, str] = {}
+    for part in OF_TOWER:
+        name = given.get(part) or start + first(module.get_submodule(tower), part, SEARCHED[part], start)
+        found[part] = name
+    layer = module.get_submodule(found["layers"])[0]
+    for part in ("attention", "mlp", "attention_norm", "mlp_norm"):
+        found[part] = given.get(part) or first(layer, part, SEARCHED[part])
+    for part in OF_ATTENTION:
+        inside = f"{found['attention']}."
+        attention = layer.get_submodule(found["attention"])
+        found[part] = given.get(part) or inside + first(attention, part, SEARCHED[part], inside)
+    for part, scale, plain in (
+        ("attention_write", "layer_scale1", "attention"),
+        ("mlp_write", "layer_scale2", "mlp"),
+    ):
+        found[part] = given.get(part) or (scale if has(layer, scale) else found[plain])
+    head = next((name for name in HEADS if has(module, name)), "")
+    return Layout(unembedding=given.get("unembedding", head), **found)
