@@ -21,7 +21,7 @@ class Pixels:
     """Images as a model reads them, all of one size; each is a document of its own."""
 
     images: Any
-    """A sequence of upright RGB pictures, or a tensor `[images, channels, height, width]`, ready to be read."""
+    """A sequence of upright RGB pictures, or a tensor `[images, channels, height, width]` of what is read."""
     model: VisionModel
     options: dict[str, Any]
     """What the processor is told beside its settings."""
@@ -90,8 +90,8 @@ def pixels(
     """What a model reads of images: its processor's work, or with `size` a plain resize to that square.
 
     `images` is what `ss.images` gives, a sequence of PIL images, or a tensor that is ready to be read.
-    Raises InputError for no images, pictures without a processor, a size that holds no whole patch, tensors of
-    another number of channels, and NaN or Inf.
+    Raises InputError for no images, pictures without a processor, a size that holds no whole patch, tensors
+    of another number of channels, and NaN or Inf.
     """
     if len(images) == 0:
         raise InputError("no images: give at least one")
@@ -108,8 +108,8 @@ def pixels(
             raise InputError("the pixels hold NaN or Inf")
     elif model.processor is None:
         raise InputError(
-            f"{model.name} came without an image processor: load_vision(model, processor=...), or give pixels "
-            "that are ready to be read"
+            f"{model.name} came without an image processor: load_vision(model, processor=...), or give a "
+            "tensor of what is to be read"
         )
     elif size is not None:
         options = {"size": {"height": size, "width": size}, "do_resize": True, "do_center_crop": False}

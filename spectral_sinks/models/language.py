@@ -15,6 +15,7 @@ from spectral_sinks.models.masked import predicts_masked
 from spectral_sinks.models.opening import BLOCKWISE, OPENING, WHOLE
 from spectral_sinks.models.stream import Stream
 
+
 @dataclass(frozen=True, eq=False)
 class LanguageModel(Stream):
     """A transformers language model, causal or masked, wrapped by nnsight, with its parts found.
@@ -175,4 +176,3 @@ def opening_token(tokenizer: Any, causal: bool) -> int | None:
     if causal or tokenizer.cls_token_id is None:
         return tokenizer.bos_token_id
     return tokenizer.cls_token_id
-

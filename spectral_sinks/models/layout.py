@@ -139,7 +139,7 @@ def find_layout(model: nn.Module, given: Mapping[str, str] | None = None) -> Lay
         raise InputError(f"no part is called {', '.join(unknown)}; parts: {', '.join(sorted(known))}")
     for part in OF_MODEL:
         if part in given:
-            _get(model, given[part], part)
+            submodule(model, given[part], part)
 
     found: dict[str, Any] = {
         part: given.get(part) or first(model, part, SEARCHED[part]) for part in ("layers", "final_norm")
@@ -150,7 +150,7 @@ def find_layout(model: nn.Module, given: Mapping[str, str] | None = None) -> Lay
     ):
         found[part] = given.get(part) or _name_of(model, module, part)
 
-    layers = _get(model, found["layers"], "layers")
+    layers = submodule(model, found["layers"], "layers")
     if not isinstance(layers, nn.ModuleList) or len(layers) == 0:
         raise InputError(f"{found['layers']} is not a list of layers; name it by parts={{'layers': '...'}}")
     layer = layers[0]
@@ -175,7 +175,7 @@ def find_layout(model: nn.Module, given: Mapping[str, str] | None = None) -> Lay
         "post_feedforward_layernorm" if post_normed else found["mlp"]
     )
 
-    attention = _get(layer, found["attention"], "attention")
+    attention = submodule(layer, found["attention"], "attention")
     prefix = found["attention"] + "."
     fused: Fused = ""
     for names, kind in PROJECTIONS:
@@ -194,7 +194,7 @@ def find_layout(model: nn.Module, given: Mapping[str, str] | None = None) -> Lay
     if given.get("fused") in ("blocks", "heads"):
         fused = "blocks" if given["fused"] == "blocks" else "heads"
     for part in set(given) - {*OF_MODEL, "fused"}:
-        _get(layer, given[part], part)
+        submodule(layer, given[part], part)
     return Layout(fused=fused, **{part: name for part, name in found.items() if part != "fused"})
 
 
@@ -223,7 +223,8 @@ def _missing(part: str, tried: list[str], prefix: str = "") -> str:
     )
 
 
-def _get(module: nn.Module, name: str, part: str) -> nn.Module:
+def submodule(module: nn.Module, name: str, part: str) -> nn.Module:
+    """A part that was named by hand; raises InputError where it is not there."""
     try:
         return module.get_submodule(name)
     except AttributeError as error:

@@ -9,8 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from spectral_sinks.models.attending import AttentionCall, attending
-from spectral_sinks.models.stream import Stream
 from spectral_sinks.models.norms import gain_of
+from spectral_sinks.models.stream import Stream
 
 
 def key_norm(model: Stream, layer: int) -> Any | None:

@@ -41,8 +41,8 @@ def load_vision(
     with its attention, and is put into evaluation mode.
 
     Raises InputError for a name that is neither a folder nor reachable, for missing, pickled (unless allowed)
-    or non-finite weights, for a checkpoint that runs code of its own (unless trusted), and for a model that is
-    no image encoder or whose parts are not found or do not add up.
+    or non-finite weights, for a checkpoint that runs code of its own (unless trusted), and for a model that
+    is no image encoder or whose parts are not found or do not add up.
     """
     if isinstance(model, VisionModel):
         return model

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from spectral_sinks.errors import InputError
-from spectral_sinks.models.layout import Layout, first, has
+from spectral_sinks.models.layout import Layout, first, has, submodule
 from spectral_sinks.models.stream import Stream
 
 VISION_FAMILIES = frozenset(
@@ -220,6 +220,8 @@ def vision_layout(module: Any, given: Mapping[str, str] | None = None) -> Layout
     Raises InputError that says which part was not found and how to name it.
     """
     given = dict(given or {})
+    if unknown := sorted(set(given) - {*SEARCHED, "attention_write", "mlp_write", "unembedding"}):
+        raise InputError(f"no part is called {', '.join(unknown)}; parts: {', '.join(sorted(SEARCHED))}")
     tower = next((name for name in TOWERS if has(module, f"{name}.embeddings".lstrip("."))), None)
     if tower is None:
         raise InputError(
@@ -227,11 +229,15 @@ def vision_layout(module: Any, given: Mapping[str, str] | None = None) -> Layout
             "DeiT, or the vision tower of CLIP or SigLIP"
         )
     start = f"{tower}." if tower else ""
-    found: dict[str, str] = {}
+    found: dict[str, Any] = {}
     for part in OF_TOWER:
+        if part in given:
+            submodule(module, given[part], part)
         name = given.get(part) or start + first(module.get_submodule(tower), part, SEARCHED[part], start)
         found[part] = name
-    layer = module.get_submodule(found["layers"])[0]
+    layer: Any = module.get_submodule(found["layers"])[0]
+    for part in set(given) - {*OF_TOWER, "unembedding"}:
+        submodule(layer, given[part], part)
     for part in ("attention", "mlp", "attention_norm", "mlp_norm"):
         found[part] = given.get(part) or first(layer, part, SEARCHED[part])
     for part in OF_ATTENTION:

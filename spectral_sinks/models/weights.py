@@ -9,8 +9,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from spectral_sinks.errors import InputError
-from spectral_sinks.models.stream import Stream
 from spectral_sinks.models.norms import gain_of
+from spectral_sinks.models.stream import Stream
 
 Part = Literal["q", "k", "v", "gate", "up", "o", "down"]
 """W_q, W_k, W_v, W_gate and W_up read the residual stream, W_o and W_down write to it."""
