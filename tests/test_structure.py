@@ -14,7 +14,7 @@ EXPERIMENTS = sorted((ROOT / "experiments").glob("*.py"))
 SPECTRA = {"errors", "spectra"}
 MODELS = SPECTRA | {"models"}
 INTERVENTIONS = MODELS | {"interventions"}
-MEASURE = INTERVENTIONS | {"measure", "stats", "texts"}
+MEASURE = INTERVENTIONS | {"measure", "stats", "texts", "images", "pixels"}
 SWEEPS = MEASURE | {"sweeps"}
 ALLOWED = {
     "errors": set[str](),
@@ -25,6 +25,8 @@ ALLOWED = {
     "sweeps": SWEEPS,
     "stats": {"errors", "stats"},
     "texts": MODELS | {"texts"},
+    "images": {"errors", "images"},
+    "pixels": MODELS | {"pixels"},
     "report": {"errors", "stats", "sweeps", "report"},
     "study": SWEEPS | {"study"},
     "__init__": SWEEPS | {"report", "study"},

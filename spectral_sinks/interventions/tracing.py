@@ -90,11 +90,13 @@ def trace(
         raise InputError(f"a pass that begins above layer {start - 1} has sites at or below it")
     seen = (lambda weights: weights) if attention is True else attention or None
     options = model.inputs(ids)
+    stops = bool(model.layout.transform)  # before the logits: such a head knows no `logits_to_keep`
     if model.causal:
-        options |= {"use_cache": cache is not None, "past_key_values": cache, "logits_to_keep": 1}
+        options |= {"use_cache": cache is not None, "past_key_values": cache}
+        options |= {} if stops else {"logits_to_keep": 1}
     with torch.set_grad_enabled(gradients), model.nn.trace(**options) as tracer:
         ss_result = nnsight.save(_walk(model, hooks, seen, resume, readout, read))
-        if model.layout.transform:  # before the logits: such a head knows no `logits_to_keep`
+        if stops:
             tracer.stop()
     return ss_result
 
