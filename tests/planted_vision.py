@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 MARK = 6.0
-"""What every pixel of a marked patch has; the others are noise around 0."""
+"""What every pixel of a marked patch has; the pixels of the others are noise with mean 0."""
 
 CHANNEL, TARGET = 5, 9
 """Coordinates of the stream: the one that holds a patch's mean pixel, and the one that outliers grow in."""
@@ -50,7 +50,7 @@ def plant(
 
 @torch.no_grad()
 def random_twin(family: str = "dinov2", seed: int = 0) -> Any:
-    """Make the same encoder with nothing planted."""
+    """Make the same encoder with nothing planted; its patch embedding does not see a patch's mean."""
     module = tinyvision.build(family, seed=seed)
     for parameter in module.parameters():
         if parameter.ndim > 1:
@@ -58,6 +58,8 @@ def random_twin(family: str = "dinov2", seed: int = 0) -> Any:
     for name, parameter in module.named_parameters():
         if parameter.ndim == 1:
             parameter.fill_(float(name.endswith(("weight", "lambda1"))))
+        elif parameter.ndim == 4:
+            parameter.sub_(parameter.mean((1, 2, 3), keepdim=True))
     return module
 
 
@@ -82,7 +84,8 @@ def marked(count: int = 6, each: int = 2, seed: int = 0) -> tuple[Tensor, Tensor
     generator = torch.Generator().manual_seed(seed)
     side, size = tinyvision.SIDE, tinyvision.PATCH
     rows = side // size
-    images = torch.randn(count, 3, side, side, generator=generator)
+    noise = torch.randn(count, 3, rows, size, rows, size, generator=generator)
+    images = (noise - noise.mean((1, 3, 5), keepdim=True)).reshape(count, 3, side, side)
     marks = torch.zeros(count, rows * rows, dtype=torch.bool)
     for image in range(count - 1):
         marks[image, torch.randperm(rows * rows, generator=generator)[:each]] = True
