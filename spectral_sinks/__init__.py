@@ -28,6 +28,7 @@ from spectral_sinks.measure.noop import Circuits, no_op_circuits
 from spectral_sinks.measure.outliers import Outliers, neighbour_similarity, outlier_onset, outliers
 from spectral_sinks.measure.positions import PositionAttention, attention_by_position
 from spectral_sinks.measure.preflight import preflight
+from spectral_sinks.measure.probes import token_probes
 from spectral_sinks.measure.references import massive_channels, mean_keys, mean_values
 from spectral_sinks.measure.repetition import distinct, loop_onset, repeated, repetition
 from spectral_sinks.measure.screen import first_order
@@ -245,6 +246,7 @@ __all__ = [
     "SweepFile",
     "t_interval",
     "TOGETHER",
+    "token_probes",
     "trace",
     "uncovered",
     "uniform_attention",
