@@ -4,6 +4,7 @@ from spectral_sinks.errors import InputError, RemoteError, SpectralWarning
 from spectral_sinks.interventions.added import KeyBias, Prefix, SinkLogit
 from spectral_sinks.interventions.moves import Move
 from spectral_sinks.interventions.probing import examine
+from spectral_sinks.interventions.registers import test_time_registers, with_registers, without_registers
 from spectral_sinks.interventions.sinks import CopyKey, MaskKey, Restrict, SetValue, Streaming
 from spectral_sinks.interventions.sites import Site
 from spectral_sinks.interventions.tracing import trace
@@ -236,6 +237,7 @@ __all__ = [
     "sweep",
     "SweepFile",
     "t_interval",
+    "test_time_registers",
     "TOGETHER",
     "trace",
     "uncovered",
@@ -245,6 +247,8 @@ __all__ = [
     "VisionModel",
     "weight_shares",
     "Windows",
+    "with_registers",
     "without_last_band",
+    "without_registers",
     "Zero",
 ]
