@@ -4,10 +4,11 @@ from spectral_sinks.errors import InputError, RemoteError, SpectralWarning
 from spectral_sinks.interventions.added import KeyBias, Prefix, SinkLogit
 from spectral_sinks.interventions.moves import Move
 from spectral_sinks.interventions.probing import examine
-from spectral_sinks.interventions.registers import test_time_registers, with_registers, without_registers
+from spectral_sinks.interventions.registers import test_time_registers, with_registers
 from spectral_sinks.interventions.sinks import CopyKey, MaskKey, Restrict, SetValue, Streaming
 from spectral_sinks.interventions.sites import Site
 from spectral_sinks.interventions.tracing import trace
+from spectral_sinks.interventions.trained import without_registers
 from spectral_sinks.measure.attention import (
     attention_by_head,
     attention_received,
@@ -28,11 +29,14 @@ from spectral_sinks.measure.noop import Circuits, no_op_circuits
 from spectral_sinks.measure.positions import PositionAttention, attention_by_position
 from spectral_sinks.measure.preflight import preflight
 from spectral_sinks.measure.references import massive_channels, mean_keys, mean_values
+from spectral_sinks.measure.registers import DINOV2_LARGE, register_neurons
+from spectral_sinks.measure.repair import register_repair
 from spectral_sinks.measure.repetition import distinct, loop_onset, repeated, repetition
 from spectral_sinks.measure.screen import first_order
 from spectral_sinks.measure.sink import Sink
 from spectral_sinks.measure.sinks import Sinks, find_sinks
 from spectral_sinks.measure.spectra import read_spectrum
+from spectral_sinks.measure.trained import register_ablation
 from spectral_sinks.measure.verdict import Measured, SinkVerdict, sink_verdict
 from spectral_sinks.measure.weights import weight_shares
 from spectral_sinks.models.attending import AttentionCall, attending
@@ -129,8 +133,9 @@ __all__ = [
     "describe",
     "designate",
     "Designation",
-    "Detectors",
     "detectors",
+    "Detectors",
+    "DINOV2_LARGE",
     "DirectionSwap",
     "distinct",
     "documents",
@@ -203,6 +208,9 @@ __all__ = [
     "rank_correlation",
     "read_spectrum",
     "received",
+    "register_ablation",
+    "register_neurons",
+    "register_repair",
     "RemoteError",
     "remove",
     "repeated",

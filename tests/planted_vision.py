@@ -17,7 +17,11 @@ PLANTABLE = ("dinov2", "dinov2 registers", "vit classifier", "deit", "clip", "si
 
 @torch.no_grad()
 def plant(
-    family: str = "dinov2", layer: int = 1, neurons: tuple[int, ...] = (3,), size: float = 300.0, seed: int = 0
+    family: str = "dinov2",
+    layer: int = 1,
+    neurons: tuple[int, ...] = (3,),
+    size: float = 300.0,
+    seed: int = 0,
 ) -> Any:
     """Make an encoder of small random weights whose `neurons` of one layer's MLP fire on marked patches alone.
 
@@ -29,7 +33,7 @@ def plant(
     model_layers = tinyvision.model(family).layout.layers
     for name, parameter in module.named_parameters():
         if "patch_embed" in name and parameter.ndim == 4:
-            parameter[CHANNEL] = 1 / parameter[0].numel()
+            parameter[CHANNEL] = 0.2 / parameter[0].numel()
         elif parameter.ndim >= 1 and parameter.shape[-1] == tinyvision.D and "embed" in name:
             parameter[..., CHANNEL] = 0
     blocks = module.get_submodule(model_layers)

@@ -141,10 +141,10 @@ def _install(
 
 
 @contextmanager
-def test_time_registers(  # no test, though named like one
+def test_time_registers(
     model: VisionModel,
     neurons: Neurons,
-    registers: int = 1,  # noqa: PT028
+    registers: int = 1,  # noqa: PT028  this is no test
 ) -> Iterator[VisionModel]:
     """Inside the block, the model has test-time registers: for `trace` and every measurement.
 
@@ -160,18 +160,24 @@ def test_time_registers(  # no test, though named like one
     Jiang et al. 2025. Their code gives all registers the same as well; but of a layer's neurons at once, over
     all tokens, it takes one largest value for all, where the paper and this take each neuron's own.
     """
-    fingerprint = model.__dict__.pop("fingerprint", None)
     remove = _install(model, model.module, by_layer(model, neurons), registers)
     try:
-        yield model
+        with fingerprinted_anew(model):
+            yield model
     finally:
         remove()
+
+
+@contextmanager
+def fingerprinted_anew(model: VisionModel) -> Iterator[None]:
+    """Inside the block the model's fingerprint is taken anew; the one known before is kept for later."""
+    known = model.__dict__.pop("fingerprint", None)
+    try:
+        yield
+    finally:
         model.__dict__.pop("fingerprint", None)
-        if fingerprint is not None:
-            model.__dict__["fingerprint"] = fingerprint
-
-
-test_time_registers.__test__ = False  # pyright: ignore[reportFunctionMemberAccess]  pytest takes the name
+        if known:
+            model.__dict__["fingerprint"] = known
 
 
 def with_registers(
@@ -191,25 +197,3 @@ def with_registers(
     made = copy.deepcopy(model.module)
     _install(model, made, chosen, registers, keep)
     return made
-
-
-@contextmanager
-def without_registers(model: VisionModel) -> Iterator[VisionModel]:
-    """Inside the block, the model has no trained registers: they are taken out from the embedding on.
-
-    Raises InputError for a model without any.
-    """
-    part = model.tower.embeddings
-    if not model.registers:
-        raise InputError(f"{model.name} has no trained registers: its tokens are {', '.join(model.prefix)}")
-    tokens, count = part.register_tokens, model.config.num_register_tokens
-    fingerprint = model.__dict__.pop("fingerprint", None)
-    part.register_tokens = nn.Parameter(tokens.detach()[:, :0], requires_grad=False)
-    model.config.num_register_tokens = 0
-    try:
-        yield model
-    finally:
-        part.register_tokens, model.config.num_register_tokens = tokens, count
-        model.__dict__.pop("fingerprint", None)
-        if fingerprint is not None:
-            model.__dict__["fingerprint"] = fingerprint
