@@ -30,7 +30,7 @@ from spectral_sinks.measure.positions import PositionAttention, attention_by_pos
 from spectral_sinks.measure.preflight import preflight
 from spectral_sinks.measure.references import massive_channels, mean_keys, mean_values
 from spectral_sinks.measure.registers import DINOV2_LARGE, register_neurons
-from spectral_sinks.measure.repair import register_repair
+from spectral_sinks.measure.repair import register_maps, register_repair
 from spectral_sinks.measure.repetition import distinct, loop_onset, repeated, repetition
 from spectral_sinks.measure.screen import first_order
 from spectral_sinks.measure.sink import Sink
@@ -133,8 +133,8 @@ __all__ = [
     "describe",
     "designate",
     "Designation",
-    "detectors",
     "Detectors",
+    "detectors",
     "DINOV2_LARGE",
     "DirectionSwap",
     "distinct",
@@ -194,8 +194,8 @@ __all__ = [
     "omega",
     "outside",
     "phi",
-    "Pixels",
     "pixels",
+    "Pixels",
     "plan",
     "PositionAttention",
     "Prefix",
@@ -209,6 +209,7 @@ __all__ = [
     "read_spectrum",
     "received",
     "register_ablation",
+    "register_maps",
     "register_neurons",
     "register_repair",
     "RemoteError",

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ from spectral_sinks.interventions.registers import Neurons, by_layer, mlp_output
 from spectral_sinks.measure.registers import Looked, cut_offs, likeness, look, patch_norms, tabled
 from spectral_sinks.models.vision import VisionModel
 from spectral_sinks.pixels import Pixels
+
+MAPS = ("norm before", "norm after", "attention before", "attention after")
 
 
 def register_repair(
@@ -71,6 +74,34 @@ def register_repair(
     order = {state: place for place, state in enumerate(states)}
     table = tabled(values, ("state", "layer", "measure")).astype({"layer": "Int64"})
     return table.sort_values("state", key=lambda s: s.map(order), kind="stable").reset_index(drop=True)
+
+
+def register_maps(
+    model: VisionModel,
+    pixels: Pixels,
+    neurons: Neurons,
+    *,
+    registers: int = 1,
+    layer: int = -1,
+    batch_size: int = 16,
+) -> dict[str, Float[NDArray[np.float32], "images rows columns"]]:
+    """Maps over the patches of each image, before and after test-time registers, for `figures.registers`.
+
+    "norm before", "norm after" at the exit of `layer`; "attention before", "attention after" of [CLS] in that
+    layer, averaged over heads, where there is a [CLS].
+    """
+    maps: dict[str, list[NDArray[Any]]] = defaultdict(list)
+    for _, batch in pixels.batches(batch_size):
+        for when, edit in (
+            ("before", nullcontext()),
+            ("after", test_time_registers(model, neurons, registers)),
+        ):
+            with edit:
+                found, start = look(model, batch, attention=True), len(model.prefix)
+            maps[f"norm {when}"].append(found.norms[:, layer])
+            if found.attention is not None:
+                maps[f"attention {when}"].append(found.attention[:, layer, :, start:].mean(1))
+    return {name: np.concatenate(maps[name]).reshape(-1, *pixels.grid) for name in MAPS if name in maps}
 
 
 def pairs(chosen: dict[int, tuple[int, ...]]) -> list[tuple[int, int]]:

@@ -195,6 +195,17 @@ def test_heads_do_not_see_added_tokens(family: str) -> None:
     torch.testing.assert_close(found, expected)
 
 
+def test_the_pooling_head_of_siglip_does_not_see_added_tokens() -> None:
+    model, batch = tinyvision.model("siglip"), tinyvision.images()
+    with ss.test_time_registers(model, NEURONS, 2):
+        final = stream(model, batch)[1]
+    with torch.no_grad():
+        expected = tinyvision.plain("siglip").head(final[:, 2:])
+        for keep in (False, True):
+            built: Any = ss.with_registers(model, NEURONS, 2, keep=keep)
+            torch.testing.assert_close(built(batch).pooler_output, expected)
+
+
 @pytest.mark.parametrize("family", ["dinov2", "dinov3", "siglip", "clip", "vit classifier"])
 def test_built_in_survives_copying_and_pickling(family: str) -> None:
     model, batch = tinyvision.model(family), tinyvision.images()

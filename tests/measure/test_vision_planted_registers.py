@@ -1,5 +1,6 @@
 """Register neurons, their repair and ablations of trained registers, where the answer is planted."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -147,6 +148,7 @@ def test_vision_planted_repair_attention_is_that_of_eager_maps() -> None:
     with ss.test_time_registers(model, neurons, 2):
         maps = ss.trace(model, images, {}, attention=True, readout=lambda _, __, maps: maps)
     flat = marks.flatten(1)
+    entropy = 1.0
     for layer, weights in enumerate(maps):
         rows = weights[:, :, 0].double().numpy()
         patches = rows[..., 3:] / rows[..., 3:].sum(-1, keepdims=True)
@@ -308,12 +310,34 @@ def test_vision_planted_ablation_with_labels_and_bad_requests() -> None:
     table = ss.register_ablation(model, given, edits=["zero"])
     assert mean(table, edit="none", measure="accuracy") == pytest.approx(0.8)
     assert mean(table, edit="none", measure="agreement") == 1
-    for options, message in (
+    requests: list[tuple[dict[str, Any], str]] = [
         ({"edits": ["halved"]}, "choose from removed"),
         ({"layers": (3,)}, "expected some of -1"),
         ({"layers": ()}, "expected some of -1"),
-    ):
+    ]
+    for options, message in requests:
         with pytest.raises(ss.InputError, match=message):
             ss.register_ablation(model, pixels, **options)
     with pytest.raises(ss.InputError, match="at least two images"):
         ss.register_ablation(model, ss.pixels(tinyvision.images(1), model))
+
+
+def test_vision_planted_maps_and_their_picture(tmp_path: Path) -> None:
+    """Norms stand where the marks are before, and nowhere after; attention is that of the repair table."""
+    model = load("dinov2")
+    images, marks = marked()
+    pixels = ss.pixels(images, model)
+    maps = ss.register_maps(model, pixels, PLANTED, registers=2, batch_size=4)
+    assert list(maps) == ["norm before", "norm after", "attention before", "attention after"]
+    assert all(found.shape == (6, 5, 5) for found in maps.values())
+    assert ((maps["norm before"] > 100) == marks.numpy()).all()
+    assert maps["norm after"].max() < 5
+    table = ss.register_repair(model, pixels, PLANTED, registers=2, draws=1)
+    for state, name in (("original", "attention before"), ("repaired", "attention after")):
+        on = (maps[name] * marks.numpy()).sum((1, 2))[:5].mean()
+        layer = model.layers - 1
+        assert mean(table, state=state, layer=layer, measure="attention on outliers") == pytest.approx(on)
+    ss.figures.registers([image.permute(1, 2, 0).numpy() for image in images[:3]], maps, tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size > 10_000
+    bare = ss.register_maps(load("siglip"), ss.pixels(images, load("siglip")), PLANTED)
+    assert list(bare) == ["norm before", "norm after"]
