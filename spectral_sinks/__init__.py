@@ -5,9 +5,11 @@ from spectral_sinks.images import Images, images
 from spectral_sinks.interventions.added import KeyBias, Prefix, SinkLogit
 from spectral_sinks.interventions.moves import Move
 from spectral_sinks.interventions.probing import examine
+from spectral_sinks.interventions.registers import test_time_registers, with_registers
 from spectral_sinks.interventions.sinks import CopyKey, MaskKey, Restrict, SetValue, Streaming
 from spectral_sinks.interventions.sites import Site
 from spectral_sinks.interventions.tracing import trace
+from spectral_sinks.interventions.trained import without_registers
 from spectral_sinks.measure.attention import (
     attention_by_head,
     attention_received,
@@ -30,11 +32,14 @@ from spectral_sinks.measure.positions import PositionAttention, attention_by_pos
 from spectral_sinks.measure.preflight import preflight
 from spectral_sinks.measure.probes import token_probes
 from spectral_sinks.measure.references import massive_channels, mean_keys, mean_values
+from spectral_sinks.measure.registers import DINOV2_LARGE, register_neurons
+from spectral_sinks.measure.repair import register_maps, register_repair
 from spectral_sinks.measure.repetition import distinct, loop_onset, repeated, repetition
 from spectral_sinks.measure.screen import first_order
 from spectral_sinks.measure.sink import Sink
 from spectral_sinks.measure.sinks import Sinks, find_sinks
 from spectral_sinks.measure.spectra import read_spectrum
+from spectral_sinks.measure.trained import register_ablation
 from spectral_sinks.measure.verdict import Measured, SinkVerdict, sink_verdict
 from spectral_sinks.measure.weights import weight_shares
 from spectral_sinks.models.attending import AttentionCall, attending
@@ -133,6 +138,7 @@ __all__ = [
     "Designation",
     "Detectors",
     "detectors",
+    "DINOV2_LARGE",
     "DirectionSwap",
     "distinct",
     "documents",
@@ -197,8 +203,8 @@ __all__ = [
     "outliers",
     "outside",
     "phi",
-    "Pixels",
     "pixels",
+    "Pixels",
     "plan",
     "PositionAttention",
     "Prefix",
@@ -211,6 +217,10 @@ __all__ = [
     "rank_correlation",
     "read_spectrum",
     "received",
+    "register_ablation",
+    "register_maps",
+    "register_neurons",
+    "register_repair",
     "RemoteError",
     "remove",
     "repeated",
@@ -245,6 +255,7 @@ __all__ = [
     "sweep",
     "SweepFile",
     "t_interval",
+    "test_time_registers",
     "TOGETHER",
     "token_probes",
     "trace",
@@ -255,6 +266,8 @@ __all__ = [
     "VisionModel",
     "weight_shares",
     "Windows",
+    "with_registers",
     "without_last_band",
+    "without_registers",
     "Zero",
 ]
