@@ -11,7 +11,7 @@ import spectral_sinks as ss
 
 
 def planted(grid: tuple[int, int], box: tuple[int, int, int, int], d: int = 8, noise: float = 0.0) -> Tensor:
-    """Features along one direction inside the box, and another that is more than a right angle off outside."""
+    """One direction inside the box, and another outside that correlates negatively with it."""
     x0, y0, x1, y1 = box
     generator = torch.Generator().manual_seed(0)
     features = noise * torch.randn(*grid, d, generator=generator, dtype=torch.float64)
