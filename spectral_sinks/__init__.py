@@ -17,6 +17,7 @@ from spectral_sinks.measure.attention import (
     uniform_attention,
 )
 from spectral_sinks.measure.bars import candidates, mark_bars, matched, received, strata
+from spectral_sinks.measure.boxes import corloc, read_boxes
 from spectral_sinks.measure.circuits import head_use
 from spectral_sinks.measure.compare import Comparison, compare
 from spectral_sinks.measure.designated import Designation, designate
@@ -25,8 +26,10 @@ from spectral_sinks.measure.effects import Effect, evaluate, evaluate_all, mean_
 from spectral_sinks.measure.energy import energy
 from spectral_sinks.measure.generation import continuation_nll, generate, generate_all
 from spectral_sinks.measure.lens import ALONE, TOGETHER, band_lens
+from spectral_sinks.measure.lost import Discovery, dino_seg, lost
 from spectral_sinks.measure.massive import massive_activations
 from spectral_sinks.measure.noop import Circuits, no_op_circuits
+from spectral_sinks.measure.objects import discover
 from spectral_sinks.measure.outliers import Outliers, neighbour_similarity, outlier_onset, outliers
 from spectral_sinks.measure.positions import PositionAttention, attention_by_position
 from spectral_sinks.measure.preflight import preflight
@@ -130,6 +133,7 @@ __all__ = [
     "continuation_nll",
     "Copied",
     "CopyKey",
+    "corloc",
     "Cost",
     "cut",
     "DEFAULT",
@@ -138,8 +142,11 @@ __all__ = [
     "Designation",
     "Detectors",
     "detectors",
+    "dino_seg",
     "DINOV2_LARGE",
     "DirectionSwap",
+    "discover",
+    "Discovery",
     "distinct",
     "documents",
     "Done",
@@ -174,6 +181,7 @@ __all__ = [
     "load",
     "load_vision",
     "loop_onset",
+    "lost",
     "mark_bars",
     "masked_ids",
     "masked_positions",
@@ -203,8 +211,8 @@ __all__ = [
     "outliers",
     "outside",
     "phi",
-    "pixels",
     "Pixels",
+    "pixels",
     "plan",
     "PositionAttention",
     "Prefix",
@@ -215,6 +223,7 @@ __all__ = [
     "random_subspace",
     "random_within",
     "rank_correlation",
+    "read_boxes",
     "read_spectrum",
     "received",
     "register_ablation",
