@@ -28,11 +28,13 @@ from spectral_sinks.measure.positions import PositionAttention, attention_by_pos
 from spectral_sinks.measure.preflight import preflight
 from spectral_sinks.measure.references import massive_channels, mean_keys, mean_values
 from spectral_sinks.measure.repetition import distinct, loop_onset, repeated, repetition
+from spectral_sinks.measure.ridge import LinearProbe
 from spectral_sinks.measure.screen import first_order
 from spectral_sinks.measure.sink import Sink
 from spectral_sinks.measure.sinks import Sinks, find_sinks
 from spectral_sinks.measure.spectra import read_spectrum
 from spectral_sinks.measure.verdict import Measured, SinkVerdict, sink_verdict
+from spectral_sinks.measure.vision_effects import ImageEffect, evaluate_images
 from spectral_sinks.measure.weights import weight_shares
 from spectral_sinks.models.attending import AttentionCall, attending
 from spectral_sinks.models.describe import describe
@@ -140,6 +142,7 @@ __all__ = [
     "energy_matched",
     "evaluate",
     "evaluate_all",
+    "evaluate_images",
     "examine",
     "farthest",
     "figures",
@@ -152,6 +155,7 @@ __all__ = [
     "grid",
     "head_use",
     "holm",
+    "ImageEffect",
     "InputError",
     "intersection",
     "jobs",
@@ -160,6 +164,7 @@ __all__ = [
     "ladder",
     "LanguageModel",
     "largest_within",
+    "LinearProbe",
     "load",
     "load_vision",
     "loop_onset",
