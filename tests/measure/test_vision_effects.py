@@ -134,7 +134,7 @@ def test_filter_and_complement_sum_to_the_input_at_every_site(family: str) -> No
                 x,
                 {} if each is None else {site: each},
                 [read],
-                readout=lambda _, r, __: [*r.values()][0],
+                readout=lambda _, r, __: next(iter(r.values())),
             )
             for each in (None, edit, edit.complement(), torch.zeros_like)
         )
