@@ -38,12 +38,14 @@ from spectral_sinks.measure.references import massive_channels, mean_keys, mean_
 from spectral_sinks.measure.registers import DINOV2_LARGE, register_neurons
 from spectral_sinks.measure.repair import register_maps, register_repair
 from spectral_sinks.measure.repetition import distinct, loop_onset, repeated, repetition
+from spectral_sinks.measure.ridge import LinearProbe
 from spectral_sinks.measure.screen import first_order
 from spectral_sinks.measure.sink import Sink
 from spectral_sinks.measure.sinks import Sinks, find_sinks
 from spectral_sinks.measure.spectra import read_spectrum
 from spectral_sinks.measure.trained import register_ablation
 from spectral_sinks.measure.verdict import Measured, SinkVerdict, sink_verdict
+from spectral_sinks.measure.vision_effects import ImageEffect, evaluate_images
 from spectral_sinks.measure.weights import weight_shares
 from spectral_sinks.models.attending import AttentionCall, attending
 from spectral_sinks.models.describe import describe
@@ -156,6 +158,7 @@ __all__ = [
     "energy_matched",
     "evaluate",
     "evaluate_all",
+    "evaluate_images",
     "examine",
     "farthest",
     "figures",
@@ -168,6 +171,7 @@ __all__ = [
     "grid",
     "head_use",
     "holm",
+    "ImageEffect",
     "Images",
     "images",
     "InputError",
@@ -178,6 +182,7 @@ __all__ = [
     "ladder",
     "LanguageModel",
     "largest_within",
+    "LinearProbe",
     "load",
     "load_vision",
     "loop_onset",
