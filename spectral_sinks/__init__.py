@@ -33,6 +33,7 @@ from spectral_sinks.measure.sink import Sink
 from spectral_sinks.measure.sinks import Sinks, find_sinks
 from spectral_sinks.measure.spectra import read_spectrum
 from spectral_sinks.measure.verdict import Measured, SinkVerdict, sink_verdict
+from spectral_sinks.measure.vision_sinks import VisionSinks, vision_sinks
 from spectral_sinks.measure.weights import weight_shares
 from spectral_sinks.models.attending import AttentionCall, attending
 from spectral_sinks.models.describe import describe
@@ -242,7 +243,9 @@ __all__ = [
     "uniform_attention",
     "union",
     "verify",
+    "vision_sinks",
     "VisionModel",
+    "VisionSinks",
     "weight_shares",
     "Windows",
     "without_last_band",

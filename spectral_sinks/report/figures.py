@@ -231,6 +231,8 @@ from spectral_sinks.report.lens import lens  # noqa: E402
 from spectral_sinks.report.no_bos import no_bos as no_bos  # noqa: E402
 from spectral_sinks.report.several import several as several  # noqa: E402
 from spectral_sinks.report.sinks import sinks as sinks  # noqa: E402
+from spectral_sinks.report.vision_sinks import attention_maps as attention_maps  # noqa: E402
+from spectral_sinks.report.vision_sinks import vision_sinks as vision_sinks  # noqa: E402
 from spectral_sinks.report.weights import weights  # noqa: E402
 
 __all__ = ["bars", "birth", "bos", "eu_dark", "ladder", "lens", "sink", "spectrum", "swap", "weights"]
