@@ -46,6 +46,7 @@ from spectral_sinks.measure.spectra import read_spectrum
 from spectral_sinks.measure.trained import register_ablation
 from spectral_sinks.measure.verdict import Measured, SinkVerdict, sink_verdict
 from spectral_sinks.measure.vision_effects import ImageEffect, evaluate_images
+from spectral_sinks.measure.vision_sinks import VisionSinks, vision_sinks
 from spectral_sinks.measure.weights import weight_shares
 from spectral_sinks.models.attending import AttentionCall, attending
 from spectral_sinks.models.describe import describe
@@ -277,7 +278,9 @@ __all__ = [
     "uniform_attention",
     "union",
     "verify",
+    "vision_sinks",
     "VisionModel",
+    "VisionSinks",
     "weight_shares",
     "Windows",
     "with_registers",
