@@ -186,9 +186,7 @@ def sink_table(sinks: Any, spectrum: ss.Spectrum | None) -> Any:
                 f"{spread(row, 'mass')}\nuniform {row['uniform']:.3f}",
                 spread(row, "weighted"),
                 f"{row['share_of_images']:.0%}",
-                "-"
-                if sink is None
-                else f"{sink.dark_share.value:.3f}\nothers {plain(sink.other_dark_share.value)}",
+                dark_of(dark.get(row["kind"])),
             )
         )
     columns = ("token", "sink rate", "attention", "norm-weighted", "sink in images", "dark share")
