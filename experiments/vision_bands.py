@@ -2,19 +2,21 @@
 
 Question: does the dark tail of an image encoder matter as that of a language model does, and where in the
 spectrum do [CLS], registers, patches and outlier patches keep their energy?
-Design: the spectrum of the classifier head, or of any matrix named. At the exit of one layer at a time, for all
-tokens: bands 1 to k kept, each band removed, and the last band. A head of fewer rows than the stream is wide
-leaves a null space, in which the last bands are cut at arbitrary places: there, all that is read and all that is
-not are removed too. Beside it by layer the norm of each token and the share of its energy by band; outlier
-patches, if there are any, are those of the robust rule at the layer with most of them.
+Design: the spectrum of the classifier head, or of any matrix named. At the exit of one layer at a time, for
+all tokens: bands 1 to k kept, and each band removed. A head of fewer rows than the stream is wide leaves a
+null space, in which the last bands are cut at arbitrary places: there, all that is read and all that is not
+are removed too. Beside it by layer the norm of each class of tokens and the share of its energy by band;
+outlier patches, if there are any, are those of the robust rule at the layer with most of them.
 Control: random subspaces of the same rank, and others that take the same energy.
 
     python experiments/vision_bands.py --model runs/vit/model --images FOLDER --out results
-    python experiments/vision_bands.py --model facebook/dinov2-small-imagenet1k-1-layer --images FOLDER --out results
+    python experiments/vision_bands.py --model facebook/dinov2-small-imagenet1k-1-layer --images FOLDER \
+        --out results
 """
 
 import json
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +27,8 @@ from tqdm import tqdm
 
 import spectral_sinks as ss
 
-DIGITS = "%.5g"
+DIGITS, PROBED = "%.5g", 6
+"""Of the tables; images of a class from which on a linear probe is fitted on half of them."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Options:
     convention: Literal["raw", "folded", "centred"] = "raw"
     bands: int = 20
     names: Path | None = None
-    """A file that lists the images to take, one name inside the folder a line: those held out from training."""
+    """A file that lists the images to take by their names inside the folder, such as those held out."""
     limit: int = 200
     """Images, in turn from each class."""
     draws: int = 20
@@ -60,13 +63,8 @@ def read(options: Options) -> ss.Images:
     listed: dict[str, list[str]] = {}
     for name in options.names.read_text().splitlines():
         listed.setdefault(str(Path(name).parent), []).append(name)
-    turns = [
-        names[turn]
-        for turn in range(max(map(len, listed.values())))
-        for names in listed.values()
-        if turn < len(names)
-    ]
-    chosen = turns[: options.limit]
+    turns = zip_longest(*listed.values())
+    chosen = [name for turn in turns for name in turn if name is not None][: options.limit]
     labels = [str(Path(name).parent) for name in chosen]
     return ss.images([options.images / name for name in chosen], labels=labels)
 
@@ -74,7 +72,7 @@ def read(options: Options) -> ss.Images:
 def token_spectra(
     model: ss.VisionModel, pixels: ss.Pixels, spectrum: ss.Spectrum, batch: int
 ) -> pd.DataFrame:
-    """Share of energy by class of token, layer and band, mean over images with its interval, and the norm."""
+    """Share of energy by class of token, layer and band, and the median norm: means over images."""
     found = ss.outliers(model, pixels, batch_size=batch)
     marked = None
     if found.strongest is not None:
@@ -94,7 +92,9 @@ def main(options: Options) -> dict[str, Any]:
     model = ss.load_vision(options.model)
     pixels = ss.pixels(read(options), model)
     spectrum = ss.read_spectrum(model, options.matrix, convention=options.convention, bands=options.bands)
-    probe = None if pixels.labels is None else "patches" if model.cls is None else "cls"
+    probe = None
+    if pixels.labels is not None and int(pixels.labels.unique(return_counts=True)[1].min()) >= PROBED:
+        probe = "patches" if model.cls is None else "cls"
     parts = [
         ss.image_ladder(
             model,

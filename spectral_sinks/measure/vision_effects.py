@@ -38,7 +38,7 @@ class ImageEffect:
         return None if None in self.ranks else sum(rank for rank in self.ranks if rank is not None)
 
     def summary(self, quantities: Sequence[str] | None = None) -> pd.DataFrame:
-        """A row per quantity (all by default): `mean` over images, `low` and `high` (95 % BCa), `n` images."""
+        """A row per quantity (all by default): `mean`, `low`, `high` (95 % BCa) over `n` images."""
         rows: list[dict[str, object]] = []
         for quantity in quantities or self.rows.columns.drop(["document", "image"], errors="ignore"):
             values = self.rows[quantity].dropna()

@@ -21,13 +21,10 @@ from spectral_sinks.spectra.subspace import Subspace
 from spectral_sinks.stats import null_rank
 
 QUANTITIES = (
-    *("kl", "top1_agreement", "accuracy", "delta_cross_entropy", "probe_accuracy"),
-    *("cls_cosine", "registers_cosine", "patches_cosine", "cls_nearest", "patches_nearest"),
+    *("kl", "accuracy", "probe_accuracy", "cls_cosine", "registers_cosine", "patches_cosine"),
+    *("cls_nearest", "patches_nearest"),
 )
 """Columns of `evaluate_images` that a ladder tells, where there are such."""
-
-GROWS = ("kl", "delta_cross_entropy")
-"""Those that grow with damage; the others fall."""
 
 
 def image_ladder(
@@ -41,15 +38,15 @@ def image_ladder(
     draws: int = 20,
     batch_size: int = 32,
 ) -> pd.DataFrame:
-    """Each quantity of `evaluate_images` with bands 1 to k kept, with each band removed, and with the tail gone.
+    """What `evaluate_images` tells with bands 1 to k kept, with each band removed, and with the tail gone.
 
     One row per `filter` and `quantity`. Filters are "keep" and "remove" with their `band`, "dark" (the last
     band), and, where the matrix leaves a null space, "read" and "null": all that it reads, all that it does
-    not. `rank` and `removed_energy_share` say what is removed, `mean`, `low` and `high` what it does (95 % over
-    `n` images). Dark, read and null are compared with `draws` random subspaces each, of their rank and of their
-    energy at the site: `rank_mean`, `rank_least`, `rank_most` over draws, and `rank_as_bad`, the number of draws
-    that do at least as much harm; `energy_...` the same; NaN elsewhere. Raises InputError where no random
-    subspace takes that energy. (Cancedda 2024, section 4)
+    not. `rank` and `removed_energy_share` say what is removed; `mean`, `low` and `high` what that does (95 %
+    over `n` images). Dark, read and null are compared with `draws` random subspaces each, of their rank and of
+    their energy at the site: `rank_mean`, `rank_least`, `rank_most` over draws, and `rank_as_bad`, the number
+    of draws that do at least as much harm; `energy_...` the same; NaN elsewhere. Raises InputError where no
+    random subspace takes that energy. (Cancedda 2024, section 4)
     """
     named = tails(spectrum)
     cells: dict[tuple[str, int], dict[Site, Filter]] = {}
@@ -105,6 +102,6 @@ def tails(spectrum: Spectrum) -> dict[str, Subspace]:
 def _beside(row: pd.Series, drawn: list[pd.DataFrame]) -> pd.Series:
     """The same quantity under random subspaces."""
     means = [float(rows[row["quantity"]].mean()) for rows in drawn]
-    sign = 1 if row["quantity"] in GROWS else -1
+    sign = 1 if row["quantity"] == "kl" else -1  # which alone grows with damage
     worse = null_rank(sign * row["mean"], [sign * mean for mean in means])
     return pd.Series({"mean": np.mean(means), "least": min(means), "most": max(means), "as_bad": worse})
