@@ -49,6 +49,8 @@ class Options:
     """A file that lists the images to take by their names inside the folder, such as those held out."""
     limit: int = 200
     """Images, in turn from each class."""
+    layers: tuple[int, ...] = ()
+    """Exits that are filtered; all of them by default."""
     draws: int = 20
     """Random subspaces of either kind."""
     batch: int = 50
@@ -105,7 +107,7 @@ def main(options: Options) -> dict[str, Any]:
             draws=options.draws,
             batch_size=options.batch,
         )
-        for layer in tqdm(range(model.layers), "layers")
+        for layer in tqdm(options.layers or range(model.layers), "layers")
     ]
     table = pd.concat(parts, ignore_index=True)
     tokens = token_spectra(model, pixels, spectrum, options.batch)
@@ -116,10 +118,11 @@ def main(options: Options) -> dict[str, Any]:
     def path(name: str) -> Path:
         return options.out / f"{options.label}{name}"
 
-    tails = table["filter"].isin(["dark", "read", "null"])
+    tails = table["filter"].isin(["dark", "read", "unread"])
     ladder = table[~tails].dropna(axis="columns", how="all")
     untouched = ladder[(ladder["filter"] == "keep") & (ladder["band"] == spectrum.count)]
-    shown = [name for name in ("accuracy", "cls_cosine", "patches_cosine") if name in set(table["quantity"])]
+    wanted = ("kl", "accuracy", "cls_cosine", "patches_cosine")
+    shown = [name for name in wanted if name in set(table["quantity"])]
     ladder[ladder["quantity"].isin(shown)].to_csv(path(".csv"), index=False, float_format=DIGITS)
     table[tails].drop(columns="band").to_csv(path("_summary.csv"), index=False, float_format=DIGITS)
     tokens.to_csv(path("_tokens.csv"), index=False, float_format=DIGITS)

@@ -12,20 +12,20 @@ from spectral_sinks.report.figures import STYLES, _figure, _line
 
 LABELS = {
     "accuracy": "accuracy",
-    "kl": "KL from untouched (nats)",
+    "kl": "KL from untouched\n(nats)",
     "top1_agreement": "same class as untouched",
-    "cls_cosine": "[CLS], cosine to untouched",
-    "patches_cosine": "patches, cosine to untouched",
-    "registers_cosine": "registers, cosine to untouched",
-    "cls_nearest": "[CLS], same nearest image",
-    "patches_nearest": "mean patch, same nearest image",
-    "probe_accuracy": "accuracy of a linear probe",
+    "cls_cosine": "[CLS], cosine\nto untouched",
+    "patches_cosine": "patches, cosine\nto untouched",
+    "registers_cosine": "registers, cosine\nto untouched",
+    "cls_nearest": "[CLS], same\nnearest image",
+    "patches_nearest": "mean patch, same\nnearest image",
+    "probe_accuracy": "accuracy of a\nlinear probe",
 }
 
 TAILS: dict[str, tuple[str, str]] = {
     "dark": ("last band", "o"),
     "read": ("all that is read", "s"),
-    "null": ("null space", "^"),
+    "unread": ("all that is not read", "^"),
 }
 
 
@@ -52,7 +52,14 @@ def vision_bands(
                     label = "bands 1 to k kept" if name == "keep" else "band k removed"
                     _line(axis, line["band"], line, label, style)
                 if rank is not None:
-                    axis.axvspan(rank + 0.5, here["band"].max() + 0.5, color="#eeeeee", linewidth=0, zorder=0)
+                    axis.axvspan(
+                        rank + 0.5,
+                        here["band"].max() + 0.5,
+                        color="#eeeeee",
+                        linewidth=0,
+                        zorder=0,
+                        label="bands cut from the null space",
+                    )
                 if row == 0:
                     axis.set_title(f"exit of layer {layer}", fontsize=8)
                 if row == len(quantities) - 1:
@@ -78,14 +85,12 @@ def _beside_random(axis: Any, part: pd.DataFrame, layers: list[int]) -> None:
         x = line["layer"] + (place - (len(present) - 1) / 2) * 0.28
         style = {"color": "#000000", "linestyle": "", "marker": marker, "zorder": 3}
         _line(axis, x, line, label, style)
-        for control, colour, shift in (("rank", "#9a9a9a", -0.06), ("energy", "#7fb0d8", 0.06)):
-            axis.vlines(
-                x + shift,
-                line[f"{control}_least"],
-                line[f"{control}_most"],
-                color=colour,
-                linewidth=3.5,
-                label=f"random, same {control}" if not place else None,
+        for control, colour, shift in (("rank", "#9a9a9a", -0.07), ("energy", "#5b9bd0", 0.07)):
+            middle = line[f"{control}_mean"]
+            ranges = (middle - line[f"{control}_least"], line[f"{control}_most"] - middle)
+            label = None if place else f"random, same {control}: mean, range"
+            axis.errorbar(
+                x + shift, middle, ranges, color=colour, linestyle="", marker="_", markersize=7, label=label
             )
     axis.set_xticks(layers)
     _limits(axis, part)
@@ -113,7 +118,7 @@ def token_spectra(table: pd.DataFrame, path: Path, rank: int | None = None) -> N
             grid = part.pivot(index="layer", columns="band", values="mean") * count
             image = axis.imshow(
                 grid,
-                cmap="RdGy_r",
+                cmap="Greys",
                 norm=LogNorm(1 / count, count),
                 aspect="auto",
                 extent=(0.5, count + 0.5, grid.index.max() + 0.5, grid.index.min() - 0.5),

@@ -41,12 +41,12 @@ def image_ladder(
     """What `evaluate_images` tells with bands 1 to k kept, with each band removed, and with the tail gone.
 
     One row per `filter` and `quantity`. Filters are "keep" and "remove" with their `band`, "dark" (the last
-    band), and, where the matrix leaves a null space, "read" and "null": all that it reads, all that it does
+    band), and, where the matrix leaves a null space, "read" and "unread": all that it reads, all that it does
     not. `rank` and `removed_energy_share` say what is removed; `mean`, `low` and `high` what that does (95 %
-    over `n` images). Dark, read and null are compared with `draws` random subspaces each, of their rank and of
-    their energy at the site: `rank_mean`, `rank_least`, `rank_most` over draws, and `rank_as_bad`, the number
-    of draws that do at least as much harm; `energy_...` the same; NaN elsewhere. Raises InputError where no
-    random subspace takes that energy. (Cancedda 2024, section 4)
+    over `n` images). Dark, read and unread are compared with `draws` random subspaces of their rank, and as
+    many of their energy at the site: `rank_mean`, `rank_least`, `rank_most` over draws, and `rank_as_bad`,
+    the number of draws that do at least as much harm; `energy_...` the same; NaN elsewhere. Raises InputError
+    where no random subspace takes that energy. (Cancedda 2024, section 4)
     """
     named = tails(spectrum)
     cells: dict[tuple[str, int], dict[Site, Filter]] = {}
@@ -96,7 +96,7 @@ def tails(spectrum: Spectrum) -> dict[str, Subspace]:
     if spectrum.rank == spectrum.d:
         return {"dark": spectrum.dark()}
     read = spectrum.directions(0, spectrum.rank, "read")
-    return {"dark": spectrum.dark(), "read": read, "null": spectrum.null()}
+    return {"dark": spectrum.dark(), "read": read, "unread": spectrum.null()}
 
 
 def _beside(row: pd.Series, drawn: list[pd.DataFrame]) -> pd.Series:
