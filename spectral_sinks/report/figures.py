@@ -234,6 +234,8 @@ from spectral_sinks.report.outliers import outlier_shares as outlier_shares  # n
 from spectral_sinks.report.registers import registers as registers  # noqa: E402
 from spectral_sinks.report.several import several as several  # noqa: E402
 from spectral_sinks.report.sinks import sinks as sinks  # noqa: E402
+from spectral_sinks.report.vision_bands import token_spectra as token_spectra  # noqa: E402
+from spectral_sinks.report.vision_bands import vision_bands as vision_bands  # noqa: E402
 from spectral_sinks.report.vision_boxes import vision_boxes as vision_boxes  # noqa: E402
 from spectral_sinks.report.vision_boxes import vision_corloc as vision_corloc  # noqa: E402
 from spectral_sinks.report.vision_sinks import attention_maps as attention_maps  # noqa: E402
