@@ -15,7 +15,7 @@ from torch import Tensor
 from spectral_sinks.errors import InputError
 from spectral_sinks.interventions.registers import mlp_output
 from spectral_sinks.interventions.sites import Site
-from spectral_sinks.interventions.tracing import Interventions, trace
+from spectral_sinks.interventions.tracing import Edit, Interventions, trace
 from spectral_sinks.measure.massive import RATIO, Z
 from spectral_sinks.models.attending import AttentionCall, attending
 from spectral_sinks.models.vision import VisionModel
@@ -23,8 +23,7 @@ from spectral_sinks.pixels import Pixels
 from spectral_sinks.stats import mean_interval
 
 DINOV2_LARGE: dict[str, Any] = {"layer": -2, "cutoff": 150.0, "top_layer": 17, "count": 50}
-"""The published setting for DINOv2-L, for `register_neurons(model, pixels, **DINOV2_LARGE)` (Jiang et al.
-2025)."""
+"""The published setting of `register_neurons` for DINOv2-L (Jiang et al. 2025)."""
 
 
 def patch_norms(
@@ -111,14 +110,10 @@ def register_neurons(
 @contextmanager
 def _activations(model: VisionModel, layers: range, see: Any) -> Iterator[None]:
     """Inside the block, `see(layer, activations)` is called with every MLP's neurons."""
-
-    def hook(layer: int) -> Any:
-        return lambda _, given: see(layer, given[0].detach())
-
     with ExitStack() as stack:
         for layer in layers:
-            handle = mlp_output(model, layer).register_forward_pre_hook(hook(layer))
-            stack.callback(handle.remove)
+            hook: Any = lambda _, given, layer=layer: see(layer, given[0].detach())  # noqa: E731
+            stack.callback(mlp_output(model, layer).register_forward_pre_hook(hook).remove)
         yield
 
 
@@ -141,20 +136,30 @@ def look(
 ) -> Looked:
     """One pass over a batch of pixels, with functions at sites; with `attention` that of [CLS] as well."""
     sites = [Site("exit", layer) for layer in range(model.layers)]
-    start, weights = len(model.prefix), list[Tensor]()
+    start, given = len(model.prefix), dict(edits or {})
+    sizes, weights = list[Tensor](), list[Tensor]()
+
+    def sized(site: Site) -> Edit:
+        def run(x: Tensor) -> Tensor:
+            x = given[site](x) if site in given else x
+            sizes.append(x.float().norm(dim=-1).cpu())
+            return x
+
+        return run
 
     def note(call: AttentionCall) -> None:
         weights.append(call.weights(slice(0, 1))[:, :, 0].float().cpu())
 
-    def readout(final: Tensor, reads: dict[Site, Tensor], _: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-        norms = torch.stack([reads[site].float().norm(dim=-1) for site in sites], dim=1)
-        return norms, final.float(), model.logits().float() if model.classes else None
+    def readout(final: Tensor, *_: Any) -> tuple[Tensor, Tensor | None]:
+        return final.float(), model.logits().float() if model.classes else None
 
     with attending(model, note) if attention and model.cls is not None else nullcontext():
-        norms, final, logits = trace(model, batch.to(model.device), edits or {}, sites, readout=readout)
+        watched = given | {site: sized(site) for site in sites}
+        final, logits = trace(model, batch.to(model.device), watched, readout=readout)
+    norms = torch.stack(sizes, dim=1).numpy()
     return Looked(
-        norms[..., start:].cpu().numpy(),
-        norms[..., list(model.added)].cpu().numpy(),
+        norms[..., start:],
+        norms[..., list(model.added)],
         None if model.cls is None else final[:, model.cls],
         final[:, start:],
         logits,
@@ -190,6 +195,6 @@ def tabled(values: Mapping[tuple[Any, ...], list[NDArray[Any]]], names: tuple[st
         sample = sample[~np.isnan(sample)]
         low, high = mean_interval(sample)
         mean = sample.mean() if len(sample) else np.nan
-        rows.append(dict(zip(names, key, strict=True)) | {"mean": mean, "low": low, "high": high})
-        rows[-1]["n"] = len(sample)
+        found = {"mean": mean, "low": low, "high": high, "n": len(sample)}
+        rows.append(dict(zip(names, key, strict=True)) | found)
     return pd.DataFrame(rows)
