@@ -1,6 +1,7 @@
 """Spectral filtering of the residual stream: what a model keeps where its vocabulary cannot read."""
 
 from spectral_sinks.errors import InputError, RemoteError, SpectralWarning
+from spectral_sinks.images import Images, images
 from spectral_sinks.interventions.added import KeyBias, Prefix, SinkLogit
 from spectral_sinks.interventions.moves import Move
 from spectral_sinks.interventions.probing import examine
@@ -16,6 +17,7 @@ from spectral_sinks.measure.attention import (
     uniform_attention,
 )
 from spectral_sinks.measure.bars import candidates, mark_bars, matched, received, strata
+from spectral_sinks.measure.boxes import corloc, read_boxes
 from spectral_sinks.measure.circuits import head_use
 from spectral_sinks.measure.compare import Comparison, compare
 from spectral_sinks.measure.designated import Designation, designate
@@ -24,10 +26,14 @@ from spectral_sinks.measure.effects import Effect, evaluate, evaluate_all, mean_
 from spectral_sinks.measure.energy import energy
 from spectral_sinks.measure.generation import continuation_nll, generate, generate_all
 from spectral_sinks.measure.lens import ALONE, TOGETHER, band_lens
+from spectral_sinks.measure.lost import Discovery, dino_seg, lost
 from spectral_sinks.measure.massive import massive_activations
 from spectral_sinks.measure.noop import Circuits, no_op_circuits
+from spectral_sinks.measure.objects import discover
+from spectral_sinks.measure.outliers import Outliers, neighbour_similarity, outlier_onset, outliers
 from spectral_sinks.measure.positions import PositionAttention, attention_by_position
 from spectral_sinks.measure.preflight import preflight
+from spectral_sinks.measure.probes import token_probes
 from spectral_sinks.measure.references import massive_channels, mean_keys, mean_values
 from spectral_sinks.measure.registers import DINOV2_LARGE, register_neurons
 from spectral_sinks.measure.repair import register_maps, register_repair
@@ -127,6 +133,7 @@ __all__ = [
     "continuation_nll",
     "Copied",
     "CopyKey",
+    "corloc",
     "Cost",
     "cut",
     "DEFAULT",
@@ -135,8 +142,11 @@ __all__ = [
     "Designation",
     "Detectors",
     "detectors",
+    "dino_seg",
     "DINOV2_LARGE",
     "DirectionSwap",
+    "discover",
+    "Discovery",
     "distinct",
     "documents",
     "Done",
@@ -158,6 +168,8 @@ __all__ = [
     "grid",
     "head_use",
     "holm",
+    "Images",
+    "images",
     "InputError",
     "intersection",
     "jobs",
@@ -169,6 +181,7 @@ __all__ = [
     "load",
     "load_vision",
     "loop_onset",
+    "lost",
     "mark_bars",
     "masked_ids",
     "masked_positions",
@@ -185,6 +198,7 @@ __all__ = [
     "Modes",
     "Move",
     "nearest",
+    "neighbour_similarity",
     "no_op_circuits",
     "Noise",
     "NoOp",
@@ -192,10 +206,13 @@ __all__ = [
     "null_p",
     "null_rank",
     "omega",
+    "outlier_onset",
+    "Outliers",
+    "outliers",
     "outside",
     "phi",
-    "pixels",
     "Pixels",
+    "pixels",
     "plan",
     "PositionAttention",
     "Prefix",
@@ -206,6 +223,7 @@ __all__ = [
     "random_subspace",
     "random_within",
     "rank_correlation",
+    "read_boxes",
     "read_spectrum",
     "received",
     "register_ablation",
@@ -248,6 +266,7 @@ __all__ = [
     "t_interval",
     "test_time_registers",
     "TOGETHER",
+    "token_probes",
     "trace",
     "uncovered",
     "uniform_attention",

@@ -23,7 +23,7 @@ def plant(
     size: float = 300.0,
     seed: int = 0,
 ) -> Any:
-    """Make an encoder of small random weights whose `neurons` of one layer's MLP fire on marked patches alone.
+    """Make an encoder of small random weights; `neurons` of one layer's MLP fire on marked patches alone.
 
     The patch embedding writes the mean pixel to `CHANNEL`, which nothing else writes to before that layer.
     Each neuron reads it behind a threshold that only marked patches pass, and writes a share of `size` into

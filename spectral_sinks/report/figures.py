@@ -232,6 +232,8 @@ from spectral_sinks.report.no_bos import no_bos as no_bos  # noqa: E402
 from spectral_sinks.report.registers import registers as registers  # noqa: E402
 from spectral_sinks.report.several import several as several  # noqa: E402
 from spectral_sinks.report.sinks import sinks as sinks  # noqa: E402
+from spectral_sinks.report.vision_boxes import vision_boxes as vision_boxes  # noqa: E402
+from spectral_sinks.report.vision_boxes import vision_corloc as vision_corloc  # noqa: E402
 from spectral_sinks.report.weights import weights  # noqa: E402
 
 __all__ = ["bars", "birth", "bos", "eu_dark", "ladder", "lens", "sink", "spectrum", "swap", "weights"]
