@@ -15,7 +15,8 @@ from spectral_sinks.errors import InputError
 from spectral_sinks.interventions.sites import Site
 from spectral_sinks.interventions.tracing import Edit, trace
 from spectral_sinks.interventions.trained import require_registers, without_registers
-from spectral_sinks.measure.registers import Looked, cut_offs, likeness, look, patch_norms, tabled
+from spectral_sinks.measure.outliers import outliers
+from spectral_sinks.measure.registers import Looked, likeness, look, tabled
 from spectral_sinks.models.vision import VisionModel
 from spectral_sinks.pixels import Pixels
 
@@ -62,7 +63,7 @@ def register_ablation(
     sites = [Site("embedding") if at < 0 else Site("exit", at) for at in where]
     held = _registers(model, pixels, sites, batch_size)
     given = {edit: replaced(held, edit, seed) for edit in edits if edit != "removed"}
-    cut = float(cut_offs(patch_norms(model, pixels, batch_size))[layer])
+    cut = float(outliers(model, pixels, batch_size=batch_size).cutoff[1:][layer])
     values: dict[tuple[Any, ...], list[NDArray[Any]]] = defaultdict(list)
     for places, batch in pixels.batches(batch_size):
         labels = None if pixels.labels is None else pixels.labels[places]
