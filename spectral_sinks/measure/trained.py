@@ -38,8 +38,9 @@ def register_ablation(
     "removed" takes the tokens out from the embedding on. The others put something in their place at the exit
     of every layer, or of those in `layers` (-1 is the embedding, where registers are the same in all images,
     so that only "zero" differs): "zero"; "mean", each register's own over images, as Sun et al. 2024 fix
-    them; "noise", normal with its mean and deviation in every dimension; "swapped", the registers of the next
-    image (the last gets those of the first); "shuffled", each gets the next register's: nothing tells
+    them at the entry of every layer; "noise", normal with its mean and deviation in every dimension;
+    "swapped", the registers of the next image (the last gets those of the first), which Parodi et al. 2026
+    (arXiv 2604.14433) call shuffling; "shuffled" within an image, each gets the next register's: nothing tells
     registers apart but what they hold, so this must change neither [CLS] nor patches, and checks the edit.
     Where zero hurts and mean, noise and swapped do not, zeros are out of distribution, and what an image
     wrote to its registers does not matter. Measures: "cls cosine", "cls error" (relative), "patch cosine",
