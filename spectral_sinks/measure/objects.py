@@ -1,9 +1,9 @@
 """Objects that an image encoder sets apart, beside boxes that take no look at the image."""
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import numpy as np
 import pandas as pd
@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from spectral_sinks.errors import InputError, SpectralWarning
+from spectral_sinks.images import Images
 from spectral_sinks.interventions.sites import Site
 from spectral_sinks.interventions.tracing import Interventions
 from spectral_sinks.measure.boxes import COLUMNS, OVERLAP, Boxes, overlap, read_boxes
@@ -27,7 +28,7 @@ DRAWS = 20
 
 def discover(
     model: VisionModel,
-    images: Sequence[Any] | Float[Tensor, "images channels height width"],
+    images: Images | Sequence[Any] | Float[Tensor, "images channels height width"],
     *,
     features: Features = "keys",
     layer: int | None = None,
@@ -65,12 +66,12 @@ def discover(
     layer = model.layers - 1 if layer is None else layer
     Site("exit", layer).check(model)
     model.require_weights("object discovery")
-    square = None if isinstance(images, Tensor) else size or model.image_size
-    read = pixels(images, model, size=square)
+    if not isinstance(images, Tensor) and (size := size or model.image_size) is None:
+        raise InputError(f"{model.name} does not say what size of image it was made for: give size")
+    read = pixels(cast(Any, images), model, size=size)
     names = list(getattr(images, "names", map(str, range(len(read)))))
-    given = (
-        None if boxes is None else _matched(boxes if isinstance(boxes, Mapping) else read_boxes(boxes), names)
-    )
+    boxes = read_boxes(boxes) if isinstance(boxes, str | Path) else boxes
+    given = None if boxes is None else _matched(boxes, names)
     method = "DINO-seg" if features == "attention" else f"LOST {features}"
     rows: list[dict[str, Any]] = []
     shown: list[tuple[int, int]] = []
@@ -92,6 +93,7 @@ def discover(
         rows += _blind(given, names, shown)
     table = pd.DataFrame(rows)
     table["iou"] = np.nan if given is None else _best(table, given)
+    table["found"] = table["found"].astype("boolean")
     table["located"] = (table["iou"] > OVERLAP).astype("boolean").mask(table["iou"].isna())
     return table
 
@@ -172,4 +174,4 @@ def _matched(boxes: Boxes, names: Sequence[str]) -> list[NDArray[Any] | None]:
 
 def _size(image: Any) -> tuple[int, int]:
     """Height and width."""
-    return tuple(image.shape[-2:]) if isinstance(image, Tensor) else (image.height, image.width)
+    return (image.shape[-2], image.shape[-1]) if isinstance(image, Tensor) else (image.height, image.width)

@@ -1,6 +1,6 @@
 """Figures of object discovery: boxes on pictures, and how many are right."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ ACROSS = 5
 
 
 def vision_boxes(
-    pictures: Sequence[Any],
+    pictures: Any,
     table: pd.DataFrame,
     path: Path,
     boxes: Mapping[str, Any] | None = None,
@@ -25,7 +25,7 @@ def vision_boxes(
 ) -> None:
     """The box found on each picture (solid, its seed a dot) and the boxes given (dashed).
 
-    `table` is what `discover` gives, of which `method` is shown, by default the first; `boxes` what
+    `pictures` are those of `images`, by place; `table` is what `discover` gives, of which `method` is shown, by default the first; `boxes` what
     `read_boxes` gives. Raises InputError for a method that is not in the table.
     """
     method = table["method"].iloc[0] if method is None else method

@@ -224,7 +224,7 @@ def test_figures(shown: ss.Images, tmp_path: Path) -> None:
     assert not (tmp_path / "none.png").exists()
 
 
-def test_bad_input(shown: ss.Images) -> None:
+def test_bad_input(shown: ss.Images, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ss.InputError, match="choose from keys"):
         ss.discover(planted("dinov2"), shown, features="mlp")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ss.InputError, match=r"no \[CLS\]"):
@@ -233,3 +233,9 @@ def test_bad_input(shown: ss.Images) -> None:
         ss.discover(planted("dinov2"), shown, layer=3)
     with pytest.raises(ss.InputError, match="-1 draws"):
         ss.discover(planted("dinov2"), shown, draws=-1)
+    with pytest.raises(ss.InputError, match="resize it first"):
+        ss.discover(tinyvision.model(), tinyvision.images(), size=40)
+    monkeypatch.setattr(ss.VisionModel, "image_size", None)
+    with pytest.raises(ss.InputError, match="give size"):
+        ss.discover(planted("dinov2"), shown)
+    assert ss.discover(planted("dinov2"), shown, size=40)["found"].all()
