@@ -5,9 +5,11 @@ from spectral_sinks.images import Images, images
 from spectral_sinks.interventions.added import KeyBias, Prefix, SinkLogit
 from spectral_sinks.interventions.moves import Move
 from spectral_sinks.interventions.probing import examine
+from spectral_sinks.interventions.registers import test_time_registers, with_registers
 from spectral_sinks.interventions.sinks import CopyKey, MaskKey, Restrict, SetValue, Streaming
 from spectral_sinks.interventions.sites import Site
 from spectral_sinks.interventions.tracing import trace
+from spectral_sinks.interventions.trained import without_registers
 from spectral_sinks.measure.attention import (
     attention_by_head,
     attention_received,
@@ -28,14 +30,19 @@ from spectral_sinks.measure.lost import Discovery, dino_seg, lost
 from spectral_sinks.measure.massive import massive_activations
 from spectral_sinks.measure.noop import Circuits, no_op_circuits
 from spectral_sinks.measure.objects import discover
+from spectral_sinks.measure.outliers import Outliers, neighbour_similarity, outlier_onset, outliers
 from spectral_sinks.measure.positions import PositionAttention, attention_by_position
 from spectral_sinks.measure.preflight import preflight
+from spectral_sinks.measure.probes import token_probes
 from spectral_sinks.measure.references import massive_channels, mean_keys, mean_values
+from spectral_sinks.measure.registers import DINOV2_LARGE, register_neurons
+from spectral_sinks.measure.repair import register_maps, register_repair
 from spectral_sinks.measure.repetition import distinct, loop_onset, repeated, repetition
 from spectral_sinks.measure.screen import first_order
 from spectral_sinks.measure.sink import Sink
 from spectral_sinks.measure.sinks import Sinks, find_sinks
 from spectral_sinks.measure.spectra import read_spectrum
+from spectral_sinks.measure.trained import register_ablation
 from spectral_sinks.measure.verdict import Measured, SinkVerdict, sink_verdict
 from spectral_sinks.measure.weights import weight_shares
 from spectral_sinks.models.attending import AttentionCall, attending
@@ -136,6 +143,7 @@ __all__ = [
     "Detectors",
     "detectors",
     "dino_seg",
+    "DINOV2_LARGE",
     "DirectionSwap",
     "discover",
     "Discovery",
@@ -190,6 +198,7 @@ __all__ = [
     "Modes",
     "Move",
     "nearest",
+    "neighbour_similarity",
     "no_op_circuits",
     "Noise",
     "NoOp",
@@ -197,6 +206,9 @@ __all__ = [
     "null_p",
     "null_rank",
     "omega",
+    "outlier_onset",
+    "Outliers",
+    "outliers",
     "outside",
     "phi",
     "Pixels",
@@ -214,6 +226,10 @@ __all__ = [
     "read_boxes",
     "read_spectrum",
     "received",
+    "register_ablation",
+    "register_maps",
+    "register_neurons",
+    "register_repair",
     "RemoteError",
     "remove",
     "repeated",
@@ -248,7 +264,9 @@ __all__ = [
     "sweep",
     "SweepFile",
     "t_interval",
+    "test_time_registers",
     "TOGETHER",
+    "token_probes",
     "trace",
     "uncovered",
     "uniform_attention",
@@ -257,6 +275,8 @@ __all__ = [
     "VisionModel",
     "weight_shares",
     "Windows",
+    "with_registers",
     "without_last_band",
+    "without_registers",
     "Zero",
 ]

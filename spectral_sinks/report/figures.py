@@ -229,6 +229,7 @@ from spectral_sinks.report.fills import swap  # noqa: E402
 from spectral_sinks.report.generation import generation as generation  # noqa: E402
 from spectral_sinks.report.lens import lens  # noqa: E402
 from spectral_sinks.report.no_bos import no_bos as no_bos  # noqa: E402
+from spectral_sinks.report.registers import registers as registers  # noqa: E402
 from spectral_sinks.report.several import several as several  # noqa: E402
 from spectral_sinks.report.sinks import sinks as sinks  # noqa: E402
 from spectral_sinks.report.vision_boxes import vision_boxes as vision_boxes  # noqa: E402
