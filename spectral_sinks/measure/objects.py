@@ -1,6 +1,7 @@
 """Objects that an image encoder sets apart, beside boxes that take no look at the image."""
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -145,24 +146,29 @@ def _best(table: pd.DataFrame, given: Sequence[NDArray[Any] | None]) -> list[flo
 
 def _check(boxes: NDArray[Any] | None, name: str, shown: tuple[int, int]) -> None:
     height, width = shown
-    if boxes is not None and (boxes.min() < 0 or (boxes[:, 2:] > [width, height]).any()):
+    if boxes is None:
+        return
+    inside = (boxes[:, :2] >= 0) & (boxes[:, :2] < boxes[:, 2:]) & (boxes[:, 2:] <= [width, height])
+    if not inside.all():
         raise InputError(
-            f"a box given for {name} lies outside of its {width} x {height} pixels: boxes are x0, y0, x1, y1 "
-            "in pixels of the upright picture"
+            f"the box {boxes[~inside.all(1)][0].tolist()} given for {name} is empty or lies outside of its "
+            f"{width} x {height} pixels: boxes are x0, y0, x1, y1 in pixels of the upright picture"
         )
 
 
 def _matched(boxes: Boxes, names: Sequence[str]) -> list[NDArray[Any] | None]:
     """The boxes of each image, by its name or else by the last part of it."""
-    last = [Path(name).name for name in names]
+    last = Counter(Path(name).name for name in names)
     found: list[NDArray[Any] | None] = []
-    for name, short in zip(names, last, strict=True):
-        known = boxes.get(name, boxes.get(short, ()) if last.count(short) == 1 else ())
-        found.append(np.asarray(known, dtype=np.float64).reshape(-1, 4) if len(known) else None)
+    for name in names:
+        short = Path(name).name
+        known = boxes.get(name, boxes.get(short, ()) if last[short] == 1 else ())
+        array = np.asarray(known, dtype=np.float64).reshape(-1, 4)
+        found.append(array if len(array) else None)
     if without := [name for name, known in zip(names, found, strict=True) if known is None]:
         if len(without) == len(names):
             raise InputError(
-                f"no boxes for any image: images are called {names[0]!r}, boxes {next(iter(boxes))!r}"
+                f"no boxes for any image: images are called {names[0]!r}, boxes {next(iter(boxes), None)!r}"
             )
         warnings.warn(
             f"{len(without)} of {len(names)} images have no boxes and do not count, such as {without[0]!r}",

@@ -196,8 +196,11 @@ def test_boxes_are_matched_by_name(shown: ss.Images) -> None:
     assert ss.corloc(found)["n"].tolist() == [1] * 4
     with pytest.raises(ss.InputError, match="no boxes for any image"):
         ss.discover(model, shown, boxes={"other.png": GIVEN["1.png"]})
-    with pytest.raises(ss.InputError, match=r"0\.png lies outside of its 60 x 40"):
-        ss.discover(model, shown, boxes=GIVEN | {"0.png": [[0, 0, 61, 40]]})
+    with pytest.raises(ss.InputError, match="no boxes for any image"):
+        ss.discover(model, shown, boxes={})
+    for wrong in ([0, 0, 61, 40], [-1, 0, 9, 9], [5, 5, 5, 9], [0, 0, 9, float("nan")]):
+        with pytest.raises(ss.InputError, match=r"0\.png is empty or lies outside of its 60 x 40"):
+            ss.discover(model, shown, boxes=GIVEN | {"0.png": [[0, 0, 60, 40], wrong]})
 
 
 def test_boxes_of_pictures_in_folders(tmp_path: Path) -> None:
@@ -216,7 +219,7 @@ def test_figures(shown: ss.Images, tmp_path: Path) -> None:
     ss.figures.vision_boxes(shown, found, tmp_path / "boxes.png", GIVEN)
     ss.figures.vision_corloc(ss.corloc(found), tmp_path / "corloc.png")
     with Image.open(tmp_path / "boxes.png") as drawn:
-        colours = {colour for _, colour in drawn.convert("RGB").getcolors(2**24)}
+        colours = {colour for _, colour in drawn.convert("RGB").getcolors(2**24) or []}
     assert (0xF2, 0xB1, 0x34) in colours
     assert (tmp_path / "corloc.png").stat().st_size > 1000
     with pytest.raises(ss.InputError, match="no method 'LOST'"):
