@@ -187,6 +187,14 @@ def test_interventions_act(shown: ss.Images) -> None:
     )
 
 
+def test_under_test_time_registers(shown: ss.Images) -> None:
+    """The patches are the last tokens, whatever stands before them."""
+    model = planted("dinov2")
+    before = ss.discover(model, shown)
+    with ss.test_time_registers(model, [], 3):
+        pd.testing.assert_frame_equal(before, ss.discover(model, shown))
+
+
 def test_boxes_are_matched_by_name(shown: ss.Images) -> None:
     model = planted("dinov2")
     some = {"0.png": GIVEN["0.png"], "other.png": GIVEN["1.png"], "1.png": np.empty((0, 4))}
