@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from spectral_sinks.errors import InputError
+from spectral_sinks.images import Images
 from spectral_sinks.models.vision import VisionModel
 
 KEPT = 2**30
@@ -87,7 +88,7 @@ class Pixels:
 
 
 def pixels(
-    images: Sequence[Any] | Float[Tensor, "images channels height width"],
+    images: Images | Sequence[Any] | Float[Tensor, "images channels height width"],
     model: VisionModel,
     *,
     size: int | None = None,

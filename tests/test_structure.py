@@ -26,7 +26,7 @@ ALLOWED = {
     "stats": {"errors", "stats"},
     "texts": MODELS | {"texts"},
     "images": {"errors", "images"},
-    "pixels": MODELS | {"pixels"},
+    "pixels": MODELS | {"images", "pixels"},
     "report": {"errors", "stats", "sweeps", "report"},
     "study": SWEEPS | {"study"},
     "__init__": SWEEPS | {"report", "study"},

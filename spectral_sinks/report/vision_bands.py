@@ -116,7 +116,7 @@ def token_spectra(table: pd.DataFrame, path: Path, rank: int | None = None) -> N
         for axis, kind in zip(axes[0], kinds, strict=True):
             part = table[table["position_class"] == kind]
             grid = part.pivot(index="layer", columns="band", values="mean") * count
-            image = axis.imshow(
+            axis.imshow(
                 grid,
                 cmap="Greys",
                 norm=LogNorm(1 / count, count),
@@ -130,4 +130,4 @@ def token_spectra(table: pd.DataFrame, path: Path, rank: int | None = None) -> N
             axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
             axis.yaxis.set_major_locator(MaxNLocator(integer=True))
         axes[0, 0].set_ylabel("exit of layer (-1: embedding)")
-        axes[0, 0].figure.colorbar(image, ax=list(axes[0]), label="energy / even spread")
+        axes[0, 0].figure.colorbar(axes[0, 0].images[0], ax=list(axes[0]), label="energy / even spread")
