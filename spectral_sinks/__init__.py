@@ -38,12 +38,15 @@ from spectral_sinks.measure.references import massive_channels, mean_keys, mean_
 from spectral_sinks.measure.registers import DINOV2_LARGE, register_neurons
 from spectral_sinks.measure.repair import register_maps, register_repair
 from spectral_sinks.measure.repetition import distinct, loop_onset, repeated, repetition
+from spectral_sinks.measure.ridge import LinearProbe
 from spectral_sinks.measure.screen import first_order
 from spectral_sinks.measure.sink import Sink
 from spectral_sinks.measure.sinks import Sinks, find_sinks
 from spectral_sinks.measure.spectra import read_spectrum
 from spectral_sinks.measure.trained import register_ablation
 from spectral_sinks.measure.verdict import Measured, SinkVerdict, sink_verdict
+from spectral_sinks.measure.vision_effects import ImageEffect, evaluate_images
+from spectral_sinks.measure.vision_sinks import VisionSinks, vision_sinks
 from spectral_sinks.measure.weights import weight_shares
 from spectral_sinks.models.attending import AttentionCall, attending
 from spectral_sinks.models.describe import describe
@@ -100,6 +103,7 @@ from spectral_sinks.study import Finding, Study, answer, reproduce, without_last
 from spectral_sinks.sweeps.cells import Cell, grid
 from spectral_sinks.sweeps.cost import Cost
 from spectral_sinks.sweeps.file import SweepFile
+from spectral_sinks.sweeps.image_ladder import image_ladder
 from spectral_sinks.sweeps.jobs import collect, jobs
 from spectral_sinks.sweeps.ladder import ladder
 from spectral_sinks.sweeps.run import Done, Report, plan, sweep
@@ -156,6 +160,7 @@ __all__ = [
     "energy_matched",
     "evaluate",
     "evaluate_all",
+    "evaluate_images",
     "examine",
     "farthest",
     "figures",
@@ -168,6 +173,8 @@ __all__ = [
     "grid",
     "head_use",
     "holm",
+    "image_ladder",
+    "ImageEffect",
     "Images",
     "images",
     "InputError",
@@ -178,6 +185,7 @@ __all__ = [
     "ladder",
     "LanguageModel",
     "largest_within",
+    "LinearProbe",
     "load",
     "load_vision",
     "loop_onset",
@@ -272,7 +280,9 @@ __all__ = [
     "uniform_attention",
     "union",
     "verify",
+    "vision_sinks",
     "VisionModel",
+    "VisionSinks",
     "weight_shares",
     "Windows",
     "with_registers",

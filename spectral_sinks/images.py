@@ -96,7 +96,8 @@ def images(
     bad: dict[str, str] = {}
     digest, converted, sizes = hashlib.sha256(), Counter[str](), set[tuple[int, int]]()
     listed = zip(found, classes or [None] * len(found), strict=True)
-    for (title, raw), label in tqdm(listed, "reading images", len(found), disable=len(found) < SHOWN):
+    total = min(len(found), limit or len(found))
+    for (title, raw), label in tqdm(listed, "reading images", total, disable=total < SHOWN):
         if limit is not None and len(taken) == limit:
             break
         try:

@@ -112,6 +112,19 @@ class VisionModel(Stream):
         added = getattr(self.tower.embeddings, ADDED, None)
         return super().settings + (json.dumps(added, sort_keys=True) if added else "")
 
+    def at(self, *kinds: str) -> frozenset[int]:
+        """Tokens by kind, as `Filter.tokens` takes them, whatever the size of images: "patches", a name in
+        `prefix`, "registers", or "prefix" for all before the patches. Raises InputError for any other.
+        """
+        groups = {"patches": {len(self.prefix)}, "prefix": {*range(len(self.prefix))}}
+        groups |= {"registers": {*self.registers}} | {name: {i} for i, name in enumerate(self.prefix)}
+        if unknown := [kind for kind in kinds if not groups.get(kind)]:
+            raise InputError(
+                f"{self.name} has no tokens {', '.join(map(repr, unknown))}: choose from "
+                f"{', '.join(name for name, members in groups.items() if members)}"
+            )
+        return frozenset().union(*(groups[kind] for kind in kinds))
+
     def grid(self, pixels: Float[Tensor, "batch channels height width"]) -> tuple[int, int]:
         """Rows and columns of patches. Raises InputError for images without a whole patch."""
         rows, columns = (side // self.patch_size for side in pixels.shape[-2:])
