@@ -40,8 +40,8 @@ def register_ablation(
     so that only "zero" differs): "zero"; "mean", each register's own over images, as Sun et al. 2024 fix
     them at the entry of every layer; "noise", normal with its mean and deviation in every dimension;
     "swapped", the registers of the next image (the last gets those of the first), which Parodi et al. 2026
-    (arXiv 2604.14433) call shuffling; "shuffled" within an image, each gets the next register's: nothing tells
-    registers apart but what they hold, so this must change neither [CLS] nor patches, and checks the edit.
+    (arXiv 2604.14433) call shuffling; "shuffled" within an image, each gets the next one's: nothing tells
+    registers apart but what they hold, so this must change neither [CLS] nor patches: a check of the edit.
     Where zero hurts and mean, noise and swapped do not, zeros are out of distribution, and what an image
     wrote to its registers does not matter. Measures: "cls cosine", "cls error" (relative), "patch cosine",
     "patch error" to the untouched model, "agreement" of the classes named first, "accuracy" where there are
