@@ -100,6 +100,7 @@ def _limits(axis: Any, part: pd.DataFrame) -> None:
     """Shares and accuracies from 0 to 1, other quantities (KL) on a logarithmic scale about zero."""
     if part["quantity"].iloc[0] in ("kl", "delta_cross_entropy"):
         axis.set_yscale("symlog", linthresh=0.01)
+        axis.set_ylim(bottom=-0.002)
     else:
         axis.set_ylim(min(-0.03, 1.05 * float(part["mean"].min())), 1.05)
 
