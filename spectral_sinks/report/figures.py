@@ -231,6 +231,7 @@ from spectral_sinks.report.lens import lens  # noqa: E402
 from spectral_sinks.report.no_bos import no_bos as no_bos  # noqa: E402
 from spectral_sinks.report.outliers import norm_maps as norm_maps  # noqa: E402
 from spectral_sinks.report.outliers import outlier_shares as outlier_shares  # noqa: E402
+from spectral_sinks.report.registers import register_ablation as register_ablation  # noqa: E402
 from spectral_sinks.report.registers import registers as registers  # noqa: E402
 from spectral_sinks.report.several import several as several  # noqa: E402
 from spectral_sinks.report.sinks import sinks as sinks  # noqa: E402
