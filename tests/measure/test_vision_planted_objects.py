@@ -129,6 +129,29 @@ def test_draws_depend_on_the_seed_and_the_image_alone(shown: ss.Images) -> None:
     assert one[one["method"] == "LOST keys"].equals(other[other["method"] == "LOST keys"])
 
 
+def test_more_than_half_is_located(shown: ss.Images) -> None:
+    """Given boxes twice the size of what is found, somewhat less, and two of which the better one counts."""
+    x0, y0, x1, y1 = in_picture(PLACES[0])
+    half, less = [x0, y0, 2 * x1, y1], [x0, y0, 2 * x1 - 1, y1]
+    for given, located in (([half], False), ([less], True), ([half, less], True)):
+        found = ss.discover(planted("dinov2"), [shown[0]], boxes={"0": given}, draws=0)
+        assert found["located"].iloc[0] == located
+        assert found["iou"].iloc[0] == pytest.approx(0.5 if not located else x1 / (2 * x1 - 1))
+
+
+def test_equal_images_are_shuffled_differently(shown: ss.Images) -> None:
+    given = {"0": GIVEN["0.png"], "1": GIVEN["0.png"]}
+    found = ss.discover(planted("dinov2"), [shown[0], shown[0]], boxes=given, draws=6)
+    first, second = (part.drop(columns=["document", "name"]) for _, part in found.groupby("document"))
+    shuffled = first["method"] == "shuffled"
+    assert (
+        first[~shuffled]
+        .reset_index(drop=True)
+        .equals(second[second["method"] != "shuffled"].reset_index(drop=True))
+    )
+    assert first[shuffled]["x0"].tolist() != second[second["method"] == "shuffled"]["x0"].tolist()
+
+
 def recomputed(family: str, x: Tensor, part: str, layer: int) -> Tensor:
     """What a projection gives in a pass of transformers' own, `[images, rows, columns, d]`."""
     module, layout = tinyvision.plain(family), tinyvision.model(family).layout
