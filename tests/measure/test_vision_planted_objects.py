@@ -177,6 +177,26 @@ def test_features_are_the_models_own(family: str, part: Any) -> None:
         assert row["seed_y"] == (expected.seed[0] + 0.5) * tinyvision.PATCH
 
 
+def same_when_shuffled(table: pd.DataFrame, seen: Tensor, find: Any, draws: int) -> None:
+    """Whether the patches' values, moved to the places that were drawn, give the same boxes again."""
+    for place, values in enumerate(seen):
+        random = np.random.default_rng([0, place])
+        rows = table[(table["document"] == place) & (table["method"] == "shuffled")]
+        for row in rows.to_dict("records"):
+            moved = values.flatten(0, 1)[torch.from_numpy(random.permutation(GRID**2))]
+            box = find(moved.unflatten(0, (GRID, GRID))).in_pixels(tinyvision.PATCH, (20, 20))
+            np.testing.assert_array_equal([row[key] for key in COLUMNS], box)
+        assert len(rows) == draws
+
+
+def test_shuffled_features_are_the_same_elsewhere() -> None:
+    x = tinyvision.images(2)
+    given = {str(index): [[0, 0, 8, 8]] for index in range(2)}
+    found = ss.discover(tinyvision.model(), x, boxes=given, draws=4)
+    seen = recomputed("dinov2", x, "keys", tinyvision.LAYERS - 1)
+    same_when_shuffled(found, seen, ss.lost, 4)
+
+
 @pytest.mark.parametrize("family", ["dinov2", "dinov2 registers", "vit", "clip"])
 def test_attention_is_the_models_own(family: str) -> None:
     x = tinyvision.images(3)
@@ -191,6 +211,7 @@ def test_attention_is_the_models_own(family: str) -> None:
         box = [row[key] for key in COLUMNS]
         np.testing.assert_array_equal(box, ss.dino_seg(attention).in_pixels(tinyvision.PATCH, (20, 20)))
     assert len(found) == 3 * (1 + 2 + 2)
+    same_when_shuffled(found, seen, ss.dino_seg, 2)
 
 
 def test_interventions_act(shown: ss.Images) -> None:
