@@ -121,6 +121,12 @@ def test_the_candidates_bound_the_expansion() -> None:
     assert by_hand(x, candidates=1)[0] == {0, 1}
 
 
+def test_what_does_not_correlate_is_not_alike() -> None:
+    """Of patches at right angles each is alone: a product of 0 counts for nothing."""
+    found = ss.lost(torch.eye(6, dtype=torch.float64).reshape(2, 3, 6))
+    assert found.box == (0, 0, 1, 1) and found.degree is not None and not found.degree.any()
+
+
 def test_nothing_stands_out() -> None:
     single = ss.lost(torch.ones(1, 1, 3))
     assert single.box == (0, 0, 1, 1) and not single.found

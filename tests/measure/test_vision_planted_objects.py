@@ -129,6 +129,29 @@ def test_draws_depend_on_the_seed_and_the_image_alone(shown: ss.Images) -> None:
     assert one[one["method"] == "LOST keys"].equals(other[other["method"] == "LOST keys"])
 
 
+def test_more_than_half_is_located(shown: ss.Images) -> None:
+    """Given boxes twice the size of what is found, somewhat less, and two of which the better one counts."""
+    x0, y0, x1, y1 = in_picture(PLACES[0])
+    half, less = [x0, y0, 2 * x1, y1], [x0, y0, 2 * x1 - 1, y1]
+    for given, located in (([half], False), ([less], True), ([half, less], True)):
+        found = ss.discover(planted("dinov2"), [shown[0]], boxes={"0": given}, draws=0)
+        assert found["located"].iloc[0] == located
+        assert found["iou"].iloc[0] == pytest.approx(0.5 if not located else x1 / (2 * x1 - 1))
+
+
+def test_equal_images_are_shuffled_differently(shown: ss.Images) -> None:
+    given = {"0": GIVEN["0.png"], "1": GIVEN["0.png"]}
+    found = ss.discover(planted("dinov2"), [shown[0], shown[0]], boxes=given, draws=6)
+    first, second = (part.drop(columns=["document", "name"]) for _, part in found.groupby("document"))
+    shuffled = first["method"] == "shuffled"
+    assert (
+        first[~shuffled]
+        .reset_index(drop=True)
+        .equals(second[second["method"] != "shuffled"].reset_index(drop=True))
+    )
+    assert first[shuffled]["x0"].tolist() != second[second["method"] == "shuffled"]["x0"].tolist()
+
+
 def recomputed(family: str, x: Tensor, part: str, layer: int) -> Tensor:
     """What a projection gives in a pass of transformers' own, `[images, rows, columns, d]`."""
     module, layout = tinyvision.plain(family), tinyvision.model(family).layout
@@ -154,6 +177,30 @@ def test_features_are_the_models_own(family: str, part: Any) -> None:
         assert row["seed_y"] == (expected.seed[0] + 0.5) * tinyvision.PATCH
 
 
+def same_when_shuffled(table: pd.DataFrame, seen: Tensor, find: Any, draws: int) -> None:
+    """Whether the patches' values, moved to the places that were drawn, give the same boxes again."""
+    for place, values in enumerate(seen):
+        random = np.random.default_rng([0, place])
+        rows = table[(table["document"] == place) & (table["method"] == "shuffled")]
+        for row in rows.to_dict("records"):
+            moved = values.flatten(0, 1)[torch.from_numpy(random.permutation(GRID**2))]
+            box = find(moved.unflatten(0, (GRID, GRID))).in_pixels(tinyvision.PATCH, (20, 20))
+            np.testing.assert_array_equal([row[key] for key in COLUMNS], box)
+        assert len(rows) == draws
+
+
+def test_shuffled_features_are_the_same_elsewhere() -> None:
+    """With a bias at which about half of the correlations are positive, so that each draw has its box."""
+    x = tinyvision.images(2)
+    seen = recomputed("dinov2", x, "keys", tinyvision.LAYERS - 1)
+    flat = seen.flatten(1, 2)
+    bias = -float((flat @ flat.mT).median())
+    given = {str(index): [[0, 0, 8, 8]] for index in range(2)}
+    found = ss.discover(tinyvision.model(), x, boxes=given, draws=4, bias=bias)
+    assert found[found["method"] == "shuffled"][list(COLUMNS)].drop_duplicates().shape[0] > 3
+    same_when_shuffled(found, seen, lambda moved: ss.lost(moved, bias=bias), 4)
+
+
 @pytest.mark.parametrize("family", ["dinov2", "dinov2 registers", "vit", "clip"])
 def test_attention_is_the_models_own(family: str) -> None:
     x = tinyvision.images(3)
@@ -168,6 +215,7 @@ def test_attention_is_the_models_own(family: str) -> None:
         box = [row[key] for key in COLUMNS]
         np.testing.assert_array_equal(box, ss.dino_seg(attention).in_pixels(tinyvision.PATCH, (20, 20)))
     assert len(found) == 3 * (1 + 2 + 2)
+    same_when_shuffled(found, seen, ss.dino_seg, 2)
 
 
 def test_interventions_act(shown: ss.Images) -> None:
