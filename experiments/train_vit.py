@@ -3,8 +3,8 @@
 Question: does an image encoder grow sinks and outlier tokens at this size, and do registers take them over?
 Design: DINOv2's architecture (Oquab et al. 2024; with registers, Darcet et al. 2024) from scratch on the
 classes of the folder, AdamW with a warm-up and a cosine decay, random crops and flips. A tenth of the images,
-chosen by a hash of their names, is held out. Steps in the folder are checkpoints in the published format, which
-`ss.load_vision` reads; a killed run goes on where it stopped.
+chosen by a hash of their names, is held out. Checkpoints are in the published format, which `ss.load_vision`
+reads; a killed run goes on where it stopped.
 
     python experiments/train_vit.py --images FOLDER --out runs/vit
     python experiments/train_vit.py --images FOLDER --out runs/vit-registers --registers 4
