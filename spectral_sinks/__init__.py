@@ -1,6 +1,7 @@
 """Spectral filtering of the residual stream: what a model keeps where its vocabulary cannot read."""
 
 from spectral_sinks.errors import InputError, RemoteError, SpectralWarning
+from spectral_sinks.images import Images, images
 from spectral_sinks.interventions.added import KeyBias, Prefix, SinkLogit
 from spectral_sinks.interventions.moves import Move
 from spectral_sinks.interventions.probing import examine
@@ -152,6 +153,8 @@ __all__ = [
     "grid",
     "head_use",
     "holm",
+    "Images",
+    "images",
     "InputError",
     "intersection",
     "jobs",
