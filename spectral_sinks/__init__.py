@@ -25,6 +25,7 @@ from spectral_sinks.measure.generation import continuation_nll, generate, genera
 from spectral_sinks.measure.lens import ALONE, TOGETHER, band_lens
 from spectral_sinks.measure.massive import massive_activations
 from spectral_sinks.measure.noop import Circuits, no_op_circuits
+from spectral_sinks.measure.outliers import Outliers, neighbour_similarity, outlier_onset, outliers
 from spectral_sinks.measure.positions import PositionAttention, attention_by_position
 from spectral_sinks.measure.preflight import preflight
 from spectral_sinks.measure.references import massive_channels, mean_keys, mean_values
@@ -182,6 +183,7 @@ __all__ = [
     "Modes",
     "Move",
     "nearest",
+    "neighbour_similarity",
     "no_op_circuits",
     "Noise",
     "NoOp",
@@ -189,6 +191,9 @@ __all__ = [
     "null_p",
     "null_rank",
     "omega",
+    "outlier_onset",
+    "Outliers",
+    "outliers",
     "outside",
     "phi",
     "Pixels",
