@@ -116,6 +116,7 @@ def pixels(
     found = Pixels(images, model, options)
     rows, columns = found.grid
     length = len(model.prefix) + rows * columns
+    found.record.update(getattr(images, "record", {}))
     found.record.update(
         model=model.name,
         images=len(found),
@@ -128,7 +129,6 @@ def pixels(
         processor=None if isinstance(images, Tensor) else type(model.processor).__name__,
         resized=size,
         data_hash=_hash(images),
-        **getattr(images, "record", {}),
     )
     return found
 
