@@ -1,8 +1,8 @@
 """Train a small vision transformer on a folder of labelled images, with or without register tokens.
 
 Question: does an image encoder grow sinks and outlier tokens at this size, and do registers take them over?
-Design: DINOv2's architecture (Oquab et al. 2024; with registers, Darcet et al. 2024) from scratch on the folder's
-classes, AdamW with a warm-up and a cosine decay, random crops and flips; a tenth of the images, by a hash of
+Design: DINOv2's architecture (Oquab et al. 2024; with registers, Darcet et al. 2024) from scratch on the
+folder's classes, AdamW with a warm-up and a cosine decay, random crops and flips; a tenth of the images, by a hash of
 their names, is held out. Checkpoints have the published format; a killed run goes on where it stopped.
 
     python experiments/train_vit.py --images FOLDER --out runs/vit

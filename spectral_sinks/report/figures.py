@@ -231,6 +231,7 @@ from spectral_sinks.report.lens import lens  # noqa: E402
 from spectral_sinks.report.no_bos import no_bos as no_bos  # noqa: E402
 from spectral_sinks.report.several import several as several  # noqa: E402
 from spectral_sinks.report.sinks import sinks as sinks  # noqa: E402
+from spectral_sinks.report.vision_trained import vision_trained as vision_trained  # noqa: E402
 from spectral_sinks.report.weights import weights  # noqa: E402
 
 __all__ = ["bars", "birth", "bos", "eu_dark", "ladder", "lens", "sink", "spectrum", "swap", "weights"]
