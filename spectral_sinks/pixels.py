@@ -70,6 +70,11 @@ class Pixels:
         rows, columns = self.grid
         return len(self.model.prefix) + rows * columns
 
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each image: of all the same."""
+        return [self.length] * len(self)
+
     def batches(self, batch_size: int = 16) -> Iterator[tuple[list[int], Tensor]]:
         """Places of images, and what the model reads of them `[batch, channels, height, width]`."""
         for start in range(0, len(self), batch_size):

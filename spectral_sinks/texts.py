@@ -180,6 +180,15 @@ class Windows:
         """Tokens in the longest window."""
         return max(len(row) for row in self.rows)
 
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens in each window."""
+        return [len(row) for row in self.rows]
+
+    def tokens(self, batch: Int[Tensor, "batch tokens"]) -> Int[Tensor, "batch tokens"]:
+        """The id of each token of a batch: the batch itself (that of images holds no ids)."""
+        return batch
+
     def batches(self, size: int) -> Iterator[tuple[list[int], Int[Tensor, "batch tokens"]]]:
         """Windows of one length at a time, at most `size`, and their places in `rows`.
 
@@ -188,7 +197,7 @@ class Windows:
         """
         if size < 1:
             raise InputError(f"batches of {size} windows: give at least 1")
-        lengths = [len(row) for row in self.rows]
+        lengths = self.lengths
         seen: Counter[int] = Counter()
         turn: list[int] = []
         for owner in self.document:

@@ -92,6 +92,6 @@ def draw(found: ss.Circuits, folder: Path) -> None:
             row,
             found.sides(layer, head),
             found.profile(layer, head),
-            found.position,
+            found.detectors.shown,
             path,
         )

@@ -41,8 +41,8 @@ def run_sinks(options: Sinks) -> None:
     record = found.record() | {
         "convention": spectrum.convention,
         "documents": found.attention.windows.record["documents"],
-        "first_token_ids": found.attention.windows.first_token_ids,
-        "opens_with_bos": found.attention.windows.opens_with_bos,
+        "first_token_ids": found.attention.windows.record["first_token_ids"],
+        "opens_with_bos": found.attention.windows.record["opens_with_bos"],
         "data_hash": found.attention.windows.record["data_hash"],
         **ran(model),
     }

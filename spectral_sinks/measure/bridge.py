@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from scipy import stats
 from torch import Tensor
 
@@ -11,29 +11,30 @@ from spectral_sinks.interventions.sites import Site
 from spectral_sinks.interventions.tracing import trace
 from spectral_sinks.measure.circuits import per_document
 from spectral_sinks.measure.detectors import Detectors
+from spectral_sinks.measure.observing import at_sink
+from spectral_sinks.measure.positions import Inputs
 from spectral_sinks.models.attending import AttentionCall
-from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.models.positions import key_gain
+from spectral_sinks.models.stream import Stream
 from spectral_sinks.models.weights import attention_weights
 from spectral_sinks.spectra.spectrum import Spectrum
-from spectral_sinks.texts import Windows
 
 
 class SinkValues:
     """Observer: in which bands the sink's value writes, by window."""
 
-    def __init__(self, model: LanguageModel, spectrum: Spectrum, position: int) -> None:
-        self.model, self.spectrum, self.position = model, spectrum, position
+    def __init__(self, model: Stream, spectrum: Spectrum, sinks: Int[Tensor, "windows"]) -> None:
+        self.model, self.spectrum, self.sinks = model, spectrum, sinks
         self.found: list[tuple[list[int], int, Tensor]] = []
 
     def __call__(self, call: AttentionCall, places: list[int]) -> None:
         writes = [w.folded() for w in attention_weights(self.model, call.layer) if w.part == "o"]
-        value = call.value[:, :, self.position].repeat_interleave(call.groups, dim=1)
+        value = at_sink(call.value, self.sinks[places]).repeat_interleave(call.groups, dim=1)
         written = torch.einsum("bhs,hsd->bhd", value.double(), torch.stack(writes).to(value.device).double())
         self.found.append((places, call.layer, self.spectrum.shares(written).cpu()))
 
 
-def key_directions(model: LanguageModel, found: Detectors) -> Float[Tensor, "layers heads d"]:
+def key_directions(model: Stream, found: Detectors) -> Float[Tensor, "layers heads d"]:
     """The direction of the residual that each head's leading mode reads at the sink, float64."""
     groups = model.heads // model.key_heads
     directions: list[Tensor] = []
@@ -48,11 +49,11 @@ def key_directions(model: LanguageModel, found: Detectors) -> Float[Tensor, "lay
 
 
 def readings(
-    model: LanguageModel,
-    windows: Windows,
+    model: Stream,
+    windows: Inputs,
     spectrum: Spectrum,
     directions: Float[Tensor, "layers heads d"],
-    position: int,
+    sinks: Int[Tensor, "windows"],
     batch_size: int,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Parts by band of `x_s . direction` for the residual that each layer reads, and of its energy."""
@@ -62,9 +63,12 @@ def readings(
     read: list[tuple[list[int], int, Tensor]] = []
     energy: list[tuple[list[int], int, Tensor]] = []
     for places, ids in windows.batches(batch_size):
+        at = sinks[places]
 
-        def readout(final: Tensor, read: dict[Site, Tensor], weights: list[Tensor]) -> list[Tensor]:
-            return [read[site][:, position].double().cpu() for site in sites]
+        def readout(
+            final: Tensor, read: dict[Site, Tensor], weights: list[Tensor], at: Tensor = at
+        ) -> list[Tensor]:
+            return [at_sink(read[site][:, None], at)[:, 0].double().cpu() for site in sites]
 
         residuals = trace(model, ids.to(model.device), {}, sites, readout=readout)
         for layer, x in enumerate(residuals):

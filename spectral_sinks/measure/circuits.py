@@ -4,14 +4,14 @@ from typing import Literal
 
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from spectral_sinks.measure.observing import check_position, observe, readers
+from spectral_sinks.measure.observing import Position, at_sink, observe, readers, sink_positions, to_sink
+from spectral_sinks.measure.positions import Inputs
 from spectral_sinks.models.attending import AttentionCall
-from spectral_sinks.models.language import LanguageModel
+from spectral_sinks.models.stream import Stream
 from spectral_sinks.models.weights import attention_weights
-from spectral_sinks.texts import Windows
 
 NO_OP = 0.2
 """Sink value ratio up to which a sink writes nothing (Fesser et al. 2026) [published]."""
@@ -33,10 +33,11 @@ Use = Literal["active", "no-op", "broadcast", "neither"]
 QUANTITIES = ("attention", "weighted", "queries_on_sink", "value_ratio", "stable_rank")
 
 
-def head_use(
-    model: LanguageModel, windows: Windows, position: int = 0, *, batch_size: int = 16
-) -> pd.DataFrame:
+def head_use(model: Stream, windows: Inputs, position: Position = 0, *, batch_size: int = 16) -> pd.DataFrame:
     """What each head does with a sink at `position`: one row per `document`, `layer` and `head`.
+
+    A position may be given for each window; of images also the kind of token that is the sink: "cls", "reg1",
+    or "patch", in each image the patch to which any one head gives most.
 
     Over the queries that may see the sink, its own left out, means over the document's windows of:
     `attention`, the mean weight A on the sink; `weighted`, its share of the norm-weighted attention
@@ -46,11 +47,10 @@ def head_use(
     (0.9 of its queries put 0.5 on the sink), else active. `use` says what a dormant head's sink writes: a
     "no-op" (ratio <= 0.2), a "broadcast" (>= 0.5, stable rank <= 1.5) or "neither" (Fesser et al. 2026).
     A norm after attention (Gemma, OLMo 2) is part of W_O by its gain. No map of tokens x tokens outlives a
-    block of queries. Raises InputError for a position that no other token can attend to.
+    block of queries. Raises InputError as `sink_positions` does.
     """
     model.require_here("what heads do with a sink")
-    check_position(model, windows, position)
-    table = HeadUse(model, position)
+    table = HeadUse(model, sink_positions(model, windows, position, batch_size))
     observe(model, windows, [table], batch_size=batch_size)
     return table.frame(windows)
 
@@ -58,12 +58,13 @@ def head_use(
 class HeadUse:
     """The observer behind `head_use`; `frame` is its table."""
 
-    def __init__(self, model: LanguageModel, position: int) -> None:
-        self.position = position
+    def __init__(self, model: Stream, sinks: Int[Tensor, "windows"]) -> None:
+        self.sinks = sinks
         self.writes = [written_norms(model, layer) for layer in range(model.layers)]
         self.found: list[tuple[list[int], int, Tensor]] = []
 
     def __call__(self, call: AttentionCall, places: list[int]) -> None:
+        at = self.sinks[places]
         value = call.value.repeat_interleave(call.groups, dim=1)
         write = self.writes[call.layer].to(value.device)
         norms = (value.double() @ write).norm(dim=-1)
@@ -71,13 +72,13 @@ class HeadUse:
         count, attention, queries, sink, total = norms.new_zeros(5, batch, heads)
         moment = norms.new_zeros(batch, heads, size, size)
         for rows in call.blocks():
-            able = readers(call, rows, self.position)
+            able = readers(call, rows, at)
             weights = call.weights(rows) * able[..., None]
-            on = weights[..., self.position].double()
+            on = to_sink(weights, at).double()
             count += able.sum(-1)
             attention += on.sum(-1)
             queries += (on >= ON_SINK).sum(-1)
-            sink += on.sum(-1) * norms[..., self.position]
+            sink += on.sum(-1) * at_sink(norms, at)
             total += (weights.sum(2).double() * norms).sum(-1)
             mixed = (weights.to(value.dtype) @ value).double()
             moment += mixed.mT @ mixed
@@ -86,12 +87,12 @@ class HeadUse:
             "attention": attention / count,
             "weighted": sink / total,
             "queries_on_sink": queries / count,
-            "value_ratio": norms[..., self.position] / norms.mean(-1),
+            "value_ratio": at_sink(norms, at) / norms.mean(-1),
             "stable_rank": energies.sum(-1) / energies[..., -1],
         }
         self.found.append((places, call.layer, torch.stack([found[q] for q in QUANTITIES], -1).cpu()))
 
-    def frame(self, windows: Windows) -> pd.DataFrame:
+    def frame(self, windows: Inputs) -> pd.DataFrame:
         """The table of `head_use`."""
         table = per_document(self.found, windows, QUANTITIES)
         table["dormant"] = table["queries_on_sink"] >= QUERIES
@@ -111,14 +112,14 @@ def use_of(dormant: bool, value_ratio: float, stable_rank: float) -> Use:
     return "broadcast" if value_ratio >= BROADCAST and stable_rank <= STABLE_RANK else "neither"
 
 
-def written_norms(model: LanguageModel, layer: int) -> Float[Tensor, "heads size rank"]:
+def written_norms(model: Stream, layer: int) -> Float[Tensor, "heads size rank"]:
     """A small matrix per head with `||v @ M|| = ||v W_O||`, from the QR decomposition of W_O; float64."""
     writes = [w.folded().double() for w in attention_weights(model, layer) if w.part == "o"]
     return torch.stack([torch.linalg.qr(write.T).R.T for write in writes])
 
 
 def per_document(
-    found: list[tuple[list[int], int, Tensor]], windows: Windows, columns: tuple[str, ...]
+    found: list[tuple[list[int], int, Tensor]], windows: Inputs, columns: tuple[str, ...]
 ) -> pd.DataFrame:
     """Rows by document, layer and head from `[windows, heads, columns]` of each layer and batch."""
     rows: list[pd.DataFrame] = []

@@ -10,11 +10,12 @@ from spectral_sinks.errors import InputError
 from spectral_sinks.interventions.sites import Site
 from spectral_sinks.interventions.tracing import trace
 from spectral_sinks.models.language import LanguageModel
+from spectral_sinks.models.stream import Stream
 from spectral_sinks.spectra.spectrum import Spectrum
 from spectral_sinks.texts import Windows
 
 
-def residual_sites(model: LanguageModel) -> list[Site]:
+def residual_sites(model: Stream) -> list[Site]:
     """The residual stream at the embedding and at every exit."""
     return [Site("embedding"), *(Site("exit", layer) for layer in range(model.layers))]
 

@@ -13,9 +13,11 @@ from spectral_sinks.interventions.remote import remotely
 from spectral_sinks.interventions.sites import Site
 from spectral_sinks.interventions.tracing import Edit
 from spectral_sinks.measure.energy import residual_sites
-from spectral_sinks.measure.positions import PositionAttention, opened, watch
+from spectral_sinks.measure.positions import Inputs, PositionAttention, opened, watch
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.models.opening import TOKENS
+from spectral_sinks.models.stream import Stream
+from spectral_sinks.pixels import Pixels
 from spectral_sinks.texts import Windows
 
 ACTIVATION, TIMES = 100.0, 1000.0
@@ -66,9 +68,7 @@ class Residuals:
 
 
 @remotely
-def observe(
-    model: LanguageModel, windows: Windows, batch_size: int = 16
-) -> tuple[PositionAttention, Residuals]:
+def observe(model: Stream, windows: Inputs, batch_size: int = 16) -> tuple[PositionAttention, Residuals]:
     """Attention received by every position and the size of every residual, of windows read whole."""
     sites = residual_sites(model)
     shape = (len(windows), len(sites), windows.length)
@@ -108,19 +108,23 @@ def repeated_windows(windows: Windows) -> Bool[NDArray[np.bool_], "windows"]:
 
 
 def usual_levels(
-    model: LanguageModel, attention: PositionAttention, residuals: Residuals, batch_size: int = 16
+    model: Stream, attention: PositionAttention, residuals: Residuals, batch_size: int = 16
 ) -> Float[NDArray[np.float64], "2 sites"]:
-    """`Residuals.levels` of the tokens after the first, in windows that do not repeat one token.
+    """`Residuals.levels` of the tokens after the first, in windows that do not repeat one token; of patches.
 
     Where all windows do, all of their tokens may have high norm: the levels are then those of the same
     windows with random tokens (seed 0) after the first [ours].
     """
-    varied = ~repeated_windows(attention.windows)
+    windows = attention.windows
+    if isinstance(windows, Pixels):
+        return residuals.levels(attention.ids == len(windows.model.prefix))
+    varied = ~repeated_windows(windows)
     if not varied.any():
+        assert isinstance(model, LanguageModel)
         generator = torch.Generator().manual_seed(0)
         rows = [
             torch.cat([row[:1], torch.randint(model.vocabulary, (len(row) - 1,), generator=generator)])
-            for row in attention.windows.rows
+            for row in windows.rows
         ]
         attention, residuals = observe(model, Windows.of_ids(rows, model), batch_size)
         varied = np.ones_like(varied)
@@ -130,14 +134,15 @@ def usual_levels(
 
 
 def massive_activations(
-    model: LanguageModel, windows: Windows, *, tokens: int = TOKENS, batch_size: int = 16
+    model: Stream, windows: Inputs, *, tokens: int = TOKENS, batch_size: int = 16
 ) -> pd.DataFrame:
     """Tokens that stand out by either rule: one row per `document`, `window`, `layer` and `position`.
 
-    `layer` is -1 for the embedding, else the layer left; `token` the id; `activation` the largest by
-    magnitude, at `dimension`, and `median_ratio` how many medians of the hidden state that is; `norm_ratio`
-    and `z` the norm in medians of usual tokens and as a robust z-score; `massive` by the published rule (Sun
-    et al. 2024), `high_norm` by the robust one. Raises InputError as `attention_by_position` does.
+    `layer` is -1 for the embedding, else the layer left; `token` the id (of images the kind: place in the
+    prefix, or the number of prefix tokens for a patch); `activation` the largest by magnitude, at
+    `dimension`, and `median_ratio` how many medians of the hidden state that is; `norm_ratio` and `z` the
+    norm in medians of usual tokens and as a robust z-score; `massive` by the published rule (Sun et al.
+    2024), `high_norm` by the robust one. Raises InputError as `attention_by_position` does.
     """
     attention, residuals = observe(model, opened(model, windows, tokens), batch_size)
     return massive_table(attention, residuals, usual_levels(model, attention, residuals, batch_size))

@@ -15,11 +15,11 @@ from spectral_sinks.measure.attention import EPSILON
 from spectral_sinks.measure.bridge import SinkValues, key_directions, random_shares, readings
 from spectral_sinks.measure.circuits import NO_OP, HeadUse
 from spectral_sinks.measure.detectors import Detectors
-from spectral_sinks.measure.observing import check_position, observe
-from spectral_sinks.models.language import LanguageModel
+from spectral_sinks.measure.observing import Position, observe, sink_positions
+from spectral_sinks.measure.positions import Inputs
+from spectral_sinks.models.stream import Stream
 from spectral_sinks.spectra.spectrum import Spectrum
 from spectral_sinks.stats import mean_interval
-from spectral_sinks.texts import Windows
 
 MOST = 0.5
 """Share of the margin that the leading two modes of a no-op circuit carry at least [ours]."""
@@ -47,13 +47,15 @@ class Circuits:
     """What every head does with its sink, and which heads have a no-op circuit by `RULE`."""
 
     model: str
-    position: int
+    position: Position
+    """As it was given; `detectors.sinks` has the number in each window."""
     record: dict[str, Any]
     """How the windows were cut."""
     heads: pd.DataFrame
     """A row per layer and head: each quantity of `head_use` and `detectors` with `_low` and `_high`, the
     share of documents on which it is `dormant`, its most frequent `use`, `random_top_two` (the largest of the
-    random bases), `key_dark` and `value_dark`, `circuit`, and what it is `lacking`."""
+    random bases), `modes_needed` for half of the margin, `key_dark` and `value_dark`, `circuit`, and what it
+    is `lacking`."""
     use: pd.DataFrame
     """The table of `head_use`."""
     detectors: Detectors
@@ -77,6 +79,28 @@ class Circuits:
         table = self.heads[self.heads["circuit"]]
         return list(zip(table["layer"].tolist(), table["head"].tolist(), strict=True))
 
+    def by_layer(self) -> pd.DataFrame:
+        """How much of each layer's attention goes to a sink that writes nothing: a row per `layer`.
+
+        `mass` on the sink, mean over heads and queries, and `no_op_mass`, what of it is in heads whose value
+        ratio is at most 0.2 on that document, with `_low` and `_high` over documents; `no_op_heads`, those
+        that in the mean put 0.3 on such a sink, and how many of them find it by `one_or_two` detectors
+        (modes that carry half of its margin).
+        """
+        use = self.use.assign(no_op=self.use["attention"].where(self.use["value_ratio"] <= NO_OP, 0.0))
+        means = use.groupby(["document", "layer"])[["attention", "no_op"]].mean().reset_index()
+        rows: list[dict[str, Any]] = []
+        for layer, part in means.groupby("layer"):
+            row: dict[str, Any] = {"layer": layer}
+            for name, column in (("mass", "attention"), ("no_op_mass", "no_op")):
+                low, high = mean_interval(part[column])
+                row |= {name: float(part[column].mean()), f"{name}_low": low, f"{name}_high": high}
+            heads = _only(self.heads, layer=row["layer"])
+            chosen = heads[(heads["attention"] >= EPSILON) & (heads["value_ratio"] <= NO_OP)]
+            row |= {"no_op_heads": len(chosen), "one_or_two": int(chosen["modes_needed"].between(1, 2).sum())}
+            rows.append(row)
+        return pd.DataFrame(rows)
+
     def sides(self, layer: int, head: int) -> pd.DataFrame:
         """Both sides of a head's leading two modes over the first longest window, in roots of nats.
 
@@ -85,7 +109,7 @@ class Circuits:
         """
         found = self.detectors
         query, key = found.query_sides[layer][head], found.key_sides[layer][head]
-        sign = torch.where(key[self.position] < 0, -1.0, 1.0)
+        sign = torch.where(key[found.shown] < 0, -1.0, 1.0)
         columns: dict[str, Any] = {"position": range(len(key))}
         for mode in range(key.shape[-1]):
             columns[f"query_{mode + 1}"] = (query * sign)[:, mode].numpy()
@@ -118,10 +142,10 @@ class Circuits:
 
 
 def no_op_circuits(
-    model: LanguageModel,
-    windows: Windows,
+    model: Stream,
+    windows: Inputs,
     spectrum: Spectrum,
-    position: int = 0,
+    position: Position = 0,
     *,
     batch_size: int = 16,
 ) -> Circuits:
@@ -131,19 +155,19 @@ def no_op_circuits(
     leading mode's key side reads (through W_K at the sink's position, with the gains of the norms on the way,
     whose scales are one number); what the sink's value writes (through W_O, with the gain of a norm after
     it); and what that mode reads at the sink from the residual there (biases left out). Four passes. Raises
-    InputError for a spectrum of another width, and for a position that no other token can attend to.
+    InputError for a spectrum of another width, and for a position as `head_use` does.
     """
     model.require_here("the search for no-op circuits")
     if spectrum.d != model.d:
         raise InputError(f"a spectrum of width {spectrum.d} for {model.name} of width {model.d}")
-    check_position(model, windows, position)
-    use, values = HeadUse(model, position), SinkValues(model, spectrum, position)
+    sinks = sink_positions(model, windows, position, batch_size)
+    use, values = HeadUse(model, sinks), SinkValues(model, spectrum, sinks)
     observe(model, windows, [use, values], batch_size=batch_size)
     frame = use.frame(windows)
-    found = detectors.detectors(model, windows, position, batch_size=batch_size)
+    found = detectors.detectors(model, windows, sinks.tolist(), batch_size=batch_size)
     directions = key_directions(model, found)
     shares = spectrum.shares(directions)
-    read, sink = readings(model, windows, spectrum, directions, position, batch_size)
+    read, sink = readings(model, windows, spectrum, directions, sinks, batch_size)
     bands = [str(band) for band in range(1, spectrum.count + 1)]
     written = circuits.per_document(values.found, windows, tuple(bands))
     heads = judged(frame, found)
@@ -168,6 +192,7 @@ def judged(use: pd.DataFrame, found: Detectors) -> pd.DataFrame:
             row |= {name: float(part[name].mean()), f"{name}_low": low, f"{name}_high": high}
         row["random_top_two"] = float(found.controls[layer, head, :, -1].max())
         row["ranks"] = found.ranks[layer, head].tolist()
+        row["modes_needed"] = int(found.needed[layer, head])
         row["lacking"] = ", ".join(name for name, holds in conditions(row).items() if not holds)
         rows.append(row | {"circuit": not row["lacking"]})
     return pd.DataFrame(rows)

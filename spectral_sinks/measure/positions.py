@@ -21,18 +21,25 @@ from spectral_sinks.measure.memory import Memory
 from spectral_sinks.models.attending import AttentionCall, attending
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.models.opening import TOKENS
+from spectral_sinks.models.stream import Stream
+from spectral_sinks.models.vision import VisionModel
+from spectral_sinks.pixels import Pixels
 from spectral_sinks.texts import Windows
+
+Inputs = Windows | Pixels
+"""What a model reads: windows of tokens, or images."""
 
 
 @dataclass(frozen=True, eq=False)
 class PositionAttention:
     """What every position receives from the first T tokens of each window, by layer and head."""
 
-    windows: Windows
+    windows: Inputs
     """The windows that were read, T tokens each; whole windows where the model is bidirectional."""
     causal: bool
     ids: Int[NDArray[np.int64], "windows tokens"]
-    """-1 behind the end of a shorter window, where all below is NaN."""
+    """-1 behind the end of a shorter window, where all below is NaN. Of images the kind of each token: its
+    place in the model's prefix, or the number of prefix tokens for a patch."""
     total: Float[NDArray[np.float32], "windows layers heads tokens"]
     """Sum over queries of the attention to each position."""
     seen: Float[NDArray[np.float32], "windows layers heads tokens"]
@@ -104,23 +111,23 @@ def _above(values: NDArray[np.float64], threshold: float) -> NDArray[np.float64]
 
 
 def attention_by_position(
-    model: LanguageModel, windows: Windows, *, tokens: int = TOKENS, batch_size: int = 16
+    model: Stream, windows: Inputs, *, tokens: int = TOKENS, batch_size: int = 16
 ) -> PositionAttention:
     """Attention received by every position among the first `tokens` of each window, in every head.
 
     No map of all queries and keys is held, whatever the attention implementation. Windows shorter than
-    `tokens` are left out with a warning; a bidirectional model reads its windows whole. Of an attention
-    implementation of the model's own, which may be no softmax, the whole maps that it returns are read, with
-    a warning that says to what their rows sum. Raises InputError where nothing is left, `tokens` exceeds the
-    context, ids are padded, or attention cannot be seen.
+    `tokens` are left out with a warning; a bidirectional model reads its windows, or images, whole. Of an
+    attention implementation of the model's own, which may be no softmax, the whole maps that it returns are
+    read, with a warning that says to what their rows sum. Raises InputError where nothing is left, `tokens`
+    exceeds the context, ids are padded, or attention cannot be seen.
     """
     return watch(model, opened(model, windows, tokens), batch_size)
 
 
 @remotely
 def watch(
-    model: LanguageModel,
-    windows: Windows,
+    model: Stream,
+    windows: Inputs,
     batch_size: int = 16,
     edits: Interventions | None = None,
     after: Callable[[list[int]], None] = lambda places: None,
@@ -154,9 +161,10 @@ def watch(
             with attending(model, look) if own is None else nullcontext():
                 seeing = own is not None and read
                 trace(model, part.to(model.device), edits or {}, readout=lambda *_: None, attention=seeing)
-            width = part.shape[1]
+            kinds = windows.tokens(part)
+            width = kinds.shape[1]
             for row, place in enumerate(places[start:stop]):
-                ids[place, :width] = part[row]
+                ids[place, :width] = kinds[row]
                 for layer, (mass, visible, rest) in found.items():
                     total[place, layer, :, :width] = mass[row]
                     seen[place, layer, :, :width] = visible[row]
@@ -201,7 +209,7 @@ def received_in_maps(
     return total.cpu(), seen.cpu(), torch.zeros(total.shape[:2])
 
 
-def _check_attention(model: LanguageModel) -> None:
+def _check_attention(model: Stream) -> None:
     """Raise InputError for a model some of whose layers have no attention (linear or recurrent ones)."""
     name = model.layout.attention
     parts = [dict(layer.named_modules()) for layer in model.module.get_submodule(model.layout.layers)]
@@ -212,19 +220,23 @@ def _check_attention(model: LanguageModel) -> None:
         )
 
 
-def causal(model: LanguageModel) -> bool:
+def causal(model: Stream) -> bool:
     """Whether a token sees only what comes before it."""
     return getattr(model, "causal", True)
 
 
-def opened(model: LanguageModel, windows: Windows, tokens: int) -> Windows:
+def opened(model: Stream, windows: Inputs, tokens: int) -> Inputs:
     """The first `tokens` tokens of each window that has them; all windows whole if bidirectional."""
-    _check_padding(model, windows)
+    check_inputs(model, windows)
+    if isinstance(windows, Pixels):
+        return windows
+    language: Any = model
+    _check_padding(language, windows)
     if tokens < 2:
         raise InputError(f"attention received over {tokens} tokens: give at least 2")
-    if model.context is not None and tokens > model.context:
+    if language.context is not None and tokens > language.context:
         raise InputError(
-            f"attention received over {tokens} tokens: {model.name} has a context of {model.context}"
+            f"attention received over {tokens} tokens: {model.name} has a context of {language.context}"
         )
     if not causal(model):
         return windows
@@ -242,9 +254,16 @@ def opened(model: LanguageModel, windows: Windows, tokens: int) -> Windows:
         )
     return Windows.of_ids(
         [windows.rows[place][:tokens] for place in kept],
-        model,
+        language,
         [windows.document[place] for place in kept],
     )
+
+
+def check_inputs(model: Stream, windows: Inputs) -> None:
+    """Raise InputError for images given to a language model, and for tokens given to an image encoder."""
+    if isinstance(windows, Pixels) != isinstance(model, VisionModel):
+        reads = "images: ss.pixels(images, model)" if isinstance(model, VisionModel) else "windows of tokens"
+        raise InputError(f"{model.name} reads {reads}, and {type(windows).__name__} were given")
 
 
 def _check_padding(model: LanguageModel, windows: Windows) -> None:

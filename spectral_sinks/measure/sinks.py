@@ -18,6 +18,7 @@ from spectral_sinks.measure.sink import Sink, as_json, measure_sinks
 from spectral_sinks.measure.verdict import Measured
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.models.opening import TOKENS
+from spectral_sinks.pixels import Pixels
 from spectral_sinks.spectra.spectrum import Spectrum
 from spectral_sinks.texts import Windows
 
@@ -150,7 +151,10 @@ def find_sinks(
         raise InputError(f"epsilon {epsilon}: attention received lies between 0 and 1")
     if spectrum.d != model.d:
         raise InputError(f"a spectrum of width {spectrum.d} for {model.name} of width {model.d}")
-    attention, residuals = observe(model, opened(model, windows, tokens), batch_size)
+    read = opened(model, windows, tokens)
+    if isinstance(read, Pixels):
+        raise InputError("sinks of images are found by kind of token: vision_sinks(model, pixels)")
+    attention, residuals = observe(model, read, batch_size)
     levels = usual_levels(model, attention, residuals, batch_size)
     high = residuals.high(levels)
     reads = high[:, :-1]
@@ -178,7 +182,7 @@ def find_sinks(
         uniform_high_norm_mass=float(attention.uniform(reads).mean()),
         high_norm_share=float(reads.sum() / ((attention.ids >= 0).sum() * model.layers)),
         to_sink_logit=measured(attention.to_sink_logit),
-        repeated=int(repeated_windows(attention.windows).sum()),
+        repeated=int(repeated_windows(read).sum()),
     )
     if found.repeated:
         over = (

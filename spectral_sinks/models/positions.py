@@ -1,6 +1,6 @@
 """What a model's positions do to keys, read from the running model: rotary embeddings of any kind."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -63,16 +63,24 @@ def arranged(unturned: Tensor, call: AttentionCall) -> Float[Tensor, "batch key_
     return min(either, key=lambda x: float((norms / x.norm(dim=-1).clamp_min(1e-30)).std()))
 
 
-def key_turns(model: Stream, place: int) -> Float[Tensor, "layers size size"]:
-    """What becomes of keys at a position between their projection (or its norm) and the products.
+def key_turns(
+    model: Stream, place: int | Sequence[int], pixels: Tensor | None = None
+) -> Float[Tensor, "*places layers size size"]:
+    """What becomes of keys at a position, or at several, between their projection (or its norm) and products.
 
     With matrix R of a layer, a key `k` enters the products as `k @ R`: a rotation for rotary embeddings,
     partial or scaled too, the identity without them. Read from one pass on `size` rows, in which row c puts
-    unit vector c in the place of every key.
+    unit vector c in the place of every key; of an image encoder on the image `pixels`
+    `[channels, height, width]`, whose size says where its patches are.
     """
     size = model.head_size
+    places = torch.as_tensor(place)
     units = torch.eye(size, device=model.device, dtype=model.dtype)
-    ids = torch.zeros(size, max(place + 1, 2), dtype=torch.long, device=model.device)
+    if pixels is None:
+        ids = torch.zeros(size, max(int(places.max()) + 1, 2), dtype=torch.long, device=model.device)
+        options = {**model.inputs(ids), "use_cache": False}
+    else:
+        options = model.inputs(pixels.to(model.device).expand(size, *pixels.shape))
     found: list[Tensor] = []
 
     def unit(_: Any, __: Any, output: Tensor) -> Tensor:
@@ -91,15 +99,15 @@ def key_turns(model: Stream, place: int) -> Float[Tensor, "layers size size"]:
         handles.append(_source(model, layer).register_forward_hook(change))
 
     def look(call: AttentionCall) -> None:
-        found.append(call.key[:, 0, place].double().cpu())
+        found.append(call.key[:, 0].transpose(0, 1)[places.to(call.key.device)].double().cpu())
 
     try:
         with torch.no_grad(), attending(model, look):
-            model.module(input_ids=ids, use_cache=False)
+            model.module(**options)
     finally:
         for handle in handles:
             handle.remove()
-    return torch.stack(found)
+    return torch.stack(found, dim=-3)
 
 
 def _source(model: Stream, layer: int) -> Any:

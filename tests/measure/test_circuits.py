@@ -213,7 +213,9 @@ def test_keys_are_placed_where_the_sink_is(family: str) -> None:
 
         def look(call: AttentionCall) -> None:
             if call.layer == 0:
-                kept["placed"] = Placed(turns, unturned, POSITION).keys(call)
+                kept["placed"] = Placed(turns, unturned, torch.full((7,), POSITION)).keys(
+                    call, list(range(len(call.key)))
+                )
                 kept["keys"] = call.key.repeat_interleave(call.groups, dim=1).double()
 
         with torch.no_grad(), attending(model, look):
@@ -227,7 +229,7 @@ def test_keys_are_placed_where_the_sink_is(family: str) -> None:
 
 def test_a_document_is_dormant_where_nine_tenths_of_queries_are_on_the_sink() -> None:
     model = tiny.model()
-    table = HeadUse(model, 0)
+    table = HeadUse(model, torch.zeros(1, dtype=torch.long))
     shares = (0.899, 0.9, 1.0, 0.0)
     values = torch.tensor([[0.9, 0.5, share, 0.1, 1.0] for share in shares], dtype=torch.float64)
     table.found = [([0], 0, values[None])]
