@@ -2,8 +2,8 @@
 
 Question: does an image encoder grow sinks and outlier tokens at this size, and do registers take them over?
 Design: DINOv2's architecture (Oquab et al. 2024; with registers, Darcet et al. 2024) from scratch on the
-folder's classes, AdamW with a warm-up and a cosine decay, random crops and flips; a tenth of the images, by a hash of
-their names, is held out. Checkpoints have the published format; a killed run goes on where it stopped.
+folder's classes, AdamW with a warm-up and a cosine decay, random crops and flips; a tenth of the images, by a
+hash of their names, is held out. Checkpoints have the published format; a killed run goes on.
 
     python experiments/train_vit.py --images FOLDER --out runs/vit
     python experiments/train_vit.py --images FOLDER --out runs/vit-registers --registers 4

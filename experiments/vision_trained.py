@@ -23,7 +23,6 @@ import pandas as pd
 import torch
 import tyro
 from numpy.typing import NDArray
-from torch import Tensor
 from tyro.conf import Positional
 
 import spectral_sinks as ss
@@ -41,6 +40,8 @@ class Options:
     out: Path = Path("runs/vision_trained")
     limit: int | None = None
     """Held-out images to read; all without it."""
+    heads: int = 200
+    """Images on which heads are looked at one by one, after training."""
     batch_size: int = 128
 
 
@@ -53,6 +54,7 @@ class Seen:
     seed: int
     step: int
     outliers: ss.Outliers
+    """Norms of all tokens, and which patches are outliers."""
     right: NDArray[np.float64]
     """1 for each image whose class is right."""
     alpha: NDArray[np.float64]
@@ -108,22 +110,43 @@ def interval(name: str, values: NDArray[np.float64]) -> dict[str, float]:
 
 def look(folder: Path, images: ss.Images, batch_size: int, **about: Any) -> Seen:
     """Read the images with one checkpoint."""
-    model = ss.load_vision(folder, attention="eager")
+    model = ss.load_vision(folder)
     pixels = ss.pixels(images, model)
     assert pixels.labels is not None
-
-    def readout(_: Tensor, __: Any, weights: list[Tensor]) -> tuple[Tensor, Tensor]:
-        received = torch.stack([layer.double().mean(-2) for layer in weights], dim=1)
-        return model.logits().argmax(-1), received
-
-    parts = [
-        ss.trace(model, batch, {}, readout=readout, attention=True) for _, batch in pixels.batches(batch_size)
-    ]
-    classes, alpha = (torch.cat(part) for part in zip(*parts, strict=True))
-    found = ss.outliers(model, pixels, batch_size=batch_size)
+    batches = [batch for _, batch in pixels.batches(batch_size)]
+    classes = [ss.trace(model, x, {}, readout=lambda *_: model.logits().argmax(-1)) for x in batches]
     return Seen(
-        outliers=found, right=(classes == pixels.labels).double().numpy(), alpha=alpha.numpy(), **about
+        outliers=ss.outliers(model, pixels, batch_size=batch_size),
+        right=(torch.cat(classes) == pixels.labels).double().numpy(),
+        alpha=ss.attention_by_position(model, pixels, batch_size=batch_size).alpha,
+        **about,
     )
+
+
+def heads(seen: Seen, options: Options) -> pd.DataFrame:
+    """`ss.head_use` of CLS, each register, and each image's most attended patch: a row per image and head."""
+    pixels = seen.outliers.pixels
+    kept = range(0, len(pixels), -(-len(pixels) // options.heads))
+    few = ss.pixels(torch.stack([pixels[place] for place in kept]), pixels.model)
+    tables = [
+        ss.head_use(pixels.model, few, token, batch_size=options.batch_size).assign(token=token)
+        for token in (*pixels.model.prefix, "patch")
+    ]
+    return pd.concat(tables).assign(run=seen.run)
+
+
+def written(use: pd.DataFrame) -> Iterator[dict[str, Any]]:
+    """Whether what the most attended tokens write is nothing."""
+    for token, rows in use.groupby("token", sort=False):
+        layer, head = rows.groupby(["layer", "head"])["attention"].mean().idxmax()
+        here = rows[(rows["layer"] == layer) & (rows["head"] == head)]
+        said = f"no-op at most 0.2, broadcast at least 0.5; attention {here['attention'].mean():.4f}"
+        yield ss.answer(
+            f"value of {token} over the mean value, head {layer}.{head}", here["value_ratio"], said
+        )
+        rate, counts = rows.groupby("document")["dormant"].mean(), rows["use"].value_counts()
+        said = f"no-op {counts.get('no-op', 0)}, broadcast {counts.get('broadcast', 0)} of {len(rows)}"
+        yield ss.answer(f"share of heads in which 0.9 of queries give 0.5 to {token}", rate, said)
 
 
 def checkpoints(run: Path, options: Options) -> Iterator[Seen]:
@@ -143,44 +166,36 @@ def checkpoints(run: Path, options: Options) -> Iterator[Seen]:
 def answers(first: Seen, last: Seen) -> Iterator[dict[str, Any]]:
     """What the trained weights show, beside the untrained ones."""
     found, before = last.outliers, first.outliers
-    classes, uniform = len(set(found.pixels.images.labels)), 1 / last.alpha.shape[-1]
+    classes, uniform = len(found.pixels.model.labels), 1 / last.alpha.shape[-1]
     yield ss.answer("accuracy", last.right, f"chance {1 / classes:.3g}, untrained {first.right.mean():.3f}")
-    layer = -1 if found.strongest is None else found.strongest
-    share, untrained = (o.member[:, layer + 1].mean(1) for o in (found, before))
-    yield ss.answer(
-        f"share of patches that are outliers, layer {layer}", share, f"untrained {untrained.mean():.4g}"
-    )
+    for layer in range(last.alpha.shape[1]):
+        share, untrained = (o.member[:, layer + 1].mean(1) for o in (found, before))
+        said = f"untrained {untrained.mean():.3g}"
+        yield ss.answer(f"share of patches that are outliers after layer {layer}", share, said)
     for kind, places in last.kinds.items():
-        ratio, control = ((o.norm[..., places] / o.median[:, None]).max((0, 2))[1:] for o in (found, before))
-        yield ss.answer(
-            f"largest norm of {kind} in medians of patches, layer {ratio.argmax()}",
-            float(ratio.max()),
-            f"untrained {control.max():.3g}",
-        )
+        norm, control = ((o.norm[..., places] / o.median[:, None]).max((0, 2))[1:] for o in (found, before))
+        name = f"largest norm of {kind} after any layer ({norm.argmax()}), in medians of patches"
+        yield ss.answer(name, float(norm.max()), f"untrained {control.max():.3g}")
     for kind, places in last.kinds.items():
+        name, even = f"attention to the most attended of {kind}", f"uniform {uniform:.4f}, untrained"
         top, control = last.top(kind), first.top(kind)
-        what = f"attention to the most attended of {kind}"
-        said = f"uniform {uniform:.4f}, untrained"
-        mean = control.mean()
-        yield ss.answer(f"{what}, all layers and heads", top.mean((1, 2)), f"{said} {mean:.4f}")
-        layer, head = np.unravel_index(top.mean(0).argmax(), top.shape[1:])
-        mean = control[:, layer, head].mean()
-        yield ss.answer(f"{what}, head {layer}.{head}", top[:, layer, head], f"{said} {mean:.4f}")
-        rate, mean = (top > SINK).mean((1, 2)), (control > SINK).mean()
-        yield ss.answer(f"share of (layer, head) with {kind} above {SINK}", rate, f"untrained {mean:.4f}")
+        yield ss.answer(f"{name}, all heads", top.mean((1, 2)), f"{even} {control.mean():.4f}")
+        at = np.unravel_index(top.mean(0).argmax(), top.shape[1:])
+        said = f"{even} {control[:, *at].mean():.4f}"
+        yield ss.answer(f"{name}, head {at[0]}.{at[1]}", top[:, *at], said)
+        rate, said = (top > SINK).mean((1, 2)), f"untrained {(control > SINK).mean():.4f}"
+        yield ss.answer(f"share of heads in which one of {kind} receives over {SINK}", rate, said)
         mass, control = (part.alpha[..., places].sum(-1).mean((1, 2)) for part in (last, first))
-        even = uniform * last.alpha[..., places].shape[-1]
-        said = f"uniform {even:.4f}, untrained {control.mean():.4f}"
-        yield ss.answer(f"attention to all of {kind}, all layers and heads", mass, said)
+        said = f"uniform {uniform * last.alpha[..., places].shape[-1]:.4f}, untrained {control.mean():.4f}"
+        yield ss.answer(f"attention to all of {kind}, all heads", mass, said)
 
 
 def differences(plain: Seen, other: Seen) -> Iterator[dict[str, Any]]:
     """Registers minus none, paired by image."""
     said = f"{other.run} minus {plain.run}"
     yield ss.answer("accuracy, difference", other.right - plain.right, said)
-    share = (part.outliers.member[:, 1:].mean((1, 2)) for part in (plain, other))
-    without, with_registers = share
-    yield ss.answer("share of patches that are outliers, difference", with_registers - without, said)
+    without, having = (part.outliers.member[:, 1:].mean((1, 2)) for part in (plain, other))
+    yield ss.answer("share of patches that are outliers after any layer, difference", having - without, said)
     for kind in plain.kinds:
         change = other.top(kind).mean((1, 2)) - plain.top(kind).mean((1, 2))
         yield ss.answer(f"attention to the most attended of {kind}, difference", change, said)
@@ -189,24 +204,26 @@ def differences(plain: Seen, other: Seen) -> Iterator[dict[str, Any]]:
 def main(options: Options) -> None:
     rows: list[dict[str, Any]] = []
     said: list[pd.DataFrame] = []
+    uses: list[pd.DataFrame] = []
     last: dict[tuple[int, int], Seen] = {}
     for run in options.runs:
-        first: Seen | None = None
-        for seen in checkpoints(run, options):
-            first = first or seen
-            rows += seen.rows()
-            last[seen.seed, seen.registers] = seen
-            print(f"{run.name}, step {seen.step}: accuracy {seen.right.mean():.3f}", flush=True)
-        seen = last[seen.seed, seen.registers]
-        said.append(pd.DataFrame(answers(first, seen)).assign(run=run.name))
+        seen = list(checkpoints(run, options))
+        rows += [row for one in seen for row in one.rows()]
+        uses.append(heads(seen[-1], options))
+        found = [*answers(seen[0], seen[-1]), *written(uses[-1])]
+        said.append(pd.DataFrame(found).assign(run=run.name))
+        last[seen[-1].seed, seen[-1].registers] = seen[-1]
     for (seed, registers), seen in last.items():
         if registers and (seed, 0) in last:
             said.append(pd.DataFrame(differences(last[seed, 0], seen)).assign(run=seen.run))
     table = pd.DataFrame(rows)
     summary = pd.concat(said)[["run", "quantity", "value", "low", "high", "control"]]
     options.out.mkdir(parents=True, exist_ok=True)
-    for name, part in (("vision_trained", table), ("vision_trained_summary", summary)):
-        part.to_csv(options.out / f"{name}.csv", index=False, float_format="%.6g")
+    by = ["run", "token", "layer", "head"]
+    use = pd.concat(uses).drop(columns=["document", "use"]).groupby(by, as_index=False, sort=False).mean()
+    tables = {"": table, "_heads": use, "_summary": summary}
+    for name, part in tables.items():
+        part.to_csv(options.out / f"vision_trained{name}.csv", index=False, float_format="%.6g")
     ss.figures.vision_trained(table, options.out / "vision_trained.png")
     print(summary.round(4).to_string(index=False))
 
