@@ -108,7 +108,7 @@ def interval(name: str, values: NDArray[np.float64]) -> dict[str, float]:
     return {name: float(values.mean()), f"{name}_low": low, f"{name}_high": high}
 
 
-def look(folder: Path, images: ss.Images, batch_size: int, **about: Any) -> Seen:
+def look(folder: Path, images: Any, batch_size: int, **about: Any) -> Seen:
     """Read the images with one checkpoint."""
     model = ss.load_vision(folder)
     pixels = ss.pixels(images, model)

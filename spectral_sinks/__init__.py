@@ -5,9 +5,11 @@ from spectral_sinks.images import Images, images
 from spectral_sinks.interventions.added import KeyBias, Prefix, SinkLogit
 from spectral_sinks.interventions.moves import Move
 from spectral_sinks.interventions.probing import examine
+from spectral_sinks.interventions.registers import test_time_registers, with_registers
 from spectral_sinks.interventions.sinks import CopyKey, MaskKey, Restrict, SetValue, Streaming
 from spectral_sinks.interventions.sites import Site
 from spectral_sinks.interventions.tracing import trace
+from spectral_sinks.interventions.trained import without_registers
 from spectral_sinks.measure.attention import (
     attention_by_head,
     attention_received,
@@ -15,6 +17,7 @@ from spectral_sinks.measure.attention import (
     uniform_attention,
 )
 from spectral_sinks.measure.bars import candidates, mark_bars, matched, received, strata
+from spectral_sinks.measure.boxes import corloc, read_boxes
 from spectral_sinks.measure.circuits import head_use
 from spectral_sinks.measure.compare import Comparison, compare
 from spectral_sinks.measure.designated import Designation, designate
@@ -23,18 +26,27 @@ from spectral_sinks.measure.effects import Effect, evaluate, evaluate_all, mean_
 from spectral_sinks.measure.energy import energy
 from spectral_sinks.measure.generation import continuation_nll, generate, generate_all
 from spectral_sinks.measure.lens import ALONE, TOGETHER, band_lens
+from spectral_sinks.measure.lost import Discovery, dino_seg, lost
 from spectral_sinks.measure.massive import massive_activations
 from spectral_sinks.measure.noop import Circuits, no_op_circuits
+from spectral_sinks.measure.objects import discover
 from spectral_sinks.measure.outliers import Outliers, neighbour_similarity, outlier_onset, outliers
 from spectral_sinks.measure.positions import PositionAttention, attention_by_position
 from spectral_sinks.measure.preflight import preflight
+from spectral_sinks.measure.probes import token_probes
 from spectral_sinks.measure.references import massive_channels, mean_keys, mean_values
+from spectral_sinks.measure.registers import DINOV2_LARGE, register_neurons
+from spectral_sinks.measure.repair import register_maps, register_repair
 from spectral_sinks.measure.repetition import distinct, loop_onset, repeated, repetition
+from spectral_sinks.measure.ridge import LinearProbe
 from spectral_sinks.measure.screen import first_order
 from spectral_sinks.measure.sink import Sink
 from spectral_sinks.measure.sinks import Sinks, find_sinks
 from spectral_sinks.measure.spectra import read_spectrum
+from spectral_sinks.measure.trained import register_ablation
 from spectral_sinks.measure.verdict import Measured, SinkVerdict, sink_verdict
+from spectral_sinks.measure.vision_effects import ImageEffect, evaluate_images
+from spectral_sinks.measure.vision_sinks import VisionSinks, vision_sinks
 from spectral_sinks.measure.weights import weight_shares
 from spectral_sinks.models.attending import AttentionCall, attending
 from spectral_sinks.models.describe import describe
@@ -124,6 +136,7 @@ __all__ = [
     "continuation_nll",
     "Copied",
     "CopyKey",
+    "corloc",
     "Cost",
     "cut",
     "DEFAULT",
@@ -132,7 +145,11 @@ __all__ = [
     "Designation",
     "Detectors",
     "detectors",
+    "dino_seg",
+    "DINOV2_LARGE",
     "DirectionSwap",
+    "discover",
+    "Discovery",
     "distinct",
     "documents",
     "Done",
@@ -142,6 +159,7 @@ __all__ = [
     "energy_matched",
     "evaluate",
     "evaluate_all",
+    "evaluate_images",
     "examine",
     "farthest",
     "figures",
@@ -154,6 +172,7 @@ __all__ = [
     "grid",
     "head_use",
     "holm",
+    "ImageEffect",
     "Images",
     "images",
     "InputError",
@@ -164,9 +183,11 @@ __all__ = [
     "ladder",
     "LanguageModel",
     "largest_within",
+    "LinearProbe",
     "load",
     "load_vision",
     "loop_onset",
+    "lost",
     "mark_bars",
     "masked_ids",
     "masked_positions",
@@ -208,8 +229,13 @@ __all__ = [
     "random_subspace",
     "random_within",
     "rank_correlation",
+    "read_boxes",
     "read_spectrum",
     "received",
+    "register_ablation",
+    "register_maps",
+    "register_neurons",
+    "register_repair",
     "RemoteError",
     "remove",
     "repeated",
@@ -244,15 +270,21 @@ __all__ = [
     "sweep",
     "SweepFile",
     "t_interval",
+    "test_time_registers",
     "TOGETHER",
+    "token_probes",
     "trace",
     "uncovered",
     "uniform_attention",
     "union",
     "verify",
+    "vision_sinks",
     "VisionModel",
+    "VisionSinks",
     "weight_shares",
     "Windows",
+    "with_registers",
     "without_last_band",
+    "without_registers",
     "Zero",
 ]

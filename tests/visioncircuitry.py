@@ -10,6 +10,7 @@ from circuitry import gaussian
 from torch import Tensor
 
 import spectral_sinks as ss
+from spectral_sinks.models.norms import gain_of
 from spectral_sinks.models.weights import attention_weights
 
 D, HEADS, SIZE, SIDE, PATCH = 64, 4, 16, 20, 4
@@ -28,6 +29,9 @@ CASES = (
     *((family, "patch") for family in ("dinov2", "dinov2 registers", "vit", "clip", "siglip", "dinov3")),
 )
 CASES = tuple(dict.fromkeys(CASES))
+
+ANY = ("dinov2", "dinov2 registers", "vit", "deit", "clip", "siglip", "dinov3")
+"""Families on which numbers are recomputed."""
 
 
 def channel(place: int) -> Tensor:
@@ -118,3 +122,31 @@ def twin(model: ss.VisionModel) -> ss.VisionModel:
 
 def spectrum() -> ss.Spectrum:
     return ss.Spectrum.from_matrix(gaussian(80, D, seed=9))
+
+
+def eager(family: str, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Attention maps of transformers' own eager attention, and norms of W_O v, in fp64."""
+    plain: Any = copy.deepcopy(tinyvision.plain(family))
+    plain.set_attn_implementation("eager")
+    plain = plain.double()
+    model = tinyvision.model(family)
+    maps: list[Tensor] = []
+    values: list[Tensor] = []
+    for layer in plain.get_submodule(model.layout.layers):
+        attention = layer.get_submodule(model.layout.attention)
+        attention.register_forward_hook(lambda _, __, out: maps.append(out[1]))
+        layer.get_submodule(model.layout.values).register_forward_hook(lambda _, __, v: values.append(v))
+    with torch.no_grad():
+        plain(pixel_values=x.double())
+    norms: list[Tensor] = []
+    for layer, value in zip(plain.get_submodule(model.layout.layers), values, strict=True):
+        write = layer.get_submodule(model.layout.attention_projection).weight
+        scale = torch.ones(model.d, dtype=torch.float64)
+        if "layer_scale" in model.layout.attention_write:
+            scale = gain_of(layer.get_submodule(model.layout.attention_write), model.d).double()
+        heads = value.split(model.head_size, dim=-1)
+        parts = write.split(model.head_size, dim=1)
+        norms.append(
+            torch.stack([(v @ w.T * scale).norm(dim=-1) for v, w in zip(heads, parts, strict=True)], 1)
+        )
+    return maps, norms

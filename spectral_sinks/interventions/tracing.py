@@ -13,6 +13,7 @@ from spectral_sinks.errors import InputError
 from spectral_sinks.interventions.remote import remotely
 from spectral_sinks.interventions.sites import ORDER, Kind, Site
 from spectral_sinks.models.stream import Stream
+from spectral_sinks.models.vision import VisionModel
 from spectral_sinks.spectra.filters import Filter
 
 T = TypeVar("T")
@@ -37,10 +38,10 @@ class Resume:
 
 
 def bind(interventions: Interventions, ids: Int[Tensor, "batch tokens"]) -> dict[Site, Edit]:
-    """Give each filter the token ids of the batch, by which it may select; pixels have none."""
+    """Give each filter the token ids of the batch, or the kinds of an image's, by which it may select."""
 
     def bound(edit: Edit) -> Edit:
-        return (lambda x: edit(x, ids)) if isinstance(edit, Filter) and ids.ndim == 2 else edit
+        return (lambda x: edit(x, ids)) if isinstance(edit, Filter) else edit
 
     return {site: bound(edit) for site, edit in interventions.items()}
 
@@ -78,7 +79,8 @@ def trace(
     if gradients and model.weightless:
         raise InputError(f"gradients of {model.name} cannot be had where its weights are in another process")
     hooks: Hooks = {}
-    for site, edit in bind(edits, ids).items():
+    kinds = model.kinds(ids) if isinstance(model, VisionModel) else ids
+    for site, edit in bind(edits, kinds).items():
         site.check(model)
         hooks.setdefault((site.layer, site.kind), []).append((site, edit))
     read: dict[Site, Tensor] = {}

@@ -20,6 +20,8 @@ from spectral_sinks.measure.nll import predicted
 from spectral_sinks.measure.replay import Batch, Measured, start
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.models.masked import masked_ids
+from spectral_sinks.models.stream import Stream
+from spectral_sinks.pixels import Pixels
 from spectral_sinks.spectra.filters import At, Filter, Mean, Swap
 from spectral_sinks.stats import mean_interval
 from spectral_sinks.texts import Windows
@@ -199,17 +201,18 @@ def _columns(batch: Batch | DistantBatch, found: Measured) -> Table:
 
 
 def mean_residual(
-    model: LanguageModel, windows: Windows, site: Site, batch_size: int = 16
+    model: Stream, windows: Windows | Pixels, site: Site, batch_size: int = 16
 ) -> Float[Tensor, "tokens d"]:
-    """Mean over windows of the residual at a site, by position: the reference for the fill `Mean`.
+    """Mean over windows or images of the residual at a site, by position: the reference for the fill `Mean`.
 
-    An encoder reads them masked, as where its NLL is measured.
+    An encoder reads windows masked, as where its NLL is measured. One mean over all patches of all images is
+    that of the last rows: `reference[len(model.prefix):] = reference[len(model.prefix):].mean(0)`.
     """
     return mean_residuals(model, windows, [site], batch_size)[site]
 
 
 def mean_residuals(
-    model: LanguageModel, windows: Windows, sites: Sequence[Site], batch_size: int = 16
+    model: Stream, windows: Windows | Pixels, sites: Sequence[Site], batch_size: int = 16
 ) -> dict[Site, Tensor]:
     """`mean_residual` at several sites from one pass, `[tokens, d]` each, float64."""
     total = {site: torch.zeros(windows.length, model.d, dtype=torch.float64) for site in sites}
@@ -218,14 +221,15 @@ def mean_residuals(
         ids = ids.to(model.device)
         sums = trace(
             model,
-            ids if model.causal else masked_ids(model, ids),
+            masked_ids(model, ids) if isinstance(model, LanguageModel) and not model.causal else ids,
             {},
             sites,
             readout=lambda final, read, weights: {s: x.double().sum(0).cpu() for s, x in read.items()},
         )
+        tokens = len(next(iter(sums.values()))) if sums else 0
         for site, part in sums.items():
-            total[site][: ids.shape[1]] += part
-        count[: ids.shape[1]] += len(ids)
+            total[site][:tokens] += part
+        count[:tokens] += len(ids)
     return {site: part / count for site, part in total.items()}
 
 

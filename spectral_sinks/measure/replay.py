@@ -1,6 +1,6 @@
 """Suffix replay: what cells do to a batch of windows, each begun at its lowest site, many in one pass."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Sequence, Sized
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -305,11 +305,11 @@ class Batch:
         )
 
 
-def cut_mask(edit: Edit, windows: Windows, places: Sequence[int]) -> Edit:
-    """A filter whose mask has a row per window, cut to the windows at some places."""
+def cut_mask(edit: Edit, windows: Sized, places: Sequence[int]) -> Edit:
+    """A filter whose mask has a row per window, or image, cut to those at some places."""
     if isinstance(edit, Filter) and isinstance(edit.tokens, Tensor) and edit.tokens.ndim == 2:
         if edit.tokens.shape[0] != len(windows):
-            raise InputError(f"a mask of {edit.tokens.shape[0]} rows for {len(windows)} windows")
+            raise InputError(f"a mask of {edit.tokens.shape[0]} rows for {len(windows)} windows or images")
         return replace(edit, tokens=edit.tokens[list(places)])
     return edit
 

@@ -17,7 +17,8 @@ from spectral_sinks.measure.energy import residual_sites
 from spectral_sinks.measure.massive import Residuals
 from spectral_sinks.measure.positions import PositionAttention
 from spectral_sinks.measure.verdict import Measured
-from spectral_sinks.models.language import LanguageModel
+from spectral_sinks.models.stream import Stream
+from spectral_sinks.models.vision import VisionModel
 from spectral_sinks.spectra.spectrum import Spectrum
 from spectral_sinks.spectra.subspace import Subspace, random_subspace
 
@@ -44,7 +45,8 @@ class Sink:
     norm_ratio: Measured
     """Residual norm, in medians of the other tokens of the text."""
     dark_share: Measured
-    """Share of residual energy in the dark band, and the range of random subspaces of that rank."""
+    """Share of residual energy in the dark band, and the range of random subspaces of that rank; NaN where
+    no spectrum was given."""
     other_dark_share: Measured
     """The same of the tokens that are no sinks."""
     onset_layer: int
@@ -79,18 +81,18 @@ def as_json(name: str, value: Measured) -> dict[str, Any]:
 
 
 def measure_sinks(
-    model: LanguageModel,
+    model: Stream,
     attention: PositionAttention,
     residuals: Residuals,
     high: Bool[NDArray[np.bool_], "windows sites tokens"],
-    spectrum: Spectrum,
+    spectrum: Spectrum | None,
     places: Sequence[Place],
+    others: Bool[NDArray[np.bool_], "windows tokens"],
     epsilon: float,
     draws: int,
     batch_size: int,
 ) -> list[Sink]:
-    """The numbers of every sink, in the layer that gives it most; largest attention first."""
-    others = (attention.ids >= 0) & ~np.any([np.zeros_like(high[:, 0]), *(p.member for p in places)], axis=0)
+    """The numbers of every sink beside other tokens, in the layer that gives it most; largest first."""
     alphas = [_mean(np.moveaxis(attention.alpha.mean(2), 1, 2), place.member) for place in places]
     layers = [int(np.nanmean(attention.by_document(alpha), axis=0).argmax()) for alpha in alphas]
     shares = _dark_shares(model, attention, spectrum, layers, places, others, draws, batch_size)
@@ -151,6 +153,8 @@ def _over_documents(
 ) -> Measured:
     """Mean and interval over the documents that have a value; random controls are columns, averaged first."""
     sample = attention.by_document(values)
+    if np.isnan(sample).all():
+        return Measured(float("nan"), float("nan"), float("nan"))
     drawn = None if controls is None else np.nanmean(attention.by_document(controls), axis=0)
     return Measured.of(sample[~np.isnan(sample)], drawn)
 
@@ -172,14 +176,17 @@ def _uniform(attention: PositionAttention) -> Float[NDArray[np.float64], "window
     return np.broadcast_to(sums / attention.queries, attention.ids.shape)
 
 
-def _text(model: LanguageModel, token: int) -> str:
-    return str(token) if model.tokenizer is None else model.tokenizer.decode([token])
+def _text(model: Stream, token: int) -> str:
+    if isinstance(model, VisionModel):
+        return (*model.prefix, "patch")[token]
+    tokenizer = getattr(model, "tokenizer", None)
+    return str(token) if tokenizer is None else tokenizer.decode([token])
 
 
 def _dark_shares(
-    model: LanguageModel,
+    model: Stream,
     attention: PositionAttention,
-    spectrum: Spectrum,
+    spectrum: Spectrum | None,
     layers: Sequence[int],
     places: Sequence[Place],
     others: NDArray[np.bool_],
@@ -187,8 +194,8 @@ def _dark_shares(
     batch_size: int,
 ) -> list[Float[NDArray[np.float64], "windows columns"]]:
     """For each sink: its share in the dark band, that of other tokens, its share in each random subspace."""
-    if not layers:
-        return []
+    if not layers or spectrum is None:
+        return [np.full((len(others), 2 + draws), np.nan) for _ in layers]
     dark = spectrum.dark()
     spaces: list[Subspace] = [dark, *(random_subspace(model.d, dark.rank, seed) for seed in range(draws))]
     stream = residual_sites(model)
@@ -203,7 +210,7 @@ def _dark_shares(
         read = trace(model, ids.to(model.device), {}, sites, readout=readout)
         for values, layer, place in zip(found, layers, places, strict=True):
             here = read[stream[layer]]
-            length = slice(ids.shape[1])
+            length = slice(attention.windows.tokens(ids).shape[1])
             at = _mean(here, place.member[rows, length])
             values[rows, 0], values[rows, 2:] = at[:, 0], at[:, 1:]
             values[rows, 1] = _mean(here[..., 0], others[rows, length])

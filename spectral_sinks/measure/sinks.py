@@ -160,7 +160,10 @@ def find_sinks(
     reads = high[:, :-1]
     places = places_of(attention, epsilon)
     members = np.any([np.zeros_like(high[:, 0]), *(place.member for place in places)], axis=0)
-    sinks = measure_sinks(model, attention, residuals, high, spectrum, places, epsilon, draws, batch_size)
+    others = (attention.ids >= 0) & ~members
+    sinks = measure_sinks(
+        model, attention, residuals, high, spectrum, places, others, epsilon, draws, batch_size
+    )
 
     def measured(values: Float[NDArray[np.generic], "windows layers heads"]) -> Measured:
         return Measured.of(attention.by_document(values.mean((1, 2))))

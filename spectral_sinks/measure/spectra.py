@@ -35,8 +35,12 @@ def read_spectrum(
     matrix reads the residual stream along whichever of its sides has the model's width; a square one is taken
     as `nn.Linear` stores it (columns read). `folded` and `centred` are conventions of the unembedding.
 
-    Raises InputError for an unknown matrix, one without a side of the model's width, NaN or Inf, or a
-    convention that the matrix does not have.
+    Of an image encoder "classifier", or the default, is what its head reads of the residual stream, a row for
+    each class and token; "embedding" is the patch embedding; without a head, name a matrix. A head of fewer
+    rows than d leaves a null space: `rank` and `null()` of the spectrum.
+
+    Raises InputError for an unknown matrix, none named for an image encoder without a head, one without a
+    side of the model's width, NaN or Inf, or a convention that the matrix does not have.
     """
     if not isinstance(model, LanguageModel) or model.remote is None or not model.weightless:
         return matrices.read_spectrum(

@@ -9,14 +9,14 @@ from torch import Tensor
 
 from spectral_sinks.errors import InputError
 from spectral_sinks.interventions.remote import remotely
-from spectral_sinks.models.language import LanguageModel
+from spectral_sinks.models.stream import Stream
 from spectral_sinks.models.weights import PARTS, residual_weights
 from spectral_sinks.spectra.pairs import share_deviation
 from spectral_sinks.spectra.subspace import Subspace
 
 
 def weight_shares(
-    model: LanguageModel,
+    model: Stream,
     subspaces: Mapping[str, Subspace],
     *,
     convention: Literal["raw", "folded"] = "raw",
@@ -40,9 +40,7 @@ def weight_shares(
 
 
 @remotely
-def _shares(
-    model: LanguageModel, subspaces: Mapping[str, Subspace], convention: str
-) -> list[dict[str, object]]:
+def _shares(model: Stream, subspaces: Mapping[str, Subspace], convention: str) -> list[dict[str, object]]:
     """The rows of `weight_shares`."""
     model.require_weights("who reads and writes what")
     ranks = [subspace.rank for subspace in subspaces.values()]

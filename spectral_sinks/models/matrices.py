@@ -12,6 +12,8 @@ from spectral_sinks.models.layout import TRANSFORMS, through
 from spectral_sinks.models.loading import refuse_code
 from spectral_sinks.models.masked import is_masked_lm
 from spectral_sinks.models.source import DEFAULT, Source, find_source
+from spectral_sinks.models.vision import VisionModel
+from spectral_sinks.models.vision_matrices import CLASSIFIER, Reading, is_vision, read_checkpoint, read_model
 from spectral_sinks.spectra.spectrum import Convention, Spectrum
 
 UNEMBEDDINGS = (
@@ -48,7 +50,7 @@ NORMS = (
 
 
 def read_spectrum(
-    model: LanguageModel | str | Path = DEFAULT,
+    model: LanguageModel | VisionModel | str | Path = DEFAULT,
     matrix: str = "unembedding",
     *,
     convention: Convention = "raw",
@@ -64,20 +66,36 @@ def read_spectrum(
     head's transform stands between the residual stream and the unembedding, as in BERT, the matrix reads the
     transform's output, and `reads_through` of the spectrum says so.
 
-    Raises InputError for an encoder without a head over the vocabulary, an unknown matrix, one without a side
+    Of an image encoder, "classifier", or the default, is what its classifier head reads, a row for each class
+    and token, and "embedding" the patch embedding; without a head, name a matrix. `centred` removes the mean
+    over classes by token. A head of fewer rows than d leaves a null space, `null()` of the spectrum.
+
+    Raises InputError for an encoder without a head, an unknown matrix, one without a side
     of the model's width, NaN or Inf, or a convention that the matrix does not have.
     """
-    if matrix != "unembedding" and convention != "raw":
+    if matrix not in CLASSIFIER and convention != "raw":
         raise InputError(
             f"convention {convention!r} folds the final norm into the unembedding; {matrix} has only 'raw'"
         )
-    if isinstance(model, LanguageModel):
-        weight, gain, layernorm, tied, width = _from_model(model, matrix, convention)
-        way = model.reads_through
-    else:
+    source = None
+    if not isinstance(model, LanguageModel | VisionModel):
         source = find_source(str(model), revision)
         refuse_code(source, trust_remote_code=True)  # only tensors are read: no code of it runs
         source.require_weights()
+    found: Reading | None = None
+    if isinstance(model, VisionModel):
+        found = read_model(model, matrix, convention)
+    elif source is not None and is_vision(source):
+        found = read_checkpoint(source, matrix, convention)
+    way = ""
+    if found is not None:
+        matrix, weight, width = found.name, found.weight, found.width
+        gain, layernorm, tied = found.gain, found.layernorm, False
+    elif isinstance(model, LanguageModel):
+        weight, gain, layernorm, tied, width = _from_model(model, matrix, convention)
+        way = model.reads_through
+    else:
+        assert source is not None
         weight, gain, layernorm, tied, width = _from_checkpoint(source, matrix, convention)
         way = read_through(source.shards)
     if weight.ndim == 2 and weight.shape[1] != width and weight.shape[0] == width:

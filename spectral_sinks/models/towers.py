@@ -56,7 +56,8 @@ def load_vision(
         given: Any = model
         if device is not None or dtype != "auto":
             raise InputError("a model given as an object stays where it is: give no device and no dtype")
-        module = getattr(given, "vision_model", given) if given.config.model_type in TWO_TOWERS else given
+        alone = given.config.model_type in TWO_TOWERS and not hasattr(given, "classifier")
+        module = getattr(given, "vision_model", given) if alone else given
         name = getattr(given, "name_or_path", "") or type(given).__name__
     module.eval()
     layout = vision_layout(module, parts)

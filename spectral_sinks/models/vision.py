@@ -1,5 +1,6 @@
 """An image encoder as the rest of the package sees it: parts, patch grid, prefix tokens, what reads it."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -38,6 +39,9 @@ SEARCHED: dict[str, tuple[str, ...]] = {
 
 OF_TOWER = ("layers", "embedding", "final_norm")
 OF_ATTENTION = ("queries", "keys", "values", "attention_projection")
+ADDED = "_test_time_registers"
+"""Attribute of the embeddings of an encoder with test-time registers: how many, and for which neurons."""
+
 HEADS = ("classifier", "cls_classifier", "distillation_classifier")
 
 
@@ -73,25 +77,53 @@ class VisionModel(Stream):
         size = getattr(self.config, "image_size", None)
         return size if isinstance(size, int) or size is None else size[0]
 
-    @cached_property
+    @property
     def prefix(self) -> tuple[str, ...]:
-        """Names of the tokens before the patches: "cls", then "distillation" (DeiT) or "reg1", "reg2", ..."""
+        """Names of the tokens before the patches: "cls", then "distillation" (DeiT) or "reg1", "reg2", ...
+
+        Test-time registers come last: "test1", "test2", ...
+        """
         part = self.tower.embeddings
+        added = tuple(f"test{index + 1}" for index in range(getattr(part, ADDED, {}).get("registers", 0)))
         if not hasattr(part, "cls_token") and not hasattr(part, "class_embedding"):
-            return ()
+            return added
         registers = getattr(self.config, "num_register_tokens", 0) or 0
         distilled = ("distillation",) if hasattr(part, "distillation_token") else ()
-        return ("cls", *distilled, *(f"reg{index + 1}" for index in range(registers)))
+        return ("cls", *distilled, *(f"reg{index + 1}" for index in range(registers)), *added)
 
     @property
     def registers(self) -> tuple[int, ...]:
-        """Positions of the register tokens."""
+        """Positions of the trained register tokens."""
         return tuple(place for place, name in enumerate(self.prefix) if name.startswith("reg"))
+
+    @property
+    def added(self) -> tuple[int, ...]:
+        """Positions of the test-time registers."""
+        return tuple(place for place, name in enumerate(self.prefix) if name.startswith("test"))
 
     @property
     def cls(self) -> int | None:
         """Position of the [CLS] token; None without one (SigLIP)."""
-        return 0 if self.prefix else None
+        return 0 if "cls" in self.prefix else None
+
+    @property
+    def settings(self) -> str:
+        """What is computed with the weights, as JSON: the configuration, and test-time registers."""
+        added = getattr(self.tower.embeddings, ADDED, None)
+        return super().settings + (json.dumps(added, sort_keys=True) if added else "")
+
+    def at(self, *kinds: str) -> frozenset[int]:
+        """Tokens by kind, as `Filter.tokens` takes them, whatever the size of images: "patches", a name in
+        `prefix`, "registers", or "prefix" for all before the patches. Raises InputError for any other.
+        """
+        groups = {"patches": {len(self.prefix)}, "prefix": {*range(len(self.prefix))}}
+        groups |= {"registers": {*self.registers}} | {name: {i} for i, name in enumerate(self.prefix)}
+        if unknown := [kind for kind in kinds if not groups.get(kind)]:
+            raise InputError(
+                f"{self.name} has no tokens {', '.join(map(repr, unknown))}: choose from "
+                f"{', '.join(name for name, members in groups.items() if members)}"
+            )
+        return frozenset().union(*(groups[kind] for kind in kinds))
 
     def grid(self, pixels: Float[Tensor, "batch channels height width"]) -> tuple[int, int]:
         """Rows and columns of patches. Raises InputError for images without a whole patch."""

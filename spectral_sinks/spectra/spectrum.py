@@ -56,17 +56,24 @@ class Spectrum:
     def __post_init__(self) -> None:
         if not 1 <= self.count <= self.d:
             raise InputError(f"{self.count} bands of {self.d} directions: give 1 to {self.d} bands")
-        rounding = self.d * torch.finfo(torch.float64).eps * self.values[0]
         arbitrary: list[str] = []
         for edge in self.edges[1:-1]:
             above, below = self.values[edge - 1], self.values[edge]
-            if above - below <= max(DEGENERATE * above, rounding):
+            if edge <= self.rank and above - below <= max(DEGENERATE * above, self._rounding):
                 arbitrary.append(f"after direction {edge} ({above:.9g} and {below:.9g})")
         if arbitrary:
             warnings.warn(
                 f"band edges of the {self.matrix} spectrum fall between nearly equal singular values: "
                 f"{', '.join(arbitrary)} of {self.d}; which direction lies on which side of them is "
                 "arbitrary; another number of bands moves the edges",
+                SpectralWarning,
+                stacklevel=3,
+            )
+        if within := [band for band, edge in enumerate(self.edges[:-1]) if edge > self.rank]:
+            warnings.warn(
+                f"band edges of the {self.matrix} spectrum fall into its null space (rank {self.rank} of "
+                f"{self.d}): bands {within[0]} to {self.count} cut what is not read at all at arbitrary "
+                "places; null() is all of it",
                 SpectralWarning,
                 stacklevel=3,
             )
@@ -127,6 +134,16 @@ class Spectrum:
     def d(self) -> int:
         return self.values.shape[0]
 
+    @property
+    def _rounding(self) -> float:
+        """What rounding leaves of a singular value that is zero."""
+        return self.d * torch.finfo(torch.float64).eps * float(self.values[0])
+
+    @cached_property
+    def rank(self) -> int:
+        """Number of directions that the matrix reads at all: singular values above rounding, `d eps s_1`."""
+        return int((self.values > self._rounding).sum())
+
     @cached_property
     def edges(self) -> tuple[int, ...]:
         """Band j holds directions `edges[j - 1]` up to, not including, `edges[j]`."""
@@ -183,9 +200,13 @@ class Spectrum:
             return self.directions(self.edges[-2], self.d, "dark")
         return self.middle(1 - fraction, 1.0, name=f"dark {fraction:g}")
 
+    def null(self) -> Subspace:
+        """The directions that the matrix does not read at all; empty where its rank is d."""
+        return self.directions(self.rank, self.d, "null space")
+
     def subspace(self, spec: str, seed: int = 0) -> Subspace:
         """Read a band specification such as `1-8,20`, `dark`, `dark:0.1`, `head:0.4`, `middle:0.4-0.9`,
-        `all`, `none` or `random:13` (a random subspace of rank 13, drawn from `seed`).
+        `null`, `all`, `none` or `random:13` (a random subspace of rank 13, drawn from `seed`).
         """
         if match := re.fullmatch(r"random:(\d+)", spec.strip()):
             return random_subspace(self.d, int(match[1]), seed)
@@ -203,15 +224,16 @@ class Spectrum:
             return (self.head if match[1] == "head" else self.dark)(float(match[2]))
         if match := re.fullmatch(f"middle:{number}-{number}", part):
             return self.middle(float(match[1]), float(match[2]))
-        if part in ("dark", "all", "none"):
+        if part in ("dark", "null", "all", "none"):
             return {
                 "dark": self.dark,
+                "null": self.null,
                 "all": lambda: self.directions(0, self.d, "all"),
                 "none": lambda: self.directions(0, 0, "none"),
             }[part]()
         raise InputError(
             f"{part!r} in {spec!r} is no band specification: use bands (1-8,20), dark, dark:0.1, head:0.4, "
-            "middle:0.4-0.9, all, none, or random:13 alone"
+            "middle:0.4-0.9, null, all, none, or random:13 alone"
         )
 
     def shares(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch bands"]:
@@ -231,7 +253,8 @@ class Spectrum:
         tied = ", tied" if self.tied else ""
         tied += f", reads through {self.reads_through}" if self.reads_through else ""
         return (
-            f"Spectrum({self.matrix}, {self.convention}{tied}, d={self.d}, {self.count} bands, "
+            f"Spectrum({self.matrix}, {self.convention}{tied}, d={self.d}, "
+            f"{'' if self.rank == self.d else f'rank {self.rank}, '}{self.count} bands, "
             f"singular values {self.values[0]:.4g} to {self.values[-1]:.4g})"
         )
 

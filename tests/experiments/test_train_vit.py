@@ -102,7 +102,7 @@ def test_checkpoints_have_the_published_format(registers: int, images: Path, tmp
     processor = AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
     names = (made.out / "heldout.txt").read_text().split()
     files = [images / name for name in names]
-    shown = ss.images(files, labels=[Path(name).parent.name for name in names])
+    shown: Any = ss.images(files, labels=[Path(name).parent.name for name in names])
     read = ss.pixels(shown, model)
     assert read.grid == (3, 3) and read.length == 10 + registers
     assert shown.record.items() <= read.record.items() and read.record["tokens"] == 10 + registers

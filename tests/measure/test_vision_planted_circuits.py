@@ -1,6 +1,5 @@
 """Circuits made by hand in image encoders: every tool returns that head and token, none on the twin."""
 
-import copy
 from typing import Any
 
 import numpy as np
@@ -9,17 +8,13 @@ import tiny
 import tinyvision
 import torch
 import visioncircuitry
-from torch import Tensor
-from visioncircuitry import CASES, HEAD, HEADS, LAYER
+from visioncircuitry import ANY, CASES, HEAD, HEADS, LAYER, eager
 
 import spectral_sinks as ss
 from spectral_sinks.measure.bridge import key_directions
 from spectral_sinks.measure.detectors import Placed
 from spectral_sinks.models.attending import AttentionCall, attending
-from spectral_sinks.models.norms import gain_of
 from spectral_sinks.models.positions import arranged, key_turns, unturned_keys
-
-ANY = ("dinov2", "dinov2 registers", "vit", "deit", "clip", "siglip", "dinov3")
 
 
 @pytest.fixture(autouse=True)
@@ -68,34 +63,6 @@ def test_vision_planted_circuit_is_on_no_other_token(family: str) -> None:
     for position in ("cls", "reg1", [place + 1 if place < 20 else place - 1 for place in at]):
         assert look(model, pixels, position).found == []
     assert look(model, pixels, at).found == [(LAYER, HEAD)], "the numbers say the same as the name"
-
-
-def eager(family: str, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """Attention maps of transformers' own eager attention, and norms of W_O v, in fp64."""
-    plain: Any = copy.deepcopy(tinyvision.plain(family))
-    plain.set_attn_implementation("eager")
-    plain = plain.double()
-    model = tinyvision.model(family)
-    maps: list[Tensor] = []
-    values: list[Tensor] = []
-    for layer in plain.get_submodule(model.layout.layers):
-        attention = layer.get_submodule(model.layout.attention)
-        attention.register_forward_hook(lambda _, __, out: maps.append(out[1]))
-        layer.get_submodule(model.layout.values).register_forward_hook(lambda _, __, v: values.append(v))
-    with torch.no_grad():
-        plain(pixel_values=x.double())
-    norms: list[Tensor] = []
-    for layer, value in zip(plain.get_submodule(model.layout.layers), values, strict=True):
-        write = layer.get_submodule(model.layout.attention_projection).weight
-        scale = torch.ones(model.d, dtype=torch.float64)
-        if "layer_scale" in model.layout.attention_write:
-            scale = gain_of(layer.get_submodule(model.layout.attention_write), model.d).double()
-        heads = value.split(model.head_size, dim=-1)
-        parts = write.split(model.head_size, dim=1)
-        norms.append(
-            torch.stack([(v @ w.T * scale).norm(dim=-1) for v, w in zip(heads, parts, strict=True)], 1)
-        )
-    return maps, norms
 
 
 @pytest.mark.parametrize("family", ANY)
@@ -232,4 +199,4 @@ def test_vision_positions_by_window_work_on_text() -> None:
 def test_vision_sinks_are_not_asked_of_the_text_rule() -> None:
     model, pixels = tinyvision.model(), tinyvision.pixels()
     with pytest.raises(ss.InputError, match="vision_sinks"):
-        ss.find_sinks(model, pixels, ss.Spectrum.from_matrix(torch.eye(model.d)))  # type: ignore[arg-type]
+        ss.find_sinks(model, pixels, ss.Spectrum.from_matrix(torch.randn(40, model.d)))  # type: ignore[arg-type]

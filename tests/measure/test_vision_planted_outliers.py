@@ -39,7 +39,7 @@ def test_exactly_the_marked_patches_are_found(family: str, layer: int, rule: Any
     assert set(rows["layer"]) == set(range(layer, model.layers))
     here = rows[rows["layer"] == layer]
     assert here[["image", "row", "column"]].to_numpy().tolist() == MARKS.nonzero().tolist()
-    assert np.array_equal(found.frequency(layer), MARKS.float().mean(0).numpy())
+    assert np.array_equal(found.frequency(layer), MARKS.double().mean(0).numpy())
     assert {"cls", "reg1"} & set(shares.columns) == {"cls", "reg1"} & set(model.prefix)
 
 

@@ -1,6 +1,5 @@
 """Decomposition, conventions, bands and shares, against scipy in float64."""
 
-import re
 import warnings
 
 import numpy as np
@@ -73,7 +72,7 @@ def test_the_comparison_tells_careless_decompositions_apart(planted):
 
 def test_fewer_rows_than_directions(planted):
     weight = planted(decaying(10.0), ROWS)[:23]
-    with pytest.warns(SpectralWarning, match="nearly equal"):
+    with pytest.warns(SpectralWarning, match="rank 23 of 60.: bands 8 to 20"):
         spectrum = Spectrum.from_matrix(weight)
     np.testing.assert_allclose(spectrum.values[:23], scipy.linalg.svdvals(weight.numpy()), rtol=1e-10)
     assert not spectrum.values[23:].any()
@@ -215,11 +214,19 @@ def test_only_an_edge_between_equal_singular_values_is_reported(planted, twins, 
 def test_singular_values_that_are_rounding_alone_have_no_order():
     values = torch.cat([torch.linspace(9, 1, 5).double(), torch.linspace(1e-15, 1e-16, 35).double()])
     with pytest.warns(SpectralWarning) as caught:
-        Spectrum(torch.eye(40).double(), values)
+        spectrum = Spectrum(torch.eye(40).double(), values)
     (warning,) = caught
-    assert re.findall(r"after direction (\d+)", str(warning.message)) == [
-        str(edge) for edge in range(6, 40, 2)
-    ]
+    assert "rank 5 of 40): bands 3 to 20 cut" in str(warning.message)
+    assert spectrum.rank == 5 and spectrum.null().rank == spectrum.subspace("null").rank == 35
+    assert not spectrum.null().project(torch.eye(40).double())[:5].any()
+
+
+def test_no_edge_inside_the_null_space_is_no_warning() -> None:
+    values = torch.cat([torch.linspace(9, 1, 35).double(), torch.zeros(5).double()])
+    spectrum = Spectrum(torch.eye(40).double(), values, count=8)
+    assert spectrum.rank == 35 and spectrum.dark().rank == 5 == spectrum.null().rank
+    full = Spectrum(torch.eye(40).double(), torch.linspace(9, 1, 40).double())
+    assert full.rank == 40 and full.null().rank == 0
 
 
 SPECS = {

@@ -1,0 +1,141 @@
+"""`spectral-sinks vision`: outlier tokens, sinks, no-op circuits and test-time registers of an image encoder."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+from rich.console import Group
+from tyro.conf import Positional
+
+import spectral_sinks as ss
+from spectral_sinks.cli.printing import plain, show, table
+
+
+@dataclass(frozen=True)
+class Vision:
+    """Outlier tokens, attention sinks and no-op circuits of an image encoder on images."""
+
+    model: Positional[str]
+    """A Hugging Face id, or a folder."""
+    images: Positional[tuple[str, ...]]
+    """A folder (its sub-folders are classes), a .txt list of files, files, or a hub data set id."""
+    size: int | None = None
+    """Resize images to a square of this side in pixels, with positions interpolated; by default as the model's
+    own processor does."""
+    limit: int | None = 200
+    """Read at most this many images, in turn from each class."""
+    broken: Literal["skip", "refuse"] = "skip"
+    """What becomes of broken files: named and left out, or named and refused."""
+    split: str = "train"
+    """Split of a hub data set."""
+    rule: str = "robust"
+    """What is an outlier: robust, published (norm above 150), or a norm."""
+    matrix: str | None = None
+    """What reads the residual stream, for the dark share: the classifier head by default, or a parameter."""
+    epsilon: float = 0.3
+    """Attention received above which a head has a sink."""
+    registers: int = 0
+    """Add so many test-time registers, and show what they change beside random neurons."""
+    neurons: int = 50
+    """Register neurons that are moved."""
+    layer: int = -2
+    """Layer at which outliers are looked for when register neurons are found."""
+    figures: Path | None = None
+    """Folder for pictures (PNG): norm maps of the first images, outliers by layer, attention, registers."""
+    batch_size: int = 16
+    device: str | None = None
+    """Where to run, such as cuda or cpu."""
+    dtype: str = "auto"
+    """Weights in this dtype; the checkpoint's own by default."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hugging Face id."""
+    allow_pickle: bool = False
+    """Load pickled weights, which can run code."""
+    json: bool = field(default=False)
+    """Print one JSON object and nothing else on standard output."""
+
+
+def run_vision(options: Vision) -> None:
+    model = ss.load_vision(
+        options.model,
+        revision=options.revision,
+        allow_pickle=options.allow_pickle,
+        device=options.device,
+        dtype=options.dtype,
+    )
+    source: Any = options.images[0] if len(options.images) == 1 else list(options.images)
+    images = ss.images(source, limit=options.limit, broken=options.broken, split=options.split)
+    pixels = ss.pixels(images, model, size=options.size)
+    spectrum = None
+    if options.matrix is not None or model.classes:
+        spectrum = ss.read_spectrum(model, options.matrix or "classifier")
+    batch = {"batch_size": options.batch_size}
+    found = ss.outliers(model, pixels, rule=rule_of(options.rule), **batch)
+    sinks = ss.vision_sinks(model, pixels, spectrum, epsilon=options.epsilon, **batch)
+    record: dict[str, Any] = {
+        "model": model.name,
+        "family": model.family,
+        "pixels": pixels.record,
+        "reads": None if spectrum is None else f"{spectrum.name}, rank {spectrum.rank} of {spectrum.d}",
+        "outliers": found.record() | {"layers": found.shares().to_dict("records")},
+        "sinks": sinks.record(),
+        "circuits": {},
+    }
+    tables: list[Any] = [outlier_table(found), sink_table(sinks, spectrum)]
+    if spectrum is not None:
+        for kind in [str(row["kind"]) for row in record["sinks"]["kinds"] if row["kind"] in kinds_of(sinks)]:
+            heads = ss.no_op_circuits(model, pixels, spectrum, kind, **batch).heads
+            record["circuits"][kind] = heads.drop(columns="ranks").to_dict("records")
+            tables.append(circuit_table(kind, heads))
+    if found.member.any() and len(pixels) >= 4 and found.strongest is not None:
+        neighbours = ss.neighbour_similarity(found)
+        probes = ss.token_probes(found, **batch)
+        record["neighbours"] = neighbours.mean().drop("image").to_dict()
+        record["probes"] = probes.to_dict("records")
+        tables.append(probe_table(probes))
+    if options.registers:
+        neurons = ss.register_neurons(model, pixels, layer=options.layer, count=options.neurons, **batch)
+        repair = ss.register_repair(
+            model, pixels, neurons, registers=options.registers, layer=options.layer, **batch
+        )
+        record["register_neurons"] = neurons.to_dict("records")
+        record["registers"] = repair.to_dict("records")
+        tables.append(repair_table(repair, options.registers))
+        if options.figures is not None:
+            maps = ss.register_maps(model, pixels, neurons, registers=options.registers, layer=options.layer)
+            options.figures.mkdir(parents=True, exist_ok=True)
+            shown = range(min(SHOWN, len(images)))
+            ss.figures.registers(
+                [images[i] for i in shown], maps, options.figures / "registers.png"
+            )
+    if options.figures is not None:
+        draw(found, sinks, images, options.figures)
+    show(options.json, record, Group(*tables))
+
+
+SHOWN = 4
+"""Images on a contact sheet."""
+
+
+def rule_of(given: str) -> Any:
+    """A rule by name, or a norm. Raises InputError for neither."""
+    if given in ("robust", "published"):
+        return given
+    try:
+        return float(given)
+    except ValueError:
+        raise ss.InputError(f"--rule {given}: give robust, published or a norm") from None
+
+
+def draw(found: ss.Outliers, sinks: Any, images: ss.Images, folder: Path) -> None:
+    """Norm maps at four layers, and outliers by layer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    last = found.norm.shape[1] - 2
+    layers = sorted({-1, last // 3, 2 * last // 3, last})
+    shown = range(min(SHOWN, len(images)))
+    maps = {layer: np.stack([found.map(image, layer) for image in shown]) for layer in layers}
+    cutoffs = {layer: float(found.cutoff[layer + 1]) for layer in layers}
+    ss.figures.norm_maps([images[i] for i in shown], maps, cutoffs, folder / "norms.png")
+    ss.figures.outlier_shares(found.shares(), found.pixels.model.prefix, folder / "outliers.png")

@@ -1,0 +1,77 @@
+"""What an image encoder gives of some images: tokens, logits, and the features that stand for an image."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from spectral_sinks.interventions.sites import Site
+from spectral_sinks.interventions.tracing import Interventions, Resume, trace
+from spectral_sinks.models.vision import VisionModel
+
+NEIGHBOURS = 5
+"""Nearest images of which the share that stays is told."""
+
+
+@dataclass(frozen=True, eq=False)
+class Given:
+    """What the model gives of a batch of images, float64 on the CPU."""
+
+    tokens: Float[Tensor, "batch tokens d"]
+    """After the final norm (of CLIP, whose patches nothing norms, that is [CLS] alone)."""
+    logits: Float[Tensor, "batch classes"] | None
+
+
+def given(
+    model: VisionModel,
+    batch: Tensor,
+    edits: Interventions,
+    reads: Sequence[Site] = (),
+    resume: Resume | None = None,
+) -> tuple[Given, dict[Site, Tensor]]:
+    """One pass: what the model gives, and residuals at the `reads`."""
+
+    def readout(final: Tensor, read: dict[Site, Tensor], _: list[Tensor]) -> tuple[Any, ...]:
+        return final, model.logits() if model.classes else None, read
+
+    final, logits, read = trace(model, batch, edits, reads, readout=readout, resume=resume)
+    if model.family == "clip_vision_model":
+        with torch.no_grad():
+            normed = model.module.get_submodule(model.layout.final_norm).forward(final[:, :1])
+        final = torch.cat([normed, final[:, 1:]], dim=1)
+    return Given(final.cpu().double(), None if logits is None else logits.cpu().double()), read
+
+
+def token_kinds(model: VisionModel) -> Mapping[str, list[int] | slice]:
+    """Where the tokens of each kind stand: "cls", "distillation", "registers", "patches"."""
+    kinds: dict[str, Any] = {
+        name: [place] for place, name in enumerate(model.prefix) if place not in model.registers
+    }
+    kinds |= {"registers": list(model.registers)} if model.registers else {}
+    return kinds | {"patches": slice(len(model.prefix), None)}
+
+
+def features(model: VisionModel, found: Given) -> dict[str, Tensor]:
+    """The vectors that stand for an image, `[batch, d]`: [CLS], where there is one, and the mean patch."""
+    vectors = {} if model.cls is None else {"cls": found.tokens[:, model.cls]}
+    return vectors | {"patches": found.tokens[:, len(model.prefix) :].mean(1)}
+
+
+def neighbours(
+    gallery: Float[Tensor, "n d"], vectors: Float[Tensor, "n d"]
+) -> tuple[Float[Tensor, "n"], Float[Tensor, "n"]]:
+    """Whether the nearest row of the gallery by cosine, its own left out, is the same for a vector as for
+    its own row, and the share of the five nearest that is.
+    """
+    count = min(NEIGHBOURS, len(gallery) - 1)
+    itself = torch.eye(len(gallery), dtype=torch.bool)
+    before, after = (
+        (normalize(x, dim=-1) @ normalize(gallery, dim=-1).T).masked_fill(itself, -2).topk(count).indices
+        for x in (gallery, vectors)
+    )
+    kept = (before[:, :, None] == after[:, None]).any(-1).double().mean(1)
+    return (before[:, 0] == after[:, 0]).double(), kept
