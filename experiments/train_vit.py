@@ -5,8 +5,7 @@ Design: DINOv2's architecture (Oquab et al. 2024; with registers, Darcet et al. 
 folder's classes, AdamW with a warm-up and a cosine decay, random crops and flips; a tenth of the images, by a
 hash of their names, is held out. Checkpoints have the published format; a killed run goes on.
 
-    python experiments/train_vit.py --images FOLDER --out runs/vit
-    python experiments/train_vit.py --images FOLDER --out runs/vit-registers --registers 4
+    python experiments/train_vit.py --images FOLDER --out runs/vit --registers 4
 """
 
 import hashlib
@@ -49,9 +48,8 @@ class Recipe:
     layers: int = 6
     heads: int = 4
     patch: int = 4
-    """Side of a patch in pixels."""
+    """Side of a patch, in pixels as all sides."""
     side: int = 32
-    """Side to which images are resized."""
     batch: int = 64
     steps: int = 4000
     learning_rate: float = 1e-3
@@ -62,7 +60,7 @@ class Recipe:
     checkpoints: tuple[int, ...] = (0, 50, 100, 200, 400, 800, 1600)
     """Steps that are kept, beside the last."""
     evaluate_every: int = 200
-    """Steps from one line of the log, and one place to resume from, to the next."""
+    """Steps between lines of the log, which are places to resume from."""
 
 
 def held_out(name: str) -> bool:
@@ -82,7 +80,7 @@ def read(recipe: Recipe) -> tuple[Tensor, Tensor, list[str], list[str]]:
 
 
 def build(recipe: Recipe, classes: list[str]) -> Any:
-    """The untrained model."""
+    """The untrained model; what is not a register is the same with and without them."""
     torch.manual_seed(recipe.seed)
     sizes: dict[str, Any] = {
         "hidden_size": recipe.width,
@@ -95,7 +93,10 @@ def build(recipe: Recipe, classes: list[str]) -> Any:
     }
     if recipe.registers:
         config = Dinov2WithRegistersConfig(**sizes, num_register_tokens=recipe.registers)
-        return Dinov2WithRegistersForImageClassification(config)
+        model: Any = Dinov2WithRegistersForImageClassification(config)
+        # transformers' zeros would stay equal for ever: nothing else tells registers apart
+        torch.nn.init.trunc_normal_(model.base_model.embeddings.register_tokens, std=config.initializer_range)
+        return model
     return Dinov2ForImageClassification(Dinov2Config(**sizes))
 
 

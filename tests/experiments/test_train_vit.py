@@ -154,6 +154,19 @@ def test_seed_and_smoothing_matter(trained: Any, images: Path, tmp_path: Path) -
     assert smoothed > plain, "it is less sure"
 
 
+def test_registers_differ(images: Path, trained: Any, tmp_path: Path) -> None:
+    """Equal ones would stay equal, and four be no more than one; all else begins as without registers."""
+    made = recipe(images, tmp_path / "run", registers=4)
+    SCRIPT["train"](made)
+    for name in ("step-000000", "model"):
+        tokens = weights(made.out / name)["dinov2_with_registers.embeddings.register_tokens"][0]
+        apart = torch.cdist(tokens, tokens)[~torch.eye(4, dtype=torch.bool)]
+        assert apart.min() > 0.5 * tokens.norm(dim=-1).mean() > 0
+    begun, plain = (weights(out / "step-000000") for out in (made.out, trained.out))
+    for name, weight in plain.items():
+        assert torch.equal(begun[name.replace("dinov2.", "dinov2_with_registers.")], weight)
+
+
 def test_crops_and_flips() -> None:
     """Every augmented image is one of the shifted, maybe mirrored, windows of the padded image."""
     picture = torch.arange(3 * 64, dtype=torch.uint8).reshape(1, 3, 8, 8)
