@@ -80,7 +80,7 @@ def read(recipe: Recipe) -> tuple[Tensor, Tensor, list[str], list[str]]:
 
 
 def build(recipe: Recipe, classes: list[str]) -> Any:
-    """The untrained model; what is not a register is the same with and without them."""
+    """The untrained model; registers begin apart (zeros would stay equal), all else as without them."""
     torch.manual_seed(recipe.seed)
     sizes: dict[str, Any] = {
         "hidden_size": recipe.width,
@@ -94,7 +94,6 @@ def build(recipe: Recipe, classes: list[str]) -> Any:
     if recipe.registers:
         config = Dinov2WithRegistersConfig(**sizes, num_register_tokens=recipe.registers)
         model: Any = Dinov2WithRegistersForImageClassification(config)
-        # transformers' zeros would stay equal for ever: nothing else tells registers apart
         torch.nn.init.trunc_normal_(model.base_model.embeddings.register_tokens, std=config.initializer_range)
         return model
     return Dinov2ForImageClassification(Dinov2Config(**sizes))
