@@ -103,6 +103,7 @@ from spectral_sinks.study import Finding, Study, answer, reproduce, without_last
 from spectral_sinks.sweeps.cells import Cell, grid
 from spectral_sinks.sweeps.cost import Cost
 from spectral_sinks.sweeps.file import SweepFile
+from spectral_sinks.sweeps.image_ladder import image_ladder
 from spectral_sinks.sweeps.jobs import collect, jobs
 from spectral_sinks.sweeps.ladder import ladder
 from spectral_sinks.sweeps.run import Done, Report, plan, sweep
@@ -172,6 +173,7 @@ __all__ = [
     "grid",
     "head_use",
     "holm",
+    "image_ladder",
     "ImageEffect",
     "Images",
     "images",

@@ -72,7 +72,7 @@ def images(
     A folder is searched through; where all of its images lie in folders of their own, two at least, these
     are the classes. An iterable of paths, of PIL images or of rows with an image works too, such as a
     `datasets` object. `labels` names or numbers the classes, one for each image; `limit` keeps the first
-    images, taken in turn from each class of a folder. Pictures are turned as their EXIF data say, 16-bit
+    images, taken in turn from each class. Pictures are turned as their EXIF data say, 16-bit
     greys are scaled to 8, transparency is laid on white, other colour spaces become RGB, of an animation the
     first frame is taken.
 
@@ -89,14 +89,15 @@ def images(
         if len(labels) != len(found):
             raise InputError(f"{len(labels)} labels for {len(found)} images")
         classes = list(labels)
-    elif limit is not None and classes is not None and isinstance(source, str | Path):
+    if limit is not None and classes is not None:
         order = _in_turn(classes)
         found, classes = [found[i] for i in order], [classes[i] for i in order]
     taken: list[tuple[str, Raw, Any]] = []
     bad: dict[str, str] = {}
     digest, converted, sizes = hashlib.sha256(), Counter[str](), set[tuple[int, int]]()
     listed = zip(found, classes or [None] * len(found), strict=True)
-    for (title, raw), label in tqdm(listed, "reading images", len(found), disable=len(found) < SHOWN):
+    total = min(len(found), limit or len(found))
+    for (title, raw), label in tqdm(listed, "reading images", total, disable=total < SHOWN):
         if limit is not None and len(taken) == limit:
             break
         try:

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
@@ -11,6 +11,9 @@ from torch import Tensor
 
 from spectral_sinks.errors import InputError
 from spectral_sinks.models.vision import VisionModel
+
+if TYPE_CHECKING:
+    from spectral_sinks.images import Images
 
 KEPT = 2**30
 """Bytes of pixels that are kept for the next pass; beyond, images are processed anew in each."""
@@ -87,14 +90,15 @@ class Pixels:
 
 
 def pixels(
-    images: Sequence[Any] | Float[Tensor, "images channels height width"],
+    images: "Images | Sequence[Any] | Tensor",
     model: VisionModel,
     *,
     size: int | None = None,
 ) -> Pixels:
     """What a model reads of images: its processor's work, or with `size` a plain resize to that square.
 
-    `images` is what `ss.images` gives, a sequence of PIL images, or a tensor that is ready to be read.
+    `images` is what `ss.images` gives, a sequence of PIL images, or a tensor `[images, channels, height,
+    width]` that is ready to be read.
     Raises InputError for no images, pictures without a processor, a size that holds no whole patch, tensors
     of another number of channels, and NaN or Inf.
     """

@@ -26,7 +26,7 @@ ALLOWED = {
     "stats": {"errors", "stats"},
     "texts": MODELS | {"texts"},
     "images": {"errors", "images"},
-    "pixels": MODELS | {"pixels"},
+    "pixels": MODELS | {"images", "pixels"},
     "report": {"errors", "stats", "sweeps", "report"},
     "study": SWEEPS | {"study"},
     "__init__": SWEEPS | {"report", "study"},
@@ -34,6 +34,9 @@ ALLOWED = {
     "cli": SWEEPS | {"report", "study", "cli", "spectral_sinks"},
 }
 """What the modules of each room may import of the package; a room that is not listed is a violation."""
+
+NAMESAKES = {"images", "pixels"}
+"""Rooms whose name in the package is that of the public function in them."""
 
 MODEL_LIBRARIES = {"nnsight", "timm", "transformers"}
 """What pure mathematics and pictures never need."""
@@ -62,7 +65,8 @@ def rooms(names: set[str]) -> set[str]:
 def strangers(names: set[str], public: set[str] | None) -> set[str]:
     """Find what an experiment imports of the package besides public names; rooms are none."""
     ours = {name for name in names if name.startswith("spectral_sinks.") and not name.endswith("__")}
-    hidden = {name for name in ours if name.split(".")[1] in ALLOWED or name.split(".")[1].startswith("_")}
+    rooms = set(ALLOWED) - NAMESAKES
+    hidden = {name for name in ours if name.split(".")[1] in rooms or name.split(".")[1].startswith("_")}
     return {
         name
         for name in ours
@@ -135,3 +139,7 @@ def test_what_experiments_may_not_import_is_seen() -> None:
     assert found("from spectral_sinks import models", {"models"})
     assert found("from spectral_sinks.models import load") and found("from spectral_sinks import _load")
     assert found("import spectral_sinks.models.language")
+    assert not found("import spectral_sinks as ss\nfrom spectral_sinks import images", {"images"})
+    assert found("from spectral_sinks.images import Images", {"images"}) and found(
+        "from spectral_sinks import pixels", {"load"}
+    )

@@ -15,6 +15,7 @@ from spectral_sinks.cli.remoting import Remote, run_remote
 from spectral_sinks.cli.sinking import Sinks, run_sinks
 from spectral_sinks.cli.sweeping import Merge, Sweep, run_merge, run_sweep
 from spectral_sinks.cli.verifying import Verify, run_verify
+from spectral_sinks.cli.vision import Vision, run_vision
 
 Command = (
     Annotated[Info, subcommand("info")]
@@ -23,6 +24,7 @@ Command = (
     | Annotated[Energy, subcommand("energy")]
     | Annotated[Sinks, subcommand("sinks")]
     | Annotated[Circuits, subcommand("circuits")]
+    | Annotated[Vision, subcommand("vision")]
     | Annotated[Sweep, subcommand("sweep")]
     | Annotated[Merge, subcommand("merge")]
     | Annotated[Reproduce, subcommand("reproduce")]
@@ -38,6 +40,7 @@ RUN: dict[type, Any] = {
     Energy: run_energy,
     Sinks: run_sinks,
     Circuits: run_circuits,
+    Vision: run_vision,
     Sweep: run_sweep,
     Merge: run_merge,
     Reproduce: run_reproduce,

@@ -1,4 +1,4 @@
-"""`spectral-sinks vision`: outlier tokens, sinks, no-op circuits and test-time registers of an image encoder."""
+"""`spectral-sinks vision`: outlier tokens, sinks, circuits and test-time registers of an image encoder."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,8 +22,8 @@ class Vision:
     images: Positional[tuple[str, ...]]
     """A folder (its sub-folders are classes), a .txt list of files, files, or a hub data set id."""
     size: int | None = None
-    """Resize images to a square of this side in pixels, with positions interpolated; by default as the model's
-    own processor does."""
+    """Resize images to a square of this side in pixels, with positions interpolated; by default as the
+    model's own processor does."""
     limit: int | None = 200
     """Read at most this many images, in turn from each class."""
     broken: Literal["skip", "refuse"] = "skip"
@@ -78,14 +78,15 @@ def run_vision(options: Vision) -> None:
         "model": model.name,
         "family": model.family,
         "pixels": pixels.record,
-        "reads": None if spectrum is None else f"{spectrum.name}, rank {spectrum.rank} of {spectrum.d}",
+        "reads": None if spectrum is None else f"{spectrum.matrix}, rank {spectrum.rank} of {spectrum.d}",
         "outliers": found.record() | {"layers": found.shares().to_dict("records")},
         "sinks": sinks.record(),
         "circuits": {},
     }
     tables: list[Any] = [outlier_table(found), sink_table(sinks, spectrum)]
     if spectrum is not None:
-        for kind in [str(row["kind"]) for row in record["sinks"]["kinds"] if row["kind"] in kinds_of(sinks)]:
+        for sink in sinks.sinks:
+            kind = str(sink.token)
             heads = ss.no_op_circuits(model, pixels, spectrum, kind, **batch).heads
             record["circuits"][kind] = heads.drop(columns="ranks").to_dict("records")
             tables.append(circuit_table(kind, heads))
@@ -107,9 +108,7 @@ def run_vision(options: Vision) -> None:
             maps = ss.register_maps(model, pixels, neurons, registers=options.registers, layer=options.layer)
             options.figures.mkdir(parents=True, exist_ok=True)
             shown = range(min(SHOWN, len(images)))
-            ss.figures.registers(
-                [images[i] for i in shown], maps, options.figures / "registers.png"
-            )
+            ss.figures.registers([images[i] for i in shown], maps, options.figures / "registers.png")
     if options.figures is not None:
         draw(found, sinks, images, options.figures)
     show(options.json, record, Group(*tables))
@@ -130,12 +129,120 @@ def rule_of(given: str) -> Any:
 
 
 def draw(found: ss.Outliers, sinks: Any, images: ss.Images, folder: Path) -> None:
-    """Norm maps at four layers, and outliers by layer."""
+    """Norm maps at four layers, outliers by layer, attention by head and on the images."""
     folder.mkdir(parents=True, exist_ok=True)
     last = found.norm.shape[1] - 2
     layers = sorted({-1, last // 3, 2 * last // 3, last})
     shown = range(min(SHOWN, len(images)))
+    ss.figures.vision_sinks(sinks.by_head(), folder / "attention.png")
     maps = {layer: np.stack([found.map(image, layer) for image in shown]) for layer in layers}
     cutoffs = {layer: float(found.cutoff[layer + 1]) for layer in layers}
     ss.figures.norm_maps([images[i] for i in shown], maps, cutoffs, folder / "norms.png")
+    ss.figures.attention_maps(
+        np.stack([found.pixels[image].numpy() for image in shown]),
+        [sinks.maps(layer) for layer in layers if layer >= 0],
+        [f"layer {layer}" for layer in layers if layer >= 0],
+        1 / sinks.tokens,
+        folder / "attention_maps.png",
+    )
     ss.figures.outlier_shares(found.shares(), found.pixels.model.prefix, folder / "outliers.png")
+
+
+def outlier_table(found: ss.Outliers) -> Any:
+    """Outliers by layer."""
+    record = found.record()
+    title = (
+        f"Outlier patches of {found.model}, {record['images']} images of {record['patches']} patches; "
+        f"onset layer {plain(record['onset_layer'])}"
+    )
+    prefix = found.pixels.model.prefix
+    columns = ("layer", "outliers", "images", "largest norm", *prefix)
+    rows = [
+        (
+            "embedding" if row["layer"] < 0 else str(row["layer"]),
+            spread(row, "share", "low", "high"),
+            str(row["images"]),
+            f"{row['largest'] / row['median']:.2f}",
+            *(f"{row[name]:.2f}" for name in prefix),
+        )
+        for row in found.shares().to_dict("records")
+    ]
+    return table(title + "; norms in medians of patches", columns, rows)
+
+
+def sink_table(sinks: Any, spectrum: ss.Spectrum | None) -> Any:
+    """What each kind of token receives."""
+    title = (
+        f"Attention by kind of token, T = {sinks.tokens}, epsilon = {sinks.epsilon:g}, onset layer "
+        f"{plain(sinks.onset_layer)}"
+    )
+    dark = {sink.token: sink for sink in sinks.sinks} if spectrum is not None else {}
+    rows: list[tuple[str, ...]] = []
+    for row in sinks.by_kind().to_dict("records"):
+        rows.append(
+            (
+                row["kind"],
+                spread(row, "sink_rate"),
+                f"{spread(row, 'mass')}\nuniform {row['uniform']:.3f}",
+                spread(row, "weighted"),
+                f"{row['share_of_images']:.0%}",
+                dark_of(dark.get(row["kind"])),
+            )
+        )
+    columns = ("token", "sink rate", "attention", "norm-weighted", "sink in images", "dark share")
+    return table(title, columns, rows)
+
+
+def dark_of(sink: Any) -> str:
+    """Dark share of a sink, beside the patches that are none."""
+    if sink is None:
+        return "-"
+    return f"{plain(sink.dark_share.value)}\nothers {plain(sink.other_dark_share.value)}"
+
+
+def circuit_table(kind: str, heads: pd.DataFrame) -> Any:
+    """Heads with a no-op circuit at one kind of token."""
+    rows = [
+        (
+            f"{row['layer']}.{row['head']}",
+            spread(row, "attention"),
+            spread(row, "value_ratio"),
+            f"{row['top_two']:.2f}\nrandom {row['random_top_two']:.2f}",
+            f"{row['always_on']:.2f}",
+            f"{row['rival']:.2f}",
+        )
+        for row in heads[heads["circuit"]].to_dict("records")
+    ]
+    columns = ("head", "on sink", "value ratio", "two modes", "query on", "rival")
+    return table(f"No-op circuits at {kind}", columns if rows else ("head",), rows or [("none",)])
+
+
+def probe_table(probes: pd.DataFrame) -> Any:
+    """What outliers hold, beside other patches."""
+    rows = [
+        (question, *(spread(by[name], "mean", "low", "high") if name in by else "-" for name in READ))
+        for question, part in probes.groupby("question", sort=False)
+        for by in [part.set_index("tokens").to_dict("index")]
+    ]
+    return table("What linear probes read from tokens of the strongest layer", ("", *READ), rows)
+
+
+READ = ("outliers", "others", "cls", "shuffled")
+
+
+def repair_table(repair: pd.DataFrame, registers: int) -> Any:
+    """Before and after test-time registers, and random neurons."""
+    last = repair["layer"].max()
+    chosen = repair[repair["layer"].isna() | (repair["layer"] == last) | (repair["layer"] < 0)]
+    rows = [
+        (str(state), str(row["measure"]), spread(row, "mean", "low", "high"))
+        for state, part in chosen.groupby("state", sort=False)
+        for row in part.to_dict("records")
+    ]
+    return table(f"{registers} test-time registers: the last layer and the output", ("", "", ""), rows)
+
+
+def spread(row: Any, name: str, low: str = "", high: str = "") -> str:
+    """A mean with its interval."""
+    low, high = low or f"{name}_low", high or f"{name}_high"
+    return f"{plain(float(row[name]))} [{plain(float(row[low]))}, {plain(float(row[high]))}]"

@@ -31,7 +31,7 @@ from spectral_sinks.spectra.spectrum import Spectrum
 from spectral_sinks.spectra.subspace import Subspace, random_subspace
 
 PACKAGE = Path(__file__).parents[1]
-ROOMS = ("errors.py", "stats.py", "texts.py", "spectra", "models", "interventions", "measure")
+ROOMS = ("errors.py", "stats.py", "texts.py", "pixels.py", "spectra", "models", "interventions", "measure")
 """What a measurement may need at the server."""
 
 

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from spectral_sinks.errors import InputError
 from spectral_sinks.interventions.tracing import trace
-from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.models.opening import OPENING, TOKENS
+from spectral_sinks.models.stream import Stream
+from spectral_sinks.pixels import Pixels
 from spectral_sinks.texts import Windows
 
 EPSILON = 0.3
@@ -58,8 +59,8 @@ def sink_rate(received: Float[Tensor, "batch layers heads"], epsilon: float = EP
 
 
 def attention_by_head(
-    model: LanguageModel,
-    windows: Windows,
+    model: Stream,
+    windows: Windows | Pixels,
     position: int = 0,
     *,
     tokens: int | None = None,

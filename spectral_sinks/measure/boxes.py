@@ -20,11 +20,11 @@ COLUMNS = ("x0", "y0", "x1", "y1")
 OVERLAP = 0.5
 """Intersection over union above which an object counts as found (Everingham et al. 2010)."""
 
-Boxes = Mapping[str, Float[NDArray[np.float64], "boxes 4"]]
-"""The boxes of each image, by its name."""
+Boxes = Mapping[str, ArrayLike]
+"""The boxes of each image `[boxes, 4]`, by its name."""
 
 
-def read_boxes(path: str | Path) -> Boxes:
+def read_boxes(path: str | Path) -> dict[str, Float[NDArray[np.float64], "boxes 4"]]:
     """Boxes by image, from a folder of Pascal VOC files (.xml), or a table (.csv, .json) of one box a row.
 
     A table has the columns name, x0, y0, x1, y1. VOC counts pixels from 1 and both edges in, so its left and
@@ -47,7 +47,7 @@ def read_boxes(path: str | Path) -> Boxes:
     return _by_name(rows, str(path))
 
 
-def _by_name(rows: Any, source: str) -> Boxes:
+def _by_name(rows: Any, source: str) -> dict[str, NDArray[np.float64]]:
     if not isinstance(rows, list) or not all(isinstance(row, Mapping) for row in rows):
         raise InputError(f"{source}: expected a list of rows with name, {', '.join(COLUMNS)}")
     found: dict[str, list[list[float]]] = {}

@@ -10,7 +10,6 @@ from torch import Tensor
 from spectral_sinks.errors import InputError
 from spectral_sinks.interventions.sites import Site
 from spectral_sinks.interventions.tracing import trace
-from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.models.stream import Stream
 from spectral_sinks.pixels import Pixels
 from spectral_sinks.spectra.spectrum import Spectrum

@@ -1,9 +1,10 @@
 """Objects that an image encoder sets apart, beside boxes that take no look at the image."""
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import numpy as np
 import pandas as pd
@@ -13,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from spectral_sinks.errors import InputError, SpectralWarning
+from spectral_sinks.images import Images
 from spectral_sinks.interventions.sites import Site
 from spectral_sinks.interventions.tracing import Interventions
 from spectral_sinks.measure.boxes import COLUMNS, OVERLAP, Boxes, overlap, read_boxes
@@ -27,7 +29,7 @@ DRAWS = 20
 
 def discover(
     model: VisionModel,
-    images: Sequence[Any] | Float[Tensor, "images channels height width"],
+    images: Images | Sequence[Any] | Float[Tensor, "images channels height width"],
     *,
     features: Features = "keys",
     layer: int | None = None,
@@ -65,12 +67,12 @@ def discover(
     layer = model.layers - 1 if layer is None else layer
     Site("exit", layer).check(model)
     model.require_weights("object discovery")
-    square = None if isinstance(images, Tensor) else size or model.image_size
-    read = pixels(images, model, size=square)
+    if not isinstance(images, Tensor) and (size := size or model.image_size) is None:
+        raise InputError(f"{model.name} does not say what size of image it was made for: give size")
+    read = pixels(cast(Any, images), model, size=size)
     names = list(getattr(images, "names", map(str, range(len(read)))))
-    given = (
-        None if boxes is None else _matched(boxes if isinstance(boxes, Mapping) else read_boxes(boxes), names)
-    )
+    boxes = read_boxes(boxes) if isinstance(boxes, str | Path) else boxes
+    given = None if boxes is None else _matched(boxes, names)
     method = "DINO-seg" if features == "attention" else f"LOST {features}"
     rows: list[dict[str, Any]] = []
     shown: list[tuple[int, int]] = []
@@ -92,6 +94,7 @@ def discover(
         rows += _blind(given, names, shown)
     table = pd.DataFrame(rows)
     table["iou"] = np.nan if given is None else _best(table, given)
+    table["found"] = table["found"].astype("boolean")
     table["located"] = (table["iou"] > OVERLAP).astype("boolean").mask(table["iou"].isna())
     return table
 
@@ -143,24 +146,29 @@ def _best(table: pd.DataFrame, given: Sequence[NDArray[Any] | None]) -> list[flo
 
 def _check(boxes: NDArray[Any] | None, name: str, shown: tuple[int, int]) -> None:
     height, width = shown
-    if boxes is not None and (boxes.min() < 0 or (boxes[:, 2:] > [width, height]).any()):
+    if boxes is None:
+        return
+    inside = (boxes[:, :2] >= 0) & (boxes[:, :2] < boxes[:, 2:]) & (boxes[:, 2:] <= [width, height])
+    if not inside.all():
         raise InputError(
-            f"a box given for {name} lies outside of its {width} x {height} pixels: boxes are x0, y0, x1, y1 "
-            "in pixels of the upright picture"
+            f"the box {boxes[~inside.all(1)][0].tolist()} given for {name} is empty or lies outside of its "
+            f"{width} x {height} pixels: boxes are x0, y0, x1, y1 in pixels of the upright picture"
         )
 
 
 def _matched(boxes: Boxes, names: Sequence[str]) -> list[NDArray[Any] | None]:
     """The boxes of each image, by its name or else by the last part of it."""
-    last = [Path(name).name for name in names]
+    last = Counter(Path(name).name for name in names)
     found: list[NDArray[Any] | None] = []
-    for name, short in zip(names, last, strict=True):
-        known = boxes.get(name, boxes.get(short, ()) if last.count(short) == 1 else ())
-        found.append(np.asarray(known, dtype=np.float64).reshape(-1, 4) if len(known) else None)
+    for name in names:
+        short = Path(name).name
+        known = boxes.get(name, boxes.get(short, ()) if last[short] == 1 else ())
+        array = np.asarray(known, dtype=np.float64).reshape(-1, 4)
+        found.append(array if len(array) else None)
     if without := [name for name, known in zip(names, found, strict=True) if known is None]:
         if len(without) == len(names):
             raise InputError(
-                f"no boxes for any image: images are called {names[0]!r}, boxes {next(iter(boxes))!r}"
+                f"no boxes for any image: images are called {names[0]!r}, boxes {next(iter(boxes), None)!r}"
             )
         warnings.warn(
             f"{len(without)} of {len(names)} images have no boxes and do not count, such as {without[0]!r}",
@@ -172,4 +180,4 @@ def _matched(boxes: Boxes, names: Sequence[str]) -> list[NDArray[Any] | None]:
 
 def _size(image: Any) -> tuple[int, int]:
     """Height and width."""
-    return tuple(image.shape[-2:]) if isinstance(image, Tensor) else (image.height, image.width)
+    return (image.shape[-2], image.shape[-1]) if isinstance(image, Tensor) else (image.height, image.width)

@@ -136,13 +136,16 @@ def outliers(model: VisionModel, given: Pixels, *, rule: Rule = "robust", batch_
         raise InputError(f"rule {rule!r}: give 'robust', 'published' or a norm above 0")
     sites = [Site("embedding"), *(Site("exit", layer) for layer in range(model.layers))]
 
-    def readout(final: Tensor, read: dict[Site, Tensor], _: list[Tensor]) -> Tensor:
-        return torch.stack([read[site].double().norm(dim=-1) for site in sites], dim=1).cpu()
+    parts: list[Tensor] = []
+    for _, batch in given.batches(batch_size):
+        sizes: list[Tensor] = []
 
-    parts = [
-        trace(model, batch.to(model.device), {}, sites, readout=readout)
-        for _, batch in given.batches(batch_size)
-    ]
+        def measure(x: Tensor, sizes: list[Tensor] = sizes) -> Tensor:
+            sizes.append(x.double().norm(dim=-1).cpu())
+            return x
+
+        trace(model, batch.to(model.device), dict.fromkeys(sites, measure), readout=lambda *_: None)
+        parts.append(torch.stack(sizes, dim=1))
     norm = torch.cat(parts).numpy()
     patches = norm[..., len(model.prefix) :]
     median = np.median(patches, axis=(0, 2))

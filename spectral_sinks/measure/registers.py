@@ -15,32 +15,15 @@ from torch import Tensor
 from spectral_sinks.errors import InputError
 from spectral_sinks.interventions.registers import mlp_output
 from spectral_sinks.interventions.sites import Site
-from spectral_sinks.interventions.tracing import Interventions, trace
-from spectral_sinks.measure.massive import RATIO, Z
+from spectral_sinks.interventions.tracing import Edit, Interventions, trace
+from spectral_sinks.measure.outliers import outliers
 from spectral_sinks.models.attending import AttentionCall, attending
 from spectral_sinks.models.vision import VisionModel
 from spectral_sinks.pixels import Pixels
 from spectral_sinks.stats import mean_interval
 
 DINOV2_LARGE: dict[str, Any] = {"layer": -2, "cutoff": 150.0, "top_layer": 17, "count": 50}
-"""The published setting for DINOv2-L, for `register_neurons(model, pixels, **DINOV2_LARGE)` (Jiang et al.
-2025)."""
-
-
-def patch_norms(
-    model: VisionModel, pixels: Pixels, batch_size: int = 16
-) -> Float[NDArray[np.float32], "images layers patches"]:
-    """Norm of every patch's residual at the exit of each layer."""
-    return np.concatenate([look(model, batch).norms for _, batch in pixels.batches(batch_size)])
-
-
-def cut_offs(
-    norms: Float[NDArray[np.float32], "images layers patches"],
-) -> Float[NDArray[np.float64], "layers"]:
-    """The norm beyond which a patch is an outlier: robust z above 10 and above two medians [ours]."""
-    level = np.median(norms.astype(np.float64), axis=(0, 2))
-    spread = 1.4826 * np.median(np.abs(norms - level[:, None]), axis=(0, 2))
-    return np.maximum(level + Z * np.maximum(spread, 1e-6 * level), RATIO * level)
+"""The published setting of `register_neurons` for DINOv2-L (Jiang et al. 2025)."""
 
 
 def register_neurons(
@@ -58,29 +41,30 @@ def register_neurons(
     Outliers are the patches with a norm above `cutoff` at the exit of `layer` (from the end where negative).
     Neurons, as the MLP's last matrix reads them, of the layers up to `top_layer` are ranked by `activation`:
     the mean magnitude at outliers, over those of an image and then over images; `elsewhere` is that at the
-    other patches of these images. The cut-off is by default a robust one: z above 10 and two medians of the
-    layer; the top layer the first at whose exit at least half of these patches are outliers already, by the
-    same rule there [ours]. Both are in `attrs`, with how many outliers there are. `DINOV2_LARGE` has the
+    other patches of these images. The cut-off is by default that of `outliers`, z above 10 and two medians of
+    the layer; the top layer the first at whose exit at least half of these patches are outliers already, by
+    the same rule there [ours]. Both are in `attrs`, with how many outliers there are. `DINOV2_LARGE` has the
     published setting (150, layer -2, layers to 17, 50 neurons). Raises InputError for layers that the model
     does not have, and where no patch is an outlier. (Jiang et al. 2025; of [CLS], which their code counts
     where its norm is high as well, nothing is counted here)
     """
     if not -model.layers <= layer < model.layers or count < 1:
         raise InputError(f"layer {layer}, {count} neurons: {model.name} has layers 0 to {model.layers - 1}")
-    norms = patch_norms(model, pixels, batch_size)
-    cuts = cut_offs(norms) if cutoff is None else np.full(model.layers, float(cutoff))
-    outliers = norms[:, layer] > cuts[layer]
-    if not outliers.any():
+    rule = "robust" if cutoff is None else cutoff
+    known = outliers(model, pixels, rule=rule, batch_size=batch_size)
+    norms, member, cut = known.patches[:, 1:], known.member[:, 1:], known.cutoff[1:][layer]
+    marked = member[:, layer]
+    if not marked.any():
         raise InputError(
             f"no outlier patch in {len(norms)} images at layer {layer % model.layers}: the largest norm is "
-            f"{norms[:, layer].max():.4g}, the cut-off {cuts[layer]:.4g}; give more or larger images, "
+            f"{norms[:, layer].max():.4g}, the cut-off {cut:.4g}; give more or larger images, "
             "another layer, or a cut-off"
         )
-    share = np.moveaxis(norms > cuts[:, None], 1, 2)[outliers].mean(0)
+    share = np.moveaxis(member, 1, 2)[marked].mean(0)
     top = int(np.argmax(share >= 0.5)) if top_layer is None else top_layer
     if not 0 <= top < model.layers:
         raise InputError(f"top layer {top}: {model.name} has layers 0 to {model.layers - 1}")
-    start, images = len(model.prefix), np.flatnonzero(outliers.any(1))
+    start, images = len(model.prefix), np.flatnonzero(marked.any(1))
     sums: dict[int, Tensor] = {}
     here = torch.zeros(0)
 
@@ -92,7 +76,7 @@ def register_neurons(
 
     with _activations(model, range(top + 1), add):
         for places, batch in pixels.batches(batch_size):
-            here = torch.from_numpy(outliers[places])
+            here = torch.from_numpy(marked[places])
             if here.any():
                 trace(model, batch.to(model.device), {}, readout=lambda *_: None)
     rows = [
@@ -103,7 +87,7 @@ def register_neurons(
     ]
     ranked = pd.concat(rows).sort_values(["activation", "layer", "neuron"], ascending=[False, True, True])
     found = ranked.head(count).reset_index(drop=True)
-    found.attrs = {"outliers": int(outliers.sum()), "images": len(images), "cutoff": float(cuts[layer])}
+    found.attrs = {"outliers": int(marked.sum()), "images": len(images), "cutoff": float(cut)}
     found.attrs |= {"layer": layer % model.layers, "top_layer": top}
     return found
 
@@ -111,14 +95,10 @@ def register_neurons(
 @contextmanager
 def _activations(model: VisionModel, layers: range, see: Any) -> Iterator[None]:
     """Inside the block, `see(layer, activations)` is called with every MLP's neurons."""
-
-    def hook(layer: int) -> Any:
-        return lambda _, given: see(layer, given[0].detach())
-
     with ExitStack() as stack:
         for layer in layers:
-            handle = mlp_output(model, layer).register_forward_pre_hook(hook(layer))
-            stack.callback(handle.remove)
+            hook: Any = lambda _, given, layer=layer: see(layer, given[0].detach())  # noqa: E731
+            stack.callback(mlp_output(model, layer).register_forward_pre_hook(hook).remove)
         yield
 
 
@@ -141,20 +121,30 @@ def look(
 ) -> Looked:
     """One pass over a batch of pixels, with functions at sites; with `attention` that of [CLS] as well."""
     sites = [Site("exit", layer) for layer in range(model.layers)]
-    start, weights = len(model.prefix), list[Tensor]()
+    start, given = len(model.prefix), dict(edits or {})
+    sizes, weights = list[Tensor](), list[Tensor]()
+
+    def sized(site: Site) -> Edit:
+        def run(x: Tensor) -> Tensor:
+            x = given[site](x) if site in given else x
+            sizes.append(x.float().norm(dim=-1).cpu())
+            return x
+
+        return run
 
     def note(call: AttentionCall) -> None:
         weights.append(call.weights(slice(0, 1))[:, :, 0].float().cpu())
 
-    def readout(final: Tensor, reads: dict[Site, Tensor], _: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-        norms = torch.stack([reads[site].float().norm(dim=-1) for site in sites], dim=1)
-        return norms, final.float(), model.logits().float() if model.classes else None
+    def readout(final: Tensor, *_: Any) -> tuple[Tensor, Tensor | None]:
+        return final.float(), model.logits().float() if model.classes else None
 
     with attending(model, note) if attention and model.cls is not None else nullcontext():
-        norms, final, logits = trace(model, batch.to(model.device), edits or {}, sites, readout=readout)
+        watched = given | {site: sized(site) for site in sites}
+        final, logits = trace(model, batch.to(model.device), watched, readout=readout)
+    norms = torch.stack(sizes, dim=1).numpy()
     return Looked(
-        norms[..., start:].cpu().numpy(),
-        norms[..., list(model.added)].cpu().numpy(),
+        norms[..., start:],
+        norms[..., list(model.added)],
         None if model.cls is None else final[:, model.cls],
         final[:, start:],
         logits,
@@ -190,6 +180,6 @@ def tabled(values: Mapping[tuple[Any, ...], list[NDArray[Any]]], names: tuple[st
         sample = sample[~np.isnan(sample)]
         low, high = mean_interval(sample)
         mean = sample.mean() if len(sample) else np.nan
-        rows.append(dict(zip(names, key, strict=True)) | {"mean": mean, "low": low, "high": high})
-        rows[-1]["n"] = len(sample)
+        found = {"mean": mean, "low": low, "high": high, "n": len(sample)}
+        rows.append(dict(zip(names, key, strict=True)) | found)
     return pd.DataFrame(rows)

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from spectral_sinks.errors import InputError
 from spectral_sinks.interventions.registers import Neurons, by_layer, mlp_output, test_time_registers
-from spectral_sinks.measure.registers import Looked, cut_offs, likeness, look, patch_norms, tabled
+from spectral_sinks.measure.outliers import outliers
+from spectral_sinks.measure.registers import Looked, likeness, look, tabled
 from spectral_sinks.models.vision import VisionModel
 from spectral_sinks.pixels import Pixels
 
@@ -56,11 +57,11 @@ def register_repair(
     rng = np.random.default_rng(seed)
     for draw in range(draws):
         states[f"random {draw + 1}"] = (others(model, chosen, rng), registers)
-    norms = patch_norms(model, pixels, batch_size)
-    cuts = cut_offs(norms)
+    known = outliers(model, pixels, batch_size=batch_size)
+    marked, cuts = known.member[:, 1:][:, layer], known.cutoff[1:]
     values: dict[tuple[Any, ...], list[NDArray[Any]]] = defaultdict(list)
     for places, batch in pixels.batches(batch_size):
-        marks = norms[places][:, layer] > cuts[layer]
+        marks = marked[places]
         labels = None if pixels.labels is None else pixels.labels[places]
         base: Looked | None = None
         for state, edit in states.items():

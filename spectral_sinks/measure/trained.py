@@ -15,7 +15,8 @@ from spectral_sinks.errors import InputError
 from spectral_sinks.interventions.sites import Site
 from spectral_sinks.interventions.tracing import Edit, trace
 from spectral_sinks.interventions.trained import require_registers, without_registers
-from spectral_sinks.measure.registers import Looked, cut_offs, likeness, look, patch_norms, tabled
+from spectral_sinks.measure.outliers import outliers
+from spectral_sinks.measure.registers import Looked, likeness, look, tabled
 from spectral_sinks.models.vision import VisionModel
 from spectral_sinks.pixels import Pixels
 
@@ -37,9 +38,10 @@ def register_ablation(
     "removed" takes the tokens out from the embedding on. The others put something in their place at the exit
     of every layer, or of those in `layers` (-1 is the embedding, where registers are the same in all images,
     so that only "zero" differs): "zero"; "mean", each register's own over images, as Sun et al. 2024 fix
-    them; "noise", normal with its mean and deviation in every dimension; "swapped", the registers of the next
-    image (the last gets those of the first); "shuffled", each gets the next register's: nothing tells
-    registers apart but what they hold, so this must change neither [CLS] nor patches, and checks the edit.
+    them at the entry of every layer; "noise", normal with its mean and deviation in every dimension;
+    "swapped", the registers of the next image (the last gets those of the first), which Parodi et al. 2026
+    (arXiv 2604.14433) call shuffling; "shuffled" within an image, each gets the next one's: nothing tells
+    registers apart but what they hold, so this must change neither [CLS] nor patches: a check of the edit.
     Where zero hurts and mean, noise and swapped do not, zeros are out of distribution, and what an image
     wrote to its registers does not matter. Measures: "cls cosine", "cls error" (relative), "patch cosine",
     "patch error" to the untouched model, "agreement" of the classes named first, "accuracy" where there are
@@ -62,7 +64,7 @@ def register_ablation(
     sites = [Site("embedding") if at < 0 else Site("exit", at) for at in where]
     held = _registers(model, pixels, sites, batch_size)
     given = {edit: replaced(held, edit, seed) for edit in edits if edit != "removed"}
-    cut = float(cut_offs(patch_norms(model, pixels, batch_size))[layer])
+    cut = float(outliers(model, pixels, batch_size=batch_size).cutoff[1:][layer])
     values: dict[tuple[Any, ...], list[NDArray[Any]]] = defaultdict(list)
     for places, batch in pixels.batches(batch_size):
         labels = None if pixels.labels is None else pixels.labels[places]

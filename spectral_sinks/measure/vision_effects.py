@@ -37,10 +37,10 @@ class ImageEffect:
         """Directions removed; the sum over sites, None with a custom function."""
         return None if None in self.ranks else sum(rank for rank in self.ranks if rank is not None)
 
-    def summary(self) -> pd.DataFrame:
-        """A row per quantity: `mean` over images, `low` and `high` (95 % BCa), `n` images."""
+    def summary(self, quantities: Sequence[str] | None = None) -> pd.DataFrame:
+        """A row per quantity (all by default): `mean`, `low`, `high` (95 % BCa) over `n` images."""
         rows: list[dict[str, object]] = []
-        for quantity in self.rows.columns.drop(["document", "image"], errors="ignore"):
+        for quantity in quantities or self.rows.columns.drop(["document", "image"], errors="ignore"):
             values = self.rows[quantity].dropna()
             low, high = mean_interval(values)
             rows.append({"quantity": quantity, "mean": values.mean(), "low": low, "high": high})

@@ -231,9 +231,12 @@ from spectral_sinks.report.lens import lens  # noqa: E402
 from spectral_sinks.report.no_bos import no_bos as no_bos  # noqa: E402
 from spectral_sinks.report.outliers import norm_maps as norm_maps  # noqa: E402
 from spectral_sinks.report.outliers import outlier_shares as outlier_shares  # noqa: E402
+from spectral_sinks.report.registers import register_ablation as register_ablation  # noqa: E402
 from spectral_sinks.report.registers import registers as registers  # noqa: E402
 from spectral_sinks.report.several import several as several  # noqa: E402
 from spectral_sinks.report.sinks import sinks as sinks  # noqa: E402
+from spectral_sinks.report.vision_bands import token_spectra as token_spectra  # noqa: E402
+from spectral_sinks.report.vision_bands import vision_bands as vision_bands  # noqa: E402
 from spectral_sinks.report.vision_boxes import vision_boxes as vision_boxes  # noqa: E402
 from spectral_sinks.report.vision_boxes import vision_corloc as vision_corloc  # noqa: E402
 from spectral_sinks.report.vision_sinks import attention_maps as attention_maps  # noqa: E402

@@ -18,8 +18,8 @@ def norm_maps(
 ) -> None:
     """A row for each picture: itself, and the norms of its patches at some layers; outliers are framed.
 
-    `pictures`: PIL images; `maps`: by layer (-1: the embedding) `[images, rows, columns]`; `cutoffs`: the norm
-    above which a patch is an outlier there. Each layer has one scale for all pictures.
+    `pictures`: PIL images; `maps`: by layer (-1: the embedding) `[images, rows, columns]`; `cutoffs`: the
+    norm above which a patch is an outlier there. Each layer has one scale for all pictures.
     """
     layers = list(maps)
     size = (1.5 * (len(layers) + 1), 1.5 * len(pictures) + 0.3)

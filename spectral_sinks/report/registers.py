@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from spectral_sinks.errors import InputError
-from spectral_sinks.report.figures import _figure
+from spectral_sinks.report.figures import FIRST, _figure
 
 TITLES = {
     "norm before": "norm",
@@ -60,3 +61,23 @@ def _stretched(picture: Any) -> NDArray[np.float64]:
     values = np.asarray(picture, dtype=np.float64)
     low, high = values.min(), values.max()
     return (values - low) / (high - low or 1.0)
+
+
+def register_ablation(table: pd.DataFrame, path: Path) -> None:
+    """Every edit of `ss.register_ablation` with its interval, a panel for each measure."""
+    measures = [name for name in MEASURES if name in set(table["measure"])]
+    edits = list(dict.fromkeys(table["edit"]))
+    with _figure(path, 1, len(measures), (2.1 * len(measures) + 0.6, 2.3), sharey=True) as axes:
+        for axis, measure in zip(axes[0], measures, strict=True):
+            part = table[table["measure"] == measure].set_index("edit").reindex(edits)
+            errors = np.clip([part["mean"] - part["low"], part["high"] - part["mean"]], 0, None)
+            axis.errorbar(
+                part["mean"], range(len(edits)), xerr=errors, capsize=2, **{**FIRST, "linestyle": ""}
+            )
+            axis.axvline(float(part["mean"].iloc[0]), color="#9a9a9a", linewidth=0.6)
+            axis.set(xlabel=measure, yticks=range(len(edits)), yticklabels=edits)
+        axes[0, 0].invert_yaxis()
+
+
+MEASURES = ("cls error", "patch error", "agreement", "accuracy")
+"""What the figure of an ablation shows."""

@@ -1,6 +1,7 @@
 """Figures of object discovery: boxes on pictures, and how many are right."""
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ ACROSS = 5
 
 
 def vision_boxes(
-    pictures: Sequence[Any],
+    pictures: Any,
     table: pd.DataFrame,
     path: Path,
     boxes: Mapping[str, Any] | None = None,
@@ -25,13 +26,15 @@ def vision_boxes(
 ) -> None:
     """The box found on each picture (solid, its seed a dot) and the boxes given (dashed).
 
-    `table` is what `discover` gives, of which `method` is shown, by default the first; `boxes` what
-    `read_boxes` gives. Raises InputError for a method that is not in the table.
+    `pictures` are those of `images`; `table` is what `discover` gives of them, of which `method` is shown,
+    by default the first; `boxes` what `read_boxes` gives. Raises InputError for a method that is not in the
+    table.
     """
     method = table["method"].iloc[0] if method is None else method
     shown = table[(table["method"] == method) & (table["draw"] == 0)]
     if shown.empty:
         raise InputError(f"the table has no method {method!r}: {', '.join(table['method'].unique())}")
+    last = Counter(Path(name).name for name in shown["name"])
     columns = min(ACROSS, len(shown))
     rows = -(-len(shown) // columns)
     with _figure(path, rows, columns, (1.9 * columns, 2.1 * rows)) as axes:
@@ -39,7 +42,9 @@ def vision_boxes(
             axis.axis("off")
         for axis, row in zip(axes.flat, shown.to_dict("records"), strict=False):
             axis.imshow(np.asarray(pictures[row["document"]]))
-            for given in (boxes or {}).get(row["name"], ()):
+            short = Path(row["name"]).name
+            alone = (boxes or {}).get(short, ()) if last[short] == 1 else ()
+            for given in (boxes or {}).get(row["name"], alone):
                 _box(axis, given, "#ffffff", "--")
             if np.isfinite(row["x0"]):
                 _box(axis, [row[key] for key in ("x0", "y0", "x1", "y1")], "#f2b134", "-")

@@ -49,8 +49,8 @@ def attention_maps(
     """Images, and below each what its patches receive (alpha_k), a row for each layer or head.
 
     `images` is `[images, 3, height, width]` on any scale, each shown from its least to its largest value;
-    `maps` holds `[images, rows, columns]` for each title. Each row of maps has one scale, from 0; the ring is
-    around each image's largest patch.
+    `maps` holds `[images, rows, columns]` for each title. Each row of maps has one scale, from 0 to its
+    largest value (four times uniform at least); the ring is around each image's largest patch.
     """
     count = min(SHOWN, len(images))
     size = (1.25 * count + 1.1, 1.3 * (len(maps) + 1))
@@ -60,8 +60,9 @@ def attention_maps(
             low, high = picture.min(), picture.max()
             axes[0, column].imshow((picture - low) / max(high - low, 1e-12))
             for row, values in enumerate(maps, start=1):
+                largest = max(float(values[:count].max()), 4 * uniform)
                 here = values[column]
-                axes[row, column].imshow(here, cmap="magma", vmin=0, vmax=float(values[:count].max()))
+                axes[row, column].imshow(here, cmap="magma", vmin=0, vmax=largest)
                 y, x = np.unravel_index(int(here.argmax()), here.shape)
                 axes[row, column].plot(x, y, "o", markersize=9, markerfacecolor="none", color="#59c3e8")
         for axis in axes.flat:
@@ -69,6 +70,8 @@ def attention_maps(
             for side in axis.spines.values():
                 side.set_visible(False)
         axes[0, 0].set_ylabel("image", fontsize=8)
+        aside = axes[0, 0].figure.colorbar(axes[0, 0].images[0], ax=list(axes[0]))
+        aside.ax.set_visible(False)  # it keeps the row as wide as those below
         for row, title in enumerate(titles, start=1):
             axes[row, 0].set_ylabel(title, fontsize=8)
             bar = axes[row, 0].figure.colorbar(axes[row, count - 1].images[0], ax=list(axes[row]))

@@ -76,6 +76,15 @@ def test_vision_attention_by_position_is_that_of_eager_maps(family: str) -> None
     assert np.array_equal(found.ids[0], pixels.tokens(tinyvision.images())[0])
 
 
+@pytest.mark.parametrize("family", ["dinov2 registers", "siglip"])
+def test_vision_attention_by_head_is_that_of_eager_maps(family: str) -> None:
+    model = ss.load_vision(tinyvision.build(family, attention="eager"))
+    found = ss.attention_by_head(model, ss.pixels(tinyvision.images(), model), 3, batch_size=2)
+    maps, _ = eager(family, tinyvision.images())
+    expected = torch.stack(maps, 1).detach()[..., 3].mean(-1)
+    assert np.allclose(found["attention"], expected.flatten(), atol=1e-6)
+
+
 @pytest.mark.parametrize("family", ANY)
 def test_vision_head_use_and_margin_are_those_of_eager_maps(family: str) -> None:
     """A position that differs between images; the margin is that of the maps' logarithms."""

@@ -187,6 +187,14 @@ def test_interventions_act(shown: ss.Images) -> None:
     )
 
 
+def test_under_test_time_registers(shown: ss.Images) -> None:
+    """The patches are the last tokens, whatever stands before them."""
+    model = planted("dinov2")
+    before = ss.discover(model, shown)
+    with ss.test_time_registers(model, [], 3):
+        pd.testing.assert_frame_equal(before, ss.discover(model, shown))
+
+
 def test_boxes_are_matched_by_name(shown: ss.Images) -> None:
     model = planted("dinov2")
     some = {"0.png": GIVEN["0.png"], "other.png": GIVEN["1.png"], "1.png": np.empty((0, 4))}
@@ -196,8 +204,11 @@ def test_boxes_are_matched_by_name(shown: ss.Images) -> None:
     assert ss.corloc(found)["n"].tolist() == [1] * 4
     with pytest.raises(ss.InputError, match="no boxes for any image"):
         ss.discover(model, shown, boxes={"other.png": GIVEN["1.png"]})
-    with pytest.raises(ss.InputError, match=r"0\.png lies outside of its 60 x 40"):
-        ss.discover(model, shown, boxes=GIVEN | {"0.png": [[0, 0, 61, 40]]})
+    with pytest.raises(ss.InputError, match="no boxes for any image"):
+        ss.discover(model, shown, boxes={})
+    for wrong in ([0, 0, 61, 40], [-1, 0, 9, 9], [5, 5, 5, 9], [0, 0, 9, float("nan")]):
+        with pytest.raises(ss.InputError, match=r"0\.png is empty or lies outside of its 60 x 40"):
+            ss.discover(model, shown, boxes=GIVEN | {"0.png": [[0, 0, 60, 40], wrong]})
 
 
 def test_boxes_of_pictures_in_folders(tmp_path: Path) -> None:
@@ -216,7 +227,7 @@ def test_figures(shown: ss.Images, tmp_path: Path) -> None:
     ss.figures.vision_boxes(shown, found, tmp_path / "boxes.png", GIVEN)
     ss.figures.vision_corloc(ss.corloc(found), tmp_path / "corloc.png")
     with Image.open(tmp_path / "boxes.png") as drawn:
-        colours = {colour for _, colour in drawn.convert("RGB").getcolors(2**24)}
+        colours = {colour for _, colour in drawn.convert("RGB").getcolors(2**24) or []}
     assert (0xF2, 0xB1, 0x34) in colours
     assert (tmp_path / "corloc.png").stat().st_size > 1000
     with pytest.raises(ss.InputError, match="no method 'LOST'"):
@@ -224,7 +235,7 @@ def test_figures(shown: ss.Images, tmp_path: Path) -> None:
     assert not (tmp_path / "none.png").exists()
 
 
-def test_bad_input(shown: ss.Images) -> None:
+def test_bad_input(shown: ss.Images, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ss.InputError, match="choose from keys"):
         ss.discover(planted("dinov2"), shown, features="mlp")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ss.InputError, match=r"no \[CLS\]"):
@@ -233,3 +244,9 @@ def test_bad_input(shown: ss.Images) -> None:
         ss.discover(planted("dinov2"), shown, layer=3)
     with pytest.raises(ss.InputError, match="-1 draws"):
         ss.discover(planted("dinov2"), shown, draws=-1)
+    with pytest.raises(ss.InputError, match="resize it first"):
+        ss.discover(tinyvision.model(), tinyvision.images(), size=40)
+    monkeypatch.setattr(ss.VisionModel, "image_size", None)
+    with pytest.raises(ss.InputError, match="give size"):
+        ss.discover(planted("dinov2"), shown)
+    assert ss.discover(planted("dinov2"), shown, size=40)["found"].all()
