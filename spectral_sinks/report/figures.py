@@ -241,6 +241,7 @@ from spectral_sinks.report.vision_boxes import vision_boxes as vision_boxes  # n
 from spectral_sinks.report.vision_boxes import vision_corloc as vision_corloc  # noqa: E402
 from spectral_sinks.report.vision_sinks import attention_maps as attention_maps  # noqa: E402
 from spectral_sinks.report.vision_sinks import vision_sinks as vision_sinks  # noqa: E402
+from spectral_sinks.report.vision_trained import vision_trained as vision_trained  # noqa: E402
 from spectral_sinks.report.weights import weights  # noqa: E402
 
 __all__ = ["bars", "birth", "bos", "eu_dark", "ladder", "lens", "sink", "spectrum", "swap", "weights"]
