@@ -147,6 +147,8 @@ def evaluate_all(
     the tokens that stood there are predicted. KL and agreement are taken at these positions too, and sink
     mass is that of the masked window.
     """
+    if not isinstance(model, LanguageModel):
+        raise InputError(f"{model.name} reads images: evaluate_images(model, pixels, cells)")
     for edits in cells.values():
         for site, edit in edits.items():
             check(site, edit, model, windows)

@@ -463,3 +463,8 @@ def test_what_cannot_be_measured_is_refused() -> None:
             labels=[0, 1, 0],
             probe="cls",
         )
+
+
+def test_text_has_its_own_call() -> None:
+    with pytest.raises(ss.InputError, match="reads images: evaluate_images"):
+        ss.evaluate(tinyvision.model(), tinyvision.pixels(), {})  # pyright: ignore[reportArgumentType]
