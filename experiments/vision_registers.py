@@ -7,7 +7,7 @@ first and on accuracy; intervals over images.
 Control: noise of the registers' own mean and deviation; and shuffling within an image, which must change
 nothing.
 
-    python experiments/vision_registers.py --model runs/vit/reg4-0/model --images FOLDER --out results
+    python experiments/vision_registers.py --model runs/vit/random4-0/model --images FOLDER --out results
     python experiments/vision_registers.py --model facebook/dinov2-with-registers-base-imagenet1k-1-layer \
         --images FOLDER --out runs/registers
 """

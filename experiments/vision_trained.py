@@ -8,7 +8,7 @@ receives, and its norm. Intervals over images: they hold for these weights, not 
 Control: the untrained weights (step 0), uniform attention 1 / T, and the run of the same seed without
 registers, paired by image.
 
-    python experiments/vision_trained.py runs/vit/plain-0 runs/vit/reg4-0 --images FOLDER --out results
+    python experiments/vision_trained.py runs/vit/plain-0 runs/vit/random4-0 --images FOLDER --out results
 """
 
 import json
