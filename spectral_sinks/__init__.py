@@ -31,6 +31,7 @@ from spectral_sinks.measure.massive import massive_activations
 from spectral_sinks.measure.noop import Circuits, no_op_circuits
 from spectral_sinks.measure.objects import discover
 from spectral_sinks.measure.outliers import Outliers, neighbour_similarity, outlier_onset, outliers
+from spectral_sinks.measure.places import outlier_places
 from spectral_sinks.measure.positions import PositionAttention, attention_by_position
 from spectral_sinks.measure.preflight import preflight
 from spectral_sinks.measure.probes import token_probes
@@ -215,6 +216,7 @@ __all__ = [
     "null_rank",
     "omega",
     "outlier_onset",
+    "outlier_places",
     "Outliers",
     "outliers",
     "outside",
