@@ -30,7 +30,7 @@ from spectral_sinks.measure.lost import Discovery, dino_seg, lost
 from spectral_sinks.measure.massive import massive_activations
 from spectral_sinks.measure.noop import Circuits, no_op_circuits
 from spectral_sinks.measure.objects import discover
-from spectral_sinks.measure.outliers import Outliers, neighbour_similarity, outlier_onset, outliers
+from spectral_sinks.measure.outliers import Outliers, outlier_onset, outliers
 from spectral_sinks.measure.places import outlier_places
 from spectral_sinks.measure.positions import PositionAttention, attention_by_position
 from spectral_sinks.measure.preflight import preflight
@@ -207,7 +207,6 @@ __all__ = [
     "Modes",
     "Move",
     "nearest",
-    "neighbour_similarity",
     "no_op_circuits",
     "Noise",
     "NoOp",

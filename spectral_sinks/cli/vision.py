@@ -91,11 +91,11 @@ def run_vision(options: Vision) -> None:
             record["circuits"][kind] = heads.drop(columns="ranks").to_dict("records")
             tables.append(circuit_table(kind, heads))
     if found.member.any() and len(pixels) >= 4 and found.strongest is not None:
-        neighbours = ss.neighbour_similarity(found)
+        places = ss.outlier_places(found)
         probes = ss.token_probes(found, **batch)
-        record["neighbours"] = neighbours.mean().drop("image").to_dict()
+        record["places"] = places.to_dict("records")
         record["probes"] = probes.to_dict("records")
-        tables.append(probe_table(probes))
+        tables += [place_table(places), probe_table(probes)]
     if options.registers:
         neurons = ss.register_neurons(model, pixels, layer=options.layer, count=options.neurons, **batch)
         repair = ss.register_repair(
@@ -215,6 +215,20 @@ def circuit_table(kind: str, heads: pd.DataFrame) -> Any:
     ]
     columns = ("head", "on sink", "value ratio", "two modes", "query on", "rival")
     return table(f"No-op circuits at {kind}", columns if rows else ("head",), rows or [("none",)])
+
+
+def place_table(places: pd.DataFrame) -> Any:
+    """Where outliers lie, beside other patches."""
+    rows = [
+        (
+            f"{row['quantity']}, {row['control']}",
+            plain(row["outliers"]),
+            plain(row["others"]),
+            spread(row, "difference", "low", "high"),
+        )
+        for row in places.to_dict("records")
+    ]
+    return table("Where outliers lie", ("against other patches", "outliers", "others", "difference"), rows)
 
 
 def probe_table(probes: pd.DataFrame) -> Any:

@@ -158,29 +158,6 @@ def outliers(model: VisionModel, given: Pixels, *, rule: Rule = "robust", batch_
     return Outliers(model.name, name, given, norm, cutoff, median, spread)
 
 
-def neighbour_similarity(found: Outliers, layer: int | None = None) -> pd.DataFrame:
-    """Cosine of patches to their four neighbours right after the patch embedding, by image.
-
-    Before positions are added (Darcet et al. 2024, Fig. 5a). A row per image with outliers at `layer` (the
-    strongest, by default): mean cosine of `outliers`, of `others`, and, for each outlier, of the others as
-    far from the border (`matched`); NaN where there are none such.
-    """
-    layer = found.strongest if layer is None else layer
-    columns = ["image", "outliers", "others", "matched"]
-    if layer is None:
-        return pd.DataFrame(columns=columns)
-    rows: list[dict[str, float]] = []
-    border = border_distance(found.pixels.grid).ravel()
-    for image in np.flatnonzero(found.member[:, layer + 1].any(1)).tolist():
-        alike = neighbour_cosines(found.pixels, image).ravel()
-        out = found.member[image, layer + 1]
-        pool = [alike[~out & (border == far)] for far in border[out]]
-        matched = np.array([part.mean() if part.size else np.nan for part in pool])
-        values = (alike[out].mean(), alike[~out].mean() if (~out).any() else np.nan, matched.mean())
-        rows.append(dict(zip(columns, (image, *values), strict=True)))
-    return pd.DataFrame(rows, columns=columns)
-
-
 @torch.no_grad()
 def neighbour_cosines(given: Pixels, image: int) -> Float[NDArray[np.float64], "rows columns"]:
     """Mean cosine of each patch to its neighbours above, below, left and right, after the patch embedding."""

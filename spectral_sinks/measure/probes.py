@@ -41,6 +41,8 @@ def token_probes(
     fewer than four images.
     """
     layer = found.strongest if layer is None else layer
+    if layer is not None and not -1 <= layer < found.norm.shape[1] - 1:
+        raise InputError(f"layer {layer}: {found.model} has layers 0 to {found.norm.shape[1] - 2}, or -1")
     if layer is None or not found.member[:, layer + 1].any():
         raise InputError(f"{found.model} has no outliers at layer {layer}: there is nothing to compare")
     given = found.pixels

@@ -48,7 +48,7 @@ def test_the_random_twin_has_none(family: str) -> None:
     model = ss.load_vision(planted_vision.random_twin(family))
     found = ss.outliers(model, ss.pixels(IMAGES, model))
     assert not found.member.any() and found.onset_layer is None and found.strongest is None
-    assert found.table().empty and ss.neighbour_similarity(found).empty
+    assert found.table().empty
     record = found.record()
     assert record["outlier_share"] == 0 and record["outlier_share_interval"] is None
 
@@ -86,35 +86,6 @@ def test_order_and_batches_do_not_matter() -> None:
     turned = ss.outliers(model, ss.pixels(IMAGES[order], model))
     assert np.array_equal(turned.member, whole.member[order])
     assert turned.onset_layer == whole.onset_layer
-
-
-def test_neighbours_right_after_the_patch_embedding() -> None:
-    model, pixels = planted()
-    found = ss.outliers(model, pixels)
-    weight, bias = (
-        part.detach().double() for part in model.tower.embeddings.patch_embeddings.projection.parameters()
-    )
-    size = tinyvision.PATCH
-    patches = IMAGES.double().unfold(2, size, size).unfold(3, size, size).permute(0, 2, 3, 1, 4, 5).flatten(3)
-    x = patches @ weight.flatten(1).T + bias
-    table = ss.neighbour_similarity(found).set_index("image")
-    assert list(table.index) == [0, 1, 2, 3, 4]
-    for image in range(5):
-        alike = np.zeros((5, 5))
-        for row in range(5):
-            for column in range(5):
-                near = [(row + a, column + b) for a, b in ((1, 0), (-1, 0), (0, 1), (0, -1))]
-                near = [place for place in near if min(place) >= 0 and max(place) < 5]
-                alike[row, column] = np.mean(
-                    [float(torch.cosine_similarity(x[image, row, column], x[image][p], dim=0)) for p in near]
-                )
-        marks = MARKS[image].numpy()
-        assert table.loc[image, "outliers"] == pytest.approx(alike[marks].mean(), abs=1e-5)
-        assert table.loc[image, "others"] == pytest.approx(alike[~marks].mean(), abs=1e-5)
-        far = np.minimum.reduce([*np.indices((5, 5)), *(4 - np.indices((5, 5)))])
-        matched = [alike[~marks & (far == distance)] for distance in far[marks]]
-        expected = np.mean([part.mean() if part.size else np.nan for part in matched])
-        assert table.loc[image, "matched"] == pytest.approx(expected, abs=1e-5, nan_ok=True)
 
 
 def test_onset_over_checkpoints() -> None:

@@ -74,6 +74,8 @@ def test_bad_input() -> None:
     found = ss.outliers(model, ss.pixels(images[:3], model))
     with pytest.raises(ss.InputError, match="four at least"):
         ss.token_probes(found)
+    with pytest.raises(ss.InputError, match="layers 0 to 2, or -1"):
+        ss.token_probes(ss.outliers(model, ss.pixels(images, model)), 3)
     with pytest.raises(ss.InputError, match="no outliers at layer 0"):
         ss.token_probes(ss.outliers(model, ss.pixels(images, model)), 0)
 
