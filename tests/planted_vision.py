@@ -1,9 +1,13 @@
 """Image encoders with planted outlier neurons: which tokens become outliers, and where, is known."""
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tinyvision
 import torch
+import transformers
+from PIL import Image
 from torch import Tensor
 
 MARK = 6.0
@@ -96,3 +100,26 @@ def marked(count: int = 6, each: int = 2, seed: int = 0) -> tuple[Tensor, Tensor
     marks = marks.view(count, rows, rows)
     wide = marks.repeat_interleave(size, 1).repeat_interleave(size, 2)
     return torch.where(wide[:, None], torch.tensor(MARK), images), marks
+
+
+def save(module: Any, folder: Path) -> Path:
+    """Write a checkpoint folder with its image processor."""
+    module.save_pretrained(folder)
+    size = {"height": tinyvision.SIDE, "width": tinyvision.SIDE}
+    processor = transformers.ViTImageProcessorPil(size=size, image_mean=[0.5] * 3, image_std=[0.1] * 3)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def pictures(folder: Path, labels: tuple[str, str]) -> Path:
+    """Write files of two classes, grey noise of mean 0.5 by patch; in each of four another patch is white."""
+    rng = np.random.default_rng(0)
+    size = tinyvision.PATCH
+    for label in labels:
+        (folder / label).mkdir()
+        for row in range(4):
+            noise = rng.integers(-40, 41, (5, size, 5, size // 2, 3))
+            both = np.stack([noise, -noise], axis=4).reshape(tinyvision.SIDE, tinyvision.SIDE, 3) + 127
+            both[row * size : (row + 1) * size, 2 * size : 3 * size] = 255
+            Image.fromarray(both.astype(np.uint8)).save(folder / label / f"{row}.png")
+    return folder

@@ -3,43 +3,21 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import planted_vision
 import pytest
 import tiny
-import tinyvision
-import transformers
-from PIL import Image
 
 pytestmark = pytest.mark.filterwarnings("ignore:band edges")  # 5 classes read 5 of 32 directions
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    planted_vision.plant("vit classifier").save_pretrained(folder)
-    size = {"height": tinyvision.SIDE, "width": tinyvision.SIDE}
-    transformers.ViTImageProcessorPil(size=size, image_mean=[0.5] * 3, image_std=[0.1] * 3).save_pretrained(
-        folder
-    )
-    return folder
+    return planted_vision.save(planted_vision.plant("vit classifier"), tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """White patches on grey noise whose patches have the mean 0.5."""
-    folder = tmp_path_factory.mktemp("pictures")
-    rng = np.random.default_rng(0)
-    size = tinyvision.PATCH
-    for label in ("cat", "dog"):
-        (folder / label).mkdir()
-        for index in range(4):
-            noise = rng.integers(-40, 41, (5, size, 5, size // 2, 3))
-            both = np.stack([noise, -noise], axis=4).reshape(20, 20, 3) + 127
-            row, column = divmod(5 * index + 3, 5)
-            both[row * size : (row + 1) * size, column * size : (column + 1) * size] = 255
-            Image.fromarray(both.astype(np.uint8)).save(folder / label / f"{index}.png")
-    return folder
+    return planted_vision.pictures(tmp_path_factory.mktemp("pictures"), ("cat", "dog"))
 
 
 def test_what_was_planted_is_reported(

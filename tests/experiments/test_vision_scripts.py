@@ -10,9 +10,6 @@ import pandas as pd
 import planted_vision
 import pytest
 import tinyvision
-import torch
-import transformers
-from PIL import Image
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
@@ -26,34 +23,15 @@ def script(name: str) -> ModuleType:
     return module
 
 
-def save(module: torch.nn.Module, folder: Path) -> Path:
-    module.save_pretrained(folder)  # pyright: ignore[reportCallIssue]
-    size = {"height": tinyvision.SIDE, "width": tinyvision.SIDE}
-    transformers.ViTImageProcessorPil(size=size, image_mean=[0.5] * 3, image_std=[0.1] * 3).save_pretrained(
-        folder
-    )
-    return folder
-
-
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Grey noise of two classes; in each picture another patch is white."""
-    folder = tmp_path_factory.mktemp("pictures")
-    rng = np.random.default_rng(0)
-    for label in ("LABEL_0", "LABEL_1"):
-        (folder / label).mkdir()
-        for index in range(4):
-            noise = rng.integers(-40, 41, (5, 4, 5, 2, 3))
-            both = np.stack([noise, -noise], axis=4).reshape(20, 20, 3) + 127
-            both[4 * index : 4 * index + 4, 8:12] = 255
-            Image.fromarray(both.astype(np.uint8)).save(folder / label / f"{index}.png")
-    return folder
+    return planted_vision.pictures(tmp_path_factory.mktemp("pictures"), ("LABEL_0", "LABEL_1"))
 
 
 def test_across_tells_outliers_from_none(pictures: Path, tmp_path: Path) -> None:
     models = (
-        save(planted_vision.plant("vit classifier"), tmp_path / "a" / "planted"),
-        save(planted_vision.random_twin("vit classifier"), tmp_path / "a" / "twin"),
+        planted_vision.save(planted_vision.plant("vit classifier"), tmp_path / "a" / "planted"),
+        planted_vision.save(planted_vision.random_twin("vit classifier"), tmp_path / "a" / "twin"),
     )
     across = script("vision_across")
     options = across.Options(tuple(map(str, models)), pictures, tmp_path / "out")
@@ -68,7 +46,7 @@ def test_across_tells_outliers_from_none(pictures: Path, tmp_path: Path) -> None
 
 
 def test_registers_of_a_tiny_encoder(pictures: Path, tmp_path: Path) -> None:
-    folder = save(tinyvision.build("dinov2 registers classifier"), tmp_path / "model")
+    folder = planted_vision.save(tinyvision.build("dinov2 registers classifier"), tmp_path / "model")
     names = tmp_path / "names.txt"
     names.write_text("LABEL_0/0.png\nLABEL_1/0.png\nLABEL_1/2.png\n")
     registers = script("vision_registers")
