@@ -52,6 +52,17 @@ def test_for_people(checkpoint: Path, pictures: Path, capsys: pytest.CaptureFixt
     assert "Outlier patches of" in said and "3 images of 25 patches; onset layer 1" in said
 
 
+@pytest.mark.filterwarnings("always:no test-time registers")
+def test_without_outliers_there_are_no_registers_to_try(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    twin = planted_vision.save(planted_vision.random_twin("vit classifier"), tmp_path)
+    ran = tiny.run(capsys, "vision", twin, pictures, "--registers", 1, "--json")
+    assert ran.status == 0 and "no test-time registers: no outlier patch" in ran.err
+    record = json.loads(ran.out)
+    assert record["registers"] == [] and record["outliers"]["onset_layer"] is None
+
+
 def test_bad_input(checkpoint: Path, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, said in (
         ((checkpoint, "/nowhere"), "does not exist"),

@@ -1,5 +1,6 @@
 """`spectral-sinks vision`: outlier tokens, sinks, circuits and test-time registers of an image encoder."""
 
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -97,21 +98,34 @@ def run_vision(options: Vision) -> None:
         record["probes"] = probes.to_dict("records")
         tables += [place_table(places), probe_table(probes)]
     if options.registers:
-        neurons = ss.register_neurons(model, pixels, layer=options.layer, count=options.neurons, **batch)
-        repair = ss.register_repair(
-            model, pixels, neurons, registers=options.registers, layer=options.layer, **batch
-        )
-        record["register_neurons"] = neurons.to_dict("records")
-        record["registers"] = repair.to_dict("records")
-        tables.append(repair_table(repair, options.registers))
-        if options.figures is not None:
-            maps = ss.register_maps(model, pixels, neurons, registers=options.registers, layer=options.layer)
-            options.figures.mkdir(parents=True, exist_ok=True)
-            shown = range(min(SHOWN, len(images)))
-            ss.figures.registers([images[i] for i in shown], maps, options.figures / "registers.png")
+        repair(options, pixels, images, record, tables)
     if options.figures is not None:
         draw(found, sinks, images, options.figures)
     show(options.json, record, Group(*tables))
+
+
+def repair(
+    options: Vision, pixels: ss.Pixels, images: ss.Images, record: dict[str, Any], tables: list[Any]
+) -> None:
+    """Test-time registers and their controls, into the record and the tables; a warning without outliers."""
+    model, batch = pixels.model, {"batch_size": options.batch_size}
+    record["register_neurons"], record["registers"] = [], []
+    try:
+        neurons = ss.register_neurons(model, pixels, layer=options.layer, count=options.neurons, **batch)
+    except ss.InputError as error:
+        warnings.warn(f"no test-time registers: {error}", ss.SpectralWarning, stacklevel=2)
+        return
+    changed = ss.register_repair(
+        model, pixels, neurons, registers=options.registers, layer=options.layer, **batch
+    )
+    record["register_neurons"] = neurons.to_dict("records")
+    record["registers"] = changed.to_dict("records")
+    tables.append(repair_table(changed, options.registers))
+    if options.figures is not None:
+        maps = ss.register_maps(model, pixels, neurons, registers=options.registers, layer=options.layer)
+        options.figures.mkdir(parents=True, exist_ok=True)
+        shown = [images[i] for i in range(min(SHOWN, len(images)))]
+        ss.figures.registers(shown, maps, options.figures / "registers.png")
 
 
 SHOWN = 4
