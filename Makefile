@@ -22,7 +22,7 @@ reproduce: install
 	$(BIN)/spectral-sinks reproduce --out results
 
 bench: install
-	OMP_NUM_THREADS=1 $(BIN)/python experiments/bench.py --out results
+	OMP_NUM_THREADS=1 $(BIN)/python experiments/bench/run.py --out results
 
 verify: install
 	$(BIN)/spectral-sinks verify

@@ -62,7 +62,7 @@ def run(study: ss.Study) -> ss.Finding:
     )
 
 
-def measured(name: str, value: ss.Measured, control: str) -> dict[str, object]:
+def measured(name: str, value: ss.Estimate, control: str) -> dict[str, object]:
     return ss.answer(name, value.value, control, (value.low, value.high))
 
 

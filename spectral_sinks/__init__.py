@@ -1,68 +1,74 @@
 """Spectral filtering of the residual stream: what a model keeps where its vocabulary cannot read."""
 
+from spectral_sinks import figures
+from spectral_sinks.claims.claims import Claims
+from spectral_sinks.claims.verify import Check, uncovered, verify
+from spectral_sinks.data.images import Images, images
+from spectral_sinks.data.pixels import Pixels, pixels
+from spectral_sinks.data.texts import Windows, cut, documents
 from spectral_sinks.errors import InputError, RemoteError, SpectralWarning
-from spectral_sinks.images import Images, images
-from spectral_sinks.interventions.added import KeyBias, Prefix, SinkLogit
-from spectral_sinks.interventions.moves import Move
-from spectral_sinks.interventions.probing import examine
-from spectral_sinks.interventions.registers import test_time_registers, with_registers
-from spectral_sinks.interventions.remote import remotely
-from spectral_sinks.interventions.sinks import CopyKey, MaskKey, Restrict, SetValue, Streaming
+from spectral_sinks.experiments import Finding, Study, answer, reproduce, without_last_band
+from spectral_sinks.interventions.attention_base import AttentionEdit
+from spectral_sinks.interventions.attention_edits import CopyKey, MaskKey, Restrict, SetValue, Streaming
+from spectral_sinks.interventions.extra_keys import KeyBias, Prefix, SinkLogit
+from spectral_sinks.interventions.registers import install_registers, with_registers, without_registers
 from spectral_sinks.interventions.sites import Site
 from spectral_sinks.interventions.tracing import trace
-from spectral_sinks.interventions.trained import without_registers
-from spectral_sinks.measure.attended import attended, attended_cost, attended_darkness, most_attended
-from spectral_sinks.measure.attention import (
+from spectral_sinks.measure.attention.by_position import PositionAttention, attention_by_position
+from spectral_sinks.measure.attention.received import (
     attention_by_head,
     attention_received,
     sink_rate,
     uniform_attention,
 )
-from spectral_sinks.measure.bars import candidates, mark_bars, matched, received, strata
-from spectral_sinks.measure.boxes import corloc, read_boxes
-from spectral_sinks.measure.circuits import head_use
-from spectral_sinks.measure.compare import Comparison, compare
-from spectral_sinks.measure.designated import Designation, designate
-from spectral_sinks.measure.detectors import Detectors, detectors
-from spectral_sinks.measure.effects import Effect, evaluate, evaluate_all, mean_residual
-from spectral_sinks.measure.energy import energy
-from spectral_sinks.measure.generation import continuation_nll, generate, generate_all
-from spectral_sinks.measure.lens import ALONE, TOGETHER, band_lens
-from spectral_sinks.measure.lost import Discovery, dino_seg, lost
-from spectral_sinks.measure.massive import massive_activations
-from spectral_sinks.measure.noop import Circuits, no_op_circuits
-from spectral_sinks.measure.objects import discover
-from spectral_sinks.measure.outliers import Outliers, outlier_onset, outliers
-from spectral_sinks.measure.places import outlier_places
-from spectral_sinks.measure.positions import PositionAttention, attention_by_position
-from spectral_sinks.measure.preflight import preflight
-from spectral_sinks.measure.probes import token_probes
-from spectral_sinks.measure.references import massive_channels, mean_keys, mean_values
-from spectral_sinks.measure.registers import DINOV2_LARGE, register_neurons
-from spectral_sinks.measure.repair import register_maps, register_repair
-from spectral_sinks.measure.repetition import distinct, loop_onset, repeated, repetition
-from spectral_sinks.measure.ridge import LinearProbe
-from spectral_sinks.measure.screen import first_order
-from spectral_sinks.measure.sink import Sink
-from spectral_sinks.measure.sinks import Sinks, find_sinks
-from spectral_sinks.measure.spectra import read_spectrum
-from spectral_sinks.measure.trained import register_ablation
-from spectral_sinks.measure.verdict import Measured, SinkVerdict, sink_verdict
-from spectral_sinks.measure.vision_effects import ImageEffect, evaluate_images
-from spectral_sinks.measure.vision_sinks import VisionSinks, vision_sinks
-from spectral_sinks.measure.weights import weight_shares
-from spectral_sinks.models.attending import AttentionCall, attending
+from spectral_sinks.measure.circuits.heads import head_use
+from spectral_sinks.measure.circuits.no_op import Circuits, no_op_circuits
+from spectral_sinks.measure.circuits.qk_detectors import Detectors, detectors
+from spectral_sinks.measure.nll.attribution import first_order
+from spectral_sinks.measure.nll.effects import Effect, evaluate, evaluate_all
+from spectral_sinks.measure.nll.generation import continuation_nll, generate, generate_all
+from spectral_sinks.measure.nll.repetition_metrics import distinct, loop_onset, repeated, repetition
+from spectral_sinks.measure.residual.band_energy import energy
+from spectral_sinks.measure.residual.logit_lens import ALONE, TOGETHER, band_lens
+from spectral_sinks.measure.residual.massive import massive_activations
+from spectral_sinks.measure.residual.matrix_spectrum import read_spectrum
+from spectral_sinks.measure.residual.references import massive_channels, mean_keys, mean_residual, mean_values
+from spectral_sinks.measure.residual.weight_energy import weight_shares
+from spectral_sinks.measure.sinks.attended_tokens import (
+    attended,
+    attended_cost,
+    attended_darkness,
+    most_attended,
+)
+from spectral_sinks.measure.sinks.attention_bars import candidates, mark_bars, matched, received, strata
+from spectral_sinks.measure.sinks.comparison import Comparison, compare
+from spectral_sinks.measure.sinks.designation import Designation, designate
+from spectral_sinks.measure.sinks.find import Sinks, find_sinks
+from spectral_sinks.measure.sinks.sink import Sink
+from spectral_sinks.measure.sinks.verdict import SinkVerdict, sink_verdict
+from spectral_sinks.measure.vision.boxes import corloc, read_boxes
+from spectral_sinks.measure.vision.image_effects import ImageEffect, evaluate_images
+from spectral_sinks.measure.vision.image_sinks import VisionSinks, vision_sinks
+from spectral_sinks.measure.vision.linear_probes import token_probes
+from spectral_sinks.measure.vision.localization import Discovery, dino_seg, lost
+from spectral_sinks.measure.vision.neurons import DINOV2_LARGE, register_neurons
+from spectral_sinks.measure.vision.object_discovery import discover
+from spectral_sinks.measure.vision.outlier_positions import outlier_places
+from spectral_sinks.measure.vision.outlier_tokens import Outliers, outlier_onset, outliers
+from spectral_sinks.measure.vision.register_effects import register_maps, register_repair
+from spectral_sinks.measure.vision.ridge import LinearProbe
+from spectral_sinks.measure.vision.trained_registers import register_ablation
+from spectral_sinks.models.attention_capture import AttentionCall, attending
+from spectral_sinks.models.checkpoint import DEFAULT
 from spectral_sinks.models.describe import describe
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.models.loading import load
-from spectral_sinks.models.masked import masked_ids, masked_positions
-from spectral_sinks.models.source import DEFAULT
-from spectral_sinks.models.towers import load_vision
+from spectral_sinks.models.loading_vision import load_vision
+from spectral_sinks.models.masked_lm import masked_ids, masked_positions
 from spectral_sinks.models.vision import VisionModel
-from spectral_sinks.pixels import Pixels, pixels
-from spectral_sinks.report import figures
-from spectral_sinks.report.checking import Check, uncovered, verify
-from spectral_sinks.report.claims import Claims
+from spectral_sinks.remote.client import remotely
+from spectral_sinks.remote.handshake import examine
+from spectral_sinks.remote.server_check import preflight
 from spectral_sinks.spectra.controls import DirectionSwap, NoOp, NormRestored, energy_matched, random_within
 from spectral_sinks.spectra.filters import (
     At,
@@ -78,8 +84,11 @@ from spectral_sinks.spectra.filters import (
     remove,
     rnd,
 )
-from spectral_sinks.spectra.modes import Modes
-from spectral_sinks.spectra.pairs import (
+from spectral_sinks.spectra.qk_modes import Modes
+from spectral_sinks.spectra.scaling import Amplified, Copied, Scaled, amplify, carry, channels, scale
+from spectral_sinks.spectra.spectrum import Spectrum
+from spectral_sinks.spectra.subspace import Subspace, intersection, principal_cosines, random_subspace
+from spectral_sinks.spectra.subspace_pairs import (
     farthest,
     nearest,
     outside,
@@ -87,10 +96,8 @@ from spectral_sinks.spectra.pairs import (
     share_deviation,
     union,
 )
-from spectral_sinks.spectra.scaled import Amplified, Copied, Scaled, amplify, carry, channels, scale
-from spectral_sinks.spectra.spectrum import Spectrum
-from spectral_sinks.spectra.subspace import Subspace, intersection, principal_cosines, random_subspace
 from spectral_sinks.stats import (
+    Estimate,
     holm,
     largest_within,
     mean_interval,
@@ -102,18 +109,16 @@ from spectral_sinks.stats import (
     summarise,
     t_interval,
 )
-from spectral_sinks.study import Finding, Study, answer, reproduce, without_last_band
+from spectral_sinks.sweeps.band_ladder import ladder
 from spectral_sinks.sweeps.cells import Cell, grid
+from spectral_sinks.sweeps.config import SweepFile
 from spectral_sinks.sweeps.cost import Cost
-from spectral_sinks.sweeps.file import SweepFile
-from spectral_sinks.sweeps.image_ladder import image_ladder
-from spectral_sinks.sweeps.jobs import collect, jobs
-from spectral_sinks.sweeps.ladder import ladder
+from spectral_sinks.sweeps.definition import Sweep
+from spectral_sinks.sweeps.effect_rows import effect_table
+from spectral_sinks.sweeps.image_band_ladder import image_ladder
+from spectral_sinks.sweeps.remote_jobs import collect, jobs
 from spectral_sinks.sweeps.run import Done, Report, plan, sweep
 from spectral_sinks.sweeps.store import Store
-from spectral_sinks.sweeps.sweep import Sweep
-from spectral_sinks.sweeps.table import effect_table
-from spectral_sinks.texts import Windows, cut, documents
 
 __all__ = [
     "ALONE",
@@ -208,9 +213,9 @@ __all__ = [
     "mean_keys",
     "mean_residual",
     "mean_values",
-    "Measured",
+    "Estimate",
     "Modes",
-    "Move",
+    "AttentionEdit",
     "nearest",
     "most_attended",
     "no_op_circuits",
@@ -280,7 +285,7 @@ __all__ = [
     "sweep",
     "SweepFile",
     "t_interval",
-    "test_time_registers",
+    "install_registers",
     "TOGETHER",
     "token_probes",
     "trace",

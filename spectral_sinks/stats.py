@@ -1,6 +1,7 @@
 """Intervals, tests and null distributions; the unit of resampling is the document."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -154,3 +155,21 @@ def summarise(frame: pd.DataFrame, by: Sequence[str], value: str) -> pd.DataFram
         row |= {"mean": per_document.mean(), "low": low, "high": high, "n": len(per_document)}
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over documents, its 95 % interval, and the range of its random controls."""
+
+    value: float
+    low: float
+    high: float
+    least: float = float("nan")
+    most: float = float("nan")
+
+    @classmethod
+    def of(cls, values: ArrayLike, controls: ArrayLike | None = None) -> "Estimate":
+        """From a value per document, and a value per random draw."""
+        sample = np.asarray(values, dtype=np.float64)
+        drawn = np.asarray([np.nan] if controls is None else controls, dtype=np.float64)
+        return cls(float(sample.mean()), *mean_interval(sample), float(drawn.min()), float(drawn.max()))

@@ -11,20 +11,20 @@ from typing import Any
 import huggingface_hub
 import pandas as pd
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file, save_file
+from support import tiny_models
 
 import spectral_sinks as ss
-from spectral_sinks.models import source
+from spectral_sinks.models import checkpoint as source
 from spectral_sinks.spectra import cache
 
-Run = Callable[..., tiny.Ran]
+Run = Callable[..., tiny_models.Ran]
 
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    return functools.partial(tiny.run, capsys)
+    return functools.partial(tiny_models.run, capsys)
 
 
 @pytest.fixture
@@ -42,19 +42,19 @@ def refused(run: Run) -> Callable[..., str]:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.save(tmp_path_factory.mktemp("checkpoint") / "model")
+    return tiny_models.save(tmp_path_factory.mktemp("checkpoint") / "model")
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A checkpoint to spoil."""
-    return tiny.save(tmp_path / "spoiled")
+    return tiny_models.save(tmp_path / "spoiled")
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("\n\n".join(tiny.text(80, seed) for seed in range(4)))
+    path.write_text("\n\n".join(tiny_models.text(80, seed) for seed in range(4)))
     return path
 
 
@@ -202,14 +202,14 @@ def test_a_broken_configuration(refused: Callable[..., str], folder: Path, conte
 
 @pytest.mark.filterwarnings("ignore:the text is one document")
 def test_a_tokenizer_without_bos(refused: Callable[..., str], run: Run, folder: Path, text: Path) -> None:
-    tiny.tokenizer(bos=False).save_pretrained(folder)
+    tiny_models.tokenizer(bos=False).save_pretrained(folder)
     assert "has no BOS token: use" in refused("nll", folder, "--text", text, "--bos", "always")
     found = json.loads(run("nll", folder, "--text", text, "--json").out)
     assert not found["opens_with_bos"] and found["first_token_ids"] != [0]
 
 
 def test_what_only_the_library_can_be_given() -> None:
-    model = tiny.model()
+    model = tiny_models.model()
     for ids, message in (
         ([[0, 97]], "token id 97 lies outside the vocabulary of 97"),
         ([[0, -1]], "token id -1 lies outside"),
@@ -219,7 +219,7 @@ def test_what_only_the_library_can_be_given() -> None:
     ):
         with pytest.raises(ss.InputError, match=message):
             ss.Windows.of_ids(ids, model)
-    bare = ss.load(tiny.build())
+    bare = ss.load(tiny_models.build())
     with pytest.raises(ss.InputError, match="without a tokenizer"):
         ss.cut("w5 w6", bare)
 
@@ -296,6 +296,8 @@ def test_a_filter_of_another_width(checkpoint: Path) -> None:
     model = ss.load(checkpoint)
     wide = ss.Spectrum(torch.eye(40, dtype=torch.float64), torch.arange(40, 0, -1.0))
     with pytest.raises(ss.InputError, match=r"width 40, .* has width 32"):
-        ss.evaluate(model, ss.Windows.of_ids(tiny.ids(), model), {ss.Site("exit", 0): ss.remove(wide.dark())})
+        ss.evaluate(
+            model, ss.Windows.of_ids(tiny_models.ids(), model), {ss.Site("exit", 0): ss.remove(wide.dark())}
+        )
     with pytest.raises(ss.InputError, match="width 40"):
-        tiny.logits(model, tiny.ids(), {ss.Site("exit", 0): ss.remove(wide.dark())})
+        tiny_models.logits(model, tiny_models.ids(), {ss.Site("exit", 0): ss.remove(wide.dark())})

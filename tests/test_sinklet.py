@@ -9,7 +9,7 @@ from nnsight import TransformersModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import spectral_sinks as ss
-from spectral_sinks.models.source import EMBEDDED
+from spectral_sinks.models.checkpoint import EMBEDDED
 
 ROOT = Path(__file__).parent.parent
 SITE = ss.Site("exit", 0)

@@ -10,11 +10,11 @@ import spectral_sinks as ss
 from spectral_sinks.cli.circuits import Circuits, run_circuits
 from spectral_sinks.cli.commands import run_energy, run_info, run_nll, run_reproduce, run_spectrum
 from spectral_sinks.cli.options import Energy, Info, Nll, Reproduce, SpectrumCommand
-from spectral_sinks.cli.printing import quiet
-from spectral_sinks.cli.remoting import Remote, run_remote
-from spectral_sinks.cli.sinking import Sinks, run_sinks
-from spectral_sinks.cli.sweeping import Merge, Sweep, run_merge, run_sweep
-from spectral_sinks.cli.verifying import Verify, run_verify
+from spectral_sinks.cli.output import quiet
+from spectral_sinks.cli.remote import Remote, run_remote
+from spectral_sinks.cli.sinks import Sinks, run_sinks
+from spectral_sinks.cli.sweep import Merge, Sweep, run_merge, run_sweep
+from spectral_sinks.cli.verify import Verify, run_verify
 from spectral_sinks.cli.vision import Vision, run_vision
 
 Command = (

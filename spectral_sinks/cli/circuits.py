@@ -9,7 +9,7 @@ import pandas as pd
 import spectral_sinks as ss
 from spectral_sinks.cli.commands import ran
 from spectral_sinks.cli.options import Running
-from spectral_sinks.cli.printing import show, table
+from spectral_sinks.cli.output import show, table
 
 COLUMNS = {
     "attention": "on sink",

@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 import spectral_sinks as ss
 from spectral_sinks.cli.options import Energy, Info, Nll, Reproduce, SpectrumCommand, read_spectrum, remote_of
-from spectral_sinks.cli.printing import plain, show, table
+from spectral_sinks.cli.output import plain, show, table
 
 
 def run_info(options: Info) -> None:

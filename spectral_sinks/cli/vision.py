@@ -11,7 +11,7 @@ from rich.console import Group
 from tyro.conf import Positional
 
 import spectral_sinks as ss
-from spectral_sinks.cli.printing import plain, show, table
+from spectral_sinks.cli.output import plain, show, table
 
 
 @dataclass(frozen=True)

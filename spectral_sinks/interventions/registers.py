@@ -1,4 +1,4 @@
-"""Test-time registers: tokens added to an image encoder that take over what its register neurons write."""
+"""Registers of an image encoder: added at test time for what its register neurons write, or taken out."""
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -141,10 +141,10 @@ def _install(
 
 
 @contextmanager
-def test_time_registers(
+def install_registers(
     model: VisionModel,
     neurons: Neurons,
-    registers: int = 1,  # noqa: PT028  this is no test
+    registers: int = 1,
 ) -> Iterator[VisionModel]:
     """Inside the block, the model has test-time registers: for `trace` and every measurement.
 
@@ -189,7 +189,7 @@ def with_registers(
     dict is the original's, so `save_pretrained` saves the weights without the registers. Its
     `last_hidden_state` has the original's tokens, with `keep` the added ones after the prefix as well, which
     the head never sees. Hidden states and attention weights asked for hold them. Raises InputError as
-    `test_time_registers` does, and for `keep` in a model that gives logits alone.
+    `install_registers` does, and for `keep` in a model that gives logits alone.
     """
     if keep and model.tower is not model.module:
         raise InputError(f"{model.name} gives logits, so there are no added tokens to keep: leave out `keep`")
@@ -197,3 +197,28 @@ def with_registers(
     made = copy.deepcopy(model.module)
     _install(model, made, chosen, registers, keep)
     return made
+
+
+def require_registers(model: VisionModel) -> None:
+    """Raise InputError for a model without trained registers."""
+    if not model.registers:
+        tokens = ", ".join((*model.prefix, "patches"))
+        raise InputError(f"{model.name} has no trained registers: its tokens are {tokens}")
+
+
+@contextmanager
+def without_registers(model: VisionModel) -> Iterator[VisionModel]:
+    """Inside the block, the model has no trained registers: they are taken out from the embedding on.
+
+    Raises InputError for a model without any.
+    """
+    require_registers(model)
+    part = model.tower.embeddings
+    tokens, count = part.register_tokens, model.config.num_register_tokens
+    part.register_tokens = nn.Parameter(tokens.detach()[:, :0], requires_grad=False)
+    model.config.num_register_tokens = 0
+    try:
+        with fingerprinted_anew(model):
+            yield model
+    finally:
+        part.register_tokens, model.config.num_register_tokens = tokens, count

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from spectral_sinks.errors import InputError
-from spectral_sinks.models.stream import Stream
+from spectral_sinks.models.base import Transformer
 
 Kind = Literal["embedding", "queries", "keys", "values", "head", "attention", "mlp-input", "mlp", "exit"]
 """In the order in which a forward pass meets them within a layer."""
@@ -47,7 +47,7 @@ class Site:
             raise InputError(f"site {text!r}: choose from {', '.join(ORDER)}; a head is head:N")
         return cls(kind, 0 if kind == "embedding" else layer, int(head) if head else None)
 
-    def check(self, model: Stream) -> None:
+    def check(self, model: Transformer) -> None:
         """Raise InputError where the model has no such layer or head."""
         if not 0 <= self.layer < model.layers:
             raise InputError(f"layer {self.layer}: {model.name} has layers 0 to {model.layers - 1}")

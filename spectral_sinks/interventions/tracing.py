@@ -10,10 +10,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from spectral_sinks.errors import InputError
-from spectral_sinks.interventions.remote import remotely
 from spectral_sinks.interventions.sites import ORDER, Kind, Site
-from spectral_sinks.models.stream import Stream
+from spectral_sinks.models.base import Transformer
 from spectral_sinks.models.vision import VisionModel
+from spectral_sinks.remote.client import remotely
 from spectral_sinks.spectra.filters import Filter
 
 T = TypeVar("T")
@@ -48,7 +48,7 @@ def bind(interventions: Interventions, ids: Int[Tensor, "batch tokens"]) -> dict
 
 @remotely
 def trace(
-    model: Stream,
+    model: Transformer,
     ids: Int[Tensor, "batch tokens"] | Float[Tensor, "batch channels height width"],
     edits: Interventions,
     reads: Sequence[Site] = (),
@@ -112,7 +112,7 @@ def _recorder(site: Site, into: dict[Site, Tensor]) -> Edit:
 
 
 def _walk(
-    model: Stream,
+    model: Transformer,
     hooks: Hooks,
     attention: Edit | None,
     resume: Resume | None,
@@ -136,7 +136,7 @@ def _walk(
 
 
 def _visit(
-    model: Stream,
+    model: Transformer,
     layer: Any,
     hooks: dict[Kind, list[tuple[Site, Edit]]],
     look: Edit | None,
@@ -180,7 +180,7 @@ def _visit(
         _rewrite(layer, hooks["exit"])
 
 
-def _maps(model: Stream, layer: Any) -> Tensor:
+def _maps(model: Transformer, layer: Any) -> Tensor:
     """Attention weights of a layer. Raises InputError where its implementation returns none."""
     maps = model.part(layer, model.layout.attention).output[1]
     if maps is None:
@@ -192,7 +192,7 @@ def _maps(model: Stream, layer: Any) -> Tensor:
     return maps
 
 
-def _read_projections(model: Stream, layer: Any, hooks: dict[Kind, list[tuple[Site, Edit]]]) -> None:
+def _read_projections(model: Transformer, layer: Any, hooks: dict[Kind, list[tuple[Site, Edit]]]) -> None:
     """Let queries, keys or values read another residual: the projection is run on it beside the true one."""
     layout = model.layout
     entry = layer.input

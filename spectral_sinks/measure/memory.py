@@ -9,7 +9,7 @@ import psutil
 import torch
 
 from spectral_sinks.errors import InputError
-from spectral_sinks.models.stream import Stream
+from spectral_sinks.models.base import Transformer
 
 T = TypeVar("T")
 
@@ -23,7 +23,7 @@ SHARE = 0.5
 class Memory:
     """The rows (windows) of one pass through a model, found by halving when they prove too many."""
 
-    def __init__(self, model: Stream, tokens: int) -> None:
+    def __init__(self, model: Transformer, tokens: int) -> None:
         self.device = model.device
         each = row_bytes(model, tokens)
         most = TOKENS.get(self.device.type, TOKENS["cpu"]) // tokens
@@ -65,7 +65,7 @@ def free(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
-def row_bytes(model: Stream, tokens: int) -> int:
+def row_bytes(model: Transformer, tokens: int) -> int:
     """Bytes that one window takes in a pass: residuals, the widest layer, kept attention maps."""
     wide = getattr(model.config, "intermediate_size", None) or 4 * model.d
     width = 8 * model.d + 3 * wide

@@ -6,12 +6,12 @@ from typing import Any
 from transformers import AutoConfig
 
 from spectral_sinks.errors import InputError
+from spectral_sinks.models.checkpoint import DEFAULT, find_source
 from spectral_sinks.models.language import opening_token
 from spectral_sinks.models.layout import FAMILIES, context_of
 from spectral_sinks.models.loading import load_tokenizer, refuse_code
-from spectral_sinks.models.masked import is_masked_lm
-from spectral_sinks.models.matrices import UNEMBEDDINGS, read_through
-from spectral_sinks.models.source import DEFAULT, find_source
+from spectral_sinks.models.masked_lm import is_masked_lm
+from spectral_sinks.models.spectra import UNEMBEDDINGS, read_through
 
 
 def describe(

@@ -10,14 +10,14 @@ from nnsight import TransformersModel
 from torch import Tensor
 
 from spectral_sinks.errors import InputError
+from spectral_sinks.models.attention_sdpa import BLOCKWISE, OPENING, WHOLE
+from spectral_sinks.models.base import Transformer
 from spectral_sinks.models.layout import FAMILIES, context_of
-from spectral_sinks.models.masked import predicts_masked
-from spectral_sinks.models.opening import BLOCKWISE, OPENING, WHOLE
-from spectral_sinks.models.stream import Stream
+from spectral_sinks.models.masked_lm import predicts_masked
 
 
 @dataclass(frozen=True, eq=False)
-class LanguageModel(Stream):
+class LanguageModel(Transformer):
     """A transformers language model, causal or masked, wrapped by nnsight, with its parts found.
 
     Make one with `load`. `nn` is the nnsight model for traces of one's own; `module` the transformers model.

@@ -12,14 +12,14 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokeniz
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from spectral_sinks.errors import InputError
-from spectral_sinks.models.afar import weightless
+from spectral_sinks.models.attention_sdpa import OPENING, is_softmax
+from spectral_sinks.models.checkpoint import DEFAULT, Source, check_finite, find_source
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.models.layout import Layout, find_layout
-from spectral_sinks.models.masked import is_masked_lm, predicts_masked
-from spectral_sinks.models.opening import OPENING, is_softmax
-from spectral_sinks.models.parcel import wrap
-from spectral_sinks.models.source import DEFAULT, Source, check_finite, find_source
-from spectral_sinks.models.whereabouts import To, whereabouts
+from spectral_sinks.models.masked_lm import is_masked_lm, predicts_masked
+from spectral_sinks.models.meta_loading import load_on_meta
+from spectral_sinks.models.pickling import wrap
+from spectral_sinks.models.remote_state import To, remote_state
 
 
 def load(
@@ -59,7 +59,7 @@ def load(
     encoder that is to run elsewhere.
     """
     if isinstance(model, LanguageModel):
-        place = whereabouts(remote, model.remote and model.remote.commit, factors)
+        place = remote_state(remote, model.remote and model.remote.commit, factors)
         return model if place is None else replace(model, remote=place)
     if remote not in (False, "local"):
         if device is not None or device_map is not None:
@@ -108,7 +108,7 @@ def load(
             "its configuration, or load it as a masked language model"
         )
     wrapped = model if isinstance(model, TransformersModel) else wrap(module, tokenizer)
-    loaded = LanguageModel(wrapped, layout, name, tokenizer, remote=whereabouts(remote, None, factors))
+    loaded = LanguageModel(wrapped, layout, name, tokenizer, remote=remote_state(remote, None, factors))
     if not loaded.tested or parts:
         loaded.check()
     return loaded
@@ -130,10 +130,10 @@ def _afar(
         raise InputError(f"{type(model).__name__}: a server knows models by name: give a Hugging Face id")
     source = find_source(str(model), revision)
     refuse_code(source, trust_remote_code)
-    place = whereabouts(remote, source.revision, factors, dtype)
+    place = remote_state(remote, source.revision, factors, dtype)
     tokenizer = tokenizer or load_tokenizer(source, trust_remote_code)
     masked = _masked(source)
-    nn, layout = weightless(source, tokenizer, attention, dtype, parts, revision, trust_remote_code, masked)
+    nn, layout = load_on_meta(source, tokenizer, attention, dtype, parts, revision, trust_remote_code, masked)
     return LanguageModel(nn, layout, source.name, tokenizer, remote=place)
 
 

@@ -9,8 +9,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from spectral_sinks.errors import InputError
+from spectral_sinks.models.base import Transformer
 from spectral_sinks.models.norms import gain_of
-from spectral_sinks.models.stream import Stream
 
 Part = Literal["q", "k", "v", "gate", "up", "o", "down"]
 """W_q, W_k, W_v, W_gate and W_up read the residual stream, W_o and W_down write to it."""
@@ -60,7 +60,7 @@ class Weight:
         return rows
 
 
-def residual_weights(model: Stream) -> Iterator[Weight]:
+def residual_weights(model: Transformer) -> Iterator[Weight]:
     """The readers and writers of every layer, by head; `gate` only where the MLP has one.
 
     Fused projections are taken apart, and so are the experts of gpt-oss. Raises InputError for an MLP whose
@@ -77,7 +77,7 @@ def residual_weights(model: Stream) -> Iterator[Weight]:
             yield Weight(part, layer, unit, rows, *(after if part in WRITERS else before))
 
 
-def attention_weights(model: Stream, layer: int) -> Iterator[Weight]:
+def attention_weights(model: Transformer, layer: int) -> Iterator[Weight]:
     """The readers `q`, `k`, `v` and the writer `o` of one layer's attention, by head."""
     model.require_weights("what attention reads and writes")
     layout = model.layout
@@ -112,7 +112,7 @@ def _outputs(module: Any) -> Float[Tensor, "outputs inputs"]:
     return (module.weight if isinstance(module, nn.Linear) else module.weight.T).detach()
 
 
-def _mlp(block: Any, model: Stream) -> Iterator[tuple[Part, int, Tensor]]:
+def _mlp(block: Any, model: Transformer) -> Iterator[tuple[Part, int, Tensor]]:
     mlp = block.get_submodule(model.layout.mlp)
     if model.layout.mlp_add_norm:  # BERT: the writer is no part of the module that reads
         yield "up", -1, _outputs(mlp.dense)
@@ -141,7 +141,7 @@ def _mlp(block: Any, model: Stream) -> Iterator[tuple[Part, int, Tensor]]:
     yield "down", -1, _outputs(getattr(mlp, down)).T
 
 
-def _experts(experts: Any, model: Stream) -> Iterator[tuple[Part, int, Tensor]]:
+def _experts(experts: Any, model: Transformer) -> Iterator[tuple[Part, int, Tensor]]:
     """Experts as gpt-oss stores them: `experts x d x 2 inner`, gate and up alternating."""
     both, down = getattr(experts, "gate_up_proj", None), getattr(experts, "down_proj", None)
     if model.family != "gpt_oss" or not isinstance(both, Tensor) or not isinstance(down, Tensor):

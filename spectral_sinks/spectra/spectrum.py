@@ -17,8 +17,8 @@ from torch import Tensor
 
 from spectral_sinks.errors import InputError, SpectralWarning
 from spectral_sinks.spectra import cache
-from spectral_sinks.spectra.decompose import right_singular
 from spectral_sinks.spectra.subspace import Subspace, random_subspace
+from spectral_sinks.spectra.svd import right_singular
 
 Convention = Literal["raw", "folded", "centred"]
 

@@ -8,10 +8,11 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
+from spectral_sinks.data.texts import Windows
 from spectral_sinks.errors import InputError
 from spectral_sinks.interventions.sites import Site
 from spectral_sinks.interventions.tracing import Interventions
-from spectral_sinks.measure.effects import mean_residuals
+from spectral_sinks.measure.residual.references import mean_residuals
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.spectra.cache import fingerprint
 from spectral_sinks.spectra.filters import (
@@ -31,8 +32,7 @@ from spectral_sinks.spectra.filters import (
     rnd,
 )
 from spectral_sinks.spectra.spectrum import Spectrum
-from spectral_sinks.sweeps.address import digest, of_rows
-from spectral_sinks.texts import Windows
+from spectral_sinks.sweeps.content_address import digest, of_rows
 
 FillName = Literal["zero", "mean", "swap", "noise"]
 Rung = Literal["phi", "psi", "omega"]

@@ -7,9 +7,9 @@ import torch
 
 from spectral_sinks.interventions.sites import Site
 from spectral_sinks.measure.memory import row_bytes
-from spectral_sinks.measure.nll import chunk
-from spectral_sinks.measure.replay import Batch
-from spectral_sinks.sweeps.sweep import Sweep, Unit
+from spectral_sinks.measure.nll.replay import Batch
+from spectral_sinks.measure.nll.scoring import chunk
+from spectral_sinks.sweeps.definition import Sweep, Unit
 
 REPEATS = 2
 

@@ -13,14 +13,14 @@ import pandas as pd
 from tqdm import tqdm
 
 from spectral_sinks.errors import InputError
-from spectral_sinks.interventions.remote import ready
+from spectral_sinks.files import listing
+from spectral_sinks.remote import handshake
 from spectral_sinks.stats import mean_interval
+from spectral_sinks.sweeps.config import SweepFile
 from spectral_sinks.sweeps.cost import Cost, duration, estimate, floor
-from spectral_sinks.sweeps.file import SweepFile
-from spectral_sinks.sweeps.files import listing
-from spectral_sinks.sweeps.jobs import RemoteCost, estimate_afar, run_afar
+from spectral_sinks.sweeps.definition import Sweep, Unit, describe
+from spectral_sinks.sweeps.remote_jobs import RemoteCost, estimate_afar, run_afar
 from spectral_sinks.sweeps.store import Store
-from spectral_sinks.sweeps.sweep import Sweep, Unit, describe
 from spectral_sinks.sweeps.workers import Adopted, Held, Serial, Source, check, pool, work
 
 LOSSES = 3
@@ -128,7 +128,7 @@ def sweep(
     if workers:
         check(made, devices)
     if _afar(made):
-        ready(made.model)  # addresses name the dtype that the server runs in
+        handshake.require(made.model)  # addresses name the dtype that the server runs in
     _ = made.units
     store = Store(out)
     if fresh:
@@ -163,7 +163,7 @@ def plan(
         what = SweepFile.read(what)
     made = what if isinstance(what, Sweep) else what.prepare()
     if _afar(made):
-        ready(made.model)
+        handshake.require(made.model)
     units = made.units if shard is None else made.shard(*shard)
     finished: set[tuple[str, int]] = set()
     if out is not None and listing(Path(out).expanduser()):

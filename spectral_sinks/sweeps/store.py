@@ -22,7 +22,7 @@ import pyarrow as pa
 from filelock import FileLock, Timeout
 
 from spectral_sinks.errors import InputError, SpectralWarning
-from spectral_sinks.sweeps.files import PATIENCE, clearly, listing, whole
+from spectral_sinks.files import PATIENCE, atomic_write, clearly, listing
 from spectral_sinks.sweeps.schema import (
     FORMAT,
     PART,
@@ -199,14 +199,14 @@ class Store:
             self._pairs = set().union(*self._finished.values())
 
     def _put(self, name: str, data: bytes) -> Path:
-        with self._alone(), whole(self.parts / name) as path:
+        with self._alone(), atomic_write(self.parts / name) as path:
             path.write_bytes(data)
         return self.parts / name
 
     def _write_manifest(self, runs: dict[str, Any]) -> None:
         found = {"store": KIND, "format": FORMAT, "runs": dict(sorted(runs.items()))}
         text = json.dumps(found, indent=1, ensure_ascii=False) + "\n"
-        with whole(self._manifest) as path:
+        with atomic_write(self._manifest) as path:
             path.write_text(text, encoding="utf-8")
 
     def _names(self) -> list[str]:

@@ -17,7 +17,7 @@ import torch
 from spectral_sinks.errors import InputError
 from spectral_sinks.spectra.filters import Filter
 from spectral_sinks.sweeps.cost import share_of_threads
-from spectral_sinks.sweeps.sweep import Sweep, Unit
+from spectral_sinks.sweeps.definition import Sweep, Unit
 
 
 class Source(Protocol):

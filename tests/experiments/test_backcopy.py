@@ -16,14 +16,14 @@ from transformers.masking_utils import eager_mask
 from transformers.pytorch_utils import Conv1D
 
 import spectral_sinks as ss
-from spectral_sinks.models.opening import whole_maps
+from spectral_sinks.models.attention_sdpa import whole_maps
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 WINDOWS = 24
 
 
 def opened(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(name, EXPERIMENTS / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(name, EXPERIMENTS / "training" / f"{name}.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module

@@ -5,15 +5,15 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import tiny
-from studies import run, study
+from support import tiny_models
+from support.tiny_study import run, study
 
 import spectral_sinks as ss
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_circuits(family: str, tmp_path: Path) -> None:
-    given = study(tiny.model(family), tmp_path)
+    given = study(tiny_models.model(family), tmp_path)
     answers = run("circuits", given)
     direct = ss.no_op_circuits(given.model, given.windows, given.unembedding)
     table = pd.read_csv(tmp_path / "circuits.csv")

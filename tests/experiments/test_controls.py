@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import tiny
-from studies import run, study
+from support import tiny_models
+from support.tiny_study import run, study
 
 import spectral_sinks as ss
-from spectral_sinks.study import find_experiment
+from spectral_sinks.experiments import find_experiment
 
 
 def table(path: Path) -> pd.DataFrame:
@@ -19,7 +19,7 @@ def table(path: Path) -> pd.DataFrame:
 
 
 def test_swap(tmp_path: Path) -> None:
-    given = study(tiny.model("gpt2"), tmp_path)
+    given = study(tiny_models.model("gpt2"), tmp_path)
     answers = run("swap", given)
     steps = table(tmp_path / "swap_steps.csv")
     assert set(steps["setting"]) == {"with BOS", "without BOS"}
@@ -41,12 +41,12 @@ def test_swap(tmp_path: Path) -> None:
 
 
 def test_sink_preserving(tmp_path: Path) -> None:
-    given = study(tiny.model(), tmp_path)
+    given = study(tiny_models.model(), tmp_path)
     run("sink_preserving", given)
     costs = table(tmp_path / "sink_preserving.csv")
     kept = costs[(costs["kind"] == "tail kept") & (costs["where"] == "exit 0")]
     row = kept[kept["deleted"] == 3].iloc[0]
-    d, tail = tiny.D, given.unembedding.dark().rank
+    d, tail = tiny_models.D, given.unembedding.dark().rank
     edit = ss.remove(given.unembedding.directions(d - tail - 3, d - tail, "three above the tail"))
     direct = ss.evaluate(given.model, given.windows, {ss.Site("exit", 0): edit})
     assert row["mean"] == pytest.approx(direct.delta_nll, abs=1e-5)
@@ -69,7 +69,7 @@ def test_sink_preserving(tmp_path: Path) -> None:
 
 
 def test_fills(tmp_path: Path) -> None:
-    given = study(tiny.model("qwen2"), tmp_path)
+    given = study(tiny_models.model("qwen2"), tmp_path)
     answers = run("fills", given)
     rows = table(tmp_path / "fills.csv")
     layer, u = int(rows["layer"].iloc[0]), given.unembedding
@@ -83,7 +83,7 @@ def test_fills(tmp_path: Path) -> None:
 
 
 def test_controls(tmp_path: Path) -> None:
-    given = study(tiny.model(), tmp_path)
+    given = study(tiny_models.model(), tmp_path)
     run("controls", given)
     rows = table(tmp_path / "controls.csv")
     dark = rows[rows["control"] == "dark"].set_index(["layer", "tokens"])["removed_energy_share"]
@@ -99,7 +99,7 @@ def test_controls(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "olmo2"])
 def test_reads(family: str, tmp_path: Path) -> None:
-    given = study(tiny.model(family), tmp_path)
+    given = study(tiny_models.model(family), tmp_path)
     run("reads", given)
     rows = table(tmp_path / "reads.csv").set_index(["site", "place", "draw"])
     dark = ss.remove(given.unembedding.dark())

@@ -8,19 +8,19 @@ from typing import Any
 
 import pandas as pd
 import pytest
-import tiny
 import torch
 from safetensors.torch import save_file
-from studies import run, study
+from support import tiny_models
+from support.tiny_study import run, study
 
 import spectral_sinks as ss
-from spectral_sinks.study import find_experiment
+from spectral_sinks.experiments import find_experiment
 
 ROOT = Path(__file__).parents[2]
 
 
 def test_after_training(tmp_path: Path) -> None:
-    given = study(tiny.model(), tmp_path)
+    given = study(tiny_models.model(), tmp_path)
     answers = run("designated", given)
     direct = ss.designate(given.model, given.windows, 16, spectrum=given.unembedding, draws=3)
     assert answers.loc["NLL difference", "value"] == pytest.approx(direct.delta_nll.value, abs=1e-6)
@@ -30,12 +30,12 @@ def test_after_training(tmp_path: Path) -> None:
 
 
 def made(path: Path, softmax: str = "plain", position: int = 0, logit: float | None = None) -> Path:
-    folder = tiny.save(path / "model")
+    folder = tiny_models.save(path / "model")
     recipe = {"seed": 0, "window": 70, "bos": True, "position": position, "softmax": softmax}
     (folder / "recipe.json").write_text(json.dumps(recipe))
     (path / "log.jsonl").write_text(json.dumps({"heldout_nll": 3.5}) + "\n")
     if logit is not None:
-        logits = torch.full((tiny.LAYERS, tiny.HEADS), logit)
+        logits = torch.full((tiny_models.LAYERS, tiny_models.HEADS), logit)
         save_file({"sink_logits": logits}, folder / "sinks.safetensors")
     return folder
 
@@ -43,7 +43,7 @@ def made(path: Path, softmax: str = "plain", position: int = 0, logit: float | N
 def test_variants(tmp_path: Path) -> None:
     script: dict[str, Any] = find_experiment("designated").__globals__
     text = tmp_path / "text.txt"
-    text.write_text(tiny.text(200))
+    text.write_text(tiny_models.text(200))
     folders = (
         made(tmp_path / "a"),
         made(tmp_path / "b", position=16),
@@ -60,10 +60,10 @@ def test_variants(tmp_path: Path) -> None:
     assert table.loc["BOS at 16", "uniform"] == pytest.approx(ss.uniform_attention(16), abs=1e-6)
 
     model = ss.load(folders[1])
-    words = model.tokenizer(tiny.text(200), add_special_tokens=False)["input_ids"][:69]
+    words = model.tokenizer(tiny_models.text(200), add_special_tokens=False)["input_ids"][:69]
     ids = torch.tensor([[*words[:16], 0, *words[16:]]])
     with torch.no_grad():
-        maps = tiny.plain()(ids[:, :64], output_attentions=True, use_cache=False).attentions
+        maps = tiny_models.plain()(ids[:, :64], output_attentions=True, use_cache=False).attentions
     alpha = torch.stack([layer[0, :, 16:, 16].mean() for layer in maps])
     assert table.loc["BOS at 16", "mass"] == pytest.approx(float(alpha.max()), abs=1e-5)
     over = pd.read_csv(tmp_path / "out" / "designated_over_seeds.csv")
@@ -78,8 +78,8 @@ def test_tuned(tmp_path: Path) -> None:
     sys.modules["tuned"] = script
     spec.loader.exec_module(script)
     text = tmp_path / "text.txt"
-    text.write_text(tiny.text(200))
-    before = tiny.save(tmp_path / "before")
+    text.write_text(tiny_models.text(200))
+    before = tiny_models.save(tmp_path / "before")
     folders = [made(tmp_path / "a", "no-first"), made(tmp_path / "b")]
     script.main(script.Options((str(before), *map(str, folders)), tmp_path / "out", str(text)))
     over = pd.read_csv(tmp_path / "out" / "tuned_over_seeds.csv").set_index(["kind", "first_key", "quantity"])

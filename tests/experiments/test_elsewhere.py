@@ -5,22 +5,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import studies
-import tiny
+from support import tiny_models, tiny_study
 
 import spectral_sinks as ss
-from spectral_sinks.study import find_experiment
+from spectral_sinks.experiments import find_experiment
 
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory: pytest.TempPathFactory) -> ss.Study:
-    return studies.study(tiny.model(), tmp_path_factory.mktemp("study"), draws=2)
+    return tiny_study.study(tiny_models.model(), tmp_path_factory.mktemp("study"), draws=2)
 
 
 @pytest.mark.parametrize("name", ["weights", "swap", "fills", "reads", "circuits", "designated", "no_bos"])
 def test_answers_are_the_same(name: str, here: ss.Study) -> None:
     there = replace(here, model=ss.load(here.model, remote="local"))
-    one, other = (studies.run(name, study)["value"] for study in (here, there))
+    one, other = (tiny_study.run(name, study)["value"] for study in (here, there))
     assert there.model.remote is not None and there.model.remote.jobs
     assert (one - other).abs().max() < 1e-6
 

@@ -5,26 +5,26 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import tiny
 import torch
-from studies import run, study
+from support import tiny_models
+from support.tiny_study import run, study
 
 import spectral_sinks as ss
-from spectral_sinks.study import find_experiment
+from spectral_sinks.experiments import find_experiment
 
 SCRIPT = find_experiment("no_bos").__globals__
 
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory: pytest.TempPathFactory) -> ss.Study:
-    return study(tiny.model(), tmp_path_factory.mktemp("no_bos"))
+    return study(tiny_models.model(), tmp_path_factory.mktemp("no_bos"))
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2"])
 def test_no_bos(family: str, tmp_path: Path) -> None:
-    answers = run("no_bos", study(tiny.model(family), tmp_path, draws=2))
+    answers = run("no_bos", study(tiny_models.model(family), tmp_path, draws=2))
     layer = pd.read_csv(tmp_path / "no_bos.csv")
-    name = tiny.model(family).name
+    name = tiny_models.model(family).name
     assert layer["model"].unique().tolist() == [f"{name}, without BOS", f"{name}, with BOS"]
     assert layer["layer"].tolist() == [0, 1, 2, 0, 1, 2]
     pair = answers.loc["excess of dark share with BOS minus without, paired by document", "value"]
@@ -45,7 +45,7 @@ def test_no_bos(family: str, tmp_path: Path) -> None:
 def test_bos_is_cut_off_and_compared(given: ss.Study, tmp_path: Path) -> None:
     bare, full = SCRIPT["cases"](given).values()
     for a, b in zip(bare.windows.rows, full.windows.rows, strict=True):
-        assert torch.equal(a, b[1:]) and b[0] == tiny.BOS
+        assert torch.equal(a, b[1:]) and b[0] == tiny_models.BOS
     windows = ss.Windows.of_ids([row[1:] for row in given.windows.rows], given.model)
     alone = SCRIPT["cases"](
         ss.Study(given.model, windows, given.unembedding, given.embedding, tmp_path, given.draws)

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-import tiny
 import torch
-from studies import run, study
+from support import tiny_models
+from support.tiny_study import run, study
 
 import spectral_sinks as ss
-from spectral_sinks.study import find_experiment
+from spectral_sinks.experiments import find_experiment
 
 SCRIPT: dict[str, Any] = find_experiment("several").__globals__
 
@@ -34,11 +34,11 @@ def attract(position: int) -> Any:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_pass_is_what_eager_attention_and_logits_say(family: str) -> None:
-    model = tiny.model(family)
-    ids = tiny.ids(3, 48, seed=2)
+    model = tiny_models.model(family)
+    ids = tiny_models.ids(3, 48, seed=2)
     windows = ss.Windows.of_ids(ids, model)
     found = seen(model, windows)
-    eager = tiny.model(family).module
+    eager = tiny_models.model(family).module
     eager.set_attn_implementation("eager")
     with torch.no_grad():
         out = eager(torch.stack(list(ids)), output_attentions=True)
@@ -60,7 +60,7 @@ def test_a_pass_is_what_eager_attention_and_logits_say(family: str) -> None:
 
 
 def test_the_tables_of_a_run_agree_with_other_measurements(tmp_path: Path) -> None:
-    given = study(tiny.model(), tmp_path)
+    given = study(tiny_models.model(), tmp_path)
     answers = run("several", given)
     table = pd.read_csv(tmp_path / "several.csv")
     plain = table[table["draw"] == "observed"].set_index(["move", "quantity"])["mean"].astype(float)
@@ -87,8 +87,8 @@ def test_the_tables_of_a_run_agree_with_other_measurements(tmp_path: Path) -> No
 
 
 def test_a_planted_second_sink_is_found_and_none_without_it() -> None:
-    model = tiny.model()
-    windows = ss.Windows.of_ids(tiny.ids(4, 64, seed=3), model)
+    model = tiny_models.model()
+    windows = ss.Windows.of_ids(tiny_models.ids(4, 64, seed=3), model)
     spectrum = ss.read_spectrum(model)
     quantity = SCRIPT["SECOND"]
     with ss.attending(model, attract(6)):
@@ -107,10 +107,10 @@ def test_a_planted_second_sink_is_found_and_none_without_it() -> None:
 
 
 def test_a_sink_that_goes_with_its_token_counts() -> None:
-    rows = tiny.ids(8, 40, seed=4)
+    rows = tiny_models.ids(8, 40, seed=4)
     for place in range(4):
         rows[place][3 + 4 * place] = 7
-    windows = ss.Windows.of_ids(rows, tiny.model())
+    windows = ss.Windows.of_ids(rows, tiny_models.model())
     ids = np.stack([row[1:21].numpy() for row in windows.rows])
     drawn = ids == 7
     assert SCRIPT["sinks_elsewhere"](windows, drawn) == 1
@@ -121,9 +121,9 @@ def test_a_sink_that_goes_with_its_token_counts() -> None:
 
 
 def test_planted_dark_tokens_are_counted() -> None:
-    model = tiny.model()
+    model = tiny_models.model()
     spectrum = ss.read_spectrum(model)
-    rows = tiny.ids(4, 48, seed=5)
+    rows = tiny_models.ids(4, 48, seed=5)
     windows = ss.Windows.of_ids(rows, model)
     column = spectrum.dark().orthonormal()[:, 0].float()
 
@@ -156,7 +156,7 @@ def test_the_verdict_follows_the_numbers() -> None:
 
 
 def test_bad_input() -> None:
-    model = tiny.model()
-    windows = ss.Windows.of_ids(tiny.ids(2, 20), model)
+    model = tiny_models.model()
+    windows = ss.Windows.of_ids(tiny_models.ids(2, 20), model)
     with pytest.raises(ss.InputError, match="at least 40 tokens"):
         SCRIPT["measure"](model, windows, ss.read_spectrum(model), 0)

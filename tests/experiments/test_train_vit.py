@@ -19,7 +19,7 @@ from transformers import AutoImageProcessor
 import spectral_sinks as ss
 
 ROOT = Path(__file__).parents[2]
-SPEC = importlib.util.spec_from_file_location("train_vit", ROOT / "experiments" / "train_vit.py")
+SPEC = importlib.util.spec_from_file_location("train_vit", ROOT / "experiments" / "training" / "train_vit.py")
 assert SPEC is not None and SPEC.loader is not None
 MODULE = sys.modules["train_vit"] = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(MODULE)

@@ -13,7 +13,9 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("train_sinklet", ROOT / "experiments" / "train_sinklet.py")
+    spec = importlib.util.spec_from_file_location(
+        "train_sinklet", ROOT / "experiments" / "training" / "train_sinklet.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

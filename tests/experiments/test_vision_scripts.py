@@ -1,4 +1,4 @@
-"""`vision_across.py` and `vision_registers.py` on tiny encoders whose answers are known."""
+"""`vision/across.py` and `vision/registers.py` on tiny encoders whose answers are known."""
 
 import importlib.util
 import sys
@@ -7,11 +7,10 @@ from types import ModuleType
 
 import numpy as np
 import pandas as pd
-import planted_vision
 import pytest
-import tinyvision
+from support import planted_outliers, tiny_encoders
 
-EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+EXPERIMENTS = Path(__file__).parents[2] / "experiments" / "vision"
 
 
 def script(name: str) -> ModuleType:
@@ -25,15 +24,15 @@ def script(name: str) -> ModuleType:
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return planted_vision.pictures(tmp_path_factory.mktemp("pictures"), ("LABEL_0", "LABEL_1"))
+    return planted_outliers.pictures(tmp_path_factory.mktemp("pictures"), ("LABEL_0", "LABEL_1"))
 
 
 def test_across_tells_outliers_from_none(pictures: Path, tmp_path: Path) -> None:
     models = (
-        planted_vision.save(planted_vision.plant("vit classifier"), tmp_path / "a" / "planted"),
-        planted_vision.save(planted_vision.random_twin("vit classifier"), tmp_path / "a" / "twin"),
+        planted_outliers.save(planted_outliers.plant("vit classifier"), tmp_path / "a" / "planted"),
+        planted_outliers.save(planted_outliers.random_twin("vit classifier"), tmp_path / "a" / "twin"),
     )
-    across = script("vision_across")
+    across = script("across")
     options = across.Options(tuple(map(str, models)), pictures, tmp_path / "out")
     across.main(options)
     table = pd.read_csv(tmp_path / "out" / "vision_across.csv").set_index("model")
@@ -46,10 +45,10 @@ def test_across_tells_outliers_from_none(pictures: Path, tmp_path: Path) -> None
 
 
 def test_registers_of_a_tiny_encoder(pictures: Path, tmp_path: Path) -> None:
-    folder = planted_vision.save(tinyvision.build("dinov2 registers classifier"), tmp_path / "model")
+    folder = planted_outliers.save(tiny_encoders.build("dinov2 registers classifier"), tmp_path / "model")
     names = tmp_path / "names.txt"
     names.write_text("LABEL_0/0.png\nLABEL_1/0.png\nLABEL_1/2.png\n")
-    registers = script("vision_registers")
+    registers = script("registers")
     table = registers.main(registers.Options(str(folder), pictures, tmp_path / "out", names))
     by = table.set_index(["edit", "measure"])["mean"]
     assert by["none", "agreement"] == 1 and by["shuffled", "cls error"] == pytest.approx(0, abs=1e-5)

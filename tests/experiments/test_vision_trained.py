@@ -30,7 +30,11 @@ def script(name: str) -> Any:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two trained runs, one with registers, and the tables of both."""
-    root, draw, train = tmp_path_factory.mktemp("trained"), np.random.default_rng(0), script("train_vit")
+    root, draw, train = (
+        tmp_path_factory.mktemp("trained"),
+        np.random.default_rng(0),
+        script("training/train_vit"),
+    )
     for label in ("a", "b"):
         (root / "images" / label).mkdir(parents=True)
         for index in range(60):
@@ -48,7 +52,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 **sizes,
             )
         )
-    trained = script("vision_trained")
+    trained = script("vision/trained")
     runs = (root / "plain", root / "registers")
     trained.main(trained.Options(runs, root / "images", root / "out", heads=5, batch_size=4))
     return root
@@ -154,7 +158,7 @@ def test_heads(made: Path) -> None:
 
 
 def test_limit(made: Path, tmp_path: Path) -> None:
-    trained = script("vision_trained")
+    trained = script("vision/trained")
     options = trained.Options((made / "plain",), made / "images", tmp_path, limit=6, heads=2)
     seen = list(trained.checkpoints(made / "plain", options))
     names = (made / "plain" / "heldout.txt").read_text().split()

@@ -5,16 +5,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import tiny
 import torch
-from studies import run, study
+from support import tiny_models
+from support.tiny_study import run, study
 
 import spectral_sinks as ss
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_oss"])
 def test_weights(family: str, tmp_path: Path) -> None:
-    answers = run("weights", study(tiny.model(family), tmp_path))
+    answers = run("weights", study(tiny_models.model(family), tmp_path))
     table = pd.read_csv(tmp_path / "weights.csv")
     sums = table.groupby(["part", "layer", "unit", "convention"])["share"].sum()
     assert np.allclose(sums, 1, atol=1e-4)
@@ -33,7 +33,7 @@ def test_weights(family: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2"])
 def test_lens(family: str, tmp_path: Path) -> None:
-    given = study(tiny.model(family), tmp_path, 20)
+    given = study(tiny_models.model(family), tmp_path, 20)
     answers = run("lens", given)
     nll = ss.evaluate(given.model, given.windows, {}).nll
     assert answers.loc["exit 2: NLL of the logit lens, all bands", "value"] == pytest.approx(nll, abs=1e-4)
@@ -43,12 +43,12 @@ def test_lens(family: str, tmp_path: Path) -> None:
 
 
 def test_removals_are_those_of_evaluate(tmp_path: Path) -> None:
-    answers = run("eu_dark", study(tiny.model(), tmp_path))
+    answers = run("eu_dark", study(tiny_models.model(), tmp_path))
     table = pd.read_csv(tmp_path / "eu_dark.csv").set_index(["name", "layer"])
     assert table.loc[("union", 0), "rank"] == 4 and table.loc[("U-dark", 0), "rank"] == 2
-    site = {ss.Site("exit", 1): ss.remove(ss.read_spectrum(tiny.model(), "embedding").dark())}
-    windows = ss.Windows.of_ids(tiny.ids(4, 70, seed=1), tiny.model())
-    direct = ss.evaluate(tiny.model(), windows, site)
+    site = {ss.Site("exit", 1): ss.remove(ss.read_spectrum(tiny_models.model(), "embedding").dark())}
+    windows = ss.Windows.of_ids(tiny_models.ids(4, 70, seed=1), tiny_models.model())
+    direct = ss.evaluate(tiny_models.model(), windows, site)
     assert table.loc[("E-dark", 1), "delta_nll"] == pytest.approx(direct.delta_nll, abs=1e-5)
     assert direct.sink_mass is not None and direct.baseline_sink_mass is not None
     assert table.loc[("E-dark", 1), "sink_next"] == pytest.approx(direct.sink_mass[2], abs=1e-5)
@@ -58,7 +58,7 @@ def test_removals_are_those_of_evaluate(tmp_path: Path) -> None:
 
 
 def test_without_attention_weights_there_is_no_sink_and_no_complaint(tmp_path: Path) -> None:
-    model = ss.load(tiny.build(attention="sdpa"), tokenizer=tiny.tokenizer())
+    model = ss.load(tiny_models.build(attention="sdpa"), tokenizer=tiny_models.tokenizer())
     answers = run("eu_dark", study(model, tmp_path, 20))
     assert not answers.index.str.contains("sink mass").any()
     assert pd.read_csv(tmp_path / "eu_dark.csv")["sink_cut"].isna().all()
@@ -66,14 +66,14 @@ def test_without_attention_weights_there_is_no_sink_and_no_complaint(tmp_path: P
 
 @pytest.mark.parametrize("family", ["qwen2", "gemma3"])
 def test_a_tied_model_has_one_tail(family: str, tmp_path: Path) -> None:
-    assert tiny.model(family).tied
-    answers = run("eu_dark", study(tiny.model(family), tmp_path, 20))
+    assert tiny_models.model(family).tied
+    answers = run("eu_dark", study(tiny_models.model(family), tmp_path, 20))
     assert len(answers) == 1 and answers["value"].iloc[0] == pytest.approx(1)
 
 
 @pytest.mark.parametrize(("family", "named"), [("gpt2", True), ("mistral", False)])
 def test_bars(family: str, named: bool, tmp_path: Path) -> None:
-    model = tiny.model(family) if named else ss.load(tiny.build(family))
+    model = tiny_models.model(family) if named else ss.load(tiny_models.build(family))
     run("bars", study(model, tmp_path))
     levels = pd.read_csv(tmp_path / "bars.csv")
     assert set(levels["tokens"]) == {"bars", "matched", "rest"}
@@ -85,7 +85,7 @@ def test_bars(family: str, named: bool, tmp_path: Path) -> None:
 
 def test_bars_find_what_is_planted(tmp_path: Path) -> None:
     """Keys grow with the dark component and no query looks away: attended tokens are the dark ones."""
-    module = tiny.build("llama", seed=3)
+    module = tiny_models.build("llama", seed=3)
     u = ss.read_spectrum(ss.load(module))
     dark = u.dark().basis.float()
     generator = torch.Generator().manual_seed(0)
@@ -99,9 +99,9 @@ def test_bars_find_what_is_planted(tmp_path: Path) -> None:
             block.self_attn.k_proj.weight.zero_()
             block.self_attn.k_proj.weight[6::8] = 3 * dark[:, 0]
         table = module.model.embed_tokens.weight
-        table += 0.6 * torch.randn(tiny.VOCABULARY, 1, generator=generator).abs() @ dark[:, :1].T
-    model = ss.load(module, tokenizer=tiny.tokenizer())
-    windows = ss.Windows.of_ids(tiny.ids(6, 60, seed=2), model)
+        table += 0.6 * torch.randn(tiny_models.VOCABULARY, 1, generator=generator).abs() @ dark[:, :1].T
+    model = ss.load(module, tokenizer=tiny_models.tokenizer())
+    windows = ss.Windows.of_ids(tiny_models.ids(6, 60, seed=2), model)
     found = ss.received(model, windows, {"dark": u.dark(), "light": u.band(3)})
     found = found[(found["layer"] == 0) & (found["position"].between(1, 50))]
     marked = ss.mark_bars(found)

@@ -1,7 +1,7 @@
 """A sink built by hand along a direction of one band: removing that band, and no other, destroys it."""
 
 import pytest
-from planted import BANDS, sinking
+from support.planted_sinks import BANDS, sinking
 
 import spectral_sinks as ss
 

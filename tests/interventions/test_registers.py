@@ -5,9 +5,9 @@ import io
 from typing import Any
 
 import pytest
-import tinyvision
 import torch
-from tinyvision import FAMILIES, WITH_HEAD
+from support import tiny_encoders
+from support.tiny_encoders import FAMILIES, WITH_HEAD
 from torch import Tensor
 
 import spectral_sinks as ss
@@ -36,12 +36,12 @@ def same(found: Any, expected: Any) -> bool:
 @pytest.mark.parametrize("registers", [1, 3])
 def test_the_edit_is_what_a_loop_over_tokens_makes(family: str, registers: int) -> None:
     """The MLP of an edited layer, recomputed from its input with every neuron set by hand, in fp64."""
-    module = tinyvision.build(family).double()
+    module = tiny_encoders.build(family).double()
     model = ss.load_vision(module)
     start = len(model.prefix)
-    batch = tinyvision.images(2).double()
+    batch = tiny_encoders.images(2).double()
     seen: dict[int, tuple[Tensor, Tensor]] = {}
-    with ss.test_time_registers(model, NEURONS, registers):
+    with ss.install_registers(model, NEURONS, registers):
         assert model.prefix[start:] == tuple(f"test{index + 1}" for index in range(registers))
         handles = []
         for layer in range(model.layers):
@@ -84,34 +84,34 @@ def test_the_edit_is_what_a_loop_over_tokens_makes(family: str, registers: int) 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_nothing_asked_is_the_untouched_model_and_afterwards_too(family: str) -> None:
-    model, batch = tinyvision.model(family), tinyvision.images()
+    model, batch = tiny_encoders.model(family), tiny_encoders.images()
     exits, final = stream(model, batch)
     fingerprint = model.fingerprint
-    with ss.test_time_registers(model, [], 0):
+    with ss.install_registers(model, [], 0):
         again, last = stream(model, batch)
         assert all(torch.equal(a, b) for a, b in zip([*exits, final], [*again, last], strict=True))
         assert model.fingerprint == fingerprint
-    with ss.test_time_registers(model, NEURONS, 2):
+    with ss.install_registers(model, NEURONS, 2):
         assert model.fingerprint != fingerprint
         assert not torch.equal(stream(model, batch)[1][:, -25:], final[:, -25:])
     assert model.fingerprint == fingerprint
     assert torch.equal(stream(model, batch)[1], final)
     built = ss.with_registers(model, [], 0)
     with torch.no_grad():
-        assert same(built(**model.inputs(batch)), tinyvision.plain(family)(**model.inputs(batch)))
+        assert same(built(**model.inputs(batch)), tiny_encoders.plain(family)(**model.inputs(batch)))
 
 
 @pytest.mark.parametrize("family", ["dinov2 registers", "dinov2 registers classifier", "dinov3"])
 def test_no_neurons_is_a_model_with_more_registers_that_are_zero(family: str) -> None:
     """Against transformers' own model with a longer register parameter: rotations and heads included."""
-    model, batch = tinyvision.model(family), tinyvision.images(side=28)
-    longer = tinyvision.build(family, num_register_tokens=len(model.registers) + 2)
-    weights = tinyvision.plain(family).state_dict()
+    model, batch = tiny_encoders.model(family), tiny_encoders.images(side=28)
+    longer = tiny_encoders.build(family, num_register_tokens=len(model.registers) + 2)
+    weights = tiny_encoders.plain(family).state_dict()
     name = next(name for name in weights if name.endswith("register_tokens"))
-    weights[name] = torch.cat([weights[name], torch.zeros(1, 2, tinyvision.D)], dim=1)
+    weights[name] = torch.cat([weights[name], torch.zeros(1, 2, tiny_encoders.D)], dim=1)
     longer.load_state_dict(weights)
     other = ss.load_vision(longer)
-    with ss.test_time_registers(model, [], 2):
+    with ss.install_registers(model, [], 2):
         for a, b in zip(stream(model, batch)[0], stream(other, batch)[0], strict=True):
             torch.testing.assert_close(a, b)
         if model.classes:
@@ -123,11 +123,11 @@ def test_no_neurons_is_a_model_with_more_registers_that_are_zero(family: str) ->
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_first_edited_layer_leaves_prefix_and_other_neurons(family: str) -> None:
     """With the added tokens already there, moving neurons changes nothing of the prefix in that layer."""
-    model, batch = tinyvision.model(family), tinyvision.images()
+    model, batch = tiny_encoders.model(family), tiny_encoders.images()
     start = len(model.prefix)
-    with ss.test_time_registers(model, [], 2):
+    with ss.install_registers(model, [], 2):
         plain, _ = stream(model, batch)
-    with ss.test_time_registers(model, [(1, 4)], 2):
+    with ss.install_registers(model, [(1, 4)], 2):
         edited, _ = stream(model, batch)
     assert torch.equal(plain[0], edited[0])
     assert torch.equal(plain[1][:, :start], edited[1][:, :start])
@@ -141,11 +141,11 @@ def test_the_first_edited_layer_leaves_prefix_and_other_neurons(family: str) -> 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("side", [20, 28])
 def test_batch_equals_singles_and_built_in_equals_the_block(family: str, side: int) -> None:
-    model, batch = tinyvision.model(family), tinyvision.images(3, side)
+    model, batch = tiny_encoders.model(family), tiny_encoders.images(3, side)
     start = len(model.prefix)
     built = ss.with_registers(model, NEURONS, 2)
     wrapped = ss.load_vision(ss.with_registers(model, NEURONS, 2))
-    with ss.test_time_registers(model, NEURONS, 2):
+    with ss.install_registers(model, NEURONS, 2):
         exits, final = stream(model, batch)
         prefix, fingerprint = model.prefix, model.fingerprint
         for index in range(3):
@@ -161,7 +161,7 @@ def test_batch_equals_singles_and_built_in_equals_the_block(family: str, side: i
     assert ss.pixels(batch, wrapped).length == final.shape[1]
     with torch.no_grad():
         found = built(**model.inputs(batch))
-        plain = tinyvision.plain(family)(**model.inputs(batch))
+        plain = tiny_encoders.plain(family)(**model.inputs(batch))
     assert type(found) is type(plain)
     assert {n: v.shape for n, v in outputs(found).items()} == {n: v.shape for n, v in outputs(plain).items()}
     if "last_hidden_state" in found:
@@ -177,9 +177,9 @@ def test_batch_equals_singles_and_built_in_equals_the_block(family: str, side: i
 @pytest.mark.parametrize("family", WITH_HEAD)
 def test_heads_do_not_see_added_tokens(family: str) -> None:
     """What the head gives equals the head on the stream without them."""
-    model, batch = tinyvision.model(family), tinyvision.images()
+    model, batch = tiny_encoders.model(family), tiny_encoders.images()
     start = len(model.prefix)
-    with ss.test_time_registers(model, NEURONS, 2):
+    with ss.install_registers(model, NEURONS, 2):
         found, final = ss.trace(model, batch, {}, readout=lambda final, *_: (final, model.logits()))[::-1]
     final = torch.cat([final[:, :start], final[:, start + 2 :]], dim=1)
     module = model.module
@@ -196,11 +196,11 @@ def test_heads_do_not_see_added_tokens(family: str) -> None:
 
 
 def test_the_pooling_head_of_siglip_does_not_see_added_tokens() -> None:
-    model, batch = tinyvision.model("siglip"), tinyvision.images()
-    with ss.test_time_registers(model, NEURONS, 2):
+    model, batch = tiny_encoders.model("siglip"), tiny_encoders.images()
+    with ss.install_registers(model, NEURONS, 2):
         final = stream(model, batch)[1]
     with torch.no_grad():
-        expected = tinyvision.plain("siglip").head(final[:, 2:])
+        expected = tiny_encoders.plain("siglip").head(final[:, 2:])
         for keep in (False, True):
             built: Any = ss.with_registers(model, NEURONS, 2, keep=keep)
             torch.testing.assert_close(built(batch).pooler_output, expected)
@@ -208,7 +208,7 @@ def test_the_pooling_head_of_siglip_does_not_see_added_tokens() -> None:
 
 @pytest.mark.parametrize("family", ["dinov2", "dinov3", "siglip", "clip", "vit classifier"])
 def test_built_in_survives_copying_and_pickling(family: str) -> None:
-    model, batch = tinyvision.model(family), tinyvision.images()
+    model, batch = tiny_encoders.model(family), tiny_encoders.images()
     built = ss.with_registers(model, NEURONS)
     with torch.no_grad():
         expected = built(**model.inputs(batch))
@@ -221,15 +221,15 @@ def test_built_in_survives_copying_and_pickling(family: str) -> None:
                 n: t.shape for n, t in model.module.state_dict().items()
             }
         next(built.parameters()).add_(1)
-        assert same(model.module(**model.inputs(batch)), tinyvision.plain(family)(**model.inputs(batch)))
+        assert same(model.module(**model.inputs(batch)), tiny_encoders.plain(family)(**model.inputs(batch)))
 
 
 def test_attention_of_every_kind_sees_the_added_tokens() -> None:
     """Eager maps and the queries and keys that `attending` shows count them."""
-    model = ss.load_vision(tinyvision.build("dinov3", attention="eager"))
-    batch = tinyvision.images()
+    model = ss.load_vision(tiny_encoders.build("dinov3", attention="eager"))
+    batch = tiny_encoders.images()
     calls: list[Tensor] = []
-    with ss.test_time_registers(model, NEURONS, 3):
+    with ss.install_registers(model, NEURONS, 3):
         maps = ss.trace(model, batch, {}, attention=True, readout=lambda final, _, maps: maps)
         with ss.attending(model, lambda call: calls.append(call.weights())):
             stream(model, batch)
@@ -240,10 +240,10 @@ def test_attention_of_every_kind_sees_the_added_tokens() -> None:
 
 @pytest.mark.parametrize("family", ["dinov2 registers", "dinov2 registers classifier", "dinov3"])
 def test_without_registers_is_a_model_that_never_had_them(family: str) -> None:
-    model, batch = tinyvision.model(family), tinyvision.images(side=28)
+    model, batch = tiny_encoders.model(family), tiny_encoders.images(side=28)
     fingerprint, final = model.fingerprint, stream(model, batch)[1]
-    bare = tinyvision.build(family, num_register_tokens=0)
-    weights = tinyvision.plain(family).state_dict()
+    bare = tiny_encoders.build(family, num_register_tokens=0)
+    weights = tiny_encoders.plain(family).state_dict()
     name = next(name for name in weights if name.endswith("register_tokens"))
     bare.load_state_dict(weights | {name: weights[name][:, :0]})
     with ss.without_registers(model):
@@ -261,25 +261,25 @@ def test_without_registers_is_a_model_that_never_had_them(family: str) -> None:
 
 
 def test_bad_requests_say_what_to_do() -> None:
-    model = tinyvision.model("dinov2")
+    model = tiny_encoders.model("dinov2")
     for neurons, registers, message in (
         ([(9, 0)], 1, "layers 0 to 2"),
         ([(0, 64)], 1, "neurons 0 to 63"),
         ([(0, 1), (0, 1)], 1, "named twice"),
         ([(0, 1)], -1, "from 0 on"),
     ):
-        with pytest.raises(ss.InputError, match=message), ss.test_time_registers(model, neurons, registers):
+        with pytest.raises(ss.InputError, match=message), ss.install_registers(model, neurons, registers):
             pass
         with pytest.raises(ss.InputError, match=message):
             ss.with_registers(model, neurons, registers)
     with (
-        ss.test_time_registers(model, NEURONS),
+        ss.install_registers(model, NEURONS),
         pytest.raises(ss.InputError, match="already"),
-        ss.test_time_registers(model, NEURONS),
+        ss.install_registers(model, NEURONS),
     ):
         pass
     assert model.prefix == ("cls",)
     with pytest.raises(ss.InputError, match="leave out `keep`"):
-        ss.with_registers(tinyvision.model("vit classifier"), NEURONS, keep=True)
+        ss.with_registers(tiny_encoders.model("vit classifier"), NEURONS, keep=True)
     with pytest.raises(ss.InputError, match="no trained registers"), ss.without_registers(model):
         pass

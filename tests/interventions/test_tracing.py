@@ -3,19 +3,19 @@
 import copy
 
 import pytest
-import tiny
 import torch
 from nnsight import save
+from support import tiny_models
 
 import spectral_sinks as ss
 from spectral_sinks.interventions.tracing import Resume
 
-IDS = tiny.ids()
+IDS = tiny_models.ids()
 
 
 @pytest.fixture(scope="module")
 def model() -> ss.LanguageModel:
-    return tiny.model()
+    return tiny_models.model()
 
 
 @pytest.fixture
@@ -23,15 +23,15 @@ def dark(model: ss.LanguageModel) -> ss.Filter:
     return ss.remove(ss.read_spectrum(model, bands=8).dark())
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", tiny_models.FAMILIES)
 @pytest.mark.parametrize("layer", [0, 1, 2])
 def test_a_pass_from_a_layers_exit_is_the_whole_pass(family: str, layer: int) -> None:
-    model = tiny.model(family)
+    model = tiny_models.model(family)
     dark = ss.remove(ss.read_spectrum(model, bands=8).dark())
     site = ss.Site("exit", layer)
     residual = ss.trace(model, IDS, {}, [site], readout=lambda final, read, weights: read[site])
-    whole = tiny.logits(model, IDS, {site: dark})
-    from_there = tiny.logits(model, IDS, {}, resume=Resume(layer, dark(residual)))
+    whole = tiny_models.logits(model, IDS, {site: dark})
+    from_there = tiny_models.logits(model, IDS, {}, resume=Resume(layer, dark(residual)))
     assert torch.equal(from_there, whole)
 
 
@@ -41,7 +41,7 @@ def test_reads_come_after_the_edit_at_the_same_site(model: ss.LanguageModel, dar
         ss.trace(model, IDS, edits, sites, readout=lambda final, read, weights: dict(read))
         for edits in ({}, {ss.Site("exit", 0): dark})
     )
-    states = tiny.plain()(IDS, output_hidden_states=True).hidden_states
+    states = tiny_models.plain()(IDS, output_hidden_states=True).hidden_states
     assert torch.equal(before[sites[0]], states[0]) and torch.equal(before[sites[1]], states[1])
     assert torch.equal(after[sites[0]], before[sites[0]])
     assert torch.equal(after[sites[1]], dark(before[sites[1]]))
@@ -49,7 +49,7 @@ def test_reads_come_after_the_edit_at_the_same_site(model: ss.LanguageModel, dar
 
 
 def test_attention_weights_are_those_of_transformers(model: ss.LanguageModel) -> None:
-    expected = tiny.plain()(IDS, output_attentions=True).attentions
+    expected = tiny_models.plain()(IDS, output_attentions=True).attentions
     found = ss.trace(model, IDS, {}, readout=lambda final, read, weights: weights, attention=True)
     assert len(found) == 3 and all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
@@ -57,8 +57,8 @@ def test_attention_weights_are_those_of_transformers(model: ss.LanguageModel) ->
 def test_a_filter_works_in_a_hook_and_in_a_trace_of_ones_own(
     model: ss.LanguageModel, dark: ss.Filter
 ) -> None:
-    expected = tiny.logits(model, IDS, {ss.Site("exit", 1): dark})
-    twin = copy.deepcopy(tiny.plain())
+    expected = tiny_models.logits(model, IDS, {ss.Site("exit", 1): dark})
+    twin = copy.deepcopy(tiny_models.plain())
     twin.model.layers[1].register_forward_hook(lambda module, inputs, output: dark(output))
     with torch.no_grad():
         assert torch.equal(twin(IDS).logits, expected)
@@ -80,9 +80,9 @@ def test_tokens_by_id_are_found_at_the_site(model: ss.LanguageModel, dark: ss.Fi
 
 
 def test_a_model_is_unchanged_after_a_trace(model: ss.LanguageModel, dark: ss.Filter) -> None:
-    before = tiny.logits(model, IDS, {})
-    tiny.logits(model, IDS, {ss.Site(kind, 1): dark for kind in ("queries", "mlp", "exit")})
-    assert torch.equal(tiny.logits(model, IDS, {}), before)
+    before = tiny_models.logits(model, IDS, {})
+    tiny_models.logits(model, IDS, {ss.Site(kind, 1): dark for kind in ("queries", "mlp", "exit")})
+    assert torch.equal(tiny_models.logits(model, IDS, {}), before)
 
 
 @pytest.mark.parametrize(
@@ -103,10 +103,10 @@ def test_what_cannot_be_traced(model: ss.LanguageModel, dark: ss.Filter) -> None
     with pytest.raises(
         ss.InputError, match=r"function at exit 1 returned shape \(4, 11, 32\) for \(4, 12, 32\)"
     ):
-        tiny.logits(model, IDS, {ss.Site("exit", 1): lambda x: x[:, 1:]})
+        tiny_models.logits(model, IDS, {ss.Site("exit", 1): lambda x: x[:, 1:]})
     with pytest.raises(ss.InputError, match="begins above layer 1 has sites at or below it"):
-        tiny.logits(model, IDS, {ss.Site("mlp", 1): dark}, resume=Resume(1, torch.zeros(4, 12, 32)))
-    fast = ss.load(tiny.build(attention="sdpa"))
+        tiny_models.logits(model, IDS, {ss.Site("mlp", 1): dark}, resume=Resume(1, torch.zeros(4, 12, 32)))
+    fast = ss.load(tiny_models.build(attention="sdpa"))
     with pytest.raises(ss.InputError, match="'sdpa' attention; load it with attention='eager'"):
         ss.trace(fast, IDS, {}, readout=lambda *_: 0, attention=True)
 
@@ -116,8 +116,8 @@ def test_an_error_of_a_users_function_comes_through(model: ss.LanguageModel) -> 
         raise ZeroDivisionError("mine")
 
     with pytest.raises(ZeroDivisionError, match="mine"):
-        tiny.logits(model, IDS, {ss.Site("exit", 1): broken})
-    tiny.logits(model, IDS, {})
+        tiny_models.logits(model, IDS, {ss.Site("exit", 1): broken})
+    tiny_models.logits(model, IDS, {})
 
 
 def test_sites_by_name() -> None:

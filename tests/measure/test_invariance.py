@@ -3,12 +3,12 @@
 import copy
 
 import numpy as np
-import tiny
 import torch
+from support import tiny_models
 
 import spectral_sinks as ss
 
-IDS = tiny.ids(4, 66, seed=7)
+IDS = tiny_models.ids(4, 66, seed=7)
 
 
 def rotated(model: torch.nn.Module, rotation: torch.Tensor) -> torch.nn.Module:
@@ -24,7 +24,7 @@ def rotated(model: torch.nn.Module, rotation: torch.Tensor) -> torch.nn.Module:
 
 
 def test_rotating_the_residual_basis_changes_nothing() -> None:
-    plain = tiny.build()
+    plain = tiny_models.build()
     with torch.no_grad():
         for name, parameter in plain.named_parameters():
             if "norm" in name:

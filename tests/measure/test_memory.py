@@ -13,14 +13,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 import torch
+from support import tiny_models
 from torch import Tensor
 
 import spectral_sinks as ss
-from spectral_sinks.measure import memory, replay
+from spectral_sinks.measure import memory
+from spectral_sinks.measure.nll import replay
 
-IDS = tiny.ids(5, 66, seed=2)
+IDS = tiny_models.ids(5, 66, seed=2)
 EXIT, MLP = ss.Site("exit", 0), ss.Site("mlp", 2)
 COLUMNS = ["nll", "kl", "top1_agreement", "removed_energy_share", "sink_mass_0", "sink_mass_1", "sink_mass_2"]
 
@@ -73,7 +74,7 @@ def quick_collection() -> Iterator[None]:
 
 @pytest.fixture
 def model() -> ss.LanguageModel:
-    return ss.load(copy.deepcopy(tiny.plain()))
+    return ss.load(copy.deepcopy(tiny_models.plain()))
 
 
 @pytest.fixture
@@ -115,7 +116,7 @@ def fail(model: ss.LanguageModel, monkeypatch: pytest.MonkeyPatch) -> Iterator[C
 
 
 def cells() -> dict[str, dict[ss.Site, Any]]:
-    spectrum = ss.read_spectrum(tiny.model(), bands=8)
+    spectrum = ss.read_spectrum(tiny_models.model(), bands=8)
     dark = ss.remove(spectrum.dark())
     return {
         **{f"exit {k}": {EXIT: ss.remove(spectrum.band(k))} for k in range(1, 5)},
@@ -129,7 +130,7 @@ def cells() -> dict[str, dict[ss.Site, Any]]:
 
 @pytest.fixture(scope="module")
 def ample() -> dict[str, ss.Effect]:
-    model = tiny.model()
+    model = tiny_models.model()
     return ss.evaluate_all(model, ss.Windows.of_ids(IDS, model), cells())
 
 
@@ -292,19 +293,20 @@ def test_rows_are_planned_from_what_is_free(model: ss.LanguageModel, monkeypatch
     assert memory.Memory(model, 64).rows == 7
     monkeypatch.setattr(memory, "free", lambda device: 0)
     assert memory.Memory(model, 64).rows == 1
-    fast = ss.load(tiny.build(attention="sdpa"))
+    fast = ss.load(tiny_models.build(attention="sdpa"))
     assert memory.row_bytes(model, 128) > memory.row_bytes(fast, 128) > 64 * 4 * model.d
 
 
 REAL = """
 import json, resource, sys
-import tiny, torch
+import torch
+from support import tiny_models
 import spectral_sinks as ss
 from spectral_sinks.measure.memory import Memory
-from spectral_sinks.measure.replay import Batch
+from spectral_sinks.measure.nll.replay import Batch
 
-model = ss.load(tiny.build(intermediate_size=16384, num_hidden_layers=2))
-ids = tiny.ids(12, 128)
+model = ss.load(tiny_models.build(intermediate_size=16384, num_hidden_layers=2))
+ids = tiny_models.ids(12, 128)
 windows = ss.Windows.of_ids(ids, model)
 sites = [ss.Site("embedding"), ss.Site("mlp", 1), ss.Site("exit", 0), ss.Site("exit", 1)]
 cells = [{site: ss.rnd(32, 8, seed)} for seed, site in enumerate(sites)]
@@ -326,7 +328,7 @@ print(json.dumps([rows, found, expected]))
 
 def test_a_real_shortage() -> None:
     """Some rows of a layer 16 384 wide in 120 MiB: 8 MiB an activation and window."""
-    tests = Path(tiny.__file__).parent
+    tests = Path(tiny_models.__file__).parents[1]
     straight = {"MALLOC_MMAP_THRESHOLD_": str(2**20), "OMP_NUM_THREADS": "1"}  # what is freed is given back
     ran = subprocess.run(
         [sys.executable, "-c", REAL],

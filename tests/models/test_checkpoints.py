@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from support import tiny_models
 
 import spectral_sinks as ss
-from spectral_sinks.models import source
+from spectral_sinks.models import checkpoint as source
 
 UNEMBEDDING = {
     "qwen2": "model.embed_tokens.weight",
@@ -66,9 +66,9 @@ def same(a: ss.Spectrum, b: ss.Spectrum) -> None:
     assert (a.matrix, a.convention, a.tied, a.count) == (b.matrix, b.convention, b.tied, b.count)
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", tiny_models.FAMILIES)
 def test_the_folder_gives_the_spectrum_of_the_model(family: str, tmp_path: Path, read: list[str]) -> None:
-    folder = tiny.save(tmp_path / "model", family)
+    folder = tiny_models.save(tmp_path / "model", family)
     expected_name = UNEMBEDDING.get(family, "lm_head.weight")
     norm_name = NORM.get(family, "model.norm.weight")
     for convention in ("raw", "folded", "centred"):
@@ -77,15 +77,15 @@ def test_the_folder_gives_the_spectrum_of_the_model(family: str, tmp_path: Path,
         assert len(read) == (1 if convention == "raw" else 2)
         assert read[-1] in expected_name
         assert read[:-1] == ([] if convention == "raw" else [norm_name])
-        same(found, ss.read_spectrum(tiny.model(family), convention=convention, use_cache=False))
+        same(found, ss.read_spectrum(tiny_models.model(family), convention=convention, use_cache=False))
     read.clear()
-    same(ss.read_spectrum(folder, "embedding"), ss.read_spectrum(tiny.model(family), "embedding"))
+    same(ss.read_spectrum(folder, "embedding"), ss.read_spectrum(tiny_models.model(family), "embedding"))
     assert len(read) == 1
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_the_conventions_against_their_formulas(family: str) -> None:
-    plain = tiny.plain(family)
+    plain = tiny_models.plain(family)
     weight = plain.get_output_embeddings().weight.detach().double()
     norm = plain.transformer.ln_f if family == "gpt2" else plain.model.norm
     folded = weight * norm.weight.detach().double()
@@ -93,14 +93,14 @@ def test_the_conventions_against_their_formulas(family: str) -> None:
     if family == "gpt2":  # a LayerNorm takes the residual's own mean away
         centred = centred - centred.mean(1, keepdim=True)
     for convention, matrix in (("raw", weight), ("folded", folded), ("centred", centred)):
-        found = ss.read_spectrum(tiny.model(family), convention=convention)
+        found = ss.read_spectrum(tiny_models.model(family), convention=convention)
         squares = found.vectors * found.values.square() @ found.vectors.T
         assert torch.allclose(squares, matrix.T @ matrix, atol=1e-6)
 
 
 def test_a_sharded_folder(tmp_path: Path, read: list[str]) -> None:
-    whole = tiny.save(tmp_path / "whole")
-    shards = tiny.save(tmp_path / "shards", max_shard_size="20KB")
+    whole = tiny_models.save(tmp_path / "whole")
+    shards = tiny_models.save(tmp_path / "shards", max_shard_size="20KB")
     assert len(list(shards.glob("*.safetensors"))) > 2 and not (shards / "model.safetensors").exists()
     same(ss.read_spectrum(shards, convention="folded"), ss.read_spectrum(whole, convention="folded"))
     assert read == ["model.norm.weight", "lm_head.weight"] * 2
@@ -111,7 +111,7 @@ def test_a_sharded_folder(tmp_path: Path, read: list[str]) -> None:
 
 
 def test_any_named_matrix_and_its_side(tmp_path: Path) -> None:
-    folder, plain = tiny.save(tmp_path / "model"), tiny.plain()
+    folder, plain = tiny_models.save(tmp_path / "model"), tiny_models.plain()
     gate = plain.model.layers[1].mlp.gate_proj.weight.detach()  # reads the residual: 48 x 32
     down = plain.model.layers[1].mlp.down_proj.weight.detach()  # writes it: 32 x 48
     for name, matrix in (("gate_proj", gate), ("down_proj", down.T)):
@@ -130,13 +130,13 @@ def test_any_named_matrix_and_its_side(tmp_path: Path) -> None:
     ],
 )
 def test_matrices_that_cannot_be_read(tmp_path: Path, matrix: str, convention: Any, message: str) -> None:
-    folder = tiny.save(tmp_path / "model")
+    folder = tiny_models.save(tmp_path / "model")
     with pytest.raises(ss.InputError, match=message):
         ss.read_spectrum(folder, matrix, convention=convention)
 
 
 def test_a_checkpoint_without_a_tensor_is_not_filled_with_random_numbers(tmp_path: Path) -> None:
-    folder = tiny.save(tmp_path / "model")
+    folder = tiny_models.save(tmp_path / "model")
     weights = load_file(folder / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
@@ -151,7 +151,7 @@ def test_a_checkpoint_without_a_tensor_is_not_filled_with_random_numbers(tmp_pat
 
 @pytest.mark.parametrize("damage", ["index", "shard", "missing shard"])
 def test_a_damaged_sharded_checkpoint(tmp_path: Path, damage: str) -> None:
-    folder = tiny.save(tmp_path / "model", max_shard_size="20KB")
+    folder = tiny_models.save(tmp_path / "model", max_shard_size="20KB")
     index = folder / "model.safetensors.index.json"
     shard = folder / json.loads(index.read_text())["weight_map"]["lm_head.weight"]
     if damage == "index":
@@ -166,35 +166,37 @@ def test_a_damaged_sharded_checkpoint(tmp_path: Path, damage: str) -> None:
 
 
 def test_load_in_all_its_forms(tmp_path: Path) -> None:
-    folder, ids = tiny.save(tmp_path / "model"), tiny.ids()
+    folder, ids = tiny_models.save(tmp_path / "model"), tiny_models.ids()
     with torch.no_grad():
-        expected = tiny.plain()(ids).logits
+        expected = tiny_models.plain()(ids).logits
     by_folder = ss.load(folder)
-    torch.testing.assert_close(tiny.logits(by_folder, ids, {}), expected, rtol=1e-5, atol=1e-5)
-    assert torch.equal(tiny.logits(ss.load(folder, attention="eager"), ids, {}), expected)
+    torch.testing.assert_close(tiny_models.logits(by_folder, ids, {}), expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(tiny_models.logits(ss.load(folder, attention="eager"), ids, {}), expected)
     assert (by_folder.bos, by_folder.opens_with_bos, by_folder.reads_attention) == (0, True, True)
     assert ss.load(by_folder) is by_folder
-    assert torch.equal(tiny.logits(ss.load(str(folder)), ids, {}), tiny.logits(by_folder, ids, {}))
+    assert torch.equal(
+        tiny_models.logits(ss.load(str(folder)), ids, {}), tiny_models.logits(by_folder, ids, {})
+    )
     hugging = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").train()
     loaded = ss.load(hugging)
     assert loaded.bos == 0 and not hugging.training, "tokenizer from its folder; dropout off"
-    assert torch.equal(tiny.logits(loaded, ids, {}), expected)
+    assert torch.equal(tiny_models.logits(loaded, ids, {}), expected)
     wrapped = ss.load(loaded.nn)
-    assert wrapped.nn is loaded.nn and torch.equal(tiny.logits(wrapped, ids, {}), expected)
+    assert wrapped.nn is loaded.nn and torch.equal(tiny_models.logits(wrapped, ids, {}), expected)
     assert ss.load(folder, dtype=torch.bfloat16).dtype == torch.bfloat16
     with pytest.raises(ss.InputError, match="int is no model"):
         ss.load(3)  # pyright: ignore[reportArgumentType]
 
 
 def test_describe_reads_no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tiny.save(tmp_path / "model")
+    folder = tiny_models.save(tmp_path / "model")
     monkeypatch.setattr(source.Source, "tensor", None)
     found = ss.describe(folder)
     assert found["family"] == "llama" and found["layout_tested"] and not found["tied"]
     assert (found["layers"], found["d_model"], found["heads"], found["key_value_heads"]) == (3, 32, 4, 2)
-    assert (found["vocabulary"], found["context"]) == (tiny.VOCABULARY, tiny.CONTEXT)
+    assert (found["vocabulary"], found["context"]) == (tiny_models.VOCABULARY, tiny_models.CONTEXT)
     assert (found["bos_token"], found["bos_token_id"], found["opens_with_bos"]) == ("<bos>", 0, True)
-    assert ss.describe(tiny.save(tmp_path / "tied", "gpt2"))["tied"]
+    assert ss.describe(tiny_models.save(tmp_path / "tied", "gpt2"))["tied"]
 
 
 def test_the_embedded_model_is_the_default() -> None:

@@ -10,57 +10,57 @@ from typing import Any
 import numpy as np
 import pytest
 import scipy.linalg
-import tiny
 import torch
 import transformers
-from hooks import hooked
 from safetensors.torch import load_file, save_file
+from support import tiny_models
+from support.reference_hooks import hooked
 from torch import Tensor
 
 import spectral_sinks as ss
-from spectral_sinks.models.opening import whole_maps
+from spectral_sinks.models.attention_sdpa import whole_maps
 from spectral_sinks.models.weights import residual_weights
 
-IDS = tiny.ids()
+IDS = tiny_models.ids()
 KINDS = ("queries", "keys", "values", "attention", "mlp-input", "mlp", "exit")
 SITES = [ss.Site("embedding"), ss.Site("head", 1, 2), *(ss.Site(kind, 1) for kind in KINDS)]
 EVERYWHERE = [ss.Site(s.kind, layer, s.head) for layer in range(3) for s in SITES if s.kind != "embedding"]
 DENSE = {"bert": "cls.predictions.transform.dense", "roberta": "lm_head.dense"}
 
 
-@pytest.fixture(params=tiny.ENCODERS)
+@pytest.fixture(params=tiny_models.ENCODERS)
 def family(request: Any) -> str:
     return request.param
 
 
 def untouched(family: str) -> Tensor:
     with torch.no_grad():
-        return tiny.plain(family)(IDS).logits
+        return tiny_models.plain(family)(IDS).logits
 
 
 def test_the_parts_are_found_and_add_up(family: str) -> None:
-    model = tiny.model(family)
+    model = tiny_models.model(family)
     model.check()
     assert model.tested and not model.causal
     assert (model.layers, model.d, model.heads, model.key_heads, model.head_size) == (3, 32, 4, 4, 8)
-    assert (model.bos, model.sep, model.mask) == (tiny.BOS, tiny.EOS, tiny.MASK)
-    assert model.context == tiny.CONTEXT, "positions of RoBERTa begin behind the padding id"
+    assert (model.bos, model.sep, model.mask) == (tiny_models.BOS, tiny_models.EOS, tiny_models.MASK)
+    assert model.context == tiny_models.CONTEXT, "positions of RoBERTa begin behind the padding id"
     assert model.tied == (family != "modernbert untied")
     dense = DENSE.get(family, "head.dense")
     assert dense in model.reads_through and model.layout.final_norm in model.reads_through
     assert ("model.final_norm" in model.reads_through) == (model.family == "modernbert")
-    assert not tiny.model("llama").reads_through and tiny.model("llama").causal
+    assert not tiny_models.model("llama").reads_through and tiny_models.model("llama").causal
 
 
 def test_the_longest_window_that_is_offered_runs(family: str) -> None:
-    ids = tiny.ids(1, tiny.CONTEXT) + 1  # nothing is padding
-    ids[ids == tiny.VOCABULARY] = 5
+    ids = tiny_models.ids(1, tiny_models.CONTEXT) + 1  # nothing is padding
+    ids[ids == tiny_models.VOCABULARY] = 5
     ids[ids == 2] = 6
     with torch.no_grad():
-        tiny.plain(family)(ids)
+        tiny_models.plain(family)(ids)
         if family in ("bert", "roberta"):  # the others have no table of positions
             with pytest.raises((IndexError, RuntimeError)):
-                tiny.plain(family)(torch.cat([ids, ids[:, :1]], dim=1))
+                tiny_models.plain(family)(torch.cat([ids, ids[:, :1]], dim=1))
 
 
 @pytest.mark.parametrize(
@@ -77,26 +77,26 @@ def test_wrong_parts_of_a_post_norm_layer_are_refused(part: str, wrong: str) -> 
     with pytest.raises(
         (ss.InputError, RuntimeError), match=r"layer 0 is not entry|logits are not|size of tensor"
     ):
-        ss.load(copy.deepcopy(tiny.plain("bert")), parts={part: wrong})
+        ss.load(copy.deepcopy(tiny_models.plain("bert")), parts={part: wrong})
 
 
 def test_identity_and_keep_all_change_no_bit(family: str) -> None:
-    model, expected = tiny.model(family), untouched(family)
+    model, expected = tiny_models.model(family), untouched(family)
     everywhere = [ss.Site("embedding"), *EVERYWHERE]
     kept = ss.phi(ss.read_spectrum(model, bands=4), 1, 4)
-    assert torch.equal(tiny.logits(model, IDS, {}), expected)
-    assert torch.equal(tiny.logits(model, IDS, dict.fromkeys(everywhere, lambda x: x * 1.0)), expected)
-    assert torch.equal(tiny.logits(model, IDS, dict.fromkeys(everywhere, kept)), expected)
+    assert torch.equal(tiny_models.logits(model, IDS, {}), expected)
+    assert torch.equal(tiny_models.logits(model, IDS, dict.fromkeys(everywhere, lambda x: x * 1.0)), expected)
+    assert torch.equal(tiny_models.logits(model, IDS, dict.fromkeys(everywhere, kept)), expected)
 
 
 @pytest.mark.parametrize("site", SITES, ids=str)
 def test_a_filter_equals_hooks_written_by_hand(family: str, site: ss.Site) -> None:
-    spectrum = ss.read_spectrum(tiny.model(family), bands=8)
+    spectrum = ss.read_spectrum(tiny_models.model(family), bands=8)
     basis = torch.cat([spectrum.vectors[:, :4], spectrum.vectors[:, 24:]], dim=1)
     rest = (torch.eye(32, dtype=torch.float64) - basis @ basis.T).float()
     removed = ss.remove(spectrum.subspace("1,7-8"))
-    traced = tiny.logits(tiny.model(family), IDS, {site: removed})
-    twin = copy.deepcopy(tiny.plain(family))
+    traced = tiny_models.logits(tiny_models.model(family), IDS, {site: removed})
+    twin = copy.deepcopy(tiny_models.plain(family))
     with torch.no_grad(), hooked(twin, family, site, lambda x: x @ rest):
         by_hand = twin(IDS).logits
     with torch.no_grad(), hooked(twin, family, site, removed):
@@ -110,10 +110,10 @@ def test_a_filter_equals_hooks_written_by_hand(family: str, site: ss.Site) -> No
 
 
 def test_many_sites_with_attention_equal_hooks(family: str) -> None:
-    model = tiny.model(family)
+    model = tiny_models.model(family)
     spectrum = ss.read_spectrum(model, bands=8)
     edits = {site: ss.remove(spectrum.band(1 + i % 8)) for i, site in enumerate(EVERYWHERE)}
-    twin = copy.deepcopy(tiny.plain(family))
+    twin = copy.deepcopy(tiny_models.plain(family))
     with torch.no_grad(), ExitStack() as stack:
         for site in sorted(edits, key=lambda s: s.rank):
             stack.enter_context(hooked(twin, family, site, edits[site]))
@@ -133,7 +133,7 @@ def test_many_sites_with_attention_equal_hooks(family: str) -> None:
 
 
 def test_what_is_kept_and_what_is_removed_add_up(family: str) -> None:
-    model = tiny.model(family)
+    model = tiny_models.model(family)
     dark = ss.read_spectrum(model, bands=4).dark(0.3)
     sites = [ss.Site("exit", 1), ss.Site("attention", 0), ss.Site("mlp", 2)]
 
@@ -147,8 +147,8 @@ def test_what_is_kept_and_what_is_removed_add_up(family: str) -> None:
 
 
 def test_a_post_norm_exit_is_the_norm_of_the_sum() -> None:
-    model = tiny.model("bert")
-    layer = tiny.plain("bert").bert.encoder.layer[1]
+    model = tiny_models.model("bert")
+    layer = tiny_models.plain("bert").bert.encoder.layer[1]
     sites = [ss.Site("exit", 0), ss.Site("attention", 1), ss.Site("mlp", 1), ss.Site("exit", 1)]
     read = ss.trace(model, IDS, {}, sites, readout=lambda final, read, _: read)
     entry, attention, mlp, exit = (read[site] for site in sites)
@@ -160,12 +160,12 @@ def test_a_post_norm_exit_is_the_norm_of_the_sum() -> None:
 
 @pytest.mark.parametrize("matrix", ["unembedding", "embedding"])
 def test_the_spectrum_is_that_of_the_decoder(family: str, matrix: str, tmp_path: Path) -> None:
-    model, plain = tiny.model(family), tiny.plain(family)
+    model, plain = tiny_models.model(family), tiny_models.plain(family)
     weight = (
         plain.get_output_embeddings() if matrix == "unembedding" else plain.get_input_embeddings()
     ).weight
     values, rows = scipy.linalg.svd(weight.detach().double().numpy(), full_matrices=False)[1:]
-    folder = tiny.save(tmp_path, family)
+    folder = tiny_models.save(tmp_path, family)
     for source in (model, folder):
         found = ss.read_spectrum(source, matrix, bands=4)
         np.testing.assert_allclose(found.values.numpy(), values, rtol=1e-10)
@@ -178,60 +178,60 @@ def test_the_spectrum_is_that_of_the_decoder(family: str, matrix: str, tmp_path:
 
 @pytest.mark.parametrize("convention", ["folded", "centred"])
 def test_the_heads_own_norm_is_folded(family: str, convention: Any, tmp_path: Path) -> None:
-    model, plain = tiny.model(family), tiny.plain(family)
+    model, plain = tiny_models.model(family), tiny_models.plain(family)
     weight = plain.get_output_embeddings().weight.detach().double()
     weight = weight * plain.get_submodule(model.layout.final_norm).weight.detach().double()
     if convention == "centred":
         weight = weight - weight.mean(0)
         weight = weight - weight.mean(1, keepdim=True)
     values = scipy.linalg.svdvals(weight.numpy())
-    for source in (model, tiny.save(tmp_path, family)):
+    for source in (model, tiny_models.save(tmp_path, family)):
         found = ss.read_spectrum(source, convention=convention, bands=4).values.numpy()
         np.testing.assert_allclose(found, values, rtol=1e-6, atol=1e-6)
 
 
 def test_a_folder_comes_back(family: str, tmp_path: Path) -> None:
-    loaded = ss.load(tiny.save(tmp_path, family))
-    assert not loaded.causal and type(loaded.module) is type(tiny.plain(family))
-    assert loaded.fingerprint == tiny.model(family).fingerprint and loaded.reads_attention
-    assert torch.equal(tiny.logits(loaded, IDS, {}), untouched(family))
+    loaded = ss.load(tiny_models.save(tmp_path, family))
+    assert not loaded.causal and type(loaded.module) is type(tiny_models.plain(family))
+    assert loaded.fingerprint == tiny_models.model(family).fingerprint and loaded.reads_attention
+    assert torch.equal(tiny_models.logits(loaded, IDS, {}), untouched(family))
     described = ss.describe(tmp_path)
     assert not described["causal"] and described["layout_tested"] and described["opens_with_bos"]
-    assert described["bos_token"] == "[CLS]" and described["context"] == tiny.CONTEXT
+    assert described["bos_token"] == "[CLS]" and described["context"] == tiny_models.CONTEXT
     assert described["reads_through"] == loaded.reads_through and described["tied"] == loaded.tied
 
 
 @pytest.mark.parametrize("architectures", [None, ["BertForPreTraining"]])
 def test_a_folder_without_its_class_is_known_by_type(architectures: Any, tmp_path: Path) -> None:
-    path = tiny.save(tmp_path, "bert") / "config.json"
+    path = tiny_models.save(tmp_path, "bert") / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"architectures": architectures}))
-    assert torch.equal(tiny.logits(ss.load(tmp_path), IDS, {}), untouched("bert"))
+    assert torch.equal(tiny_models.logits(ss.load(tmp_path), IDS, {}), untouched("bert"))
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta"])
 def test_a_decoder_stays_causal(family: str, tmp_path: Path) -> None:
-    decoder = tiny.build(family, is_decoder=True)  # the masked-LM class warns, and attends causally
+    decoder = tiny_models.build(family, is_decoder=True)  # the masked-LM class warns, and attends causally
     decoder.save_pretrained(tmp_path)
-    tiny.tokenizer().save_pretrained(tmp_path)
-    for model in (ss.load(tmp_path), ss.load(copy.deepcopy(decoder), tokenizer=tiny.tokenizer())):
+    tiny_models.tokenizer().save_pretrained(tmp_path)
+    for model in (ss.load(tmp_path), ss.load(copy.deepcopy(decoder), tokenizer=tiny_models.tokenizer())):
         assert model.causal and ss.describe(tmp_path)["causal"] and model.reads_through
         with torch.no_grad():
             logits = decoder(IDS).logits
-        assert (tiny.logits(model, IDS, {}) - logits).abs().max() <= 1e-5
+        assert (tiny_models.logits(model, IDS, {}) - logits).abs().max() <= 1e-5
         expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
         effect = ss.evaluate(model, ss.Windows.of_ids(IDS, model), {})
         assert effect.nll == pytest.approx(float(expected), abs=1e-5)
 
 
 def test_a_model_travels_to_another_process(family: str) -> None:
-    model = pickle.loads(pickle.dumps(tiny.model(family)))
-    assert not model.causal and model.tied == tiny.model(family).tied
-    assert torch.equal(tiny.logits(model, IDS, {}), untouched(family))
+    model = pickle.loads(pickle.dumps(tiny_models.model(family)))
+    assert not model.causal and model.tied == tiny_models.model(family).tied
+    assert torch.equal(tiny_models.logits(model, IDS, {}), untouched(family))
 
 
 def test_readers_and_writers_are_taken_apart(family: str) -> None:
     """The matrices of layer 1 rebuild what its components write, before any norm of the sum."""
-    model, plain = tiny.model(family), tiny.plain(family)
+    model, plain = tiny_models.model(family), tiny_models.plain(family)
     shares = ss.weight_shares(model, {"dark": ss.read_spectrum(model, bands=4).dark(0.25)})
     parts = {"q", "k", "v", "up", "o", "down"} | ({"gate"} if model.family == "modernbert" else set())
     assert set(shares["part"]) == parts and len(shares)
@@ -256,7 +256,9 @@ def test_readers_and_writers_are_taken_apart(family: str) -> None:
 
 
 def classifier(kind: str) -> Any:
-    return getattr(transformers, kind)(tiny.plain("roberta" if kind.startswith("Ro") else "bert").config)
+    return getattr(transformers, kind)(
+        tiny_models.plain("roberta" if kind.startswith("Ro") else "bert").config
+    )
 
 
 @pytest.mark.parametrize(
@@ -274,7 +276,7 @@ def test_a_model_without_a_vocabulary_head_is_refused(kind: str, tmp_path: Path)
 
 
 def test_a_decoder_class_that_looks_ahead_is_refused() -> None:
-    ahead = transformers.BertLMHeadModel(tiny.plain("bert").config)
+    ahead = transformers.BertLMHeadModel(tiny_models.plain("bert").config)
     with pytest.raises(
         ss.InputError, match="BertLMHeadModel whose tokens attend to later ones: set is_decoder"
     ):
@@ -283,14 +285,14 @@ def test_a_decoder_class_that_looks_ahead_is_refused() -> None:
 
 def test_the_opening_alone_is_no_attention_of_an_encoder(tmp_path: Path) -> None:
     with pytest.raises(ss.InputError, match=r"BertForMaskedLM attend to later ones.*attention='eager'"):
-        ss.load(tiny.save(tmp_path, "bert"), attention="sdpa_opening")
+        ss.load(tiny_models.save(tmp_path, "bert"), attention="sdpa_opening")
     fast = ss.load(tmp_path, attention="sdpa")
     assert not fast.reads_attention
-    assert (tiny.logits(fast, IDS, {}) - untouched("bert")).abs().max() <= 1e-5
+    assert (tiny_models.logits(fast, IDS, {}) - untouched("bert")).abs().max() <= 1e-5
 
 
 def test_weights_that_are_missing_are_named(tmp_path: Path) -> None:
-    path = tiny.save(tmp_path, "roberta") / "model.safetensors"
+    path = tiny_models.save(tmp_path, "roberta") / "model.safetensors"
     kept = {name: weight for name, weight in load_file(path).items() if "lm_head.dense" not in name}
     save_file(kept, path, {"format": "pt"})
     with pytest.raises(ss.InputError, match="lacks 2 of the weights of a RobertaForMaskedLM"):
@@ -299,12 +301,12 @@ def test_weights_that_are_missing_are_named(tmp_path: Path) -> None:
 
 def test_attention_in_blocks_sees_every_key(family: str) -> None:
     """Rows of an encoder reach past the opening, of which alone blockwise attention shows maps."""
-    model, ids = tiny.model(family), tiny.ids(2, 80)
+    model, ids = tiny_models.model(family), tiny_models.ids(2, 80)
     seen: list[Tensor] = []
     with torch.no_grad():
-        expected = tiny.plain(family)(ids, output_attentions=True)
+        expected = tiny_models.plain(family)(ids, output_attentions=True)
     with ss.attending(model, lambda call: seen.append(call.weights())):
-        assert (tiny.logits(model, ids, {}) - expected.logits).abs().max() <= 1e-5
+        assert (tiny_models.logits(model, ids, {}) - expected.logits).abs().max() <= 1e-5
         with pytest.raises(ss.InputError, match=r"attention weights of .* cannot be read"):
             ss.attention_by_head(model, ss.Windows.of_ids(ids, model))
         count = len(seen)

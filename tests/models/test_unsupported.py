@@ -4,8 +4,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import tiny
 import torch
+from support import tiny_models
 from torch import Tensor, nn
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 
@@ -116,10 +116,12 @@ def test_named_by_hand_it_works_at_every_site(odd: OddModel) -> None:
     assert not model.tested and model.layers == 2
     kinds = ("queries", "keys", "values", "attention", "mlp-input", "mlp", "exit")
     sites = [ss.Site("embedding"), ss.Site("head", 1, 1), *(ss.Site(kind, 1) for kind in kinds)]
-    assert torch.equal(tiny.logits(model, ids, dict.fromkeys(sites, lambda x: x * 1.0)), expected)
+    assert torch.equal(tiny_models.logits(model, ids, dict.fromkeys(sites, lambda x: x * 1.0)), expected)
     half = (torch.arange(16) < 8).float()
     for site in sites:
-        assert not torch.allclose(tiny.logits(model, ids, {site: lambda x: x * half}), expected, atol=1e-3)
+        assert not torch.allclose(
+            tiny_models.logits(model, ids, {site: lambda x: x * half}), expected, atol=1e-3
+        )
     assert ss.evaluate(model, ss.Windows.of_ids(ids, model), {}).nll == pytest.approx(
         float(nn.functional.cross_entropy(expected[:, :-1].flatten(0, 1), ids[:, 1:].flatten())), abs=1e-5
     )
@@ -153,4 +155,4 @@ def test_a_scaled_unembedding_is_noticed(odd: OddModel) -> None:
 
 def test_wrong_parts_of_a_known_family_are_refused() -> None:
     with pytest.raises(ss.InputError, match="name them by hand"):
-        ss.load(tiny.build(), parts={"attention_write": "self_attn.q_proj"})
+        ss.load(tiny_models.build(), parts={"attention_write": "self_attn.q_proj"})

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tinyvision
 import torch
 import transformers
 from PIL import Image
+from support import tiny_encoders
 from torch import Tensor
 
 import spectral_sinks as ss
@@ -32,10 +32,10 @@ def passed(model: ss.VisionModel, x: Tensor, edits: Any = None) -> tuple[Tensor,
     return ss.trace(model, x, edits or {}, [site], readout=lambda final, read, _: (final, read[site]))
 
 
-@pytest.mark.parametrize("family", tinyvision.FAMILIES)
+@pytest.mark.parametrize("family", tiny_encoders.FAMILIES)
 def test_a_traced_pass_is_the_models_own(family: str) -> None:
-    model, plain = tinyvision.model(family), tinyvision.plain(family)
-    x = tinyvision.images()
+    model, plain = tiny_encoders.model(family), tiny_encoders.plain(family)
+    x = tiny_encoders.images()
     seen: list[Tensor] = []
     layers = plain.get_submodule(model.layout.layers)
     handle = layers[1].register_forward_hook(lambda _, __, out: seen.append(out))
@@ -51,11 +51,11 @@ def test_a_traced_pass_is_the_models_own(family: str) -> None:
         assert torch.equal(final, expected.last_hidden_state)
 
 
-@pytest.mark.parametrize("family", tinyvision.FAMILIES)
+@pytest.mark.parametrize("family", tiny_encoders.FAMILIES)
 def test_tokens_are_prefix_then_patches(family: str) -> None:
-    model = tinyvision.model(family)
+    model = tiny_encoders.model(family)
     assert model.prefix == PREFIX.get(family, ("cls",))
-    pixels = tinyvision.pixels(family)
+    pixels = tiny_encoders.pixels(family)
     count = len(model.prefix)
     assert pixels.grid == (5, 5) and pixels.length == count + 25
     final, _ = passed(model, pixels[0][None])
@@ -65,10 +65,10 @@ def test_tokens_are_prefix_then_patches(family: str) -> None:
     assert [model.prefix[place] for place in model.registers] == [n for n in model.prefix if "reg" in n]
 
 
-@pytest.mark.parametrize("family", tinyvision.FAMILIES)
+@pytest.mark.parametrize("family", tiny_encoders.FAMILIES)
 def test_a_change_of_one_patch_enters_at_its_token(family: str) -> None:
-    model = tinyvision.model(family)
-    x = tinyvision.images(1)
+    model = tiny_encoders.model(family)
+    x = tiny_encoders.images(1)
     other = x.clone()
     row, column, size = 3, 1, model.patch_size
     other[:, :, row * size : (row + 1) * size, column * size : (column + 1) * size] += 1
@@ -80,9 +80,9 @@ def test_a_change_of_one_patch_enters_at_its_token(family: str) -> None:
     assert moved == [len(model.prefix) + row * 5 + column]
 
 
-@pytest.mark.parametrize("family", tinyvision.FAMILIES)
+@pytest.mark.parametrize("family", tiny_encoders.FAMILIES)
 def test_other_sizes_are_read(family: str) -> None:
-    model, plain = tinyvision.model(family), tinyvision.plain(family)
+    model, plain = tiny_encoders.model(family), tiny_encoders.plain(family)
     x = torch.randn(2, 3, 24, 28, generator=torch.Generator().manual_seed(1))
     assert model.grid(x) == (6, 7)
     final, _ = passed(model, x)
@@ -94,12 +94,12 @@ def test_other_sizes_are_read(family: str) -> None:
         assert torch.equal(final, expected.last_hidden_state)
 
 
-@pytest.mark.parametrize("family", tinyvision.FAMILIES)
+@pytest.mark.parametrize("family", tiny_encoders.FAMILIES)
 def test_attention_is_seen(family: str) -> None:
     """The weights are those of transformers' eager attention, and the pass is unchanged to rounding."""
-    model = tinyvision.model(family)
-    x = tinyvision.images()
-    eager = tinyvision.build(family, attention="eager")
+    model = tiny_encoders.model(family)
+    x = tiny_encoders.images()
+    eager = tiny_encoders.build(family, attention="eager")
     with torch.no_grad():
         expected = eager(x, output_attentions=True).attentions
     seen: list[Tensor] = []
@@ -117,11 +117,11 @@ def test_attention_is_seen(family: str) -> None:
     torch.testing.assert_close(final, untouched, atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("family", tinyvision.FAMILIES)
+@pytest.mark.parametrize("family", tiny_encoders.FAMILIES)
 @pytest.mark.parametrize("kind", ["embedding", "attention", "mlp", "exit", "mlp-input", "queries", "values"])
 def test_a_filter_and_its_complement_sum_to_what_was_there(family: str, kind: Any) -> None:
-    model = tinyvision.model(family)
-    x = tinyvision.images(2)
+    model = tiny_encoders.model(family)
+    x = tiny_encoders.images(2)
     site = ss.Site(kind, 0 if kind == "embedding" else 1)
     block = ss.remove(ss.random_subspace(model.d, 5, seed=2))
     read = [site]
@@ -135,11 +135,11 @@ def test_a_filter_and_its_complement_sum_to_what_was_there(family: str, kind: An
     assert torch.equal(passed(model, x, {site: nothing})[0], passed(model, x)[0])
 
 
-@pytest.mark.parametrize("family", tinyvision.FAMILIES)
+@pytest.mark.parametrize("family", tiny_encoders.FAMILIES)
 def test_heads_add_up_to_attention(family: str) -> None:
     """Without its heads attention writes its bias alone; scaled as the layer scales it."""
-    model = tinyvision.model(family)
-    x = tinyvision.images(1)
+    model = tiny_encoders.model(family)
+    x = tiny_encoders.images(1)
     zero = {ss.Site("head", 1, head): torch.zeros_like for head in range(model.heads)}
     write = ss.Site("attention", 1)
     found = ss.trace(model, x, zero, [write], readout=lambda final, read, _: read[write][0])
@@ -149,17 +149,17 @@ def test_heads_add_up_to_attention(family: str) -> None:
 
 
 def test_batch_equals_singles() -> None:
-    model = tinyvision.model()
-    x = tinyvision.images(4)
+    model = tiny_encoders.model()
+    x = tiny_encoders.images(4)
     together, _ = passed(model, x)
     singles = torch.cat([passed(model, each[None])[0] for each in x])
     torch.testing.assert_close(together, singles, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("family", tinyvision.FAMILIES)
+@pytest.mark.parametrize("family", tiny_encoders.FAMILIES)
 def test_a_folder_is_loaded(family: str, tmp_path: Path) -> None:
     """Saved in the published format, loaded by folder with its processor: the same pass, the same hash."""
-    tinyvision.plain(family).save_pretrained(tmp_path)
+    tiny_encoders.plain(family).save_pretrained(tmp_path)
     processor().save_pretrained(tmp_path)
     if family.startswith("dinov3"):  # under the name that its checkpoints use
         written = tmp_path / "preprocessor_config.json"
@@ -169,8 +169,8 @@ def test_a_folder_is_loaded(family: str, tmp_path: Path) -> None:
             loaded = ss.load_vision(tmp_path)
     else:
         loaded = ss.load_vision(tmp_path)
-    model = tinyvision.model(family)
-    x = tinyvision.images()
+    model = tiny_encoders.model(family)
+    x = tiny_encoders.images()
     assert torch.equal(passed(loaded, x)[0], passed(model, x)[0])
     assert loaded.fingerprint == model.fingerprint and loaded.classes == model.classes
     picture = Image.new("RGB", (50, 31), (200, 10, 60))
@@ -193,7 +193,7 @@ def processor() -> Any:
 @pytest.mark.parametrize(("family", "whole"), [("clip", "CLIPModel"), ("siglip", "SiglipModel")])
 def test_the_vision_tower_of_two_is_loaded(family: str, whole: str, tmp_path: Path) -> None:
     config: Any = getattr(transformers, whole.replace("Model", "Config"))(
-        vision_config=tinyvision.SIZES,
+        vision_config=tiny_encoders.SIZES,
         text_config={
             "hidden_size": 16,
             "num_hidden_layers": 1,
@@ -205,7 +205,7 @@ def test_the_vision_tower_of_two_is_loaded(family: str, whole: str, tmp_path: Pa
     )
     both = getattr(transformers, whole)(config).eval()
     both.save_pretrained(tmp_path)
-    x = tinyvision.images()
+    x = tiny_encoders.images()
     with torch.no_grad():
         expected = both.vision_model(x).last_hidden_state
     assert torch.equal(passed(ss.load_vision(tmp_path), x)[0], expected)
@@ -213,7 +213,7 @@ def test_the_vision_tower_of_two_is_loaded(family: str, whole: str, tmp_path: Pa
 
 
 def test_bad_input(tmp_path: Path) -> None:
-    model = tinyvision.model()
+    model = tiny_encoders.model()
     text = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=5))
     with pytest.raises(ss.InputError, match="no image encoder"):
         ss.load_vision(text)
@@ -230,15 +230,15 @@ def test_bad_input(tmp_path: Path) -> None:
     with pytest.raises(ss.InputError, match="processor"):
         ss.pixels([Image.new("RGB", (8, 8))], model)
     with pytest.raises(ss.InputError, match="no classifier head"):
-        ss.trace(model, tinyvision.images(), {}, readout=lambda *_: model.logits())
-    broken = copy.deepcopy(tinyvision.plain())
+        ss.trace(model, tiny_encoders.images(), {}, readout=lambda *_: model.logits())
+    broken = copy.deepcopy(tiny_encoders.plain())
     with torch.no_grad():
         broken.encoder.layer[0].norm1.weight[0] = torch.inf
     with pytest.raises(ss.InputError, match="norm1"):
         ss.load_vision(broken)
     with pytest.raises(ss.InputError, match="is not there"):
-        ss.load_vision(copy.deepcopy(tinyvision.plain()), parts={"mlp": "nowhere"})
-    tinyvision.plain().save_pretrained(tmp_path)
+        ss.load_vision(copy.deepcopy(tiny_encoders.plain()), parts={"mlp": "nowhere"})
+    tiny_encoders.plain().save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(ss.InputError, match="no weights"):
         ss.load_vision(tmp_path)
@@ -246,12 +246,12 @@ def test_bad_input(tmp_path: Path) -> None:
 
 def test_parts_that_do_not_add_up_are_refused() -> None:
     with pytest.raises(ss.InputError, match="is not entry"):
-        ss.load_vision(copy.deepcopy(tinyvision.plain("vit")), parts={"mlp_write": "layernorm_after"})
+        ss.load_vision(copy.deepcopy(tiny_encoders.plain("vit")), parts={"mlp_write": "layernorm_after"})
 
 
 def test_a_missing_head_is_no_silent_noise(tmp_path: Path) -> None:
     """A checkpoint without the classifier that its architecture names is refused."""
-    tinyvision.plain("vit").save_pretrained(tmp_path)
+    tiny_encoders.plain("vit").save_pretrained(tmp_path)
     written = (tmp_path / "config.json").read_text()
     (tmp_path / "config.json").write_text(written.replace('"ViTModel"', '"ViTForImageClassification"'))
     with pytest.raises(ss.InputError, match="lacks 2 of the weights"):

@@ -132,8 +132,8 @@ def test_a_sweep_survives_the_death_of_the_server(server: Ndif, tmp_path: Path) 
     prepared = ss.SweepFile.read(file).prepare()
     prepared.model.module.set_attn_implementation("eager")  # as at the server: kernels round differently
     local = ss.sweep(prepared, tmp_path / "local")
-    from spectral_sinks.measure import distant
-    from spectral_sinks.sweeps import jobs
+    from spectral_sinks.measure.nll import remote_batch as distant
+    from spectral_sinks.sweeps import remote_jobs as jobs
 
     distant.CELLS = 8
     jobs.FORGOTTEN = 5.0

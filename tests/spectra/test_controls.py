@@ -2,14 +2,14 @@
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support import tiny_models
 
 import spectral_sinks as ss
 from spectral_sinks.spectra.spectrum import Spectrum
-from spectral_sinks.sweeps.address import of_edit
+from spectral_sinks.sweeps.content_address import of_edit
 
 D = 40
 
@@ -141,8 +141,8 @@ def test_controls_have_addresses_of_their_own(u):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])
 def test_the_table_of_effects(family):
-    model = tiny.model(family)
-    windows = ss.Windows.of_ids(tiny.ids(4, 66, seed=1), model)
+    model = tiny_models.model(family)
+    windows = ss.Windows.of_ids(tiny_models.ids(4, 66, seed=1), model)
     dark = ss.read_spectrum(model).dark()
     restored = ss.NormRestored(ss.remove(dark))
     cells = {

@@ -3,17 +3,16 @@
 from typing import Any
 
 import pytest
-import sweeping
-import tiny
 import torch
+from support import small_sweeps, tiny_models
 
 import spectral_sinks as ss
 from spectral_sinks.sweeps.cells import named
 
 
 def grid(**options: Any) -> list[ss.Cell]:
-    embedding = ss.read_spectrum(tiny.model(), "embedding", bands=4, use_cache=False)
-    return ss.grid(tiny.model(), sweeping.windows(), sweeping.spectrum(), embedding, **options)
+    embedding = ss.read_spectrum(tiny_models.model(), "embedding", bands=4, use_cache=False)
+    return ss.grid(tiny_models.model(), small_sweeps.windows(), small_sweeps.spectrum(), embedding, **options)
 
 
 def names(**options: Any) -> list[str]:
@@ -40,7 +39,7 @@ def test_every_combination_once() -> None:
     for edit in both.edits.values():
         assert isinstance(edit, ss.Filter) and isinstance(edit.fill, ss.Swap)
         assert edit.tokens == [7, 5] and edit.rank == 8
-        assert torch.equal(edit.blocked.basis, sweeping.spectrum().dark().basis)
+        assert torch.equal(edit.blocked.basis, small_sweeps.spectrum().dark().basis)
     assert {"embedding: keep 1-2", "exit 0: remove 2, noise", "head 0.2: remove 2, first"} <= set(by)
     assert all(cell.draw is None for cell in found)
 
@@ -102,7 +101,7 @@ def test_fills() -> None:
     for kind in ("exit", "mlp"):
         means = fills[f"{kind} 0 + {kind} 2: remove 4, mean"]
         for layer, mean in zip((0, 2), means, strict=True):
-            expected = ss.mean_residual(tiny.model(), sweeping.windows(), ss.Site(kind, layer))
+            expected = ss.mean_residual(tiny_models.model(), small_sweeps.windows(), ss.Site(kind, layer))
             assert torch.equal(mean.reference, expected)
     sources = [fill.source for parts in fills.values() for fill in parts if isinstance(fill, ss.Mean)]
     assert len(set(sources)) == 4 and "" not in sources
@@ -110,15 +109,20 @@ def test_fills() -> None:
 
 def test_the_mean_is_of_its_model_and_windows() -> None:
     def source(model: ss.LanguageModel, windows: ss.Windows) -> str:
-        (cell,) = ss.grid(model, windows, sweeping.spectrum(), layers=[0], remove=["4"], fills=["mean"])
+        (cell,) = ss.grid(model, windows, small_sweeps.spectrum(), layers=[0], remove=["4"], fills=["mean"])
         (edit,) = cell.edits.values()
         return edit.fill.source  # pyright: ignore[reportFunctionMemberAccess]
 
-    windows = sweeping.windows()
-    fewer = ss.Windows.of_ids(windows.rows[:4], tiny.model())
-    other = ss.load(tiny.build(seed=1))
-    assert source(tiny.model(), windows) == source(tiny.model(), windows.as_documents())
-    assert len({source(tiny.model(), windows), source(tiny.model(), fewer), source(other, windows)}) == 3
+    windows = small_sweeps.windows()
+    fewer = ss.Windows.of_ids(windows.rows[:4], tiny_models.model())
+    other = ss.load(tiny_models.build(seed=1))
+    assert source(tiny_models.model(), windows) == source(tiny_models.model(), windows.as_documents())
+    assert (
+        len(
+            {source(tiny_models.model(), windows), source(tiny_models.model(), fewer), source(other, windows)}
+        )
+        == 3
+    )
 
 
 @pytest.mark.parametrize(
@@ -154,7 +158,7 @@ def test_bad_input(options: dict[str, Any], message: str) -> None:
 
 def test_psi_needs_the_embedding() -> None:
     with pytest.raises(ss.InputError, match="Psi needs the spectrum of the embedding as well"):
-        ss.grid(tiny.model(), sweeping.windows(), sweeping.spectrum(), ladder=["psi"])
+        ss.grid(tiny_models.model(), small_sweeps.windows(), small_sweeps.spectrum(), ladder=["psi"])
 
 
 def test_names_are_unique() -> None:
@@ -176,15 +180,15 @@ def test_a_sweep_refuses_cells_that_mean_nothing() -> None:
         ({site: ss.rnd(32, 2).filled(ss.Mean(torch.ones(16)))}, "a mean of width 16"),
     ):
         with pytest.raises(ss.InputError, match=message):
-            sweeping.sweep({"bad": edits})
+            small_sweeps.sweep({"bad": edits})
 
 
 def test_a_swap_without_a_donor_is_refused_before_the_start() -> None:
     swap = {"good": {}, "swapped": {ss.Site("exit", 1): ss.rnd(32, 2).filled(ss.Swap())}}
     for size in (1, 2):
         with pytest.raises(ss.InputError, match=r"'swapped' swaps within batches, and window \d is alone"):
-            sweeping.sweep(swap, batch_size=size)
-    assert len(sweeping.sweep(swap, batch_size=3).batches) == 2
+            small_sweeps.sweep(swap, batch_size=size)
+    assert len(small_sweeps.sweep(swap, batch_size=3).batches) == 2
     ids = [torch.zeros(n, dtype=torch.long) for n in (66, 66, 65)]
     with pytest.raises(ss.InputError, match="window 2 is alone in its batch"):
-        ss.Sweep.of(tiny.model(), ss.Windows.of_ids(ids, tiny.model()), swap)
+        ss.Sweep.of(tiny_models.model(), ss.Windows.of_ids(ids, tiny_models.model()), swap)

@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import sweeping
-import tiny
 from distributed import Client
+from support import small_sweeps, tiny_models
 
 import spectral_sinks as ss
-from spectral_sinks.cli import sweeping as sweeping_commands
+from spectral_sinks.cli import sweep as sweeping_commands
 
 TESTS = Path(__file__).parents[1]
 
@@ -84,9 +83,9 @@ def client(cluster: Cluster) -> Iterator[Client]:
 
 @pytest.fixture(scope="module")
 def file(cluster: Cluster) -> Path:
-    checkpoint = tiny.save(cluster.folder / "model")
+    checkpoint = tiny_models.save(cluster.folder / "model")
     text = cluster.folder / "text.jsonl"
-    text.write_text("".join(json.dumps({"text": tiny.text(80, seed)}) + "\n" for seed in range(4)))
+    text.write_text("".join(json.dumps({"text": tiny_models.text(80, seed)}) + "\n" for seed in range(4)))
     path = cluster.folder / "sweep.toml"
     path.write_text(
         f'model = "{checkpoint}"\nbatch_size = 2\n[texts]\ntext = "{text}"\nlength = 66\n'
@@ -96,8 +95,8 @@ def file(cluster: Cluster) -> Path:
 
 
 def test_objects(client: Client, tmp_path: Path) -> None:
-    done = ss.sweep(sweeping.sweep(), tmp_path / "out", executor=client.get_executor())
-    alone = ss.sweep(sweeping.sweep(), tmp_path / "alone")
+    done = ss.sweep(small_sweeps.sweep(), tmp_path / "out", executor=client.get_executor())
+    alone = ss.sweep(small_sweeps.sweep(), tmp_path / "alone")
     assert done.report.computed == 36 * 5
     assert done.store.rows().equals(alone.store.rows())
 
@@ -105,14 +104,16 @@ def test_objects(client: Client, tmp_path: Path) -> None:
 def test_a_file(client: Client, cluster: Cluster, file: Path, tmp_path: Path, capsys: Any) -> None:
     """The workers make the sweep from the file: nothing but units travels."""
     alone = ss.sweep(file, tmp_path / "alone")
-    ran = tiny.run(capsys, "sweep", file, "--out", tmp_path / "out", "--dask", cluster.address, "--json")
+    ran = tiny_models.run(
+        capsys, "sweep", file, "--out", tmp_path / "out", "--dask", cluster.address, "--json"
+    )
     assert (ran.status, ran.err) == (0, "")
     assert json.loads(ran.out)["computed"] == len(alone.store.rows()) == 3 * 3 * 4 * 4
     assert ss.Store(tmp_path / "out").rows().equals(alone.store.rows())
 
 
 def test_an_error_in_a_unit(client: Client, tmp_path: Path) -> None:
-    made = sweeping.sweep({"bad": {ss.Site("mlp", 2): sweeping.Failing(9)}})
+    made = small_sweeps.sweep({"bad": {ss.Site("mlp", 2): small_sweeps.Failing(9)}})
     with pytest.raises(ValueError, match=r"failed at \(\d, 66, 32\)"):
         ss.sweep(made, tmp_path / "out", executor=client.get_executor())
 
@@ -122,7 +123,7 @@ def test_a_killed_worker(client: Client, cluster: Cluster, tmp_path: Path) -> No
     out = tmp_path / "out"
     cells: dict[str, Any] = {}
     for layer in (0, 1, 2):
-        cells |= {f"{layer} {name}": e for name, e in sweeping.scaled(6, 0.1, layer).items()}
+        cells |= {f"{layer} {name}": e for name, e in small_sweeps.scaled(6, 0.1, layer).items()}
 
     def kill() -> None:
         while not list(out.glob("parts/*.parquet")):
@@ -131,21 +132,21 @@ def test_a_killed_worker(client: Client, cluster: Cluster, tmp_path: Path) -> No
 
     killer = threading.Thread(target=kill)
     killer.start()
-    done = ss.sweep(sweeping.sweep(cells), out, executor=client.get_executor())
+    done = ss.sweep(small_sweeps.sweep(cells), out, executor=client.get_executor())
     killer.join()
     assert cluster.workers[0].wait() == -signal.SIGKILL
     assert done.report.computed == 18 * 5 == len(done.store.rows())
-    alone = ss.sweep(sweeping.sweep(cells), tmp_path / "alone")
+    alone = ss.sweep(small_sweeps.sweep(cells), tmp_path / "alone")
     assert done.store.rows().equals(alone.store.rows())
 
 
 def test_nobody_answers(file: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweeping_commands, "PATIENCE", 0.5)
     for address in ("tcp://127.0.0.1:1", "nonsense://x"):
-        ran = tiny.run(capsys, "sweep", file, "--out", tmp_path / "out", "--dask", address)
+        ran = tiny_models.run(capsys, "sweep", file, "--out", tmp_path / "out", "--dask", address)
         assert ran.status == 2 and ran.err.count("\n") == 1
         assert f"no Dask scheduler answers at {address}" in ran.err
     monkeypatch.setitem(sys.modules, "distributed", None)
-    ran = tiny.run(capsys, "sweep", file, "--out", tmp_path / "out", "--dask", "tcp://127.0.0.1:1")
+    ran = tiny_models.run(capsys, "sweep", file, "--out", tmp_path / "out", "--dask", "tcp://127.0.0.1:1")
     assert ran.status == 2 and "pip install 'spectral-sinks[cluster]'" in ran.err
     assert not (tmp_path / "out").exists()

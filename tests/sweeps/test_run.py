@@ -15,11 +15,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-import sweeping
-import tiny
+from support import small_sweeps, tiny_models
 
 import spectral_sinks as ss
-from spectral_sinks.sweeps import cost, run, sweep
+from spectral_sinks.sweeps import cost, definition, run
 
 EXIT = ss.Site("exit", 1)
 
@@ -32,25 +31,25 @@ def out(tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> ss.Done:
     """The sweep in one go."""
-    return ss.sweep(sweeping.sweep(), tmp_path_factory.mktemp("whole") / "out")
+    return ss.sweep(small_sweeps.sweep(), tmp_path_factory.mktemp("whole") / "out")
 
 
 @pytest.fixture(scope="module")
 def processes() -> BaseContext:
-    return sweeping.fast()
+    return small_sweeps.fast()
 
 
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """Cell and batch of all that is measured, in order."""
     found: list[tuple[str, int]] = []
-    measure = sweep.Sweep.measure
+    measure = definition.Sweep.measure
 
-    def noted(self: ss.Sweep, unit: sweep.Unit) -> pd.DataFrame:
+    def noted(self: ss.Sweep, unit: definition.Unit) -> pd.DataFrame:
         found.extend((self.addresses[cell], unit.batch) for cell in unit.cells)
         return measure(self, unit)
 
-    monkeypatch.setattr(sweep.Sweep, "measure", noted)
+    monkeypatch.setattr(definition.Sweep, "measure", noted)
     return found
 
 
@@ -65,14 +64,14 @@ def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
 
 def test_it_is_evaluate_all(whole: ss.Done) -> None:
     cells = {cell.name: cell.edits for cell in whole.sweep.cells}
-    effects = ss.evaluate_all(tiny.model(), sweeping.windows(), cells, batch_size=3)
+    effects = ss.evaluate_all(tiny_models.model(), small_sweeps.windows(), cells, batch_size=3)
     table, summary = whole.table(), whole.summary().set_index("name")
     assert list(table["name"]) == [name for name in cells for _ in range(4)]
     for name, effect in effects.items():
         found = table[table["name"] == name]
         assert list(found["document"]) == [0, 1, 2, 3] and list(found["windows"]) == [2, 1, 1, 1]
         assert list(found["tokens"]) == list(effect.rows["tokens"])
-        for number in sweeping.NUMBERS:
+        for number in small_sweeps.NUMBERS:
             assert np.abs(found[number].to_numpy() - effect.rows[number].to_numpy()).max() < 1e-6
         for prefix in ("sink_mass", "baseline_sink_mass"):
             mass = effect.rows[[f"{prefix}_{layer}" for layer in range(3)]].to_numpy()
@@ -84,9 +83,9 @@ def test_it_is_evaluate_all(whole: ss.Done) -> None:
 
 
 def test_what_a_row_says_of_its_cell() -> None:
-    s = sweeping.spectrum()
+    s = small_sweeps.spectrum()
     described = {
-        name: sweep.describe(ss.Cell(name, edits, draw))
+        name: definition.describe(ss.Cell(name, edits, draw))
         for name, draw, edits in (
             ("none", None, {}),
             ("head", 3, {ss.Site("head", 2, 1): ss.remove(s.band(4)).at("first")}),
@@ -98,7 +97,7 @@ def test_what_a_row_says_of_its_cell() -> None:
                     ss.Site("exit", 0): ss.remove(s.dark()),
                 },
             ),
-            ("custom", None, {EXIT: sweeping.Fixed(0.5)}),
+            ("custom", None, {EXIT: small_sweeps.Fixed(0.5)}),
         )
     }
     keys = ("site", "layer", "head", "filter", "rank", "fill", "at", "draw")
@@ -121,7 +120,7 @@ def test_what_a_row_says_of_its_cell() -> None:
 
 def test_a_second_run_finds_all(whole: ss.Done, measured: list[Any]) -> None:
     before = snapshot(whole.store.folder)
-    done = ss.sweep(sweeping.sweep(), whole.store.folder)
+    done = ss.sweep(small_sweeps.sweep(), whole.store.folder)
     assert measured == [] and (done.report.computed, done.report.found) == (0, 36 * 5)
     assert done.table().equals(whole.table()) and done.report.of_floor is None
     after = snapshot(whole.store.folder)
@@ -132,22 +131,22 @@ class Stop:
     """What raises after some units."""
 
     def __init__(self, patch: pytest.MonkeyPatch, after: int, error: BaseException) -> None:
-        measure, self.left = sweep.Sweep.measure, after
+        measure, self.left = definition.Sweep.measure, after
 
-        def stopping(this: ss.Sweep, unit: sweep.Unit) -> pd.DataFrame:
+        def stopping(this: ss.Sweep, unit: definition.Unit) -> pd.DataFrame:
             self.left -= 1
             if self.left < 0:
                 raise error
             return measure(this, unit)
 
-        patch.setattr(sweep.Sweep, "measure", stopping)
+        patch.setattr(definition.Sweep, "measure", stopping)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("in a unit"), ss.InputError("of ours")])
 def test_an_interruption_costs_only_what_was_unfinished(
     whole: ss.Done, out: Path, error: BaseException, measured: list[Any]
 ) -> None:
-    made = sweeping.sweep()
+    made = small_sweeps.sweep()
     with pytest.MonkeyPatch.context() as patch:
         Stop(patch, 3, error)
         with pytest.raises(type(error)) as stopped:  # kept: a notebook keeps the last traceback as well
@@ -167,26 +166,26 @@ def test_an_interruption_costs_only_what_was_unfinished(
 
 
 def test_fresh_begins_again(whole: ss.Done, out: Path, measured: list[Any]) -> None:
-    ss.sweep(sweeping.sweep(), out)
+    ss.sweep(small_sweeps.sweep(), out)
     first = len(measured)
-    done = ss.sweep(sweeping.sweep(), out, fresh=True)
+    done = ss.sweep(small_sweeps.sweep(), out, fresh=True)
     assert len(measured) == 2 * first and done.report.found == 0
-    other = ss.sweep(sweeping.sweep({"other": {EXIT: ss.rnd(32, 3)}}), out, fresh=True)
+    other = ss.sweep(small_sweeps.sweep({"other": {EXIT: ss.rnd(32, 3)}}), out, fresh=True)
     assert len(other.store.rows()) == 5 and len(other.store.manifest["runs"]) == 1
 
 
 def test_nothing_is_touched_where_something_is_wrong(out: Path, whole: ss.Done) -> None:
     """A fresh run with a wrong shard once emptied the folder before it said so."""
     before = snapshot(whole.store.folder)
-    nameless = sweeping.sweep({"nameless": {EXIT: lambda x: x}})
+    nameless = small_sweeps.sweep({"nameless": {EXIT: lambda x: x}})
     wrong: list[tuple[Any, dict[str, Any], str]] = [
-        (sweeping.sweep(), {"shard": (0, 2)}, "shard 0/2: expected 1/2 to 2/2"),
-        (sweeping.sweep(), {"shard": (3, 2)}, "shard 3/2"),
-        (sweeping.sweep(), {"shard": (1, 0)}, "shard 1/0: expected 1/1"),
-        (sweeping.sweep(), {"workers": -1}, "-1 workers"),
-        (sweeping.sweep(), {"devices": ["cpu"]}, "0 workers for devices cpu"),
-        (sweeping.sweep(), {"workers": 1, "devices": ["nowhere:1"]}, "device 'nowhere:1' cannot be used"),
-        (sweeping.sweep(), {"workers": 1, "executor": run.Serial()}, "workers or an executor, not both"),
+        (small_sweeps.sweep(), {"shard": (0, 2)}, "shard 0/2: expected 1/2 to 2/2"),
+        (small_sweeps.sweep(), {"shard": (3, 2)}, "shard 3/2"),
+        (small_sweeps.sweep(), {"shard": (1, 0)}, "shard 1/0: expected 1/1"),
+        (small_sweeps.sweep(), {"workers": -1}, "-1 workers"),
+        (small_sweeps.sweep(), {"devices": ["cpu"]}, "0 workers for devices cpu"),
+        (small_sweeps.sweep(), {"workers": 1, "devices": ["nowhere:1"]}, "device 'nowhere:1' cannot be used"),
+        (small_sweeps.sweep(), {"workers": 1, "executor": run.Serial()}, "workers or an executor, not both"),
         (nameless, {}, "no content address"),
         (out.parent / "no.toml", {}, "cannot be read"),
     ]
@@ -199,28 +198,28 @@ def test_nothing_is_touched_where_something_is_wrong(out: Path, whole: ss.Done) 
 
 
 def test_an_extended_sweep_computes_what_is_new(out: Path, measured: list[Any]) -> None:
-    s = sweeping.spectrum()
+    s = small_sweeps.spectrum()
     cells = {f"band {j}": {EXIT: ss.remove(s.band(j))} for j in (1, 2, 3)}
-    first = ss.sweep(sweeping.sweep(cells), out)
+    first = ss.sweep(small_sweeps.sweep(cells), out)
     measured.clear()
     more = {"new": {EXIT: ss.remove(s.band(4))}} | cells | {"site": {ss.Site("mlp", 1): ss.remove(s.dark())}}
-    done = ss.sweep(sweeping.sweep(more, batch_size=2), out)  # other batches, same cells
+    done = ss.sweep(small_sweeps.sweep(more, batch_size=2), out)  # other batches, same cells
     assert {cell for cell, _ in measured} == {done.sweep.addresses[0], done.sweep.addresses[4]}
     assert (done.report.computed, done.report.found) == (2 * 5, 3 * 5)
     assert list(done.summary()["name"]) == list(more)
     table = done.table()
     same = table[table["name"].isin([*cells])].reset_index(drop=True)
     assert same.equals(first.table()), "rows of before, bit for bit"
-    old = ss.sweep(sweeping.sweep(cells), out)
+    old = ss.sweep(small_sweeps.sweep(cells), out)
     assert old.table().equals(first.table()), "a sweep shows its own cells alone"
     assert len(old.store.manifest["runs"]) == 2
 
 
 def test_a_batch_of_which_some_windows_are_there_is_completed(out: Path) -> None:
     cells = {"one": {EXIT: ss.rnd(32, 3)}}
-    first = ss.sweep(sweeping.sweep(cells, batch_size=2), out, shard=(1, 3))
+    first = ss.sweep(small_sweeps.sweep(cells, batch_size=2), out, shard=(1, 3))
     assert 0 < first.report.computed < 3
-    done = ss.sweep(sweeping.sweep(cells, batch_size=5), out)
+    done = ss.sweep(small_sweeps.sweep(cells, batch_size=5), out)
     assert (done.report.computed, done.report.found) == (5, 0), "as a whole, one batch"
     assert sorted(done.store.rows()["window"]) == [0, 1, 2, 3, 4], "and no window counts twice"
 
@@ -230,14 +229,14 @@ def test_a_swap_is_computed_again_for_other_batches(out: Path) -> None:
         "swap": {EXIT: ss.rnd(32, 4).filled(ss.Swap())},
         "zero": {EXIT: ss.rnd(32, 4)},
     }
-    ss.sweep(sweeping.sweep(cells), out)
-    done = ss.sweep(sweeping.sweep(cells, batch_size=5), out)
+    ss.sweep(small_sweeps.sweep(cells), out)
+    done = ss.sweep(small_sweeps.sweep(cells, batch_size=5), out)
     assert (done.report.computed, done.report.found) == (5, 5)
     assert len(done.store.rows()) == 15 and len(done.table()) == 8
 
 
 def test_shards_merged_are_the_whole(whole: ss.Done, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = sweeping.sweep()
+    made = small_sweeps.sweep()
     shards = [made.shard(i, 3) for i in (1, 2, 3)]
     assert sorted(unit.name for shard in shards for unit in shard) == sorted(u.name for u in made.units)
     folders = [out / str(i) for i in (3, 1, 2)]
@@ -251,14 +250,14 @@ def test_shards_merged_are_the_whole(whole: ss.Done, out: Path, monkeypatch: pyt
 
 
 def test_a_shard_may_be_empty(out: Path) -> None:
-    made = sweeping.sweep({"one": {EXIT: ss.rnd(32, 3)}})
+    made = small_sweeps.sweep({"one": {EXIT: ss.rnd(32, 3)}})
     done = ss.sweep(made, out, shard=(5, 5))
     assert (done.report.computed, done.report.found) == (0, 0)
     assert len(done.table()) == len(done.summary()) == 0
 
 
 def test_a_damaged_part_is_computed_again(whole: ss.Done, out: Path, measured: list[Any]) -> None:
-    made = sweeping.sweep()
+    made = small_sweeps.sweep()
     ss.sweep(made, out)
     victim = made.units[2]
     (part,) = (out / "parts").glob(f"{victim.name}-*.parquet")
@@ -274,25 +273,25 @@ def test_a_damaged_part_is_computed_again(whole: ss.Done, out: Path, measured: l
 def test_two_processes_share_the_work(whole: ss.Done, processes: Any, out: Path) -> None:
     """Every unit is computed by one of them alone: as many parts as units, and none is found twice."""
     ss.Store(out)
-    both = [processes.Process(target=sweeping.run, args=(out, 1, 0.02)) for _ in range(2)]
+    both = [processes.Process(target=small_sweeps.run, args=(out, 1, 0.02)) for _ in range(2)]
     for process in both:
         process.start()
     for process in both:
         process.join(60)
     assert [process.exitcode for process in both] == [0, 0]
     assert len(list((out / "parts").glob("*.parquet"))) == 20 * 2
-    alone = ss.sweep(sweeping.sweep(sweeping.scaled(20)), out.parent / "alone")
-    found = ss.sweep(sweeping.sweep(sweeping.scaled(20)), out)
+    alone = ss.sweep(small_sweeps.sweep(small_sweeps.scaled(20)), out.parent / "alone")
+    found = ss.sweep(small_sweeps.sweep(small_sweeps.scaled(20)), out)
     assert found.report.computed == 0
-    sweeping.rows_agree(found.store.rows(), alone.store.rows())
+    small_sweeps.rows_agree(found.store.rows(), alone.store.rows())
 
 
 def test_a_unit_in_other_hands_is_waited_for(out: Path, whole: ss.Done) -> None:
-    made = sweeping.sweep()
+    made = small_sweeps.sweep()
     store = ss.Store(out)
     rows = whole.store.rows()
 
-    def finish(unit: sweep.Unit) -> None:
+    def finish(unit: definition.Unit) -> None:
         places = made.batches[unit.batch][0]
         cells = [made.addresses[i] for i in unit.cells]
         with store.claim(unit.name) as mine:
@@ -311,14 +310,14 @@ def test_a_unit_in_other_hands_is_waited_for(out: Path, whole: ss.Done) -> None:
         done = ss.sweep(made, out)
         other.join()
         assert done.report.computed == computed and done.report.found == 36 * 5 - computed
-        sweeping.rows_agree(done.store.rows(), rows)
+        small_sweeps.rows_agree(done.store.rows(), rows)
 
 
 def test_killed_at_random_moments(whole: ss.Done, processes: Any, tmp_path: Path) -> None:
     """Nothing finished is lost, nothing is there twice, and the end is that of a run without a kill."""
 
     def start(out: Path) -> Any:
-        process = processes.Process(target=sweeping.run, args=(out,))
+        process = processes.Process(target=small_sweeps.run, args=(out,))
         process.start()
         return process
 
@@ -344,7 +343,7 @@ def test_killed_at_random_moments(whole: ss.Done, processes: Any, tmp_path: Path
                 assert before <= finished == len(ss.Store(out).finished()), "what was finished stays"
                 assert not rows.duplicated(["cell", "window"]).any()
                 partial.add(finished)
-        sweeping.rows_agree(ss.Store(out).rows(), whole.store.rows())
+        small_sweeps.rows_agree(ss.Store(out).rows(), whole.store.rows())
         parts = [path.name for path in (out / "parts").iterdir()]
         assert len(parts) == 36 * 2, "every unit was written once, and no half file is left"
     assert len(partial - {0, 36 * 5}) >= 3, partial
@@ -352,7 +351,7 @@ def test_killed_at_random_moments(whole: ss.Done, processes: Any, tmp_path: Path
 
 def test_the_report(out: Path) -> None:
     said: list[str] = []
-    done = ss.sweep(sweeping.sweep(sweeping.scaled(4, 0.02)), out, say=said.append)
+    done = ss.sweep(small_sweeps.sweep(small_sweeps.scaled(4, 0.02)), out, say=said.append)
     report = done.report
     assert (report.computed, report.found) == (4 * 5, 0)
     assert 0 < report.worker_seconds < report.seconds
@@ -360,7 +359,7 @@ def test_the_report(out: Path) -> None:
     assert report.of_floor is not None and report.of_floor > 0
     assert said[0].startswith("4 cells x 5 windows in 2 units: ") and "GiB beside the weights" in said[0]
     assert str(report).startswith("20 cells x windows in ") and str(report).endswith(" times the floor")
-    again = ss.sweep(sweeping.sweep(sweeping.scaled(4)), out, say=said.append)
+    again = ss.sweep(small_sweeps.sweep(small_sweeps.scaled(4)), out, say=said.append)
     assert said[1:] == [f"all 20 cells x windows are in {out}"]
     assert (again.report.computed, again.report.found, again.report.of_floor) == (0, 20, None)
     assert "0 cells x windows in 0.0 seconds, 20 were there" in str(again.report)
@@ -379,16 +378,16 @@ def test_progress_begins_with_what_is_there(out: Path, monkeypatch: pytest.Monke
             shown.append((int(self.n + (n or 0)), self.total))
             return super().update(n)
 
-    ss.sweep(sweeping.sweep(sweeping.scaled(4)), out)
+    ss.sweep(small_sweeps.sweep(small_sweeps.scaled(4)), out)
     monkeypatch.setattr(run, "tqdm", Bar)
-    monkeypatch.setattr(sweep, "CELLS", 1)
-    ss.sweep(sweeping.sweep(sweeping.scaled(6)), out)
+    monkeypatch.setattr(definition, "CELLS", 1)
+    ss.sweep(small_sweeps.sweep(small_sweeps.scaled(6)), out)
     assert shown[0] == (20, 30) and shown[-1][0] in (27, 28)
     assert [n for n, _ in shown] == sorted(n for n, _ in shown)
 
 
 def test_a_plan_writes_nothing(whole: ss.Done, out: Path) -> None:
-    made = sweeping.sweep()
+    made = small_sweeps.sweep()
     before = snapshot(whole.store.folder)
     assert ss.plan(made, whole.store.folder).units == 0
     assert snapshot(whole.store.folder) == before
@@ -407,8 +406,8 @@ def test_a_plan_writes_nothing(whole: ss.Done, out: Path) -> None:
 
 
 def test_a_plan_counts_what_is_missing(out: Path) -> None:
-    ss.sweep(sweeping.sweep(sweeping.scaled(3)), out)
-    planned = ss.plan(sweeping.sweep(sweeping.scaled(5)), out)
+    ss.sweep(small_sweeps.sweep(small_sweeps.scaled(3)), out)
+    planned = ss.plan(small_sweeps.sweep(small_sweeps.scaled(5)), out)
     assert (planned.cells, planned.units, planned.windows) == (2, 2, 5)
 
 
@@ -418,7 +417,7 @@ def test_what_it_costs(monkeypatch: pytest.MonkeyPatch) -> None:
 
     class Clocked:
         def __init__(self, model: Any, windows: Any, places: list[int], ids: Any, starts: Any) -> None:
-            self.places, self.memory = places, sweep.Memory(model, ids.shape[1])
+            self.places, self.memory = places, definition.Memory(model, ids.shape[1])
 
         def measure(self, cells: list[dict[ss.Site, Any]]) -> None:
             (cell,) = cells
@@ -428,7 +427,7 @@ def test_what_it_costs(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(cost, "Batch", Clocked)
     monkeypatch.setattr(cost.time, "perf_counter", lambda: now[0])
-    s = sweeping.spectrum()
+    s = small_sweeps.spectrum()
     cells = {
         "from the last exit": {ss.Site("exit", 2): ss.remove(s.band(1))},  # the head alone: 3
         "from exit 0": {ss.Site("exit", 0): ss.remove(s.band(1))},  # two layers: 7
@@ -437,7 +436,7 @@ def test_what_it_costs(monkeypatch: pytest.MonkeyPatch) -> None:
         "both": {ss.Site("exit", 2): ss.remove(s.band(1)), ss.Site("mlp", 0): ss.remove(s.band(1))},  # 9
         "nothing": {EXIT: ss.phi(s, 1, 4)},  # 0
     }
-    made = sweeping.sweep(cells)
+    made = small_sweeps.sweep(cells)
     assert [*made.starts] == [2, 0, 0, -1, -1, None]
     found = cost.estimate(made, made.units)
     assert (found.cells, found.windows, found.layers) == (6, 5, 3)
@@ -460,16 +459,16 @@ def test_durations(seconds: float, text: str) -> None:
 
 
 def test_units_begin_low_and_hold_cells_of_one_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = sweeping.sweep()
+    made = small_sweeps.sweep()
     assert len({unit.name for unit in made.units}) == len(made.units)
     for unit in made.units:
-        assert len({made.starts[cell] for cell in unit.cells}) == 1 and len(unit.cells) <= sweep.CELLS
+        assert len({made.starts[cell] for cell in unit.cells}) == 1 and len(unit.cells) <= definition.CELLS
     measured = [(unit.batch, cell) for unit in made.units for cell in unit.cells]
     assert sorted(measured) == sorted((b, cell) for b in (0, 1) for cell in made.distinct)
     order = [(unit.batch, made.starts[unit.cells[0]]) for unit in made.units]
     assert order == sorted(order)  # pyright: ignore[reportArgumentType]
-    monkeypatch.setattr(sweep, "UNIT", {"cpu": 1.0})
-    assert all(len(unit.cells) == 1 for unit in sweeping.sweep().units), "a large model has small units"
+    monkeypatch.setattr(definition, "UNIT", {"cpu": 1.0})
+    assert all(len(unit.cells) == 1 for unit in small_sweeps.sweep().units), "a large model has small units"
 
 
 def test_the_manifest(whole: ss.Done) -> None:
@@ -477,7 +476,7 @@ def test_the_manifest(whole: ss.Done) -> None:
     found = whole.store.manifest["runs"][key]
     assert key == whole.sweep.key
     assert found["cells"] == [whole.sweep.addresses[cell] for cell in whole.sweep.distinct]
-    assert found["weights"] == tiny.model().fingerprint and found["windows"]["documents"] == 4
+    assert found["weights"] == tiny_models.model().fingerprint and found["windows"]["documents"] == 4
     assert json.loads(json.dumps(found)) == found
 
 

@@ -4,7 +4,6 @@ import json
 import warnings
 from contextlib import contextmanager
 
-import cells
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -13,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pandas.testing import assert_frame_equal
+from support import synthetic_rows
 
 from spectral_sinks.errors import InputError, SpectralWarning
 from spectral_sinks.sweeps import schema
@@ -39,14 +39,14 @@ def store(tmp_path):
 @pytest.fixture
 def filled(store):
     for name in NAMES:
-        store.add(name.replace(" ", "-"), cells.rows(name))
-    store.record("run", {"model": "tiny", "cells": [cells.address(name) for name in NAMES]})
+        store.add(name.replace(" ", "-"), synthetic_rows.rows(name))
+    store.record("run", {"model": "tiny", "cells": [synthetic_rows.address(name) for name in NAMES]})
     return store
 
 
 def test_rows_come_back_in_the_order_of_the_plan(filled):
     found = filled.rows()
-    given = cells.rows(*NAMES)
+    given = synthetic_rows.rows(*NAMES)
     assert list(found["name"]) == list(given["name"]) and list(found["window"]) == list(given["window"])
     assert_frame_equal(found[list(MEANS)], given[list(MEANS)], check_exact=True)
     for column in BY_LAYER:
@@ -61,8 +61,8 @@ def test_rows_come_back_in_the_order_of_the_plan(filled):
 
 def test_an_unplanned_cell_comes_last_by_address(store):
     for name in NAMES:
-        store.add("a", cells.rows(name))
-    addresses = [cells.address(name) for name in NAMES]
+        store.add("a", synthetic_rows.rows(name))
+    addresses = [synthetic_rows.address(name) for name in NAMES]
     assert list(store.rows()["cell"].unique()) == sorted(addresses)
     store.record("run", {"cells": [max(addresses)]})
     assert list(store.rows()["cell"].unique()) == [max(addresses), *sorted(addresses)[:-1]]
@@ -86,14 +86,14 @@ def test_pandas_alone_reads_the_parts(filled):
 
 
 def test_finished_reads_a_part_once(filled, monkeypatch):
-    expected = {(cells.address(name), window) for name in NAMES for window in range(4)}
+    expected = {(synthetic_rows.address(name), window) for name in NAMES for window in range(4)}
     assert filled.finished() == expected
     read = []
     monkeypatch.setattr(
         "spectral_sinks.sweeps.store.decode",
         lambda data, name: read.append(name) or schema.decode(data, name),
     )
-    added = filled.add("more", cells.rows("more"))
+    added = filled.add("more", synthetic_rows.rows("more"))
     assert len(filled.finished()) == len(expected) + 4 and read == [added.name]
     added.unlink()
     assert filled.finished() == expected and read == [added.name]
@@ -105,7 +105,7 @@ def test_means_over_a_document_are_weighted_by_tokens(filled):
     assert list(table["name"]) == [name for name in NAMES for _ in range(2)]
     for name in NAMES:
         for document in (0, 1):
-            part = cells.rows(name, windows=(2 * document, 2 * document + 1))
+            part = synthetic_rows.rows(name, windows=(2 * document, 2 * document + 1))
             (row,) = table[table["name"].eq(name) & table["document"].eq(document)].to_dict("records")
             (a, b), tokens = part.to_dict("records"), part["tokens"].sum()
             assert row["tokens"] == tokens
@@ -116,7 +116,7 @@ def test_means_over_a_document_are_weighted_by_tokens(filled):
 
 
 def test_documents_need_not_be_in_the_order_of_windows(store):
-    given = cells.rows("a").assign(document=[7, 2, 7, 2])
+    given = synthetic_rows.rows("a").assign(document=[7, 2, 7, 2])
     store.add("a", given)
     table = store.table()
     assert list(table["document"]) == [2, 7]
@@ -125,23 +125,23 @@ def test_documents_need_not_be_in_the_order_of_windows(store):
 
 
 def test_what_one_window_lacks_the_document_lacks(store):
-    given = cells.rows("a")
+    given = synthetic_rows.rows("a")
     given.loc[1, "nll"] = np.nan
     given.loc[2, "sink_mass"] = None
     store.add("a", given)
     table = store.table()
     assert list(table["nll"].isna()) == [True, False] and table["kl"].notna().all()
     assert [value is None for value in table["sink_mass"]] == [False, True]
-    assert all(len(value) == cells.LAYERS for value in table["baseline_sink_mass"])
+    assert all(len(value) == synthetic_rows.LAYERS for value in table["baseline_sink_mass"])
 
 
 def test_models_of_several_depths(store):
-    short = cells.rows("a")
+    short = synthetic_rows.rows("a")
     short["sink_mass"] = [value[:2] for value in short["sink_mass"]]
-    store.add("a", pd.concat([short, cells.rows("b").assign(baseline_sink_mass=None)]))
+    store.add("a", pd.concat([short, synthetic_rows.rows("b").assign(baseline_sink_mass=None)]))
     table = store.table().set_index("name")
     assert [len(value) for value in table["sink_mass"]["a"]] == [2, 2]
-    assert [len(value) for value in table["sink_mass"]["b"]] == [cells.LAYERS] * 2
+    assert [len(value) for value in table["sink_mass"]["b"]] == [synthetic_rows.LAYERS] * 2
     assert table["baseline_sink_mass"]["b"].isna().all()
     mean = np.average([*short["sink_mass"][2:]], axis=0, weights=short["tokens"][2:])
     np.testing.assert_allclose(table["sink_mass"]["a"].iloc[1], mean, rtol=1e-12)
@@ -164,20 +164,20 @@ def test_models_of_several_depths(store):
 )
 def test_rows_that_do_not_fit_are_refused(store, spoil):
     with pytest.raises(InputError, match=r"rows of a sweep.*(kl|extra|window|cell|document|nll|sink_mass)"):
-        store.add("a", spoil(cells.rows("a")))
+        store.add("a", spoil(synthetic_rows.rows("a")))
     assert named(store.folder) == ["manifest.json", "parts"]
 
 
 @pytest.mark.parametrize("unit", ["", "../a", "a/b", ".a", "a b", "é", "a" * 151, "a\n"])
 def test_a_unit_is_a_file_name(store, unit):
     with pytest.raises(InputError, match="unit"):
-        store.add(unit, cells.rows("a"))
+        store.add(unit, synthetic_rows.rows("a"))
     with pytest.raises(InputError, match="unit"), store.claim(unit):
         pass
 
 
 def test_the_same_rows_are_the_same_file(store):
-    given = cells.rows("rnd a", "custom b")
+    given = synthetic_rows.rows("rnd a", "custom b")
     first = store.add("a", given)
     again = given[given.columns[::-1]].astype({"window": "int16", "rank": "Int64", "draw": "float64"})
     again["sink_mass"] = again["sink_mass"].map(np.array)
@@ -187,7 +187,7 @@ def test_the_same_rows_are_the_same_file(store):
 
 def test_what_is_there_twice_counts_once(tmp_path):
     """The part that is read first does not decide: its name holds a checksum."""
-    one, other = cells.rows("a", "b"), cells.rows("a", "b")
+    one, other = synthetic_rows.rows("a", "b"), synthetic_rows.rows("a", "b")
     other.loc[3, "nll"] += 1e-9
     frames = []
     for order in ("ab", "ba"):
@@ -255,9 +255,9 @@ def test_a_damaged_part_is_reported_set_aside_and_computed_again(filled, damage,
     with pytest.warns(SpectralWarning, match=rf"{reason}.*set aside as \.damaged-") as caught:
         left = fresh.finished()
     assert len(caught) == 1
-    assert finished - left == {(cells.address("phi 1"), window) for window in range(4)}
+    assert finished - left == {(synthetic_rows.address("phi 1"), window) for window in range(4)}
     assert len(fresh.rows()) == len(pd.read_parquet(filled.parts)) == 12  # without a word
-    fresh.add("phi-1", cells.rows("phi 1"))
+    fresh.add("phi-1", synthetic_rows.rows("phi 1"))
     exact(Store(filled.folder).rows(), expected)
 
 
@@ -272,7 +272,7 @@ def test_rows_find_damage_after_finished_did_not(filled):
 
 @pytest.fixture(scope="module")
 def part():
-    data = schema.encode(cells.rows("a"))
+    data = schema.encode(synthetic_rows.rows("a"))
     return f"a-{schema.checksum(data)}.parquet", data
 
 
@@ -335,7 +335,7 @@ def test_another_format_is_refused(filled, format):
 
 def test_a_part_of_another_format_is_refused_and_left_alone(filled, monkeypatch):
     monkeypatch.setattr(schema, "FORMAT", 2)
-    path = filled.add("later", cells.rows("later"))
+    path = filled.add("later", synthetic_rows.rows("later"))
     monkeypatch.undo()
     for read in (filled.rows, filled.finished, Store(filled.folder).finished):
         with pytest.raises(InputError, match=r"later-.*format 2"):
@@ -408,13 +408,13 @@ def test_clear_removes_what_the_store_made(filled):
 # Shards
 
 
-PLAN = {"run": {"model": "tiny", "cells": [cells.address(name) for name in NAMES]}}
+PLAN = {"run": {"model": "tiny", "cells": [synthetic_rows.address(name) for name in NAMES]}}
 
 
 def single(folder):
     store = Store(folder)
     for name in NAMES:
-        store.add(name.replace(" ", "-"), cells.rows(name, windows=range(6)))
+        store.add(name.replace(" ", "-"), synthetic_rows.rows(name, windows=range(6)))
     store.record("run", PLAN["run"])
     return store
 
@@ -438,7 +438,7 @@ def test_merged_shards_equal_a_single_process(tmp_path, shards, backwards):
         store = Store(tmp_path / f"shard {place}")
         store.record("run", PLAN["run"])
         for unit, names, windows in units:
-            store.add(unit, cells.rows(*names, windows=windows))
+            store.add(unit, synthetic_rows.rows(*names, windows=windows))
         folders.insert(0 if backwards else place, store.folder)
     whole = single(tmp_path / "single")
     merged = Store.merge(folders, tmp_path / "merged")

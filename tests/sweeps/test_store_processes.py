@@ -15,13 +15,13 @@ from contextlib import contextmanager
 from itertools import chain, count
 from pathlib import Path
 
-import cells
 import pandas as pd
 import pytest
 from pandas.testing import assert_frame_equal
+from support import synthetic_rows
 
+from spectral_sinks import files
 from spectral_sinks.errors import InputError, SpectralWarning
-from spectral_sinks.sweeps import files
 from spectral_sinks.sweeps import store as module
 from spectral_sinks.sweeps.store import Store
 
@@ -31,7 +31,7 @@ pytestmark = [
 ]
 
 UNITS = {f"unit-{place}": [f"{place} a", f"{place} rnd"] for place in range(24)}
-PLAN = {"cells": [cells.address(name) for names in UNITS.values() for name in names]}
+PLAN = {"cells": [synthetic_rows.address(name) for names in UNITS.values() for name in names]}
 
 
 def forked(work, *arguments) -> int:
@@ -70,10 +70,10 @@ def sweep(folder: Path, diary: Path, pause: float = 0.0) -> None:
         while len(store.finished()) < 8 * len(UNITS):
             for unit, names in UNITS.items():
                 with store.claim(unit) as mine:
-                    if mine and (cells.address(names[0]), 0) not in store.finished():
+                    if mine and (synthetic_rows.address(names[0]), 0) not in store.finished():
                         notes.write(f"computed {unit}\n")
                         time.sleep(pause)
-                        store.add(unit, cells.rows(*names))
+                        store.add(unit, synthetic_rows.rows(*names))
                         notes.write(f"finished {unit}\n")
 
 
@@ -83,7 +83,12 @@ def noted(diary: Path, what: str) -> list[str]:
 
 
 def pairs(units):
-    return {(cells.address(name), window) for unit in units for name in UNITS[unit] for window in range(4)}
+    return {
+        (synthetic_rows.address(name), window)
+        for unit in units
+        for name in UNITS[unit]
+        for window in range(4)
+    }
 
 
 @pytest.fixture(scope="module")
@@ -142,14 +147,14 @@ def until_operation(number: int, folder: Path) -> None:
 
     sys.addaudithook(kill)
     store = Store(folder)
-    store.add("unit-1", cells.rows(*UNITS["unit-1"]))
+    store.add("unit-1", synthetic_rows.rows(*UNITS["unit-1"]))
     store.record("run", PLAN)
 
 
 def test_killed_before_each_file_operation(tmp_path, expected):
     ended, leftovers = None, 0
     begun = tmp_path / "begun"
-    Store(begun).add("unit-0", cells.rows(*UNITS["unit-0"]))
+    Store(begun).add("unit-0", synthetic_rows.rows(*UNITS["unit-0"]))
     for number in count(1):
         for folder in (tmp_path / f"new {number}", tmp_path / f"begun {number}"):
             if "begun" in folder.name:
@@ -160,7 +165,7 @@ def test_killed_before_each_file_operation(tmp_path, expected):
             before = pairs(["unit-0"]) if "begun" in folder.name else set()
             assert store.finished() in (before, before | pairs(["unit-1"]))
             for unit in ("unit-0", "unit-1"):
-                store.add(unit, cells.rows(*UNITS[unit]))
+                store.add(unit, synthetic_rows.rows(*UNITS[unit]))
             store.record("run", PLAN)
             assert_frame_equal(store.rows(), expected[:16], check_exact=True)
             assert not list(folder.rglob(".*.part"))
@@ -191,14 +196,14 @@ def dies_at_byte(size: int, action) -> None:
 @pytest.fixture
 def store(tmp_path):
     store = Store(tmp_path / "store")
-    store.add("unit-0", cells.rows(*UNITS["unit-0"]))
+    store.add("unit-0", synthetic_rows.rows(*UNITS["unit-0"]))
     store.record("first", PLAN)
     return store
 
 
 def actions(store):
     return {
-        "add": lambda: store.add("unit-1", cells.rows(*UNITS["unit-1"])),
+        "add": lambda: store.add("unit-1", synthetic_rows.rows(*UNITS["unit-1"])),
         "record": lambda: store.record("run", {"note": "n" * 20_000}),
     }
 
@@ -213,7 +218,7 @@ def test_killed_in_the_middle_of_a_file(store, expected, action, size):
     assert_frame_equal(check(store.folder, expected).rows(), expected[:8], check_exact=True)
     assert list(store.manifest["runs"]) == ["first"]
     fresh = Store(store.folder)
-    fresh.add("unit-2", cells.rows(*UNITS["unit-2"]))
+    fresh.add("unit-2", synthetic_rows.rows(*UNITS["unit-2"]))
     assert not list(store.folder.rglob(".*.part")) and len(fresh.rows()) == 16
 
 
@@ -289,13 +294,13 @@ def test_a_file_that_a_live_process_writes_is_left_to_it(store, tmp_path, monkey
                 file.write(data[50:])
 
         monkeypatch.setattr(Path, "write_bytes", write)
-        store.add("unit-1", cells.rows(*UNITS["unit-1"]))
+        store.add("unit-1", synthetic_rows.rows(*UNITS["unit-1"]))
 
     writer = forked(slowly)
     wait_until((tmp_path / "half").exists)
     fresh = Store(store.folder)
     assert len(fresh.rows()) == 8
-    fresh.add("unit-2", cells.rows(*UNITS["unit-2"]))
+    fresh.add("unit-2", synthetic_rows.rows(*UNITS["unit-2"]))
     assert status(writer) == 0
     assert fresh.finished() == pairs(["unit-0", "unit-1", "unit-2"])
 
@@ -303,7 +308,7 @@ def test_a_file_that_a_live_process_writes_is_left_to_it(store, tmp_path, monkey
 def test_a_suspended_writer_is_not_waited_for_without_end(store, monkeypatch):
     monkeypatch.setattr(module, "PATIENCE", 0.02)
     with store._alone(), pytest.raises(InputError, match=r"kept .* locked"):
-        Store(store.folder).add("unit-1", cells.rows(*UNITS["unit-1"]))
+        Store(store.folder).add("unit-1", synthetic_rows.rows(*UNITS["unit-1"]))
     assert len(store.rows()) == 8
 
 
@@ -336,7 +341,7 @@ def test_a_name_appears_once_its_bytes_are_on_the_disk(store, monkeypatch):
     steps, fsync, replace = [], os.fsync, Path.replace
     monkeypatch.setattr(os, "fsync", lambda file: (steps.append(os.fstat(file).st_ino), fsync(file)))
     monkeypatch.setattr(Path, "replace", lambda *paths: (steps.append("renamed"), replace(*paths)))
-    path = store.add("unit-1", cells.rows(*UNITS["unit-1"]))
+    path = store.add("unit-1", synthetic_rows.rows(*UNITS["unit-1"]))
     assert steps == [path.stat().st_ino, "renamed", path.parent.stat().st_ino]
 
 

@@ -21,12 +21,11 @@ from typing import Any
 
 import cloudpickle
 import pytest
-import sweeping
-import tiny
 import torch
+from support import small_sweeps, tiny_models
 
 import spectral_sinks as ss
-from spectral_sinks.sweeps import run, sweep, workers
+from spectral_sinks.sweeps import definition, run, workers
 
 EXIT = ss.Site("exit", 1)
 
@@ -38,13 +37,13 @@ def out(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> ss.Done:
-    return ss.sweep(sweeping.sweep(), tmp_path_factory.mktemp("whole") / "out")
+    return ss.sweep(small_sweeps.sweep(), tmp_path_factory.mktemp("whole") / "out")
 
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Pools whose processes start at once."""
-    context = sweeping.fast()
+    context = small_sweeps.fast()
     monkeypatch.setattr(torch.multiprocessing, "get_context", lambda _: context)
     return context
 
@@ -59,7 +58,7 @@ def free(out: Path, made: ss.Sweep) -> None:
 
 def test_a_pool_of_spawned_processes(whole: ss.Done, out: Path) -> None:
     """Bit for bit what this process computes."""
-    done = ss.sweep(sweeping.sweep(), out, workers=1)
+    done = ss.sweep(small_sweeps.sweep(), out, workers=1)
     assert done.report.computed == 36 * 5
     assert done.store.rows().equals(whole.store.rows())
     assert done.table().equals(whole.table())
@@ -67,12 +66,12 @@ def test_a_pool_of_spawned_processes(whole: ss.Done, out: Path) -> None:
 
 def test_weights_are_shared(quick: Any) -> None:
     """What this process writes into a weight is seen by both workers: there is one copy of it."""
-    made = ss.Sweep.of(ss.load(tiny.build()), sweeping.windows(), sweeping.scaled(2))
+    made = ss.Sweep.of(ss.load(tiny_models.build()), small_sweeps.windows(), small_sweeps.scaled(2))
     with workers.pool(made, 2) as executor:
         seen = set[int]()
         for value in (7.0, -3.0):
             made.model.unembedding_weight.data[3, 5] = value
-            found = [executor.submit(sweeping.peek, made.key).result() for _ in range(4)]
+            found = [executor.submit(small_sweeps.peek, made.key).result() for _ in range(4)]
             assert all(look[:3] == (True, value, "cpu") for look in found)
             seen |= {pid for *_, pid in found}
     assert os.getpid() not in seen
@@ -80,11 +79,11 @@ def test_weights_are_shared(quick: Any) -> None:
 
 def test_devices_are_dealt_in_turn(quick: Any) -> None:
     """No GPU was at hand: "meta" stands for the second device."""
-    made = sweeping.sweep(sweeping.scaled(2))
+    made = small_sweeps.sweep(small_sweeps.scaled(2))
     where: dict[int, str] = {}
     with workers.pool(made, 2, ["cpu", "meta"]) as executor:
         while len(where) < 2:
-            for look in [executor.submit(sweeping.peek, made.key) for _ in range(4)]:
+            for look in [executor.submit(small_sweeps.peek, made.key) for _ in range(4)]:
                 *_, device, pid = look.result()
                 assert where.setdefault(pid, device) == device
     assert sorted(where.values()) == ["cpu", "meta"]
@@ -93,7 +92,7 @@ def test_devices_are_dealt_in_turn(quick: Any) -> None:
 
 def test_a_sweep_on_faked_devices(whole: ss.Done, quick: Any, out: Path) -> None:
     """No GPU was at hand: two numbers of the CPU stand for two of them."""
-    done = ss.sweep(sweeping.sweep(), out, workers=2, devices=["cpu:0", "cpu:1"])
+    done = ss.sweep(small_sweeps.sweep(), out, workers=2, devices=["cpu:0", "cpu:1"])
     assert done.store.rows().equals(whole.store.rows())
 
 
@@ -102,7 +101,7 @@ def test_threads_are_shared_out() -> None:
     turns = multiprocessing.get_context("spawn").SimpleQueue()
     turns.put(None)
     try:
-        workers._adopt("key", sweeping.sweep(sweeping.scaled(1)), turns, 3)
+        workers._adopt("key", small_sweeps.sweep(small_sweeps.scaled(1)), turns, 3)
         assert torch.get_num_threads() == 3 and set(workers._SWEEPS) >= {"key"}
     finally:
         torch.set_num_threads(threads)
@@ -111,7 +110,7 @@ def test_threads_are_shared_out() -> None:
 
 
 def test_a_killed_worker_costs_its_unfinished_units(quick: Any, out: Path) -> None:
-    made = sweeping.sweep(sweeping.scaled(30, 0.02))
+    made = small_sweeps.sweep(small_sweeps.scaled(30, 0.02))
     pools: list[ProcessPoolExecutor] = []
 
     def make() -> Executor:
@@ -126,14 +125,14 @@ def test_a_killed_worker_costs_its_unfinished_units(quick: Any, out: Path) -> No
     killer = threading.Thread(target=kill)
     killer.start()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sweep, "CELLS", 1)
+        patch.setattr(definition, "CELLS", 1)
         done = run.run(made, ss.Store(out), make, workers.Adopted(made.key), in_flight=4)
     killer.join()
     assert len(pools) == 2, "made again once"
     assert done.report.computed == 30 * 5 == len(done.store.rows())
     assert len(list(out.glob("parts/*.parquet"))) == 30 * 2, "nothing is computed twice"
-    alone = ss.sweep(sweeping.sweep(sweeping.scaled(30)), out.parent / "alone")
-    sweeping.rows_agree(done.store.rows(), alone.store.rows())
+    alone = ss.sweep(small_sweeps.sweep(small_sweeps.scaled(30)), out.parent / "alone")
+    small_sweeps.rows_agree(done.store.rows(), alone.store.rows())
 
 
 class Broken(Executor):
@@ -161,7 +160,7 @@ def test_workers_that_always_die(whole: ss.Done, out: Path, at_submit: bool) -> 
         made.append(Broken(good, at_submit))
         return made[-1]
 
-    what = sweeping.sweep()
+    what = small_sweeps.sweep()
     with pytest.raises(ss.InputError, match="died 4 times in a row without finishing anything") as refused:
         run.run(what, ss.Store(out), partial(make, 0))
     assert "fewer workers or a smaller batch_size" in str(refused.value) and len(made) == 4
@@ -176,7 +175,7 @@ def test_workers_that_always_die(whole: ss.Done, out: Path, at_submit: bool) -> 
 )
 def test_an_executor_that_breaks(whole: ss.Done, out: Path, at_submit: bool, error: type[Exception]) -> None:
     """One that was given cannot be made again: the sweep says so, and goes on with another."""
-    what = sweeping.sweep()
+    what = small_sweeps.sweep()
     with pytest.raises(ss.InputError, match=r"the executor broke .* start another") as kept:
         ss.sweep(what, out, executor=Broken(3, at_submit, error), in_flight=1)
     assert "died" in str(kept.value)
@@ -189,38 +188,38 @@ def test_an_executor_that_breaks(whole: ss.Done, out: Path, at_submit: bool, err
 
 def test_threads(whole: ss.Done, out: Path) -> None:
     with ThreadPoolExecutor(3) as executor:
-        done = ss.sweep(sweeping.sweep(), out, executor=executor)
+        done = ss.sweep(small_sweeps.sweep(), out, executor=executor)
     assert done.store.rows().equals(whole.store.rows())
 
 
 def test_a_pool_of_ones_own(whole: ss.Done, out: Path) -> None:
     """The sweep is sent with each unit and unpacked once; functions without a module are sent too."""
-    with ProcessPoolExecutor(1, sweeping.fast()) as executor:
-        done = ss.sweep(sweeping.sweep(), out, executor=executor)
+    with ProcessPoolExecutor(1, small_sweeps.fast()) as executor:
+        done = ss.sweep(small_sweeps.sweep(), out, executor=executor)
         assert done.store.rows().equals(whole.store.rows())
 
         def half(x: torch.Tensor) -> torch.Tensor:
             return x / 2
 
         half.address = "scaled by 0.5"  # pyright: ignore[reportFunctionMemberAccess]
-        found = ss.sweep(sweeping.sweep({"half": {EXIT: half}}), out, executor=executor)
-        fixed = ss.sweep(sweeping.sweep({"half": {EXIT: sweeping.Fixed(0.5)}}), out.parent / "fixed")
+        found = ss.sweep(small_sweeps.sweep({"half": {EXIT: half}}), out, executor=executor)
+        fixed = ss.sweep(small_sweeps.sweep({"half": {EXIT: small_sweeps.Fixed(0.5)}}), out.parent / "fixed")
         assert found.table().equals(fixed.table())
         for edits in ({EXIT: half}, {EXIT: ss.rnd(32, 2).filled(half)}):  # pyright: ignore
             with pytest.raises(ss.InputError, match="'half' cannot be sent to worker processes"):
-                ss.sweep(sweeping.sweep({"half": edits}), out, workers=1)
+                ss.sweep(small_sweeps.sweep({"half": edits}), out, workers=1)
 
 
 def test_a_function_that_raises(quick: Any, out: Path) -> None:
     """Its own error arrives from wherever it ran, and what was claimed is free."""
-    cells = {**sweeping.scaled(2, layer=0), "bad": {ss.Site("mlp", 2): sweeping.Failing(9)}}
-    what = sweeping.sweep(cells)
+    cells = {**small_sweeps.scaled(2, layer=0), "bad": {ss.Site("mlp", 2): small_sweeps.Failing(9)}}
+    what = small_sweeps.sweep(cells)
     message = r"failed at \(\d, 66, 32\)"
     for options in ({}, {"executor": ThreadPoolExecutor(1)}, {"workers": 1}):
         with pytest.raises(ValueError, match=message):
             ss.sweep(what, out, **options)
         free(out, what)
-    done = ss.sweep(sweeping.sweep(sweeping.scaled(2, layer=0)), out)
+    done = ss.sweep(small_sweeps.sweep(small_sweeps.scaled(2, layer=0)), out)
     assert done.report.found > 0, "what was finished before is there"
 
 
@@ -238,12 +237,18 @@ class File:
 
 def test_a_worker_sees_that_its_sweep_is_another() -> None:
     """A long-lived worker made its sweep from files that changed: its rows would be of other cells."""
-    old, new = (sweeping.sweep(sweeping.scaled(n)) for n in (1, 2))
+    old, new = (small_sweeps.sweep(small_sweeps.scaled(n)) for n in (1, 2))
     workers._SWEEPS["file"] = old
     assert len(workers.work(File(new), new.units[0])[0]) == 2 * 2
     assert workers._SWEEPS["file"] is new
-    other = ss.Sweep.of(tiny.model("qwen2"), sweeping.windows(), sweeping.scaled(2), batch_size=3)
-    smaller = ss.Sweep.of(tiny.model(), ss.Windows.of_ids(tiny.ids(2, 66), tiny.model()), sweeping.scaled(1))
+    other = ss.Sweep.of(
+        tiny_models.model("qwen2"), small_sweeps.windows(), small_sweeps.scaled(2), batch_size=3
+    )
+    smaller = ss.Sweep.of(
+        tiny_models.model(),
+        ss.Windows.of_ids(tiny_models.ids(2, 66), tiny_models.model()),
+        small_sweeps.scaled(1),
+    )
     for made in (other, smaller, old):
         workers._SWEEPS.clear()
         with pytest.raises(ss.InputError, match="other weights, other texts or another version"):
@@ -252,8 +257,10 @@ def test_a_worker_sees_that_its_sweep_is_another() -> None:
 
 def test_the_same_cells_on_another_model_object_run_there() -> None:
     """A model may have moved to another device: its address is the same, its sweep is not."""
-    one = sweeping.sweep(sweeping.scaled(2))
-    two = ss.Sweep.of(ss.load(tiny.build()), sweeping.windows(), sweeping.scaled(2), batch_size=3)
+    one = small_sweeps.sweep(small_sweeps.scaled(2))
+    two = ss.Sweep.of(
+        ss.load(tiny_models.build()), small_sweeps.windows(), small_sweeps.scaled(2), batch_size=3
+    )
     assert one.key == two.key
     for made in (one, two):
         workers.work(workers.Held(made), made.units[0])
@@ -276,11 +283,13 @@ def test_a_sweep_travels(whole: ss.Done) -> None:
         workers.Adopted("key").prepare()
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", tiny_models.FAMILIES)
 def test_a_model_travels(family: str) -> None:
-    model = tiny.model(family)
+    model = tiny_models.model(family)
     found = pickle.loads(pickle.dumps(model))
-    assert torch.equal(tiny.logits(found, tiny.ids(), {}), tiny.logits(model, tiny.ids(), {}))
+    assert torch.equal(
+        tiny_models.logits(found, tiny_models.ids(), {}), tiny_models.logits(model, tiny_models.ids(), {})
+    )
     assert found.fingerprint == model.fingerprint and found.tied == model.tied
     assert found.reads_attention and not found.module.training
     assert found.config.to_dict() == model.config.to_dict()
@@ -290,7 +299,7 @@ def test_a_model_travels(family: str) -> None:
 
 
 def test_a_model_travels_with_its_attention_and_dtype() -> None:
-    module = tiny.build(attention="sdpa").bfloat16()
+    module = tiny_models.build(attention="sdpa").bfloat16()
     module.set_attn_implementation("sdpa_opening")
     found = pickle.loads(pickle.dumps(ss.load(module)))
     assert found.config._attn_implementation == "sdpa_opening" and found.dtype == torch.bfloat16
@@ -299,7 +308,7 @@ def test_a_model_travels_with_its_attention_and_dtype() -> None:
 
 def test_a_model_on_several_devices_stays() -> None:
     """No GPU was at hand: the map of accelerate is faked."""
-    module = tiny.build()
+    module = tiny_models.build()
     module.hf_device_map = {"model.layers.0": 0, "model.layers.1": 1}
     with pytest.raises(ss.InputError, match="spread over several devices by its device_map"):
         pickle.dumps(ss.load(module))

@@ -1,0 +1,1 @@
+"""Numbers that pages state, and where the tables have them: pages that check themselves."""

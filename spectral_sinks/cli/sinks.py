@@ -1,0 +1,112 @@
+"""The command `sinks`: the attention sinks of a model."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group
+
+import spectral_sinks as ss
+from spectral_sinks.cli.commands import ran
+from spectral_sinks.cli.options import Running
+from spectral_sinks.cli.output import plain, show, table
+
+
+@dataclass(frozen=True)
+class Sinks(Running):
+    """Attention sinks: which positions and tokens, since which layer, at what norm, and how dark."""
+
+    tokens: int = 64
+    """T: attention received is averaged over the first so many tokens of each window, which are as long by
+    default; it falls with T."""
+    epsilon: float = 0.3
+    """Attention received above which a head has a sink."""
+    draws: int = 20
+    """Random subspaces beside the dark band."""
+    figure: Path | None = None
+    """Write a picture (PNG) here: sink mass by head, sink rate by position, norm by position and layer."""
+
+
+def run_sinks(options: Sinks) -> None:
+    model, windows, spectrum = replace(options, length=options.length or options.tokens).prepare()
+    found = ss.find_sinks(
+        model,
+        windows,
+        spectrum,
+        tokens=options.tokens,
+        epsilon=options.epsilon,
+        draws=options.draws,
+        batch_size=options.batch_size,
+    )
+    record = found.record() | {
+        "convention": spectrum.convention,
+        "documents": found.attention.windows.record["documents"],
+        "first_token_ids": found.attention.windows.record["first_token_ids"],
+        "opens_with_bos": found.attention.windows.record["opens_with_bos"],
+        "data_hash": found.attention.windows.record["data_hash"],
+        **ran(model),
+    }
+    if options.figure is not None:
+        ss.figures.sinks(
+            found.by_head(), found.rates(), found.norms(), options.figure, epsilon=options.epsilon
+        )
+    show(options.json, record, Group(*_tables(record)))
+
+
+def _tables(record: dict[str, Any]) -> list[Any]:
+    title = (
+        f"Attention sinks, T = {record['tokens_per_window']}, epsilon = {record['epsilon']:g}: "
+        f"{record['model']}"
+    )
+    names = {
+        "sink_rate": "sink rate at position 0",
+        "sink_rate_of_seen": "the same over queries that see it",
+        "total_sink_mass": "attention to all sinks together",
+        "high_norm_mass": "attention to all tokens of high norm",
+        "to_sink_logit": "attention to a learned sink logit",
+    }
+    rows = [(label, _with_interval(record, name)) for name, label in names.items()]
+    for place, name in ((2, "total_sink_mass"), (3, "high_norm_mass")):
+        label, shown = rows[place]
+        rows[place] = (label, f"{shown}; uniform {plain(record[f'uniform_{name}'])}")
+    rows += [
+        ("tokens of high norm", plain(record["high_norm_share"])),
+        ("massive by the published criterion", plain(record["massive_documents"]) + " documents"),
+        ("dispersal over repeated tokens", "yes" if record["dispersal"] else "no"),
+        ("onset layer", plain(record["onset_layer"])),
+        ("documents, windows", f"{record['documents']}, {record['windows']}"),
+    ]
+    if "remote" in record:
+        rows.append(("ran at", record["remote"]["host"]))
+    tables = [table(title, ("", ""), rows)]
+    if not record["sinks"]:
+        return [*tables, "no sinks"]
+    columns = ("sink", "layers", "attention", "norm ratio", "dark share", "dark")
+    lines = [
+        (
+            f"{_any(sink['position'])} {_any(sink['token'])}\n{sink['documents']} documents\n"
+            f"({sink['share_of_documents']:.0%})",
+            f"strongest {sink['layer']}\nfrom {sink['onset_layer']}\nto {plain(sink['erasure_layer'])}",
+            f"{_interval(sink, 'attention_mass')}\nuniform {sink['uniform_mass']:.3f}",
+            f"{sink['norm_ratio']:.2f}",
+            f"{_interval(sink, 'dark_share')}\nrandom {sink['random_dark_share'][0]:.3f} to "
+            f"{sink['random_dark_share'][1]:.3f}\nothers {sink['other_dark_share']:.3f}",
+            {True: "yes", False: "no", None: "-"}[sink["dark"]],
+        )
+        for sink in record["sinks"]
+    ]
+    return [*tables, table("", columns, lines)]
+
+
+def _with_interval(record: dict[str, Any], name: str) -> str:
+    low, high = record[f"{name}_interval"]
+    return f"{plain(record[name])} [{plain(low)}, {plain(high)}]"
+
+
+def _interval(record: dict[str, Any], name: str) -> str:
+    low, high = record[f"{name}_interval"]
+    return f"{record[name]:.3f}\n[{low:.3f}, {high:.3f}]"
+
+
+def _any(value: object) -> str:
+    return "any" if value is None else repr(value)

@@ -1,0 +1,143 @@
+"""The commands of sweeps."""
+
+import re
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tyro.conf import Positional
+
+import spectral_sinks as ss
+from spectral_sinks.cli.options import RemoteName
+from spectral_sinks.cli.output import plain, show, table
+
+SHOWN = 40
+"""Rows of a summary that are printed; the file has all."""
+
+PATIENCE = 10
+"""Seconds to wait for a scheduler."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Measure the cells of a sweep file into a results folder; go on where an earlier run stopped."""
+
+    file: Positional[Path]
+    """A TOML file: model, [texts], [spectrum], and [[grid]] blocks; examples are in experiments/."""
+    out: Path | None = None
+    """Results folder; runs/NAME-OF-THE-FILE by default."""
+    resume: bool = False
+    """Go on with what the folder has (the default)."""
+    fresh: bool = False
+    """Empty the folder first."""
+    dry_run: bool = False
+    """Say what is missing and what it would cost, and compute nothing."""
+    shard: str | None = None
+    """i/n: only the i-th of n parts, i from 1; join the folders with merge."""
+    workers: int = 0
+    """Processes that share the weights; by default the work is done in this one."""
+    devices: str | None = None
+    """Devices to deal to the workers, such as cuda:0,cuda:1."""
+    remote: RemoteName | None = None
+    """ndif: as jobs at the server that nnsight is configured for; local: the same rehearsed here."""
+    no_wait: bool = False
+    """Send the jobs and leave; `spectral-sinks remote collect` asks after them."""
+    dask: str | None = None
+    """Address of a Dask scheduler whose workers do the work, such as tcp://127.0.0.1:8786."""
+    json: bool = False
+    """Print one JSON object and nothing else on standard output."""
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Join the results folders of the shards of a sweep into one."""
+
+    out: Positional[Path]
+    """Where the joined results go; made if it is not there."""
+    folders: Positional[tuple[Path, ...]]
+    """The folders of the shards."""
+    json: bool = False
+    """Print one JSON object and nothing else on standard output."""
+
+
+def run_sweep(options: Sweep) -> None:
+    if options.resume and options.fresh:
+        raise ss.InputError("give --resume or --fresh, not both")
+    if options.workers and options.dask:
+        raise ss.InputError("give --workers or --dask, not both")
+    if options.devices and not options.workers:
+        raise ss.InputError("--devices are dealt to workers: give --workers as well")
+    file = ss.SweepFile.read(options.file)
+    if options.remote:
+        file = file.at(options.remote)
+    out = options.out or Path("runs") / options.file.stem
+    shard = parse_shard(options.shard)
+    if options.dry_run:
+        cost = ss.plan(file, None if options.fresh else out, shard=shard)
+        rows = [(name.replace("_", " "), plain(value)) for name, value in asdict(cost).items()]
+        show(options.json, asdict(cost), table(str(cost), ("", ""), rows))
+        return
+    with ExitStack() as stack:
+        executor, in_flight = None, 8
+        if options.dask:
+            client = stack.enter_context(dask_client(options.dask))
+            executor, in_flight = client.get_executor(), max(in_flight, 2 * sum(client.nthreads().values()))
+        done = ss.sweep(
+            file,
+            out,
+            shard=shard,
+            fresh=options.fresh,
+            executor=executor,
+            workers=options.workers,
+            devices=options.devices.split(",") if options.devices else (),
+            in_flight=in_flight,
+            wait=not options.no_wait,
+            say=(lambda _: None) if options.json else print,
+        )
+    if options.no_wait:
+        notes = ss.jobs(out)
+        waiting = sum(note.state == "waiting" for note in notes)
+        rows = [("jobs waiting", str(waiting)), ("ask after them", f"spectral-sinks remote collect {out}")]
+        show(options.json, {"out": str(out), "waiting": waiting}, table("", ("", ""), rows))
+        return
+    summary = done.summary()
+    found: dict[str, Any] = {"out": str(out), **asdict(done.report), "cells": summary.to_dict("records")}
+    rows = [
+        (row["name"], plain(row["delta_nll"]), plain([row["low"], row["high"]]), str(row["n"]))
+        for row in found["cells"][:SHOWN]
+    ]
+    columns = ("cell", "NLL difference (nats)", "95 % interval", "documents")
+    show(options.json, found, table(f"{len(summary)} cells in {out}", columns, rows))
+    if not options.json:
+        if len(summary) > SHOWN:
+            print(f"and {len(summary) - SHOWN} more")
+        print(done.report)
+
+
+def dask_client(address: str) -> Any:
+    """A client of a running scheduler. Raises InputError where Dask is missing or nobody answers."""
+    try:
+        from distributed import Client
+    except ImportError as error:
+        raise ss.InputError("Dask is not installed: pip install 'spectral-sinks[cluster]'") from error
+    try:
+        return Client(address, timeout=PATIENCE)
+    except (OSError, ValueError) as error:
+        raise ss.InputError(f"no Dask scheduler answers at {address}: {error}") from error
+
+
+def parse_shard(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    if not (match := re.fullmatch(r"(\d+)/(\d+)", text)):
+        raise ss.InputError(f"shard {text!r}: expected i/n, such as 1/4")
+    return int(match[1]), int(match[2])
+
+
+def run_merge(options: Merge) -> None:
+    if not options.folders:
+        raise ss.InputError("give the folders to join")
+    rows = ss.Store.merge(options.folders, options.out).rows()
+    found = {"out": str(options.out), "cells": rows["cell"].nunique(), "rows": len(rows)}
+    show(options.json, found, table("", ("", ""), [(name, plain(value)) for name, value in found.items()]))

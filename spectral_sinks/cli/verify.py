@@ -1,0 +1,121 @@
+"""The command that checks what the pages say."""
+
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import spectral_sinks as ss
+from spectral_sinks.cli.output import show, table
+
+REPRODUCE = "spectral-sinks reproduce"
+
+
+@dataclass(frozen=True)
+class Verify:
+    """Check every number that the pages state against the tables; exit status 0 only if all hold."""
+
+    results: Path | None = None
+    """Folder with the tables; that of the clone by default."""
+    claims: Path | None = None
+    """File of claims; the package's own by default."""
+    rerun: bool = False
+    """Run the commands that write the tables again, into a temporary folder, and check there."""
+    only: str | None = None
+    """Check the claims on one experiment alone (with --rerun: run it alone)."""
+    uncovered: bool = False
+    """Also list the decimals and percentages of the pages that no claim covers; they fail too."""
+    json: bool = False
+    """Print one JSON object and nothing else on standard output."""
+
+
+def run_verify(options: Verify) -> None:
+    """Raise SystemExit with status 1 where a claim does not hold."""
+    repository = clone()
+    claims = ss.Claims.read(options.claims or claims_file(repository))
+    if options.only:
+        wanted = f"{REPRODUCE} --only {options.only}"
+        kept = [claim for claim in claims.claims if wanted in map(claims.command, claim.files)]
+        if not kept:
+            raise ss.InputError(f"no claim rests on experiment {options.only!r}")
+        claims = claims.model_copy(update={"claims": kept, "stated": []})
+    results = options.results or (repository and repository / "results")
+    with ExitStack() as stack:
+        kept_as_they_are: list[str] = []
+        if options.rerun:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            kept_as_they_are = rerun(claims, folder, results, options.only)
+            results = folder
+        elif results is None:
+            raise ss.InputError("there is no results folder beside the package: give --results or --rerun")
+        elif not results.is_dir():
+            raise ss.InputError(f"{results} is no folder: give the one that reproduce wrote to")
+        checks = ss.verify(claims, results, repository)
+    loose = ss.uncovered(claims, repository) if options.uncovered and repository else {}
+    failed = [check for check in checks if not check.holds]
+    tables = [check for check in checks if check.files]
+    found = {
+        "claims": len(checks),
+        "hold": len(checks) - len(failed),
+        "numbers_from_tables": sum(check.numbers for check in tables),
+        "stated_without_table": len(checks) - len(tables),
+        "pages_checked": repository is not None,
+        "not_run_again": kept_as_they_are,
+        "failed": [asdict(check) for check in failed],
+        "uncovered": loose,
+    }
+    rows = [(c.page, c.text, c.problem, c.command) for c in failed]
+    rows += [
+        (page, f"...{words}...", "no claim covers this number", "") for page in loose for words in loose[page]
+    ]
+    title = (
+        f"{found['hold']} of {len(checks)} claims hold: {found['numbers_from_tables']} numbers from tables, "
+        f"{found['stated_without_table']} texts without a table"
+    )
+    if rows or options.json:
+        show(options.json, found, table("", ("page", "text", "problem", "command"), rows))
+    if not options.json:
+        if kept_as_they_are:
+            print(f"not run again, checked as they are: {', '.join(kept_as_they_are)}")
+        print(title)
+    if failed or any(loose.values()):
+        raise SystemExit(1)
+
+
+def rerun(claims: "ss.Claims", folder: Path, results: Path | None, only: str | None) -> list[str]:
+    """Write the tables of the claims into a folder; returns those that no command of this package writes.
+
+    These are copied from `results`, and missing where there is none.
+    """
+    files = dict.fromkeys(file for claim in claims.claims for file in claim.files if "/" not in file)
+    commands = {file: claims.command(file) for file in files}
+    if only or any(command.startswith(REPRODUCE) for command in commands.values()):
+        ss.reproduce(out=folder, only=only)
+    kept: list[str] = []
+    for file, command in commands.items():
+        words = shlex.split(command)
+        if command.startswith(REPRODUCE):
+            continue
+        if words[:1] == ["spectral-sinks"] and "--json" in words and "*" not in file:
+            with (folder / file).open("w") as output:
+                program = [sys.executable, "-m", "spectral_sinks.cli", *words[1 : words.index(">")]]
+                subprocess.run(program, stdout=output, check=True)
+        elif results is not None and (results / file).is_file():
+            shutil.copy(results / file, folder / file)
+            kept.append(file)
+    return kept
+
+
+def clone() -> Path | None:
+    """The repository that this package is run from; None where it is installed elsewhere."""
+    folder = Path(ss.__file__).parent.parent
+    return folder if (folder / "results" / "claims.toml").is_file() else None
+
+
+def claims_file(repository: Path | None) -> Path:
+    """The claims: shipped inside an installed package, among the results in a clone."""
+    return repository / "results" / "claims.toml" if repository else Path(ss.__file__).parent / "claims.toml"

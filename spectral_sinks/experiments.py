@@ -1,0 +1,257 @@
+"""What an experiment is given and what it gives back; running all of them."""
+
+import importlib.util
+import json
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from tqdm import tqdm
+
+from spectral_sinks.data.texts import Windows, cut
+from spectral_sinks.data.texts import documents as read_documents
+from spectral_sinks.errors import InputError, RemoteError, SpectralWarning
+from spectral_sinks.files import atomic_write
+from spectral_sinks.interventions.sites import Site
+from spectral_sinks.interventions.tracing import Interventions
+from spectral_sinks.measure.attention.received import attention_by_head
+from spectral_sinks.measure.nll.effects import Effect, evaluate_all
+from spectral_sinks.measure.residual.matrix_spectrum import read_spectrum
+from spectral_sinks.models.checkpoint import DEFAULT
+from spectral_sinks.models.language import LanguageModel
+from spectral_sinks.models.loading import load
+from spectral_sinks.models.remote_state import To
+from spectral_sinks.spectra.spectrum import Spectrum
+from spectral_sinks.stats import mean_interval
+from spectral_sinks.sweeps.band_ladder import ladder
+from spectral_sinks.sweeps.definition import versions
+
+BATCH = 16
+"""Windows in a forward pass."""
+
+EXPERIMENTS = (
+    "spectrum",
+    "weights",
+    "sink",
+    "bos",
+    "bands",
+    "components",
+    "lens",
+    "eu_dark",
+    "bars",
+    "across",
+    "generation",
+    "swap",
+    "sink_preserving",
+    "fills",
+    "controls",
+    "reads",
+    "circuits",
+    "designated",
+    "several",
+    "no_bos",
+)
+"""In the order of the story; each is a file of the experiments folder."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """A model, texts and spectra for the experiments, and the folder they write to."""
+
+    model: LanguageModel
+    windows: Windows
+    unembedding: Spectrum
+    embedding: Spectrum
+    out: Path
+    draws: int = 20
+    """Random subspaces per control."""
+
+    def evaluate(self, cells: Mapping[str, Interventions], title: str = "") -> dict[str, Effect]:
+        """`evaluate_all` on the study's model and windows, with a progress bar."""
+        with tqdm(desc=title, unit="cell", leave=False, disable=None) as bar:
+            return evaluate_all(self.model, self.windows, cells, batch_size=BATCH, progress=_tick(bar))
+
+    @cached_property
+    def below_sink(self) -> int:
+        """The exit below the strongest sink: of the layer before the one that attends most to position 0.
+
+        Raises InputError for a model of one layer, and where attention cannot be read.
+        """
+        if self.model.layers < 2:
+            raise InputError(f"{self.model.name} has one layer: no exit lies below an attention layer")
+        heads = attention_by_head(self.model, self.windows, batch_size=BATCH)
+        return int(heads.groupby("layer")["attention"].mean().iloc[1:].idxmax()) - 1
+
+    def ladder(self, site: Site, **options: Any) -> pd.DataFrame:
+        """`ladder` at a site, with a progress bar."""
+        with tqdm(desc=str(site), unit="cell", leave=False, disable=None) as bar:
+            return ladder(
+                self.model,
+                self.windows,
+                site,
+                self.unembedding,
+                self.embedding,
+                draws=self.draws,
+                batch_size=BATCH,
+                progress=_tick(bar),
+                **options,
+            )
+
+    def save(self, table: pd.DataFrame, name: str) -> pd.DataFrame:
+        """Write a table as CSV, six significant digits, and return it."""
+        with atomic_write(self.out / f"{name}.csv") as path:
+            table.to_csv(path, index=False, float_format="%.6g")
+        return table
+
+    def figure(self, name: str) -> Path:
+        """Where the figure of that name goes."""
+        return self.out / f"{name}.png"
+
+
+def _together(path: Path, manifest: dict[str, Any], names: Sequence[str]) -> list[str]:
+    """The experiments of this run, and those of an earlier one in the same folder on all the same things."""
+    try:
+        earlier = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return list(names)
+    same = all(earlier.get(key) == value for key, value in manifest.items())
+    done = {*names, *(earlier.get("experiments", ()) if same else ())}
+    return [name for name in EXPERIMENTS if name in done]
+
+
+def _tick(bar: Any) -> Callable[[int], None]:
+    def tick(done: int) -> None:
+        bar.update(done)
+
+    return tick
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What an experiment answers: one row per quantity, with its interval and its control."""
+
+    answers: list[dict[str, Any]]
+    name: str = ""
+    seconds: float = field(default=0.0, compare=False)
+    verdict: str = ""
+    """"holds", "holds partly" or "does not hold here", and a sentence; written to verdicts.csv."""
+
+
+def _verdicts(path: Path, findings: Sequence[Finding], names: Sequence[str]) -> pd.DataFrame:
+    """The verdicts of this run, and those of earlier runs of the experiments named."""
+    said = {found.name: found.verdict for found in findings}
+    if path.is_file():
+        earlier = pd.read_csv(path)
+        said = dict(zip(earlier["experiment"], earlier["verdict"], strict=True)) | said
+    rows = [{"experiment": name, "verdict": said[name]} for name in names if said.get(name)]
+    return pd.DataFrame(rows)
+
+
+def answer(
+    quantity: str,
+    values: Any,
+    control: str = "",
+    interval: tuple[float, float] | None = None,
+) -> dict[str, Any]:
+    """A quantity from one value per document (its mean and 95 % interval), or from a single number."""
+    if isinstance(values, int | float):
+        low, high = interval or (float("nan"), float("nan"))
+        return {"quantity": quantity, "value": float(values), "low": low, "high": high, "control": control}
+    low, high = interval or mean_interval(values)
+    mean = float(pd.Series(values).mean())
+    return {"quantity": quantity, "value": mean, "low": low, "high": high, "control": control}
+
+
+def without_last_band(rows: pd.DataFrame, place: str, last: int) -> dict[str, Any]:
+    """From a ladder's table: what keeping all but the last band costs, beside random subspaces."""
+    by = rows.set_index(["filter", "kept"])
+    phi, control = by.loc[("Phi", last)], by.loc[("Rnd", last)]
+    return answer(
+        f"{place}: NLL difference without the last band",
+        float(phi["mean"]),
+        f"random: {control['least']:+.4f} to {control['most']:+.4f}",
+        (float(phi["low"]), float(phi["high"])),
+    )
+
+
+def experiments_folder() -> Path:
+    """The experiments: shipped inside an installed package, beside it in a clone."""
+    here = Path(__file__).parent
+    shipped = here / "experiment_scripts"
+    return shipped if shipped.is_dir() else here.parent / "experiments"
+
+
+def find_experiment(name: str) -> Callable[[Study], Finding]:
+    """The `run` of an experiment. Raises InputError for a name that is none."""
+    if name not in EXPERIMENTS:
+        raise InputError(f"no experiment {name!r}: choose from {', '.join(EXPERIMENTS)}")
+    path = experiments_folder() / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"spectral_sinks_experiment_{name}", path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise InputError(f"the file of experiment {name!r} is missing: expected {path.name} in {path.parent}")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.run
+
+
+def reproduce(
+    model: str | LanguageModel = DEFAULT,
+    out: str | Path = "results",
+    only: str | None = None,
+    documents: int = 16,
+    remote: To = False,
+) -> list[Finding]:
+    """Run the experiments on a model; tables, figures, NAME_summary.csv and manifest.json land in `out`.
+
+    Of a model at a server, experiments that cannot be had there are left out, with a warning.
+
+    Raises InputError for an unknown experiment, OSError where `out` cannot be written.
+    """
+    names = EXPERIMENTS if only is None else (only,)
+    runs = {name: find_experiment(name) for name in names}
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    loaded = load(model, remote=remote)
+    windows = cut(read_documents(limit=documents), loaded, per_document=1)
+    spectra = {matrix: read_spectrum(loaded, matrix) for matrix in ("unembedding", "embedding")}
+    study = Study(loaded, windows, spectra["unembedding"], spectra["embedding"], out)
+    findings: list[Finding] = []
+    for name, run in runs.items():
+        began = time.monotonic()
+        try:
+            found = run(study)
+        except InputError as error:
+            if loaded.remote is None or only is not None or isinstance(error, RemoteError):
+                raise
+            warnings.warn(f"experiment {name!r} is left out: {error}", SpectralWarning, stacklevel=2)
+            continue
+        findings.append(replace(found, name=name, seconds=time.monotonic() - began))
+        summary = pd.DataFrame([{"experiment": name, **row} for row in found.answers])
+        study.save(summary, f"{name}_summary")
+    manifest = {
+        "model": loaded.name,
+        "family": loaded.family,
+        "unembedding_hash": study.unembedding.fingerprint[:16],
+        "embedding_hash": study.embedding.fingerprint[:16],
+        "convention": study.unembedding.convention,
+        "bands": study.unembedding.count,
+        "windows": windows.record,
+        "dtype": str(loaded.dtype),
+        "attention": loaded.config._attn_implementation,
+        "versions": versions(),
+        "draws_per_control": study.draws,
+    }
+    done = [found.name for found in findings]
+    manifest |= {"experiments": _together(out / "manifest.json", manifest, done)}
+    if loaded.remote is not None:
+        manifest["remote"] = loaded.remote.record()
+    with atomic_write(out / "manifest.json") as path:
+        path.write_text(json.dumps(manifest, indent=1) + "\n")
+    if len(verdicts := _verdicts(out / "verdicts.csv", findings, manifest["experiments"])):
+        study.save(verdicts, "verdicts")
+    return findings

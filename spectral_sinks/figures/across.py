@@ -1,0 +1,69 @@
+"""Figure of a table of models and checkpoints."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from spectral_sinks.figures.style import saved_figure
+
+MARKERS = {"dark": "o", "not dark": "s", "no sink": "x"}
+
+PANELS = {
+    "rate": "share of (text, head)\nwith $\\alpha_1$ > 0.3",
+    "share": "share of energy of the sink's\ncarrier in the dark band",
+    "cut": "share of the sink lost\nwithout the dark band",
+    "delta": "NLL without the dark band\nabove untouched (nats)",
+}
+
+
+def across(table: pd.DataFrame, path: Path) -> None:
+    """Sink strength, darkness of its carrier, and what its tail carries, a line per model.
+
+    `table`: rows of `SinkVerdict.row()`, from top to bottom. Bars: 95 % intervals. Grey: range of the random
+    subspaces; small triangles: the other tokens.
+    """
+    places = np.arange(len(table))[::-1]
+    with saved_figure(path, 1, 4, (11, 1.3 + 0.24 * len(table)), sharey=True) as axes:
+        for axis, (name, label) in zip(axes[0], PANELS.items(), strict=True):
+            axis.use_sticky_edges = False
+            if f"{name}_least" in table:
+                least, most = table[f"{name}_least"], table[f"{name}_most"]
+                axis.barh(
+                    places, most - least, left=least, height=0.62, color="#d4d4d4", label="random draws"
+                )
+            if name == "share":
+                axis.plot(table["others"], places, "v", color="#777777", markersize=4, label="other tokens")
+            for verdict, marker in MARKERS.items():
+                chosen = (table["verdict"] == verdict).to_numpy()
+                if chosen.any():
+                    _points(axis, table[chosen], places[chosen], name, marker, verdict)
+            axis.axvline(0, color="#444444", linewidth=0.6, linestyle=":")
+            axis.set_xlabel(label)
+            axis.grid(axis="y", color="#eeeeee", linewidth=0.6)
+            axis.set_axisbelow(True)
+        axes[0, 0].set_yticks(places, table["model"])
+        axes[0, 0].set_ylim(-0.7, len(table) - 0.3)
+        handles: dict[str, Any] = {}
+        for axis in axes[0]:
+            handles |= dict(zip(*axis.get_legend_handles_labels()[::-1], strict=True))
+        axes[0, 0].figure.legend(
+            handles.values(), handles.keys(), loc="outside upper center", ncols=len(handles), fontsize=7
+        )
+
+
+def _points(axis: Any, rows: pd.DataFrame, places: Any, name: str, marker: str, label: str) -> None:
+    low, high = rows[name] - rows[f"{name}_low"], rows[f"{name}_high"] - rows[name]
+    errors = np.clip([low, high], 0, None)
+    axis.errorbar(
+        rows[name],
+        places,
+        xerr=errors,
+        fmt=marker,
+        color="black",
+        markersize=4.5,
+        capsize=2,
+        elinewidth=0.8,
+        label=label,
+    )

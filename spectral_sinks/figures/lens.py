@@ -1,0 +1,69 @@
+"""Figure of the logit lens by band."""
+
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pandas as pd
+
+from spectral_sinks.figures.style import FIRST, OTHER, mean_line, saved_figure
+
+
+def lens(table: pd.DataFrame, spread: pd.DataFrame, path: Path) -> None:
+    """NLL by exit as bands are added; at the last exit also agreement, and every band alone.
+
+    `table`: reading ("bands 1 to k", "band k alone"), layer, band, score (nll, kl, top1), mean, low, high.
+    `spread`: the same keys with mean, min and max over random bases, at some bands.
+    """
+    together, alone = "bands 1 to k", "band k alone"
+    layers = sorted(table["layer"].unique())
+    chosen = sorted({layers[round(i)] for i in np.linspace(0, len(layers) - 1, min(7, len(layers)))})
+    with saved_figure(path, 1, 3, (11, 3.1)) as axes:
+        tones = matplotlib.colormaps["Greys"](np.linspace(0.35, 1.0, len(chosen)))
+        for index, (layer, tone) in enumerate(zip(chosen, tones, strict=True)):
+            part = _at(table, together, layer, "nll")
+            name = "embedding" if layer < 0 else f"exit {layer}"
+            style = {
+                "color": tone,
+                "linestyle": ("-", "--", "-.", ":")[index % 4],
+                "marker": "osx^"[index % 4],
+            }
+            mean_line(axes[0, 0], part["band"], part, name, style)
+        axes[0, 0].set(xlabel="bands read (1 to k)", ylabel="NLL of the logit lens (nats per token)")
+        low, high = axes[0, 0].get_ylim()
+        axes[0, 0].set_ylim(low, high + 0.3 * (high - low))
+        ticks = sorted({1, *range(5, table["band"].max(), 5), table["band"].max()})
+        for axis in axes[0]:
+            axis.set_xticks(ticks)
+        axes[0, 0].legend(ncols=3, fontsize=7, loc="upper center")
+
+        last = layers[-1]
+        for axis, reading, score, label in (
+            (axes[0, 1], together, "top1", "top-1 agreement with the model"),
+            (axes[0, 2], alone, "kl", "KL from the model, band k alone (nats)"),
+        ):
+            null = _at(spread, reading, last, score)
+            if reading == alone:
+                axis.axhspan(
+                    null["min"].min(), null["max"].max(), color="#cfcfcf", label="random bases, range"
+                )
+            else:
+                center, band = null["mean"], null["band"]
+                errors = np.clip([center - null["min"], null["max"] - center], 0, None)
+                axis.errorbar(
+                    band,
+                    center,
+                    yerr=errors,
+                    label="random bases, range",
+                    capsize=3,
+                    **{**OTHER, "linestyle": ""},
+                )
+            part = _at(table, reading, last, score)
+            mean_line(axis, part["band"], part, f"bands of the unembedding, exit {last}", FIRST)
+            axis.set(xlabel="bands read (1 to k)" if reading == together else "band k", ylabel=label)
+            axis.legend()
+
+
+def _at(table: pd.DataFrame, reading: str, layer: int, score: str) -> pd.DataFrame:
+    keep = (table["reading"] == reading) & (table["layer"] == layer) & (table["score"] == score)
+    return table[keep].sort_values("band")

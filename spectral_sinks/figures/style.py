@@ -1,0 +1,48 @@
+"""The style that all figures share: legible in greyscale, axes with units."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from spectral_sinks.files import atomic_write
+
+STYLES: dict[str, dict[str, Any]] = {
+    "Phi": {"color": "#000000", "linestyle": "-", "marker": "o"},
+    "Psi": {"color": "#b5452c", "linestyle": "--", "marker": "s"},
+    "Omega": {"color": "#2b6ca3", "linestyle": "-.", "marker": "^"},
+    "Rnd": {"color": "#9a9a9a", "linestyle": ":", "marker": "x"},
+}
+FIRST: dict[str, Any] = {"color": "#000000", "linestyle": "-", "marker": "o"}
+OTHER: dict[str, Any] = {"color": "#8a8a8a", "linestyle": "--", "marker": "s"}
+
+
+@contextmanager
+def saved_figure(
+    path: Path, rows: int, columns: int, size: tuple[float, float], **axes: Any
+) -> Iterator[Any]:
+    """A figure and its axes, written to `path` when the block ends."""
+    style: Any = {
+        "font.size": 8,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "lines.markersize": 3,
+        "lines.linewidth": 1.1,
+        "legend.frameon": False,
+    }
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=size, layout="constrained")
+        yield figure.subplots(rows, columns, squeeze=False, **axes)
+        with atomic_write(path) as temporary:
+            figure.savefig(temporary, dpi=160, format="png")
+
+
+def mean_line(axis: Any, x: Any, table: pd.DataFrame, label: str, style: dict[str, Any]) -> None:
+    """A mean with its interval as error bars."""
+    errors = np.clip([table["mean"] - table["low"], table["high"] - table["mean"]], 0, None)
+    axis.errorbar(x, table["mean"], yerr=errors, label=label, capsize=1.5, elinewidth=0.7, **style)

@@ -1,0 +1,119 @@
+"""What all moves of the sink share: layers, heads, and the position or token that they act at."""
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from spectral_sinks.errors import InputError
+from spectral_sinks.models.attention_capture import AttentionCall
+from spectral_sinks.models.language import LanguageModel
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionEdit:
+    """What all moves share: the layers and heads in which they act. A subclass says `changed`."""
+
+    layers: Collection[int] | None = field(default=None, kw_only=True)
+    heads: Collection[int] | None = field(default=None, kw_only=True)
+
+    def check(self, model: LanguageModel) -> None:
+        """Raise InputError for layers or heads that the model does not have."""
+        for name, chosen, count in (
+            ("layer", self.layers, model.layers),
+            ("head", self.heads, model.heads),
+        ):
+            for index in chosen or ():
+                if not 0 <= index < count:
+                    raise InputError(f"{name} {index}: {model.name} has {name}s 0 to {count - 1}")
+
+    def __call__(self, call: AttentionCall) -> AttentionCall | None:
+        if self.layers is not None and call.layer not in self.layers:
+            return None
+        return self.changed(call)
+
+    def changed(self, call: AttentionCall) -> AttentionCall:
+        """The call as the move makes it."""
+        raise NotImplementedError
+
+    def acting(self, call: AttentionCall) -> Bool[Tensor, "1 heads 1 1"]:
+        """The heads in which it acts."""
+        heads = torch.arange(call.query.shape[1], device=call.query.device)
+        chosen = torch.ones_like(heads, dtype=torch.bool)
+        if self.heads is not None:
+            chosen = torch.isin(heads, torch.tensor(sorted(self.heads), device=heads.device))
+        return chosen.view(1, -1, 1, 1)
+
+    def placed(self, old: Tensor, new: Tensor, keys: Tensor, call: AttentionCall) -> Tensor:
+        """Keys or values with those of some tokens replaced, per query head where only some heads act."""
+        if self.heads is not None and old.shape[1] < call.query.shape[1]:
+            old = old.repeat_interleave(call.query.shape[1] // old.shape[1], dim=1)
+        if new.ndim == 4 and 1 < new.shape[1] < old.shape[1]:
+            new = new.repeat_interleave(old.shape[1] // new.shape[1], dim=1)
+        where = keys[:, None, :, None]
+        if self.heads is not None:
+            where = where & self.acting(call)
+        return torch.where(where, new.to(old), old)
+
+
+@dataclass(frozen=True, eq=False)
+class AtToken(AttentionEdit):
+    """A move of one position, counted from 0, or of every occurrence of a token id: give one of the two."""
+
+    position: int | None = None
+    token: int | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        if (self.position is None) == (self.token is None):
+            raise InputError(f"{name} needs a position or a token: {name}(0) or {name}(token=5)")
+        if self.position is not None and self.position < 0:
+            raise InputError(f"position {self.position}: positions count from 0 at the beginning of the text")
+
+    def check(self, model: LanguageModel) -> None:
+        """Raise InputError also for a position beyond the context or a token outside the vocabulary."""
+        super().check(model)
+        if self.token is not None and not 0 <= self.token < model.vocabulary:
+            raise InputError(f"token id {self.token} lies outside the vocabulary of {model.vocabulary}")
+        if self.position is not None and model.context is not None and self.position >= model.context:
+            raise InputError(f"position {self.position}: {model.name} has a context of {model.context}")
+
+    def chosen(self, call: AttentionCall) -> Bool[Tensor, "#batch tokens"]:
+        """Which tokens of the text so far it moves. Raises InputError for a position beyond them."""
+        length = call.past + call.query.shape[2]
+        if self.position is not None:
+            if self.position >= length:
+                raise InputError(f"position {self.position}: the text has {length} tokens, 0 to {length - 1}")
+            return (torch.arange(length, device=call.query.device) == self.position)[None]
+        if call.ids is None:
+            raise InputError(
+                f"{type(self).__name__}(token={self.token}) needs the token ids of the whole text: this pass "
+                "was given embeddings, or goes on from a cache that was filled outside the block"
+            )
+        return call.ids.to(call.query.device) == self.token
+
+
+def of_layer(given: Tensor | float, call: AttentionCall) -> Tensor:
+    """Keys or values of one layer, `[1, key_heads, 1, size]`, from those of all; a number as it is."""
+    tensor = torch.as_tensor(given, device=call.key.device)
+    return row(tensor, call.layer)[None, :, None] if tensor.ndim else tensor
+
+
+def row(given: Tensor, layer: int) -> Tensor:
+    """One layer of `[layers, ...]`, where 1 stands for all of them."""
+    if len(given) != 1 and layer >= len(given):
+        raise InputError(f"layer {layer}: values for {len(given)} layers were given")
+    return given[0 if len(given) == 1 else layer]
+
+
+def check_shape(name: str, given: Tensor | float, model: LanguageModel) -> None:
+    """Raise InputError for keys or values of another shape than the model's."""
+    shape = tuple(getattr(given, "shape", ()))
+    wanted = (model.layers, model.key_heads, model.head_size)
+    if shape and (len(shape) != 3 or any(a not in (1, b) for a, b in zip(shape, wanted, strict=True))):
+        raise InputError(
+            f"a {name} of shape {shape}: expected a number or [layers, key_heads, size] = {wanted}, "
+            "or 1 where all are the same"
+        )

@@ -1,0 +1,1 @@
+"""Attention received by every position. The passes that show it, whole or block by block."""

@@ -1,0 +1,297 @@
+"""Attention received by every position, a layer and a block of queries at a time."""
+
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from numpy.typing import NDArray
+from torch import Tensor
+
+from spectral_sinks.data.pixels import Pixels
+from spectral_sinks.data.texts import Windows
+from spectral_sinks.errors import InputError, SpectralWarning
+from spectral_sinks.interventions.tracing import Interventions, trace
+from spectral_sinks.measure.attention.received import EPSILON, from_others
+from spectral_sinks.measure.memory import Memory
+from spectral_sinks.models.attention_capture import AttentionCall, attending
+from spectral_sinks.models.attention_sdpa import TOKENS
+from spectral_sinks.models.base import Transformer
+from spectral_sinks.models.language import LanguageModel
+from spectral_sinks.models.vision import VisionModel
+from spectral_sinks.remote.client import remotely
+
+Inputs = Windows | Pixels
+"""What a model reads: windows of tokens, or images."""
+
+
+@dataclass(frozen=True, eq=False)
+class PositionAttention:
+    """What every position receives from the first T tokens of each window, by layer and head."""
+
+    windows: Inputs
+    """The windows that were read, T tokens each; whole windows where the model is bidirectional."""
+    causal: bool
+    ids: Int[NDArray[np.int64], "windows tokens"]
+    """-1 behind the end of a shorter window, where all below is NaN. Of images the kind of each token: its
+    place in the model's prefix, or the number of prefix tokens for a patch."""
+    total: Float[NDArray[np.float32], "windows layers heads tokens"]
+    """Sum over queries of the attention to each position."""
+    seen: Float[NDArray[np.float32], "windows layers heads tokens"]
+    """Queries that can see each position: fewer than come after it where a window slides."""
+    to_sink_logit: Float[NDArray[np.float32], "windows layers heads"]
+    """Mean over queries of what a learned logit without a value takes of each row (gpt-oss); else 0."""
+
+    @property
+    def tokens(self) -> int:
+        """T: tokens of the longest window read."""
+        return self.ids.shape[1]
+
+    @cached_property
+    def lengths(self) -> Int[NDArray[np.int64], "windows"]:
+        """Tokens in each window."""
+        return (self.ids >= 0).sum(1)
+
+    @cached_property
+    def queries(self) -> Float[NDArray[np.float64], "windows tokens"]:
+        """Queries over which the mean is taken: those at the position and after it, or all."""
+        ends = self.lengths[:, None].astype(np.float64)
+        return ends - np.arange(self.tokens) if self.causal else np.broadcast_to(ends, self.ids.shape)
+
+    @cached_property
+    def alpha(self) -> Float[NDArray[np.float64], "windows layers heads tokens"]:
+        """alpha_k: mean over queries i >= k of A[i, k]; over all queries in a bidirectional model.
+
+        Queries that a sliding window keeps from k count as 0, as published. (Gu et al. 2025)
+        """
+        return self.total / self.queries[:, None, None]
+
+    @property
+    def alpha_seen(self) -> Float[NDArray[np.float64], "windows layers heads tokens"]:
+        """The mean over only those queries that can see k [ours]; NaN where none can."""
+        with np.errstate(invalid="ignore"):
+            return self.total.astype(np.float64) / self.seen
+
+    def rate(self, epsilon: float = EPSILON) -> Float[NDArray[np.float64], "documents tokens"]:
+        """Sink^eps_k: share of a document's (window, layer, head) with alpha_k above epsilon, every k."""
+        return self.by_document(_above(self.alpha, epsilon).mean((1, 2)))
+
+    def mass(
+        self, members: Bool[NDArray[np.bool_], "windows #layers tokens"]
+    ) -> Float[NDArray[np.float64], "windows layers heads"]:
+        """Mean over all queries of the attention to some positions of each window together."""
+        chosen = np.where(members[:, :, None], self.total, 0.0)
+        return np.nansum(chosen, axis=-1) / self.lengths[:, None, None]
+
+    def uniform(
+        self, members: Bool[NDArray[np.bool_], "windows #layers tokens"]
+    ) -> Float[NDArray[np.float64], "windows #layers"]:
+        """`mass` if every query attended evenly to all that comes before it, and to itself (or to all)."""
+        if not self.causal:
+            return members.sum(-1) / self.lengths[:, None]
+        shares = np.cumsum(members, axis=-1) / np.arange(1, self.tokens + 1)
+        return shares.mean(-1)
+
+    def by_document(self, values: NDArray[Any]) -> NDArray[np.float64]:
+        """Mean over the windows of each document, documents in ascending order; NaNs are left out."""
+        owners = np.asarray(self.windows.document)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # nothing but NaN stays NaN
+            return np.stack([np.nanmean(values[owners == owner], axis=0) for owner in np.unique(owners)])
+
+
+def _above(values: NDArray[np.float64], threshold: float) -> NDArray[np.float64]:
+    """1 where strictly above, 0 where not, NaN where NaN."""
+    return np.where(np.isnan(values), np.nan, values > threshold)
+
+
+def attention_by_position(
+    model: Transformer, windows: Inputs, *, tokens: int = TOKENS, batch_size: int = 16
+) -> PositionAttention:
+    """Attention received by every position among the first `tokens` of each window, in every head.
+
+    No map of all queries and keys is held, whatever the attention implementation. Windows shorter than
+    `tokens` are left out with a warning; a bidirectional model reads its windows, or images, whole. Of an
+    attention implementation of the model's own, which may be no softmax, whole maps are read, without what a
+    token gives itself, which may be anything there, and with a warning that says to what rows sum; and of
+    eager attention where a server keeps the weights apart from the code that it is sent. Raises InputError
+    where nothing is left, `tokens` exceeds the context, ids are padded, or attention cannot be seen.
+    """
+    return watch(model, opened(model, windows, tokens), batch_size)
+
+
+@remotely
+def watch(
+    model: Transformer,
+    windows: Inputs,
+    batch_size: int = 16,
+    edits: Interventions | None = None,
+    after: Callable[[list[int]], None] = lambda places: None,
+) -> PositionAttention:
+    """`attention_by_position` of windows read whole, in passes with functions at sites.
+
+    `after` is called with the places of the windows of each pass, where the model is.
+    """
+    _check_attention(model)
+    count, length = len(windows), windows.length
+    shape = (count, model.layers, model.heads, length)
+    ids = np.full((count, length), -1)
+    total, seen = (np.full(shape, np.nan, dtype=np.float32) for _ in range(2))
+    sink_logit = np.zeros(shape[:3], dtype=np.float32)
+    found: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def look(call: AttentionCall) -> None:
+        found[call.layer] = received_by_keys(call)
+
+    def read(weights: Tensor) -> Tensor:
+        sums.extend(weights.float().sum(-1).mean((1, 2)).tolist())
+        given = from_others(model, weights)
+        found[len(found)] = received_in_maps(given, causal(model), softmax=own is None)
+        return weights[:0]
+
+    own, sums = model.own_attention, list[float]()
+    maps = own is not None or model.weightless
+    memory = Memory(model, length)
+    for places, rows in windows.batches(batch_size):
+
+        def run(start: int, stop: int, places: list[int] = places, rows: Tensor = rows) -> None:
+            found.clear()
+            part = rows[start:stop]
+            with nullcontext() if maps else attending(model, look):
+                seeing = maps and read
+                trace(model, part.to(model.device), edits or {}, readout=lambda *_: None, attention=seeing)
+            kinds = windows.tokens(part)
+            width = kinds.shape[1]
+            for row, place in enumerate(places[start:stop]):
+                ids[place, :width] = kinds[row]
+                for layer, (mass, visible, rest) in found.items():
+                    total[place, layer, :, :width] = mass[row]
+                    seen[place, layer, :, :width] = visible[row]
+                    sink_logit[place, layer] = rest[row]
+            after(places[start:stop])
+
+        memory.parts(len(places), 1, run)
+    if own is not None:
+        warnings.warn(
+            f"{model.name} runs {own!r} attention, an implementation of its own: measured are the weights "
+            f"that it returns, whose rows sum to {np.mean(sums):.3g} in the mean (to 1 under softmax), but "
+            "for what a token gives itself",
+            SpectralWarning,
+            stacklevel=3,
+        )
+    return PositionAttention(windows, causal(model), ids, total, seen, sink_logit)
+
+
+def received_by_keys(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums over queries: attention to each key, queries that see it, and mean mass of a learned logit.
+
+    Shapes `[batch, heads, keys]`, twice, and `[batch, heads]`; on the CPU, float32.
+    """
+    batch, heads, queries, _ = call.query.shape
+    shape = (batch, heads, call.key.shape[2])
+    total = torch.zeros(shape, dtype=torch.float32, device=call.query.device)
+    seen = torch.zeros_like(total)
+    for rows in call.blocks():
+        total += call.weights(rows).sum(2)
+        seen += call.visible(rows).sum(2)
+    rest = torch.zeros(batch, heads) if call.sinks is None else 1 - total.sum(-1) / queries
+    return total.cpu(), seen.cpu(), rest.cpu()
+
+
+def received_in_maps(
+    weights: Float[Tensor, "batch heads tokens tokens"], causal: bool, *, softmax: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`received_by_keys` from whole maps.
+
+    Of a softmax a query sees keys at the distances at which any query gives more than nothing (a single
+    weight may be rounded to 0), and what a row lacks to 1 went to a logit without a value; of anything else
+    every later query is taken to see a key, and no logit is known.
+    """
+    total = weights.float().sum(2)
+    if softmax:
+        given, size = (weights > 0).flatten(0, 1).any(0), weights.shape[-1]
+        visible = torch.stack([given.diagonal(k).any() for k in range(1 - size, size)])
+        place = torch.arange(size, device=given.device)
+        seen = visible[place - place[:, None] + size - 1].sum(0).float()
+        rest = (1 - weights.float().sum(-1)).mean(-1)
+        return total.cpu(), seen.expand_as(total).cpu(), rest.cpu()
+    tokens = torch.arange(total.shape[-1], 0, -1, device=total.device)
+    seen = (tokens if causal else torch.full_like(tokens, len(tokens))).float().expand_as(total)
+    return total.cpu(), seen.cpu(), torch.zeros(total.shape[:2])
+
+
+def _check_attention(model: Transformer) -> None:
+    """Raise InputError for a model some of whose layers have no attention (linear or recurrent ones)."""
+    name = model.layout.attention
+    parts = [dict(layer.named_modules()) for layer in model.module.get_submodule(model.layout.layers)]
+    if lacking := [layer for layer, part in enumerate(parts) if name not in part]:
+        raise InputError(
+            f"{model.name}: {len(lacking)} of {model.layers} layers, such as {lacking[0]}, have no {name!r}: "
+            "attention sinks are defined for softmax attention in every layer"
+        )
+
+
+def causal(model: Transformer) -> bool:
+    """Whether a token sees only what comes before it."""
+    return getattr(model, "causal", True)
+
+
+def opened(model: Transformer, windows: Inputs, tokens: int) -> Inputs:
+    """The first `tokens` tokens of each window that has them; all windows whole if bidirectional."""
+    check_inputs(model, windows)
+    if isinstance(windows, Pixels):
+        return windows
+    language: Any = model
+    _check_padding(language, windows)
+    if tokens < 2:
+        raise InputError(f"attention received over {tokens} tokens: give at least 2")
+    if language.context is not None and tokens > language.context:
+        raise InputError(
+            f"attention received over {tokens} tokens: {model.name} has a context of {language.context}"
+        )
+    if not causal(model):
+        return windows
+    kept = [place for place, row in enumerate(windows.rows) if len(row) >= tokens]
+    if not kept:
+        raise InputError(
+            f"attention received is taken over {tokens} tokens, and the longest window has {windows.length}: "
+            f"give longer texts, or take it over fewer (tokens={windows.length}, --tokens), which raises it"
+        )
+    if short := len(windows) - len(kept):
+        warnings.warn(
+            f"{short} of {len(windows)} windows are shorter than {tokens} tokens and left out",
+            SpectralWarning,
+            stacklevel=3,
+        )
+    return Windows.of_ids(
+        [windows.rows[place][:tokens] for place in kept],
+        language,
+        [windows.document[place] for place in kept],
+    )
+
+
+def check_inputs(model: Transformer, windows: Inputs) -> None:
+    """Raise InputError for images given to a language model, and for tokens given to an image encoder."""
+    if isinstance(windows, Pixels) != isinstance(model, VisionModel):
+        reads = "images: ss.pixels(images, model)" if isinstance(model, VisionModel) else "windows of tokens"
+        raise InputError(f"{model.name} reads {reads}, and {type(windows).__name__} were given")
+
+
+def _check_padding(model: LanguageModel, windows: Windows) -> None:
+    """Raise InputError for windows that open, or end, with two or more padding tokens and hold others."""
+    pad = getattr(model.tokenizer, "pad_token_id", None)
+    pad = model.config.pad_token_id if pad is None else pad
+    if pad is None:
+        return
+    for place, row in enumerate(windows.rows):
+        for side, end in (("opens", row[:2]), ("ends", row[-2:])):
+            if bool((end == pad).all()) and bool((row != pad).any()):
+                raise InputError(
+                    f"window {place} {side} with the padding token {pad}: padding shifts positions and "
+                    "receives attention; give unpadded windows, which may differ in length"
+                )

@@ -1,0 +1,103 @@
+"""Passes over windows in which attention is looked at, layer by layer, and nothing of it is kept."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int, Shaped
+from torch import Tensor
+
+from spectral_sinks.data.pixels import Pixels
+from spectral_sinks.errors import InputError
+from spectral_sinks.interventions.tracing import trace
+from spectral_sinks.measure.attention.by_position import Inputs, attention_by_position, check_inputs
+from spectral_sinks.models.attention_capture import AttentionCall, attending
+from spectral_sinks.models.base import Transformer
+from spectral_sinks.models.vision import VisionModel
+
+Observer = Callable[[AttentionCall, list[int]], None]
+"""Sees one layer's attention on a batch, and which windows the batch holds."""
+
+Position = int | str | Sequence[int]
+"""Where the sink is: one position, one for each window, or the name of a token of an image encoder."""
+
+
+def observe(
+    model: Transformer, windows: Inputs, observers: Sequence[Observer], *, batch_size: int = 16
+) -> None:
+    """Run the windows through the untouched model and show each layer's attention to the observers."""
+    for places, ids in windows.batches(batch_size):
+
+        def look(call: AttentionCall, places: list[int] = places) -> None:
+            for observer in observers:
+                observer(call, places)
+
+        with attending(model, look):
+            trace(model, ids.to(model.device), {}, readout=lambda final, *_: final[:1, :1, :1])
+
+
+def sink_positions(
+    model: Transformer, windows: Inputs, position: Position, batch_size: int = 16
+) -> Int[Tensor, "windows"]:
+    """The sink's position in each window.
+
+    "cls", "reg1" and the like are the tokens of an image encoder's prefix; "patch" is in each image the patch
+    to which any one head gives most (the largest alpha_k of a patch over layers and heads). Raises InputError
+    for a position that some window has not or that no other token can attend to, for another number of
+    positions than of windows, and for a name that the model does not know.
+    """
+    check_inputs(model, windows)
+    if isinstance(position, str):
+        if not isinstance(model, VisionModel) or not isinstance(windows, Pixels):
+            raise InputError(f"position {position!r}: tokens of text have numbers, counted from 0")
+        return _named(model, windows, position, batch_size)
+    given: Any = position
+    found = torch.as_tensor(given)
+    if found.is_floating_point() or found.ndim > 1:
+        raise InputError(f"position {position}: expected a whole number, or one for each window")
+    if found.ndim and len(found) != len(windows):
+        raise InputError(f"{len(found)} positions for {len(windows)} windows: give one, or one for each")
+    lengths = torch.tensor(windows.lengths)
+    last = lengths - 2 if getattr(model, "causal", True) else lengths - 1
+    outside = (found < 0) | (found > last)
+    if outside.any():
+        place = int(outside.int().argmax() if found.ndim else lengths.argmin())
+        which = "the shortest window" if found.ndim == 0 else f"window {place}"
+        raise InputError(
+            f"position {int(found.expand(len(lengths))[place])}: {which} has {int(lengths[place])} tokens, "
+            f"and a position that others can attend to in it is one of 0 to {int(last[place])}"
+        )
+    return found.expand(len(windows)).clone()
+
+
+def _named(model: VisionModel, pixels: Pixels, name: str, batch_size: int) -> Int[Tensor, "images"]:
+    if name in model.prefix:
+        return torch.full((len(pixels),), model.prefix.index(name))
+    if name != "patch":
+        raise InputError(f"position {name!r}: {model.name} has {', '.join((*model.prefix, 'patch'))}")
+    first = len(model.prefix)
+    alpha = attention_by_position(model, pixels, batch_size=batch_size).alpha[..., first:]
+    return first + torch.as_tensor(alpha.max((1, 2)).argmax(-1))
+
+
+def at_sink(
+    x: Shaped[Tensor, "batch heads keys *rest"], at: Int[Tensor, "batch"]
+) -> Shaped[Tensor, "batch heads *rest"]:
+    """What stands at each window's sink."""
+    return x[torch.arange(len(at), device=x.device), :, at.to(x.device)]
+
+
+def to_sink(
+    x: Shaped[Tensor, "#batch heads rows keys"], at: Int[Tensor, "batch"]
+) -> Shaped[Tensor, "batch heads rows"]:
+    """The column of each window's sink."""
+    return at_sink(x.expand(len(at), -1, -1, -1).transpose(2, 3), at)
+
+
+def readers(call: AttentionCall, rows: slice, at: Int[Tensor, "batch"]) -> Bool[Tensor, "batch heads rows"]:
+    """Which of some queries may attend to the sink and to another token; its own query is left out."""
+    sees = call.visible(rows)
+    index = torch.arange(call.query.shape[2], device=sees.device)[rows]
+    own = index == at.to(sees.device)[:, None, None]
+    able = to_sink(sees, at) & ~own & (sees.sum(-1) > 1)
+    return able.expand(*call.query.shape[:2], -1)

@@ -1,0 +1,112 @@
+"""Attention received by a position: the sink's mass."""
+
+from collections.abc import Sequence
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from spectral_sinks.data.pixels import Pixels
+from spectral_sinks.data.texts import Windows
+from spectral_sinks.errors import InputError
+from spectral_sinks.interventions.tracing import trace
+from spectral_sinks.models.attention_sdpa import OPENING, TOKENS
+from spectral_sinks.models.base import Transformer
+
+EPSILON = 0.3
+"""Attention received above which a head counts as having a sink (Gu et al. 2025)."""
+
+
+def attention_received(
+    weights: Sequence[Float[Tensor, "batch heads tokens tokens"]],
+    position: int = 0,
+    tokens: int | None = None,
+    *,
+    causal: bool = True,
+) -> Float[Tensor, "batch layers heads"]:
+    """alpha_k: mean over queries i >= k, among the first `tokens` (64), of A[i, k], by layer and head.
+
+    The first query's attention to itself, which is 1 for position 0, counts: uniform causal attention gives
+    0.0741 at 64 tokens. Where attention is not `causal`, a row is normalised over the whole window, so the
+    mean is over all queries of the window and `tokens` its length; position -1 is its last token ([SEP]).
+    Raises InputError when the window is shorter than `tokens`, or of another length where attention is not
+    causal. (Gu et al. 2025, 3.1)
+    """
+    if not causal:
+        if tokens is not None and any(layer.shape[-1] != tokens for layer in weights):
+            raise InputError(
+                f"attention received over {tokens} tokens: a token of an encoder attends to its whole "
+                "window, so cut windows of that length"
+            )
+        return torch.stack([layer[..., position].float().mean(-1) for layer in weights], dim=1)
+    tokens = TOKENS if tokens is None else tokens
+    if any(layer.shape[-1] < tokens for layer in weights):
+        raise InputError(f"attention received is taken over {tokens} tokens, the window is shorter")
+    return torch.stack([layer[:, :, position:tokens, position].float().mean(-1) for layer in weights], dim=1)
+
+
+def from_others(
+    model: Transformer, weights: Float[Tensor, "batch heads queries keys"]
+) -> Float[Tensor, "batch heads queries keys"]:
+    """Attention weights of a model, without what a token gives itself if they come from no softmax.
+
+    There a weight has no limit and takes nothing from the others: a first token that sees itself alone may
+    give itself any weight, which is no sink.
+    """
+    if model.own_attention is None:
+        return weights
+    return weights - weights.diagonal(dim1=-2, dim2=-1).diag_embed()
+
+
+def uniform_attention(position: int = 0, tokens: int = TOKENS, *, causal: bool = True) -> float:
+    """alpha_k of uniform attention; 1 / tokens where it is not causal."""
+    if not causal:
+        return 1 / tokens
+    return sum(1 / (i + 1) for i in range(position, tokens)) / (tokens - position)
+
+
+def sink_rate(received: Float[Tensor, "batch layers heads"], epsilon: float = EPSILON) -> float:
+    """Sink^eps_k: fraction of (text, layer, head) with attention received above `epsilon`."""
+    return float((received > epsilon).float().mean())
+
+
+def attention_by_head(
+    model: Transformer,
+    windows: Windows | Pixels,
+    position: int = 0,
+    *,
+    tokens: int | None = None,
+    batch_size: int = 16,
+) -> pd.DataFrame:
+    """Attention received by a position: one row per (document, layer, head), mean over its windows.
+
+    Over the first 64 tokens unless `tokens` says otherwise; by an encoder over whole windows, which it reads
+    as they are, nothing masked. Under an attention of the model's own, which may be no softmax, what the
+    position gives itself is left out. Raises InputError where attention weights cannot be read, a window is
+    shorter than `tokens` (of another length, for an encoder), and for more than 64 under "sdpa_opening".
+    """
+    if model.config._attn_implementation == OPENING and tokens is not None and tokens > TOKENS:
+        raise InputError(
+            f"attention received is taken over {tokens} tokens, and {OPENING!r} keeps the maps of only "
+            f"the first {TOKENS}: load the model with attention='eager'"
+        )
+    rows: list[pd.DataFrame] = []
+    for places, ids in windows.batches(batch_size):
+        received = trace(
+            model,
+            ids.to(model.device),
+            {},
+            readout=lambda final, read, weights: attention_received(
+                [from_others(model, layer) for layer in weights], position, tokens, causal=model.causal
+            ).cpu(),
+            attention=True,
+        )
+        index = pd.MultiIndex.from_product(
+            [[windows.document[place] for place in places], range(model.layers), range(model.heads)],
+            names=["document", "layer", "head"],
+        )
+        rows.append(
+            pd.DataFrame({"attention": received.flatten().double().numpy()}, index=index).reset_index()
+        )
+    return pd.concat(rows).groupby(["document", "layer", "head"], as_index=False).mean()

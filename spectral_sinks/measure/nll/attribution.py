@@ -1,0 +1,94 @@
+"""A first-order screen: what removing each band at each exit would cost, all at once, to first order."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from spectral_sinks.data.texts import Windows
+from spectral_sinks.errors import InputError
+from spectral_sinks.interventions.sites import Site
+from spectral_sinks.interventions.tracing import trace
+from spectral_sinks.measure.nll.scoring import chunk, predicted, predictions
+from spectral_sinks.models.language import LanguageModel
+from spectral_sinks.models.masked_lm import masked_ids
+from spectral_sinks.spectra.spectrum import Spectrum
+
+
+def first_order(
+    model: LanguageModel,
+    windows: Windows,
+    spectrum: Spectrum,
+    layers: Sequence[int] | None = None,
+    *,
+    batch_size: int = 16,
+) -> pd.DataFrame:
+    """A screen, never a result: the change of NLL per band and exit, extrapolated from the untouched model.
+
+    One row per (layer, band): `estimate`, nats per token, mean over documents as in `evaluate`, is
+    `-sum_t g_t P_b x_t` with x the residual at the exit and g the gradient of the mean NLL there, from one
+    forward and one backward pass per batch for all layers and bands. The estimate of a filter that removes
+    several bands is the sum of theirs. It is exact for a vanishing part of a band; removing a whole band is
+    far from that, so it may order candidates, and what it selects is to be measured with `evaluate_all`.
+    Raises InputError for a spectrum of another width and layers that the model does not have. (Attribution
+    patching: Nanda 2023; Syed et al. 2023)
+    """
+    if spectrum.d != model.d:
+        raise InputError(f"a spectrum of width {spectrum.d} for a model of width {model.d}")
+    exits = [Site("exit", layer) for layer in (range(model.layers) if layers is None else layers)]
+    entry = Site("embedding")
+    vectors = spectrum.vectors.to(model.device, torch.promote_types(model.dtype, torch.float32))
+    sizes = np.diff(spectrum.edges).tolist()
+    estimates = np.zeros((len(windows), len(exits), spectrum.count))
+    tokens = np.zeros(len(windows))
+    for places, ids in windows.batches(batch_size):
+        ids = ids.to(model.device)
+
+        def readout(final: Tensor, read: dict[Site, Tensor], _: list[Tensor], ids: Tensor = ids) -> Tensor:
+            states = [read[site] for site in exits]
+            gradients = torch.autograd.grad(final, states, _gradient(model, final, ids))
+            with torch.no_grad():
+                return torch.stack([_by_band(g, x) for g, x in zip(gradients, states, strict=True)], 1)
+
+        def _by_band(g: Tensor, x: Tensor) -> Tensor:
+            products = (g.to(vectors.dtype) @ vectors) * (x.to(vectors.dtype) @ vectors)
+            return torch.stack([-part.sum((1, 2)) for part in products.split(sizes, dim=-1)], -1).cpu()
+
+        found = trace(
+            model,
+            ids if model.causal else masked_ids(model, ids),
+            {entry: lambda x: x.detach().requires_grad_()},  # whether or not the weights want gradients
+            exits,
+            readout=readout,
+            gradients=True,
+        )
+        estimates[places] = found.double().numpy()
+        tokens[places] = predicted(model, ids.shape[1])
+    weight = tokens / pd.Series(tokens).groupby(list(windows.document)).transform("sum").to_numpy()
+    mean = np.tensordot(weight, estimates, 1) / len(set(windows.document))
+    return pd.DataFrame(
+        [
+            {"layer": site.layer, "band": band + 1, "estimate": mean[index, band]}
+            for index, site in enumerate(exits)
+            for band in range(spectrum.count)
+        ]
+    )
+
+
+def _gradient(
+    model: LanguageModel, final: Float[Tensor, "batch tokens d"], ids: Int[Tensor, "batch tokens"]
+) -> Float[Tensor, "batch tokens d"]:
+    """Of each window's mean NLL by the output of the final norm, a chunk of logits at a time."""
+    final = final.detach().requires_grad_()
+    rows, targets = predictions(model, final, ids)
+    step = chunk(model, final.device)
+    parts: list[Tensor] = []
+    for start in range(0, len(rows), step):
+        part = rows[start : start + step].detach().requires_grad_()
+        loss = cross_entropy(model.unembed(part), targets[start : start + step], reduction="sum")
+        parts.append(torch.autograd.grad(loss / predicted(model, ids.shape[1]), part)[0])
+    return torch.autograd.grad(rows, final, torch.cat(parts))[0]

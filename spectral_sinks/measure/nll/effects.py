@@ -1,0 +1,238 @@
+"""What an intervention does: NLL, divergence from the untouched model, and the sink, by document."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from spectral_sinks.data.texts import Windows
+from spectral_sinks.errors import InputError
+from spectral_sinks.interventions.sites import Site
+from spectral_sinks.interventions.tracing import Edit, Interventions
+from spectral_sinks.measure.memory import Memory
+from spectral_sinks.measure.nll.remote_batch import RemoteBatch, opened
+from spectral_sinks.measure.nll.replay import Batch, BatchResult, start
+from spectral_sinks.measure.nll.scoring import predicted
+from spectral_sinks.models.language import LanguageModel
+from spectral_sinks.spectra.filters import At, Filter, Mean, Swap
+from spectral_sinks.stats import mean_interval
+
+COLUMNS = ("nll", "baseline_nll", "delta_nll", "kl", "top1_agreement", "removed_energy_share")
+
+
+@dataclass(frozen=True, eq=False)
+class Effect:
+    """One intervention on one set of windows: a row per document, and the means over documents."""
+
+    name: str
+    sites: tuple[Site, ...]
+    ranks: tuple[int | None, ...]
+    """Directions removed at each site; None for a custom function."""
+    rows: pd.DataFrame
+    """One row per document: windows, tokens (those predicted), the columns named above, sink_mass_L,
+    baseline_sink_mass_L."""
+
+    @property
+    def nll(self) -> float:
+        """Nats per token (of an encoder: per masked token), mean over documents."""
+        return float(self.rows["nll"].mean())
+
+    @property
+    def baseline_nll(self) -> float:
+        return float(self.rows["baseline_nll"].mean())
+
+    @property
+    def delta_nll(self) -> float:
+        return float(self.rows["delta_nll"].mean())
+
+    @property
+    def delta_nll_interval(self) -> tuple[float, float]:
+        """95 % BCa interval of the paired difference over documents."""
+        return mean_interval(self.rows["delta_nll"])
+
+    @property
+    def rank(self) -> int | None:
+        """Directions removed; the sum over sites, None with a custom function."""
+        return None if None in self.ranks else sum(rank for rank in self.ranks if rank is not None)
+
+    @property
+    def sink_mass(self) -> list[float] | None:
+        """Mean attention received by position 0 at T = 64 (by an encoder, over the whole window), by layer.
+
+        None where it cannot be read.
+        """
+        return self._by_layer("sink_mass_")
+
+    @property
+    def baseline_sink_mass(self) -> list[float] | None:
+        return self._by_layer("baseline_sink_mass_")
+
+    def _by_layer(self, prefix: str) -> list[float] | None:
+        names = [name for name in self.rows.columns if name.startswith(prefix)]
+        values = [float(self.rows[name].mean()) for name in names]
+        return values if values and np.isfinite(values).all() else None
+
+    def frame(self) -> pd.DataFrame:
+        """The table by document, with the name of the intervention."""
+        return self.rows.assign(name=self.name)
+
+    def summary(self) -> dict[str, Any]:
+        """Means over documents, the interval, and what was removed."""
+        low, high = self.delta_nll_interval
+        return {
+            "name": self.name,
+            "site": ", ".join(map(str, self.sites)),
+            "rank": self.rank,
+            **{column: float(self.rows[column].mean()) for column in COLUMNS},
+            "delta_nll_low": low,
+            "delta_nll_high": high,
+            "documents": len(self.rows),
+        }
+
+    def __repr__(self) -> str:
+        """Two tables: the means over documents, and the sink mass by layer where it was read."""
+        shown = {key: value for key, value in self.summary().items() if key not in ("name", "site")}
+        lines = [
+            f"{self.name} at {', '.join(map(str, self.sites)) or 'no site'} (nats per token)",
+            pd.DataFrame([shown]).to_string(index=False, float_format="%.4f"),
+        ]
+        if self.sink_mass is not None:
+            masses = pd.DataFrame([self.baseline_sink_mass, self.sink_mass], ["untouched", self.name])
+            lines += ["sink mass by layer", masses.to_string(float_format="%.4f")]
+        return "\n".join(lines)
+
+
+def evaluate(
+    model: LanguageModel,
+    windows: Windows,
+    interventions: Interventions,
+    *,
+    name: str | None = None,
+    batch_size: int = 16,
+) -> Effect:
+    """The effect of a filter, or any function `[batch, tokens, d] -> [batch, tokens, d]`, at each site given.
+
+    Raises InputError for sites the model does not have, filters of another width, and a swap between
+    windows that open with different tokens.
+    """
+    label = name or ", ".join(getattr(edit, "name", "custom") for edit in interventions.values()) or "no-op"
+    return evaluate_all(model, windows, {label: interventions}, batch_size=batch_size)[label]
+
+
+def evaluate_all(
+    model: LanguageModel,
+    windows: Windows,
+    cells: Mapping[str, Interventions],
+    *,
+    batch_size: int = 16,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, Effect]:
+    """The effects of several interventions, each compared with one untouched pass per batch.
+
+    A pass begins at its lowest site: what lies below is taken from the untouched pass, bit for bit. Sink
+    mass is read where attention weights can be read and all windows have 64 tokens. `progress` is called
+    with the number of cells just done, for each batch anew.
+
+    The NLL of an encoder is that of masked tokens, in nats per masked token: each window is read with the
+    mask token at its `masked_positions` (15 %, special tokens never, chosen by the window's own ids), and
+    the tokens that stood there are predicted. KL and agreement are taken at these positions too, and sink
+    mass is that of the masked window.
+    """
+    if not isinstance(model, LanguageModel):
+        raise InputError(f"{model.name} reads images: evaluate_images(model, pixels, cells)")
+    for edits in cells.values():
+        for site, edit in edits.items():
+            check(site, edit, model, windows)
+    starts = {start(edits) for edits in cells.values()}
+    memory = Memory(model, windows.length)
+    places: list[int] = []
+    tokens: list[int] = []
+    parts: list[Table] = []
+    for chosen, ids in windows.batches(batch_size):
+        batch = opened(model, windows, chosen, ids, starts, memory)
+        parts.append(_columns(batch, batch.measure(list(cells.values()), progress)))
+        places += chosen
+        tokens += [predicted(model, ids.shape[1])] * len(chosen)
+    names, _ = parts[0]
+    values = np.concatenate([part for _, part in parts], axis=1)
+    owners = np.array([windows.document[place] for place in places])
+    documents, owner, counts = np.unique(owners, return_inverse=True, return_counts=True)
+    weights = np.zeros((len(documents), len(places)))
+    weights[owner, np.arange(len(places))] = tokens
+    described = {"document": documents, "windows": counts, "tokens": weights.sum(1).astype(np.int64)}
+    means = (weights / weights.sum(1, keepdims=True)) @ values
+    return {
+        name: Effect(
+            name,
+            tuple(edits),
+            tuple(edit.rank if isinstance(edit, Filter) else None for edit in edits.values()),
+            pd.DataFrame(described | dict(zip(names, means[index].T, strict=True))),
+        )
+        for index, (name, edits) in enumerate(cells.items())
+    }
+
+
+Table = tuple[list[str], Float[NDArray[np.float64], "cells windows columns"]]
+
+
+def _columns(batch: Batch | RemoteBatch, found: BatchResult) -> Table:
+    """Everything measured on a batch side by side, and the names of the columns."""
+    base = batch.baseline
+    columns = {
+        "nll": found.nll,
+        "baseline_nll": base.nll,
+        "delta_nll": found.nll - base.nll,
+        "kl": found.kl,
+        "top1_agreement": found.top1_agreement,
+        "removed_energy_share": found.removed_energy_share,
+    }
+    for prefix, mass in (("sink_mass_", found.sink_mass), ("baseline_sink_mass_", base.sink_mass)):
+        if mass is not None:
+            columns |= {f"{prefix}{layer}": mass[..., layer] for layer in range(mass.shape[-1])}
+    shape = found.nll.shape
+    return list(columns), np.stack([np.broadcast_to(column, shape) for column in columns.values()], axis=-1)
+
+
+def check(site: Site, edit: Edit, model: LanguageModel, windows: Windows) -> None:
+    """Raise InputError for a filter that means nothing at a site of this model or on these windows."""
+    site.check(model)
+    if not isinstance(edit, Filter):
+        return
+    if edit.blocked.d != model.d:
+        raise InputError(
+            f"{edit.name!r} at {site} filters a residual stream of width {edit.blocked.d}, "
+            f"{model.name} has width {model.d}"
+        )
+    if not isinstance(edit.tokens, (str, At, Tensor)) and edit.tokens:
+        wrong = [i for i in sorted(edit.tokens) if not 0 <= i < model.vocabulary]
+        if wrong:
+            raise InputError(f"token id {wrong[0]} lies outside the vocabulary of {model.vocabulary}")
+    if isinstance(edit.fill, Swap) and len(windows.first_token_ids) > 1 and _touches_first(edit, windows):
+        raise InputError(
+            f"fill 'swap' between windows that open with {len(windows.first_token_ids)} different tokens "
+            "would move the sink itself: exempt position 0 with tokens='all-but-first', or open windows "
+            "with BOS"
+        )
+    if isinstance(edit.fill, Swap) and not model.causal and _touches_first(edit, windows):
+        raise InputError(
+            "fill 'swap' in an encoder, whose first token reads the whole window, would move the sink "
+            "itself: exempt position 0 with tokens='all-but-first'"
+        )
+    if isinstance(edit.fill, Mean) and edit.fill.reference.shape[-1] != model.d:
+        raise InputError(f"a mean of width {edit.fill.reference.shape[-1]} for a model of width {model.d}")
+
+
+def _touches_first(edit: Filter, windows: Windows) -> bool:
+    """Whether a filter acts at position 0 of some window."""
+    if isinstance(edit.tokens, str):
+        return edit.tokens != "all-but-first"
+    if isinstance(edit.tokens, At):
+        return 0 in edit.tokens.positions
+    if isinstance(edit.tokens, Tensor):
+        return bool(edit.tokens[..., 0].any())
+    return not set(edit.tokens).isdisjoint(windows.first_token_ids)

@@ -1,0 +1,193 @@
+"""Continuations under interventions, greedy or sampled, with a cache that agrees with them.
+
+Each step is one trace that goes on from the cache, rather than one traced `model.generate` with
+`tracer.iter`: the steps then share the sites of every other measurement, rows of several interventions share
+passes, and the draws are ours, so that a text depends on nothing but its own prompt, draw and intervention.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import DynamicCache
+
+from spectral_sinks.errors import InputError
+from spectral_sinks.interventions.sites import Site
+from spectral_sinks.interventions.tracing import Edit, Interventions, trace
+from spectral_sinks.measure.nll.scoring import score
+from spectral_sinks.models.language import LanguageModel
+from spectral_sinks.remote.client import remotely
+from spectral_sinks.spectra.filters import At, Filter, Mean, Noise, Swap
+
+ROWS = 128
+"""Continuations that grow at once."""
+
+
+def generate(
+    model: LanguageModel,
+    prompts: Int[Tensor, "prompts tokens"],
+    interventions: Interventions | None = None,
+    **options: Any,
+) -> Int[Tensor, "prompts draws new"]:
+    """`generate_all` for one intervention, or none."""
+    return generate_all(model, prompts, {"": interventions or {}}, **options)[""]
+
+
+@remotely
+def generate_all(
+    model: LanguageModel,
+    prompts: Int[Tensor, "prompts tokens"],
+    cells: Mapping[str, Interventions],
+    *,
+    new: int = 64,
+    temperature: float = 0.0,
+    draws: int = 1,
+    seed: int = 0,
+    cached: bool = True,
+    rows: int = ROWS,
+) -> dict[str, Int[Tensor, "prompts draws new"]]:
+    """Continue prompts of one length by `new` tokens, `draws` times, under each of several interventions.
+
+    The interventions act on the prompt and on every new token as it is read, so cached keys and values come
+    from edited residuals, as they would without a cache. `temperature` 0 is greedy. The draw of a token
+    depends on `seed`, prompt, draw and step alone: the same for every intervention, and not on how rows share
+    passes. At a server that runs functions apart from the weights there is no cache, and the same texts. The
+    end-of-sequence token is never drawn: all continuations have one length. A custom function
+    sees the tokens that are new to the cache, and no others.
+
+    Raises InputError for an encoder, a continuation longer than the context, several greedy draws, and
+    filters that choose tokens by a mask, or fill with noise by position or another text: tokens to come have
+    neither.
+    """
+    for interventions in cells.values():
+        _check(model, prompts, interventions, new, temperature, draws)
+    places = [(name, p, draw) for name in cells for p in range(len(prompts)) for draw in range(draws)]
+    cached = cached and not model.weightless  # a cache would grow in the other process alone
+    grown: list[Tensor] = []
+    for start in range(0, len(places), rows):
+        part = places[start : start + rows]
+        names = [name for name, _, _ in part]
+        spans = {name: slice(names.index(name), names.index(name) + names.count(name)) for name in names}
+        random = [_generator(seed, p, draw) for _, p, draw in part] if temperature else []
+        ids = prompts[[p for _, p, _ in part]].to(model.device)
+        cache = DynamicCache(config=model.config) if cached else None
+        for _ in range(new):
+            known = ids.shape[1] - 1 if cached and ids.shape[1] > prompts.shape[1] else 0
+            logits = trace(
+                model,
+                ids[:, known:],
+                _shared({name: cells[name] for name in spans}, spans, ids[:, known:], known),
+                readout=lambda final, *_: model.unembed(final[:, -1]),
+                cache=cache,
+            )
+            logits[:, _ends(model)] = -torch.inf
+            if temperature:
+                drawn = torch.stack([torch.empty(logits.shape[1]).exponential_(generator=g) for g in random])
+                logits = logits / temperature - drawn.clamp_min(1e-30).log().to(logits.device)
+            ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], dim=1)
+        grown.append(ids[:, prompts.shape[1] :].cpu())
+    texts = torch.cat(grown).view(len(cells), len(prompts), draws, new)
+    return dict(zip(cells, texts, strict=True))
+
+
+def continuation_nll(
+    model: LanguageModel,
+    prompts: Int[Tensor, "prompts tokens"],
+    continuations: Int[Tensor, "prompts draws new"],
+    interventions: Interventions | None = None,
+    *,
+    rows: int = ROWS,
+) -> Float[Tensor, "prompts draws"]:
+    """Nats per token of continuations, given their prompts, whose own tokens do not count.
+
+    A text that loops is easy to predict: a low value is no sign of a good continuation. Raises InputError for
+    an encoder.
+    """
+    _require_causal(model)
+    count, draws, new = continuations.shape
+    texts = torch.cat([prompts.repeat_interleave(draws, 0), continuations.flatten(0, 1)], dim=1)
+    found: list[Tensor] = []
+    for part in texts.split(rows):
+
+        def readout(final: Tensor, *_: Any, ids: Tensor = part) -> Tensor:
+            return score(model, final, ids).nll[:, -new:].double().mean(1).cpu()
+
+        found.append(trace(model, part.to(model.device), interventions or {}, readout=readout))
+    return torch.cat(found).view(count, draws)
+
+
+def later(edit: Edit, position: int) -> Edit | None:
+    """What an edit does to a single token at a position after the first; None for nothing."""
+    if not isinstance(edit, Filter):
+        return edit
+    if edit.tokens == "first" or isinstance(edit.tokens, At):  # positions beyond a prompt are refused
+        return None
+    if isinstance(edit.fill, Mean) and edit.fill.reference.ndim == 2:
+        edit = replace(edit, fill=Mean(edit.fill.reference[position : position + 1]))
+    return edit.at("all") if edit.tokens == "all-but-first" else edit
+
+
+def _shared(
+    cells: Mapping[str, Interventions], spans: Mapping[str, slice], ids: Tensor, known: int
+) -> dict[Site, Edit]:
+    """One function per site, which gives the rows of each cell what its own edit makes of them."""
+    parts: dict[Site, list[tuple[slice, Edit]]] = {}
+    for name, interventions in cells.items():
+        for site, edit in interventions.items():
+            if (chosen := later(edit, known) if known else edit) is not None:
+                parts.setdefault(site, []).append((spans[name], chosen))
+
+    def together(here: list[tuple[slice, Edit]]) -> Edit:
+        def edit(x: Tensor) -> Tensor:
+            out = x.clone()
+            for span, each in here:
+                out[span] = each(x[span], ids[span]) if isinstance(each, Filter) else each(x[span])
+            return out
+
+        return edit
+
+    return {site: together(here) for site, here in parts.items()}
+
+
+def _generator(seed: int, prompt: int, draw: int) -> torch.Generator:
+    state = np.random.SeedSequence((seed, prompt, draw)).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0]) >> 1)
+
+
+def _ends(model: LanguageModel) -> list[int]:
+    found: Any = getattr(model.module.config, "eos_token_id", None)
+    return [] if found is None else ([found] if isinstance(found, int) else list(found))
+
+
+def _require_causal(model: LanguageModel) -> None:
+    if not model.causal:
+        raise InputError(f"{model.name} predicts masked tokens: only a causal model continues a text")
+
+
+def _check(
+    model: LanguageModel, prompts: Tensor, edits: Interventions, new: int, temperature: float, draws: int
+) -> None:
+    _require_causal(model)
+    if prompts.ndim != 2 or not prompts.numel():
+        raise InputError(f"prompts of shape {tuple(prompts.shape)}: expected [prompts, tokens] of one length")
+    if new < 1 or draws < 1 or temperature < 0:
+        raise InputError(f"{new} new tokens, {draws} draws, temperature {temperature}: at least 1, 1 and 0")
+    if draws > 1 and not temperature:
+        raise InputError("greedy continuations are all the same: one draw, or a temperature above 0")
+    length = prompts.shape[1] + new
+    if model.context is not None and length > model.context:
+        raise InputError(f"{length} tokens with the prompt: {model.name} has a context of {model.context}")
+    for edit in edits.values():
+        if not isinstance(edit, Filter):
+            continue
+        if isinstance(edit.tokens, Tensor) or isinstance(edit.fill, Noise | Swap):
+            raise InputError(
+                f"{edit.name!r}: a mask, noise by position or another text says nothing of tokens to come"
+            )
+        mean = edit.fill.reference if isinstance(edit.fill, Mean) else torch.empty(0)
+        if mean.ndim == 2 and len(mean) < length - 1:
+            raise InputError(f"{edit.name!r} has a mean of {len(mean)} positions, {length - 1} are read")

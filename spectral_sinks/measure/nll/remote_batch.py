@@ -1,0 +1,130 @@
+"""A batch whose untouched pass and cells are measured where the model is, as many cells to a job as fit."""
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+from jaxtyping import Int
+from torch import Tensor
+
+from spectral_sinks.data.texts import Windows
+from spectral_sinks.interventions.tracing import Interventions
+from spectral_sinks.measure.memory import Memory
+from spectral_sinks.measure.nll.replay import Batch, BatchResult, cut_mask, reads_sink, start
+from spectral_sinks.measure.nll.scoring import predicted
+from spectral_sinks.models.language import LanguageModel
+from spectral_sinks.remote.client import remotely, send
+from spectral_sinks.remote.transport import TooLarge
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+WORK = 2e16
+"""Floating-point operations of a job: a minute or so of the hardware that serves large models."""
+
+CELLS = 256
+"""Cells in a job, at most."""
+
+COLUMNS = ("nll", "kl", "top1_agreement", "removed_energy_share")
+
+Pair = tuple[BatchResult, BatchResult]
+"""The untouched pass and the cells."""
+
+
+class RemoteBatch:
+    """What `Batch` is, for a model that is elsewhere: nothing but numbers by window comes back."""
+
+    def __init__(
+        self, model: LanguageModel, windows: Windows, places: Sequence[int], ids: Int[Tensor, "batch tokens"]
+    ) -> None:
+        self.model, self.windows, self.places, self.ids = model, windows, list(places), ids
+        self.attention = reads_sink(model, windows)
+        self.predicted = predicted(model, ids.shape[1])
+
+    @property
+    def baseline(self) -> BatchResult:
+        """Of the untouched pass, once something was measured."""
+        return self._baseline
+
+    def measure(
+        self, cells: Sequence[Interventions], progress: Callable[[int], None] | None = None
+    ) -> BatchResult:
+        """What each of some cells does, a job or more; `progress` is told of the cells of each."""
+        found: list[BatchResult] = []
+        for part in in_jobs(self.model, self.ids, cells):
+            for baseline, measured in in_halves(part, lambda cells: [send(self.model, *self.job(cells))]):
+                self._baseline = baseline
+                found.append(measured)
+            if progress is not None:
+                progress(len(part))
+        return joined(found)
+
+    def job(self, cells: Sequence[Interventions]) -> tuple[Any, ...]:
+        """Function and arguments of the job that measures some cells."""
+        cut = [
+            {site: cut_mask(edit, self.windows, self.places) for site, edit in cell.items()} for cell in cells
+        ]
+        return measure_batch, self.ids, cut, self.attention
+
+
+def opened(
+    model: LanguageModel,
+    windows: Windows,
+    places: Sequence[int],
+    ids: Int[Tensor, "batch tokens"],
+    starts: Collection[int | None] = (),
+    memory: Memory | None = None,
+) -> Batch | RemoteBatch:
+    """A batch of windows, here or where the model is."""
+    if model.remote is not None:
+        return RemoteBatch(model, windows, places, ids)
+    return Batch(model, windows, places, ids, starts, memory)
+
+
+@remotely
+def measure_batch(model: LanguageModel, ids: Tensor, cells: Sequence[Interventions], attention: bool) -> Pair:
+    """What `Batch` measures of some cells on windows of one length; sink mass only with `attention`."""
+    windows = Windows(tuple(ids), tuple(range(len(ids))))
+    starts = {start(cell) for cell in cells}
+    batch = Batch(model, windows, range(len(ids)), ids, starts, attention=attention)
+    return batch.baseline, batch.measure(cells)
+
+
+def by_job(
+    model: LanguageModel,
+    ids: Int[Tensor, "batch tokens"],
+    cells: Sequence[T],
+    run: Callable[[Sequence[T]], list[R]],
+) -> list[R]:
+    """What `run` makes of each of some cells, as many to a job as fit. Raises TooLarge for one too large."""
+    return [found for part in in_jobs(model, ids, cells) for found in in_halves(part, run)]
+
+
+def in_halves(cells: Sequence[T], run: Callable[[Sequence[T]], list[R]]) -> list[R]:
+    """What `run` makes of some cells, of each half where they are too large for a job."""
+    try:
+        return run(cells)
+    except TooLarge:
+        if len(cells) == 1:
+            raise
+        half = len(cells) // 2
+        return in_halves(cells[:half], run) + in_halves(cells[half:], run)
+
+
+def in_jobs(model: LanguageModel, ids: Int[Tensor, "batch tokens"], cells: Sequence[T]) -> list[Sequence[T]]:
+    """Cells by the job: all in one here, elsewhere as many as fit its time budget."""
+    size = len(cells) if model.remote is None else cells_per_job(model, ids)
+    return [cells[first : first + size] for first in range(0, len(cells), max(size, 1))]
+
+
+def cells_per_job(model: LanguageModel, ids: Tensor) -> int:
+    """Cells that take no more than the time budget of a job."""
+    weights = model.layers * 12 * model.d**2 + model.vocabulary * model.d
+    return max(1, min(CELLS, int(WORK / (2 * weights * ids.numel()))))
+
+
+def joined(parts: Sequence[BatchResult]) -> BatchResult:
+    """The cells of several jobs one after the other."""
+    masses = [part.sink_mass for part in parts if part.sink_mass is not None]
+    nll, kl, agrees, removed = (np.concatenate([getattr(part, name) for part in parts]) for name in COLUMNS)
+    return BatchResult(nll, kl, agrees, removed, np.concatenate(masses) if masses else None)

@@ -1,0 +1,363 @@
+"""Suffix replay: what cells do to a batch of windows, each begun at its lowest site, many in one pass."""
+
+from collections.abc import Callable, Collection, Sequence, Sized
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
+from torch import Tensor
+
+from spectral_sinks.data.texts import Windows
+from spectral_sinks.errors import InputError
+from spectral_sinks.interventions.sites import Site
+from spectral_sinks.interventions.tracing import Edit, Interventions, Resume, trace
+from spectral_sinks.measure.attention.received import attention_received, from_others
+from spectral_sinks.measure.memory import SHARE, Memory, free, out_of_memory
+from spectral_sinks.measure.nll.scoring import Reference, predicted, score, untouched
+from spectral_sinks.models.attention_sdpa import TOKENS
+from spectral_sinks.models.language import LanguageModel
+from spectral_sinks.models.masked_lm import masked_ids
+from spectral_sinks.spectra.filters import Filter, Mean, Noise, Zero
+from spectral_sinks.spectra.incremental import Nested
+
+VERSION = 1
+"""Raised when a number that comes out of here changes its meaning or its value beyond rounding."""
+
+Column = Float[NDArray[np.float64], "cells windows"]
+
+
+@dataclass(frozen=True)
+class BatchResult:
+    """Numbers by cell and window: means over the predicted tokens of a window, in nats where they are NLL."""
+
+    nll: Column
+    kl: Column
+    top1_agreement: Column
+    removed_energy_share: Column
+    """Share of the energy that the filters take out, mean over the tokens and sites they touch."""
+    sink_mass: Float[NDArray[np.float64], "cells windows layers"] | None
+    """Attention received by position 0, mean over heads: at T = 64; by an encoder over its whole windows."""
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """One part of a pass, reduced: `[rows]` each, and `[rows]` per layer that ran."""
+
+    nll: Tensor
+    kl: Tensor
+    agrees: Tensor
+    received: list[Tensor]
+
+
+def start(edits: Interventions) -> int | None:
+    """The layer from whose exit a pass can begin, -1 for the beginning; None where nothing is changed."""
+    if all(isinstance(edit, Filter) and edit.rank == 0 for edit in edits.values()):
+        return None
+    lowest = min(edits, key=lambda site: site.rank)
+    return lowest.layer if lowest.kind == "exit" else lowest.layer - 1
+
+
+def reads_sink(model: LanguageModel, windows: Windows) -> bool:
+    """Whether sink mass is read: the weights can be, and all windows have 64 tokens."""
+    return model.reads_attention and all(len(row) >= TOKENS for row in windows.rows)
+
+
+class Batch:
+    """One batch of windows: its untouched pass, made once, and what cells do to it.
+
+    An encoder reads them masked: `ids` are what the model reads, `truth` is what the windows hold.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        windows: Windows,
+        places: Sequence[int],
+        ids: Int[Tensor, "batch tokens"],
+        starts: Collection[int | None] = (),
+        memory: Memory | None = None,
+        attention: bool | None = None,
+    ) -> None:
+        """`starts` are the exits from which cells will begin: their residuals are kept from the one pass, as
+        many as fit; one that was not named costs another pass.
+        """
+        self.model, self.places, self.truth = model, list(places), ids.to(model.device)
+        self.ids = self.truth if model.causal else masked_ids(model, self.truth)
+        self.windows = windows
+        reads = reads_sink(model, windows) if attention is None else attention
+        self.attention = reads and partial(_received, model)
+        self.predicted = predicted(model, ids.shape[1])
+        self.memory = memory or Memory(model, ids.shape[1])
+        self._starts = sorted({layer for layer in starts if layer is not None and layer >= 0})
+        self.baseline, self._reference, self._residuals = self._untouched()
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def measure(
+        self, cells: Sequence[Interventions], progress: Callable[[int], None] | None = None
+    ) -> BatchResult:
+        """What each of some cells does: those that begin at one exit share passes, as many as fit.
+
+        `progress` is called with the number of cells just done. Raises InputError where memory is short and
+        a cell needs the whole batch at once, as a swap does, and a function of a user's own may.
+        """
+        bound = [
+            {site: cut_mask(edit, self.windows, self.places) for site, edit in edits.items()}
+            for edits in cells
+        ]
+        by_start: dict[int | None, list[int]] = {}
+        for index, edits in enumerate(bound):
+            by_start.setdefault(start(edits), []).append(index)
+        shape = (len(cells), len(self))
+        base = self.baseline
+        layers = 0 if base.sink_mass is None else base.sink_mass.shape[-1]
+        nll, kl, agrees, removed = (np.zeros(shape) for _ in range(4))
+        mass = np.zeros((*shape, layers))
+        for first in sorted(by_start, key=lambda layer: -1 if layer is None else layer):
+            indices = by_start[first]
+            if first is None:
+                nll[indices], agrees[indices] = base.nll, 1.0
+                if base.sink_mass is not None:
+                    mass[indices] = base.sink_mass
+                if progress is not None:
+                    progress(len(indices))
+                continue
+            chosen = [bound[index] for index in indices]
+            nll[indices], kl[indices], agrees[indices], removed[indices], above = self._suffix(
+                first, chosen, progress
+            )
+            if base.sink_mass is not None:
+                below = np.broadcast_to(base.sink_mass[0], (len(indices), len(self), layers))
+                mass[indices] = np.concatenate([below[..., : layers - above.shape[-1]], above], axis=-1)
+        return BatchResult(nll, kl, agrees, removed, mass if layers else None)
+
+    def _fitting(self, layers: Sequence[int]) -> list[Site]:
+        """The first of some exits: as many as their residuals fit into memory."""
+        each = self.ids.numel() * self.model.d * self.model.dtype.itemsize
+        fit = max(1, int(SHARE * free(self.model.device) / 2 / each))
+        return [Site("exit", layer) for layer in layers[:fit]]
+
+    def _untouched(self) -> tuple[BatchResult, Reference, dict[int, Tensor]]:
+        """The untouched pass: the baseline, the reference, and residuals at as many exits as fit."""
+        model, exits = self.model, self._fitting(self._starts)
+
+        def run(a: int, b: int) -> tuple[Tensor, Reference, dict[Site, Tensor], list[Tensor]]:
+            truth = self.truth[a:b]
+
+            def readout(
+                final: Tensor, read: dict[Site, Tensor], weights: list[Tensor]
+            ) -> tuple[Tensor, Reference, dict[Site, Tensor], list[Tensor]]:
+                scores, reference = untouched(model, final, truth)
+                return scores.nll, reference, read, weights
+
+            return trace(model, self.ids[a:b], {}, exits, readout=readout, attention=self.attention)
+
+        parts = self.memory.parts(len(self), 1, run)
+        nll = _columns([part[0].double().mean(1) for part in parts], 1)
+        received = [torch.cat(layer).cpu() for layer in zip(*(part[3] for part in parts), strict=True)]
+        mass = torch.stack(received, -1).numpy()[None] if received else None
+        zero = np.zeros_like(nll)
+        baseline = BatchResult(nll, zero, np.ones_like(nll), zero, mass)
+        return baseline, Reference.joined([part[1] for part in parts]), _joined([part[2] for part in parts])
+
+    def _residual(self, layer: int) -> Tensor:
+        """What leaves an exit in the untouched pass: kept, or computed again with others that fit."""
+        if layer not in self._residuals:
+            self._residuals.clear()
+            exits = self._fitting([layer, *(other for other in self._starts if other > layer)])
+
+            def run(a: int, b: int) -> dict[Site, Tensor]:
+                return trace(self.model, self.ids[a:b], {}, exits, readout=lambda final, read, weights: read)
+
+            self._residuals = _joined(self.memory.parts(len(self), 1, run))
+        return self._residuals[layer]
+
+    def _suffix(
+        self, first: int, cells: list[dict[Site, Edit]], progress: Callable[[int], None] | None
+    ) -> tuple[NDArray[np.float64], ...]:
+        """The layers above an exit (-1: all of them) under each cell."""
+        size = len(self)
+        exit = Site("exit", first)
+        nest = Nested(self._residual(first)) if first >= 0 else None
+        shares: list[list[Tensor]] = [[] for _ in cells]
+
+        def run(a: int, b: int) -> PassResult:
+            for share in shares[a:b]:
+                share.clear()
+            residuals = None
+            if nest is not None:
+                entries = [self._entry(first, nest, cells[i], shares[i]) for i in range(a, b)]
+                residuals = torch.cat(entries) if len(entries) > 1 else entries[0]
+            inner = [{s: e for s, e in cell.items() if s != exit} for cell in cells[a:b]]
+            if b - a == 1 and self.memory.rows < size and all(map(_by_window, inner[0].values())):
+                found = self._by_rows(first, residuals, inner[0], shares[a])
+            elif b - a == 1 and self.memory.rows < size:
+                found = self._whole(first, residuals, inner[0], shares[a])
+            else:
+                found = self._run(first, residuals, inner, shares[a:b], slice(0, size))
+            if progress is not None:
+                progress(b - a)
+            return found
+
+        parts = self.memory.parts(len(cells), size, run)
+        shape = len(cells)
+        columns = [
+            _columns([getattr(part, name) for part in parts], shape) for name in ("nll", "kl", "agrees")
+        ]
+        removed = np.stack([torch.stack(share).mean(0).double().numpy() for share in shares])
+        above = [
+            torch.cat(layer).view(shape, size) for layer in zip(*(p.received for p in parts), strict=True)
+        ]
+        mass = torch.stack(above, -1).numpy() if above else np.zeros((shape, size, 0))
+        return (*columns, removed, mass)
+
+    def _entry(self, first: int, nest: Nested, cell: dict[Site, Edit], shares: list[Tensor]) -> Tensor:
+        """What leaves the exit in a cell: filtered there or not."""
+        residual = self._residual(first)
+        edit = cell.get(Site("exit", first))
+        if edit is None:
+            return residual
+        out, share = applied(edit, residual, self.ids, nest)
+        shares.append(share)
+        return out
+
+    def _by_rows(
+        self, first: int, residuals: Tensor | None, edits: dict[Site, Edit], shares: list[Tensor]
+    ) -> PassResult:
+        """One cell whose batch does not fit: some rows of it at a time."""
+
+        def run(a: int, b: int) -> tuple[PassResult, list[Tensor]]:
+            here: list[Tensor] = []
+            part = {site: _rows_of(edit, slice(a, b)) for site, edit in edits.items()}
+            cut = None if residuals is None else residuals[a:b]
+            return self._run(first, cut, [part], [here], slice(a, b)), here
+
+        parts = self.memory.parts(len(self), 1, run)
+        shares.extend(torch.cat(site) for site in zip(*(here for _, here in parts), strict=True))
+        found = [part for part, _ in parts]
+        received = [torch.cat(layer) for layer in zip(*(part.received for part in found), strict=True)]
+        nll, kl, agrees = (
+            torch.cat([getattr(part, name) for part in found]) for name in ("nll", "kl", "agrees")
+        )
+        return PassResult(nll, kl, agrees, received)
+
+    def _whole(
+        self, first: int, residuals: Tensor | None, edits: dict[Site, Edit], shares: list[Tensor]
+    ) -> PassResult:
+        """One cell that needs the whole batch at once, though it may not fit."""
+        try:
+            return self._run(first, residuals, [edits], [shares], slice(0, len(self)))
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            site, edit = next((site, edit) for site, edit in edits.items() if not _by_window(edit))
+            raise InputError(
+                f"{getattr(edit, 'name', 'a function')!r} at {site} acts on whole batches, and a batch of "
+                f"{len(self)} windows does not fit into memory: give a smaller batch_size"
+            ) from None
+
+    def _run(
+        self,
+        first: int,
+        residuals: Tensor | None,
+        cells: list[dict[Site, Edit]],
+        shares: list[list[Tensor]],
+        rows: slice,
+    ) -> PassResult:
+        """One pass: cells side by side along the batch axis, each edit acting on its own rows."""
+        model, ids = self.model, self.ids[rows]
+        size = len(ids)
+        reference = self._reference
+        if size < len(self):
+            reference = reference.windows(rows.start, rows.stop, self.predicted)
+
+        def stacked(site: Site) -> Edit:
+            def edit(x: Tensor) -> Tensor:
+                pieces = list(x.split(size))
+                for index, edits in enumerate(cells):
+                    if site in edits:
+                        pieces[index], share = applied(edits[site], pieces[index], ids)
+                        shares[index].append(share)
+                return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+
+            return edit
+
+        sites = dict.fromkeys(site for edits in cells for site in edits)
+        repeated, truth = (x[rows].repeat(len(cells), 1) for x in (self.ids, self.truth))
+
+        def readout(final: Tensor, read: dict[Site, Tensor], weights: list[Tensor]) -> PassResult:
+            scores = score(model, final, truth, reference)
+            assert scores.kl is not None and scores.agrees is not None
+            nll, kl, agrees = (x.double().mean(1).cpu() for x in (scores.nll, scores.kl, scores.agrees))
+            return PassResult(nll, kl, agrees, [layer.cpu() for layer in weights])
+
+        return trace(
+            model,
+            repeated,
+            {site: stacked(site) for site in sites},
+            readout=readout,
+            attention=self.attention,
+            resume=None if residuals is None else Resume(first, residuals),
+        )
+
+
+def cut_mask(edit: Edit, windows: Sized, places: Sequence[int]) -> Edit:
+    """A filter whose mask has a row per window, or image, cut to those at some places."""
+    if isinstance(edit, Filter) and isinstance(edit.tokens, Tensor) and edit.tokens.ndim == 2:
+        if edit.tokens.shape[0] != len(windows):
+            raise InputError(f"a mask of {edit.tokens.shape[0]} rows for {len(windows)} windows or images")
+        return replace(edit, tokens=edit.tokens[list(places)])
+    return edit
+
+
+def applied(
+    edit: Edit,
+    x: Float[Tensor, "batch tokens d"],
+    ids: Int[Tensor, "batch tokens"],
+    nest: Nested | None = None,
+) -> tuple[Float[Tensor, "batch tokens d"], Float[Tensor, "batch"]]:
+    """The edited residual, and the share of energy taken out, mean over the tokens touched, by window."""
+    touched = None
+    if isinstance(edit, Filter):
+        touched = edit.selected(x, ids)
+        removed = edit.removed(x) if nest is None else nest.removed(edit)
+        out = x if edit.rank == 0 else edit.replaced(x, removed, ids)
+        lost = removed.square().sum(-1)
+    else:
+        out = edit(x.clone())  # a function of a user's own may write into what it is given
+        lost = (x - out).to(torch.promote_types(x.dtype, torch.float32)).square().sum(-1)
+    energy = x.to(lost.dtype).square().sum(-1)
+    share = lost / energy.clamp_min(torch.finfo(lost.dtype).tiny)
+    weight = torch.ones_like(share) if touched is None else touched.expand_as(share).to(share.dtype)
+    return out, ((share * weight).sum(-1) / weight.sum(-1).clamp_min(1)).cpu()
+
+
+def _by_window(edit: Edit) -> bool:
+    """Whether what an edit does to a window is known not to depend on the others of the batch."""
+    return isinstance(edit, Filter) and isinstance(edit.fill, Zero | Mean | Noise)
+
+
+def _rows_of(edit: Edit, rows: slice) -> Edit:
+    if isinstance(edit, Filter) and isinstance(edit.tokens, Tensor) and edit.tokens.ndim == 2:
+        return replace(edit, tokens=edit.tokens[rows])
+    return edit
+
+
+def _joined(parts: list[dict[Site, Tensor]]) -> dict[int, Tensor]:
+    """Residuals by layer, from those of consecutive windows."""
+    return {site.layer: torch.cat([part[site] for part in parts]) for site in parts[0]}
+
+
+def _received(
+    model: LanguageModel, weights: Float[Tensor, "batch heads tokens tokens"]
+) -> Float[Tensor, "batch"]:
+    """Attention received by position 0, mean over heads."""
+    return attention_received([from_others(model, weights)], causal=model.causal)[:, 0].double().mean(-1)
+
+
+def _columns(parts: list[Tensor], cells: int) -> Column:
+    return torch.cat(parts).double().cpu().view(cells, -1).numpy()

@@ -1,0 +1,176 @@
+"""Negative log-likelihood per token, and how far a filtered model has moved from the untouched one."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from spectral_sinks.models.language import LanguageModel
+from spectral_sinks.models.masked_lm import masked_count, masked_positions
+
+ROWS = 256
+"""Predictions unembedded at once, at least: with fewer, reading the unembedding costs more than products."""
+
+LOGITS = {"cpu": 2**19, "cuda": 2**26}
+"""Logits held at once where more than `ROWS` predictions fit: what stays in a processor's cache, or keeps a
+GPU busy."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Per predicted token, `[batch, predicted]`; `kl` and `agrees` compare with a reference pass."""
+
+    nll: Float[Tensor, "batch predicted"]
+    """Nats."""
+    kl: Float[Tensor, "batch predicted"] | None = None
+    """KL(untouched || filtered) of the predicted distributions, nats."""
+    agrees: Bool[Tensor, "batch predicted"] | None = None
+    """Whether the untouched pass's most likely token is one of this pass's."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What of the untouched pass a filtered one is compared with: nothing in it is as wide as the vocabulary.
+
+    With `z = W f + b` and `p = softmax(z)` of the untouched pass and z', f' of another, `KL(p || q)` is
+    `lse(z') - lse(z) - p W (f' - f)`: the expected unembedding row `p W` makes it a product of width d.
+    """
+
+    final: Float[Tensor, "rows d"]
+    """Output of the final norm."""
+    total: Float[Tensor, "rows"]
+    """Log of the sum of the exponentials of the logits."""
+    top: Int[Tensor, "rows"]
+    """Most likely token."""
+    expected: Float[Tensor, "rows d"] | None
+    """`p W`; None where logits are capped or rounded to half precision, or the weights are in another
+    process; they are computed anew."""
+
+    def to(self, device: torch.device) -> "Reference":
+        return self._each(lambda x: x.to(device))
+
+    def windows(self, start: int, stop: int, predicted: int) -> "Reference":
+        """The reference for some windows of the batch, of `predicted` predictions each."""
+        return self._each(lambda x: x[start * predicted : stop * predicted])
+
+    @classmethod
+    def joined(cls, parts: Sequence["Reference"]) -> "Reference":
+        """One reference from those of consecutive windows."""
+        expected = [part.expected for part in parts if part.expected is not None]
+        return cls(
+            torch.cat([part.final for part in parts]),
+            torch.cat([part.total for part in parts]),
+            torch.cat([part.top for part in parts]),
+            torch.cat(expected) if expected else None,
+        )
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Reference":
+        expected = None if self.expected is None else change(self.expected)
+        return Reference(change(self.final), change(self.total), change(self.top), expected)
+
+
+def predicted(model: LanguageModel, tokens: int) -> int:
+    """How many tokens of a window are predicted: all but the first, or those that an encoder has masked."""
+    return tokens - 1 if model.causal else masked_count(tokens)
+
+
+def predictions(
+    model: LanguageModel, final: Float[Tensor, "batch tokens d"], ids: Int[Tensor, "batch tokens"]
+) -> tuple[Float[Tensor, "rows d"], Int[Tensor, "rows"]]:
+    """What the unembedding reads where something is predicted, and what is to be predicted.
+
+    Token t + 1 from position t; by an encoder, whose pass has read `masked_ids`, the tokens of `ids` at the
+    masked positions from where they stood.
+    """
+    if model.causal:
+        return final[:, :-1].flatten(0, 1), ids[:, 1:].to(final.device).flatten()
+    places = masked_positions(model, ids).to(final.device)
+    rows = final.gather(1, places[..., None].expand(-1, -1, final.shape[-1]))
+    return rows.flatten(0, 1), ids.to(final.device).gather(1, places).flatten()
+
+
+def untouched(
+    model: LanguageModel, final: Float[Tensor, "batch tokens d"], ids: Int[Tensor, "batch tokens"]
+) -> tuple[Scores, Reference]:
+    """Score the untouched pass and keep what others are compared with."""
+    rows, targets = predictions(model, final, ids)
+    linear = getattr(model.config, "final_logit_softcapping", None) is None
+    linear = linear and torch.finfo(final.dtype).bits >= 32 and not model.weightless
+    weight = model.unembedding_weight
+    nll, total, top, expected = [], [], [], []
+    for part in _chunks(model, rows):
+        logits = model.unembed(rows[part])
+        hit = logits.gather(-1, targets[part, None])[:, 0]
+        top.append(logits.argmax(-1))
+        most, sums, exponentials = _exponentials(logits)
+        total.append(most + sums.log())
+        nll.append(total[-1] - hit)
+        if linear:
+            mean = exponentials @ weight.to(final.device, exponentials.dtype)
+            expected.append(mean / sums[:, None])
+    scores = Scores(torch.cat(nll).view(len(ids), -1))
+    return scores, Reference(rows, torch.cat(total), torch.cat(top), torch.cat(expected) if linear else None)
+
+
+def score(
+    model: LanguageModel,
+    final: Float[Tensor, "batch tokens d"],
+    ids: Int[Tensor, "batch tokens"],
+    reference: Reference | None = None,
+) -> Scores:
+    """Score token ids from the output of the final norm, a chunk of predictions at a time.
+
+    What is predicted from where says `predictions`: T tokens give T - 1 values, in float32 at least, or an
+    encoder's 15 % of T (`ids` are the true ones). The batch may be several times that of the `reference`,
+    whose rows then repeat. Runs inside a trace or outside.
+    """
+    if reference is None:
+        return untouched(model, final, ids)[0]
+    rows, targets = predictions(model, final, ids)
+    reference = reference.to(final.device)
+    period = len(reference.total)
+    nll, kl, agrees = (
+        torch.empty(len(rows), device=final.device, dtype=reference.total.dtype) for _ in "123"
+    )
+    for part in _chunks(model, reference.final):
+        theirs, p = None, None
+        if reference.expected is None:
+            theirs = model.unembed(reference.final[part])
+            p = (theirs - reference.total[part, None]).exp()
+        for start in range(0, len(rows), period):
+            here = slice(start + part.start, start + part.stop)
+            logits = model.unembed(rows[here])
+            hit = logits.gather(-1, targets[here, None])[:, 0]
+            at_top = logits.gather(-1, reference.top[part, None])[:, 0]
+            if reference.expected is not None:
+                moved = (rows[here] - reference.final[part]).to(reference.expected.dtype)
+                gained = (reference.expected[part] * moved).sum(-1)
+            else:
+                assert theirs is not None and p is not None
+                gained = (p * (logits - theirs)).sum(-1)
+            most, sums, _ = _exponentials(logits)
+            total = most + sums.log()
+            nll[here] = total - hit
+            agrees[here] = (at_top >= most).to(agrees.dtype)
+            kl[here] = total - reference.total[part] - gained
+    shape = (len(ids), -1)
+    return Scores(nll.view(shape), kl.view(shape), agrees.view(shape).bool())
+
+
+def chunk(model: LanguageModel, device: torch.device) -> int:
+    """Predictions unembedded at once."""
+    return max(ROWS, LOGITS.get(device.type, LOGITS["cpu"]) // model.vocabulary)
+
+
+def _chunks(model: LanguageModel, rows: Tensor) -> list[slice]:
+    step = chunk(model, rows.device)
+    return [slice(start, min(start + step, len(rows))) for start in range(0, len(rows), step)]
+
+
+def _exponentials(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Largest logit, sum of exponentials relative to it, and these in place of the logits."""
+    most = logits.amax(-1)
+    exponentials = logits.sub_(most[:, None]).exp_()
+    return most, exponentials.sum(-1), exponentials

@@ -1,0 +1,1 @@
+"""Where the energy of the residual stream lies and what its bands say. Also the means that fills use."""

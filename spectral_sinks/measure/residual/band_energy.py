@@ -1,0 +1,119 @@
+"""Where the residual stream keeps its energy: norm and band shares by class of token."""
+
+from collections.abc import Sequence
+
+import pandas as pd
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from spectral_sinks.data.pixels import Pixels
+from spectral_sinks.data.texts import Windows
+from spectral_sinks.errors import InputError
+from spectral_sinks.interventions.sites import Site
+from spectral_sinks.interventions.tracing import trace
+from spectral_sinks.models.base import Transformer
+from spectral_sinks.spectra.spectrum import Spectrum
+
+
+def residual_sites(model: Transformer) -> list[Site]:
+    """The residual stream at the embedding and at every exit."""
+    return [Site("embedding"), *(Site("exit", layer) for layer in range(model.layers))]
+
+
+def energy(
+    model: Transformer,
+    windows: Windows | Pixels,
+    spectrum: Spectrum,
+    sites: Sequence[Site] | None = None,
+    *,
+    marked: Bool[Tensor, "images tokens"] | None = None,
+    batch_size: int = 16,
+) -> pd.DataFrame:
+    """Share of each band in the residuals at some sites, by document and class of token.
+
+    Columns: `document`; `site` (its kind) and `layer` (-1 for the embedding); `position_class`, "bos" (or
+    "first" where windows do not open with BOS), "other", and "sep" where an encoder's windows end with it;
+    `band`, from 1; `share` of energy, mean over tokens; `norm`, the median norm of the class. A random
+    direction has share r/d in r of d directions. Of images the classes are "cls", "distillation",
+    "registers" and "patches", where there are such tokens; those `marked`, such as outlier tokens, are the
+    class "marked" and leave their own. Raises InputError for a spectrum of another width, and for marks that
+    are not of these images. (Cancedda 2024, section 5)
+    """
+    if spectrum.d != model.d:
+        raise InputError(f"a spectrum of width {spectrum.d} for {model.name} of width {model.d}")
+    sites = residual_sites(model) if sites is None else list(sites)
+    expected = (len(windows), windows.length)
+    if marked is not None and (not isinstance(windows, Pixels) or tuple(marked.shape) != expected):
+        raise InputError(f"marks of shape {tuple(marked.shape)}: expected those of images, {expected}")
+    rows: list[dict[str, object]] = []
+    for places, ids in windows.batches(batch_size):
+        classes = _of_images(windows, ids) if isinstance(windows, Pixels) else _of_text(windows, ids)
+        if marked is not None:
+            here = marked[places]
+            classes = {name: mask & ~here for name, mask in classes.items()} | {"marked": here}
+
+        def readout(
+            final: Tensor,
+            read: dict[Site, Tensor],
+            weights: list[Tensor],
+            classes: dict[str, Tensor] = classes,
+        ) -> dict[Site, tuple[Tensor, Tensor]]:
+            masks = list(classes.values())
+            return {s: (_shares(spectrum, x, masks).cpu(), _norms(x, masks).cpu()) for s, x in read.items()}
+
+        reduced = trace(model, ids.to(model.device), {}, sites, readout=readout)
+        for site, (shares, norms) in reduced.items():
+            for row, place in enumerate(places):
+                for which, (name, mask) in enumerate(classes.items()):
+                    if not mask[row].any():
+                        continue
+                    for band, share in enumerate(shares[row, which].tolist(), start=1):
+                        rows.append(
+                            {
+                                "document": windows.document[place],
+                                "site": site.kind,
+                                "layer": -1 if site.kind == "embedding" else site.layer,
+                                "position_class": name,
+                                "band": band,
+                                "share": share,
+                                "norm": float(norms[row, which]),
+                            }
+                        )
+    keys = ["document", "site", "layer", "position_class", "band"]
+    return pd.DataFrame(rows).groupby(keys, sort=False, as_index=False).mean()
+
+
+def _of_text(windows: Windows, ids: Tensor) -> dict[str, Tensor]:
+    """Classes of the tokens of a batch of windows, as masks `[batch, tokens]`."""
+    place = torch.arange(ids.shape[1]).expand(ids.shape)
+    last = len(place[0]) - 1 if windows.record.get("closes_with_sep") else len(place[0])
+    classes = {
+        "bos" if windows.opens_with_bos else "first": place == 0,
+        "other": (place > 0) & (place < last),
+    }
+    return classes | ({"sep": place == last} if last < len(place[0]) else {})
+
+
+def _of_images(pixels: Pixels, batch: Tensor) -> dict[str, Tensor]:
+    """Classes of the tokens of a batch of images, as masks `[batch, tokens]`."""
+    kinds = pixels.tokens(batch)
+    classes: dict[str, Tensor] = {}
+    for place, name in enumerate((*pixels.model.prefix, "patches")):
+        name = "registers" if place in pixels.model.registers else name
+        classes[name] = classes.get(name, torch.zeros_like(kinds, dtype=torch.bool)) | (kinds == place)
+    return classes
+
+
+def _shares(spectrum: Spectrum, x: Tensor, masks: list[Tensor]) -> Tensor:
+    """`batch x classes x bands`: the mean shares of each class of tokens."""
+    shares = spectrum.shares(x)
+    weights = torch.stack(masks, 1).to(shares.device, shares.dtype)
+    return weights @ shares / weights.sum(-1, keepdim=True)
+
+
+def _norms(x: Tensor, masks: list[Tensor]) -> Tensor:
+    """`batch x classes`: the median norm of each class of tokens."""
+    norms = x.float().norm(dim=-1)
+    absent = torch.full_like(norms, torch.nan)
+    return torch.stack([torch.where(m.to(x.device), norms, absent).nanquantile(0.5, -1) for m in masks], 1)

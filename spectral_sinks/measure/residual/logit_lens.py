@@ -1,0 +1,239 @@
+"""Logit spectroscopy: the logit lens, built up band by band of the residual stream."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from spectral_sinks.data.texts import Windows
+from spectral_sinks.errors import InputError
+from spectral_sinks.interventions.sites import Site
+from spectral_sinks.interventions.tracing import trace
+from spectral_sinks.measure.nll.scoring import chunk
+from spectral_sinks.measure.residual.band_energy import residual_sites
+from spectral_sinks.models.language import LanguageModel
+from spectral_sinks.remote.client import remotely
+from spectral_sinks.spectra.spectrum import Spectrum
+
+TOGETHER, ALONE = "bands 1 to k", "band k alone"
+"""The two readings."""
+
+KEYS = ("document", "site", "layer", "basis", "reading", "band")
+
+TOLERANCE = 1e-2
+"""Relative error above which a final norm is not the product of a scale, a gain and a centring."""
+
+
+@dataclass(frozen=True, eq=False)
+class Reader:
+    """Final norm and unembedding in the basis of a spectrum: logits are a sum over its directions.
+
+    With gain g, centring C (LayerNorm alone), bias b and basis V, the logits of a residual x are
+    `scale(x) (x V) (W_U diag(g) C V)^T + W_U b`. The scale is that of the *whole* residual, whichever bands
+    are read, so bands add up exactly; a norm of its own for each set of bands would not.
+    """
+
+    spectrum: Spectrum
+    columns: Float[Tensor, "vocabulary d"]
+    constant: Float[Tensor, "vocabulary"]
+
+    @classmethod
+    def of(cls, model: LanguageModel, spectrum: Spectrum) -> "Reader":
+        """The reader of a model; takes as much memory as its unembedding in float32."""
+        if spectrum.d != model.d:
+            raise InputError(f"a spectrum of width {spectrum.d} for {model.name} of width {model.d}")
+        model.require_weights("a lens by band")
+        if model.reads_through:
+            raise InputError(
+                f"the logits of {model.name} are no sum over bands of the residual, which its head reads "
+                f"through {model.reads_through}"
+            )
+        weight = model.unembedding_weight.detach().float()
+        reading = spectrum.vectors.to(weight.device, weight.dtype)
+        if model.centres_residual:
+            reading = reading - reading.mean(0)
+        reading = model.final_gain.to(weight.device)[:, None] * reading
+        final, head = _parts(model)
+        constant = torch.zeros(len(weight), device=weight.device)
+        for part, bias in ((weight, getattr(final, "bias", None)), (None, getattr(head, "bias", None))):
+            if bias is not None:
+                constant = constant + (
+                    bias.detach().float() if part is None else part @ bias.detach().float()
+                )
+        return cls(spectrum, weight @ reading, constant)
+
+    def steps(
+        self, coordinates: Float[Tensor, "rows d"], bands: Sequence[int] | None = None
+    ) -> Iterator[tuple[int, Float[Tensor, "rows vocabulary"], Float[Tensor, "rows vocabulary"]]]:
+        """For each of some bands (all): its number, the logits of bands 1 to it, and of it alone.
+
+        Both hold the constant. `coordinates` are those of the scaled residual in the basis. The running
+        logits are changed in place by what comes next; bands between those asked for are added at once.
+        """
+        running = self.constant.expand(len(coordinates), -1).clone()
+        edges, done = self.spectrum.edges, 0
+        for band in range(1, self.spectrum.count + 1) if bands is None else sorted(set(bands)):
+            a, b = edges[band - 1], edges[band]
+            if a > done:
+                running.addmm_(coordinates[:, done:a], self.columns[:, done:a].T)
+            part = coordinates[:, a:b] @ self.columns[:, a:b].T
+            running += part
+            done = b
+            yield band, running, part.add_(self.constant)
+
+
+def scale(model: LanguageModel, x: Float[Tensor, "rows d"]) -> Float[Tensor, "rows 1"]:
+    """What the final norm multiplies each residual by, besides its gain, float32.
+
+    Found by running the norm. Raises InputError where the norm is not a scale, a gain and a centring.
+    """
+    norm, _ = _parts(model)
+    with torch.no_grad():
+        normed = norm.forward(x).float()
+    x = x.float()
+    bias = getattr(norm, "bias", None)
+    normed = normed if bias is None else normed - bias.detach().float()
+    linear = (x - x.mean(-1, keepdim=True) if model.centres_residual else x) * model.final_gain.to(x.device)
+    found = (normed * linear).sum(-1, keepdim=True) / linear.square().sum(-1, keepdim=True).clamp_min(1e-30)
+    if (normed - found * linear).norm() > TOLERANCE * normed.norm():
+        raise InputError(
+            f"the final norm of {model.name} is no scale times a gain: it cannot be split by band"
+        )
+    return found
+
+
+def band_lens(
+    model: LanguageModel,
+    windows: Windows,
+    spectra: Mapping[str, Spectrum],
+    sites: Sequence[Site] | None = None,
+    *,
+    bands: Sequence[int] | None = None,
+    alone: bool = True,
+    batch_size: int = 8,
+) -> pd.DataFrame:
+    """The next-token distribution read from bands 1 to k of the residual, and from band k alone.
+
+    One row per `document`, `site` (its kind), `layer` (-1 for the embedding), `basis` (a key of `spectra`),
+    `reading` ("bands 1 to k", and with `alone` "band k alone") and `band` k (those of `bands`, or all):
+    `nll` of the next token in nats, `kl` of the model's own distribution from the lens's, and `top1`, how
+    often both have the same most likely token. All bands at the last exit are the model itself, at another
+    the logit lens. Each band is reached by adding its part to the logits of those before it, with the final
+    norm's scale of the whole residual. Raises InputError for a spectrum of another width, for bands that it
+    has not, and for an encoder, whose head is no sum over bands.
+    """
+    sites = residual_sites(model) if sites is None else list(sites)
+    for spectrum in spectra.values():
+        if bands is not None and not set(bands) <= set(range(1, spectrum.count + 1)):
+            raise InputError(f"bands {sorted(bands)}: {spectrum!r} has bands 1 to {spectrum.count}")
+    readings = (TOGETHER, ALONE) if alone else (TOGETHER,)
+    made = (
+        spectra if model.remote else {name: Reader.of(model, spectrum) for name, spectrum in spectra.items()}
+    )
+    rows: list[dict[str, Any]] = []
+    for places, ids in windows.batches(batch_size):
+        found = _scored(model, ids.to(model.device), made, sites, readings, bands)
+        for (site, name, reading, band), parts in found.items():
+            scores = torch.cat(parts).view(len(ids), -1, 3).mean(1)
+            layer = -1 if site.kind == "embedding" else site.layer
+            for place, (nll, kl, top1) in zip(places, scores.tolist(), strict=True):
+                key = (windows.document[place], site.kind, layer, name, reading, band)
+                rows.append(dict(zip(KEYS, key, strict=True)) | {"nll": nll, "kl": kl, "top1": top1})
+    return pd.DataFrame(rows).groupby(list(KEYS), sort=False, as_index=False).mean()
+
+
+@remotely
+def _scored(
+    model: LanguageModel,
+    ids: Int[Tensor, "batch tokens"],
+    readers: Mapping[str, "Reader | Spectrum"],
+    sites: Sequence[Site],
+    readings: Sequence[str],
+    bands: Sequence[int] | None,
+) -> dict[tuple[Site, str, str, int], list[Tensor]]:
+    """Scores of every prediction of a batch by site, basis, reading and band, in parts."""
+    made = {name: Reader.of(model, r) if isinstance(r, Spectrum) else r for name, r in readers.items()}
+    read, final = trace(model, ids, {}, sites, readout=lambda final, read, weights: (read, final))
+    targets = ids[:, 1:].flatten()
+    truth = final[:, :-1].flatten(0, 1)
+    residuals = [read[site][:, :-1].flatten(0, 1) for site in sites]
+    residuals = [x.float() * scale(model, x) for x in residuals]
+    step = chunk(model, truth.device)
+    found: dict[tuple[Site, str, str, int], list[Tensor]] = {}
+    for start in range(0, len(truth), step):
+        here = slice(start, start + step)
+        goal = Goal.of(model, truth[here], targets[here])
+        for name, reader in made.items():
+            scorer = Scorer(model, reader, goal)
+            for site, x in zip(sites, residuals, strict=True):
+                for (reading, band), scores in scorer.scores(x[here], readings, bands).items():
+                    found.setdefault((site, name, reading, band), []).append(scores.cpu())
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class Goal:
+    """What some predictions are scored against: the next tokens, and the model's own distribution."""
+
+    targets: Tensor
+    probabilities: Float[Tensor, "rows vocabulary"]
+    negentropy: Float[Tensor, "rows"]
+    top: Tensor
+
+    @classmethod
+    def of(cls, model: LanguageModel, final: Float[Tensor, "rows d"], targets: Tensor) -> "Goal":
+        logarithms = model.unembed(final).float().log_softmax(-1)
+        probabilities = logarithms.exp()
+        return cls(targets, probabilities, (probabilities * logarithms).sum(-1), logarithms.argmax(-1))
+
+
+class Scorer:
+    """Scores logits that a reader builds up.
+
+    KL needs the expected logit under the model's own distribution p. It is `p W`, a row of width d made once,
+    times the coordinates: no pass over the vocabulary per band, but where a soft cap bends the sum.
+    """
+
+    def __init__(self, model: LanguageModel, reader: Reader, goal: Goal) -> None:
+        self.model, self.reader, self.goal = model, reader, goal
+        self.capped = getattr(model.config, "final_logit_softcapping", None) is not None
+        self.expected = goal.probabilities @ reader.columns
+        self.base = goal.probabilities @ reader.constant
+
+    def scores(
+        self, scaled: Float[Tensor, "rows d"], readings: Sequence[str], bands: Sequence[int] | None
+    ) -> dict[tuple[str, int], Float[Tensor, "rows 3"]]:
+        """NLL, KL and agreement of every prediction, by reading and band, from scaled residuals."""
+        coordinates = scaled @ self.reader.spectrum.vectors.to(scaled.device, scaled.dtype)
+        sums = torch.nn.functional.pad((coordinates * self.expected).double().cumsum(-1), (1, 0))
+        found: dict[tuple[str, int], Tensor] = {}
+        edges = self.reader.spectrum.edges
+        for band, running, part in self.reader.steps(coordinates, bands):
+            for reading, logits, start in ((TOGETHER, running, 0), (ALONE, part, edges[band - 1])):
+                if reading in readings:
+                    cross = self.base + sums[:, edges[band]] - sums[:, start]
+                    found[reading, band] = self._score(logits, cross)
+        return found
+
+    def _score(
+        self, logits: Float[Tensor, "rows vocabulary"], cross: Float[Tensor, "rows"]
+    ) -> Float[Tensor, "rows 3"]:
+        goal = self.goal
+        if self.capped:
+            logits = self.model.capped(logits)
+            cross = (goal.probabilities * logits).sum(-1)
+        most = logits.amax(-1, keepdim=True)
+        total = ((logits - most).exp_().sum(-1).log() + most[:, 0]).double()
+        nll = total - logits.gather(-1, goal.targets[:, None])[:, 0]
+        agrees = logits.gather(-1, goal.top[:, None]) >= most
+        return torch.stack([nll, total - cross + goal.negentropy, agrees[:, 0].double()], dim=-1)
+
+
+def _parts(model: LanguageModel) -> tuple[Any, Any]:
+    """The final norm and the unembedding modules."""
+    get = model.module.get_submodule
+    return get(model.layout.final_norm), get(model.layout.unembedding)

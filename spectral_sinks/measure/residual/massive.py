@@ -1,0 +1,172 @@
+"""Massive activations: which tokens' residuals stand out, by the published rule and by a robust one."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float, Int
+from numpy.typing import NDArray
+from torch import Tensor
+
+from spectral_sinks.data.pixels import Pixels
+from spectral_sinks.data.texts import Windows
+from spectral_sinks.interventions.sites import Site
+from spectral_sinks.interventions.tracing import Edit
+from spectral_sinks.measure.attention.by_position import Inputs, PositionAttention, opened, watch
+from spectral_sinks.measure.residual.band_energy import residual_sites
+from spectral_sinks.models.attention_sdpa import TOKENS
+from spectral_sinks.models.base import Transformer
+from spectral_sinks.models.language import LanguageModel
+from spectral_sinks.remote.client import remotely
+
+ACTIVATION, TIMES = 100.0, 1000.0
+"""Massive: above the first, and from this many medians of its hidden state on (Sun et al. 2024)."""
+
+Z, RATIO = 10.0, 2.0
+"""A token has high norm beyond this robust z-score in its layer and this many medians [ours]."""
+
+
+@dataclass(frozen=True, eq=False)
+class Residuals:
+    """Size of every token's residual at the embedding (site 0) and at the exit of each layer l (site l + 1).
+
+    NaN behind the end of a shorter window.
+    """
+
+    norm: Float[NDArray[np.float32], "windows sites tokens"]
+    peak: Float[NDArray[np.float32], "windows sites tokens"]
+    """Largest activation by magnitude."""
+    dimension: Int[NDArray[np.int64], "windows sites tokens"]
+    """Where that is."""
+    median: Float[NDArray[np.float32], "windows sites"]
+    """Median magnitude of the activations of a window's hidden state."""
+
+    def massive(self) -> Bool[NDArray[np.bool_], "windows sites tokens"]:
+        """The published criterion: above 100, and at least 1000 times the median (Sun et al. 2024)."""
+        return (self.peak > ACTIVATION) & (self.peak >= TIMES * self.median[..., None])
+
+    def levels(
+        self, usual: Bool[NDArray[np.bool_], "windows tokens"]
+    ) -> Float[NDArray[np.float64], "2 sites"]:
+        """Median norm of usual tokens at each site, and 1.4826 times the median deviation from it."""
+        norms = np.moveaxis(self.norm, 1, 2)[usual].astype(np.float64)
+        median = np.median(norms, axis=0)
+        spread = 1.4826 * np.median(np.abs(norms - median), axis=0)
+        return np.stack([median, np.maximum(spread, 1e-6 * median)])
+
+    def z(self, levels: Float[NDArray[np.float64], "2 sites"]) -> NDArray[np.float64]:
+        """Robust z-score of every norm at its site, `[windows, sites, tokens]`."""
+        median, spread = levels[..., None]
+        return (self.norm - median) / spread
+
+    def high(
+        self, levels: Float[NDArray[np.float64], "2 sites"]
+    ) -> Bool[NDArray[np.bool_], "windows sites tokens"]:
+        """Tokens of high norm: z above 10, and above twice the median [ours]."""
+        return (self.z(levels) > Z) & (self.norm > RATIO * levels[0, :, None])
+
+
+@remotely
+def observe(model: Transformer, windows: Inputs, batch_size: int = 16) -> tuple[PositionAttention, Residuals]:
+    """Attention received by every position and the size of every residual, of windows read whole."""
+    sites = residual_sites(model)
+    shape = (len(windows), len(sites), windows.length)
+    norm, peak = (np.full(shape, np.nan, dtype=np.float32) for _ in range(2))
+    dimension, median = np.zeros(shape, dtype=np.int64), np.zeros(shape[:2], dtype=np.float32)
+    found: dict[int, list[tuple[Tensor, ...]]] = {}
+
+    def recorder(index: int) -> Edit:
+        def record(x: Tensor) -> Tensor:
+            found[index] = [_sizes(row) for row in x]
+            return x
+
+        return record
+
+    def after(places: list[int]) -> None:
+        for index, rows in found.items():
+            for place, (norms, peaks, where, middle) in zip(places, rows, strict=True):
+                here = (place, index, slice(len(norms)))
+                norm[here], peak[here], dimension[here] = norms, peaks, where
+                median[place, index] = middle
+        found.clear()
+
+    edits: dict[Site, Edit] = {site: recorder(index) for index, site in enumerate(sites)}
+    attention = watch(model, windows, batch_size, edits, after)
+    return attention, Residuals(norm, peak, dimension, median)
+
+
+def _sizes(x: Float[Tensor, "tokens d"]) -> tuple[Tensor, ...]:
+    magnitude = x.float().abs()
+    peaks, where = magnitude.max(-1)
+    return tuple(part.cpu() for part in (magnitude.norm(dim=-1), peaks, where, magnitude.median()))
+
+
+def repeated_windows(windows: Windows) -> Bool[NDArray[np.bool_], "windows"]:
+    """Windows of which one token fills at least half."""
+    return np.array([int(row.bincount().max()) >= len(row) / 2 for row in windows.rows])
+
+
+def usual_levels(
+    model: Transformer, attention: PositionAttention, residuals: Residuals, batch_size: int = 16
+) -> Float[NDArray[np.float64], "2 sites"]:
+    """`Residuals.levels` of the tokens after the first, in windows that do not repeat one token; of patches.
+
+    Where all windows do, all of their tokens may have high norm: the levels are then those of the same
+    windows with random tokens (seed 0) after the first [ours].
+    """
+    windows = attention.windows
+    if isinstance(windows, Pixels):
+        return residuals.levels(attention.ids == len(windows.model.prefix))
+    varied = ~repeated_windows(windows)
+    if not varied.any():
+        assert isinstance(model, LanguageModel)
+        generator = torch.Generator().manual_seed(0)
+        rows = [
+            torch.cat([row[:1], torch.randint(model.vocabulary, (len(row) - 1,), generator=generator)])
+            for row in windows.rows
+        ]
+        attention, residuals = observe(model, Windows.of_ids(rows, model), batch_size)
+        varied = np.ones_like(varied)
+    usual = (attention.ids >= 0) & varied[:, None]
+    usual[:, 0] = False
+    return residuals.levels(usual)
+
+
+def massive_activations(
+    model: Transformer, windows: Inputs, *, tokens: int = TOKENS, batch_size: int = 16
+) -> pd.DataFrame:
+    """Tokens that stand out by either rule: one row per `document`, `window`, `layer` and `position`.
+
+    `layer` is -1 for the embedding, else the layer left; `token` the id (of images the kind: place in the
+    prefix, or the number of prefix tokens for a patch); `activation` the largest by magnitude, at
+    `dimension`, and `median_ratio` how many medians of the hidden state that is; `norm_ratio` and `z` the
+    norm in medians of usual tokens and as a robust z-score; `massive` by the published rule (Sun et al.
+    2024), `high_norm` by the robust one. Raises InputError as `attention_by_position` does.
+    """
+    attention, residuals = observe(model, opened(model, windows, tokens), batch_size)
+    return massive_table(attention, residuals, usual_levels(model, attention, residuals, batch_size))
+
+
+def massive_table(
+    attention: PositionAttention, residuals: Residuals, levels: Float[NDArray[np.float64], "2 sites"]
+) -> pd.DataFrame:
+    """The rows of `massive_activations`."""
+    massive, high = residuals.massive(), residuals.high(levels)
+    window, site, position = np.nonzero(massive | high)
+    at = (window, site, position)
+    table = {
+        "document": np.asarray(attention.windows.document)[window],
+        "window": window,
+        "layer": site - 1,
+        "position": position,
+        "token": attention.ids[window, position],
+        "dimension": residuals.dimension[at],
+        "activation": residuals.peak[at],
+        "median_ratio": residuals.peak[at] / residuals.median[window, site],
+        "norm_ratio": residuals.norm[at] / levels[0, site],
+        "z": residuals.z(levels)[at],
+        "massive": massive[at],
+        "high_norm": high[at],
+    }
+    return pd.DataFrame(table)

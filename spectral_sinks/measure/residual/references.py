@@ -1,0 +1,105 @@
+"""Means over documents that edits put in a token's place: residuals, values, keys; massive channels."""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from spectral_sinks.data.pixels import Pixels
+from spectral_sinks.data.texts import Windows
+from spectral_sinks.errors import InputError
+from spectral_sinks.interventions.sites import Site
+from spectral_sinks.interventions.tracing import trace
+from spectral_sinks.models.attention_capture import AttentionCall, attending
+from spectral_sinks.models.base import Transformer
+from spectral_sinks.models.language import LanguageModel
+from spectral_sinks.models.masked_lm import masked_ids
+from spectral_sinks.remote.client import remotely
+
+
+def mean_residual(
+    model: Transformer, windows: Windows | Pixels, site: Site, batch_size: int = 16
+) -> Float[Tensor, "tokens d"]:
+    """Mean over windows or images of the residual at a site, by position: the reference for the fill `Mean`.
+
+    An encoder reads windows masked, as where its NLL is measured. One mean over all patches of all images is
+    that of the last rows: `reference[len(model.prefix):] = reference[len(model.prefix):].mean(0)`.
+    """
+    return mean_residuals(model, windows, [site], batch_size)[site]
+
+
+def mean_residuals(
+    model: Transformer, windows: Windows | Pixels, sites: Sequence[Site], batch_size: int = 16
+) -> dict[Site, Tensor]:
+    """`mean_residual` at several sites from one pass, `[tokens, d]` each, float64."""
+    total = {site: torch.zeros(windows.length, model.d, dtype=torch.float64) for site in sites}
+    count = torch.zeros(windows.length, 1, dtype=torch.float64)
+    for _, ids in windows.batches(batch_size):
+        ids = ids.to(model.device)
+        sums = trace(
+            model,
+            masked_ids(model, ids) if isinstance(model, LanguageModel) and not model.causal else ids,
+            {},
+            sites,
+            readout=lambda final, read, weights: {s: x.double().sum(0).cpu() for s, x in read.items()},
+        )
+        tokens = len(next(iter(sums.values()))) if sums else 0
+        for site, part in sums.items():
+            total[site][:tokens] += part
+        count[:tokens] += len(ids)
+    return {site: part / count for site, part in total.items()}
+
+
+def mean_values(
+    model: LanguageModel, windows: Windows, position: int | None = 0, *, batch_size: int = 16
+) -> Float[Tensor, "layers key_heads size"]:
+    """Mean over windows of the values of a position, or of all tokens (None), by layer and key head.
+
+    From the windows of one document it is that document's own value, for a swap.
+    """
+    return _means(model, windows, position, "value", batch_size)
+
+
+def mean_keys(
+    model: LanguageModel, windows: Windows, position: int = 0, *, batch_size: int = 16
+) -> Float[Tensor, "layers key_heads size"]:
+    """Mean over windows of the keys of a position as the softmax meets them, rotated to that position."""
+    return _means(model, windows, position, "key", batch_size)
+
+
+@remotely
+def _means(
+    model: LanguageModel, windows: Windows, position: int | None, which: str, batch_size: int
+) -> Float[Tensor, "layers key_heads size"]:
+    shortest = min(len(row) for row in windows.rows)
+    if position is not None and not 0 <= position < shortest:
+        raise InputError(f"position {position}: the windows have {shortest} tokens, 0 to {shortest - 1}")
+    total: dict[int, Tensor] = {}
+    count = 0
+
+    def look(call: AttentionCall) -> None:
+        part: Tensor = getattr(call, which).detach().double()
+        part = part if position is None else part[:, :, position : position + 1]
+        total[call.layer] = total.get(call.layer, 0) + part.sum((0, 2)).cpu()
+
+    with attending(model, look):
+        for _, ids in windows.batches(batch_size):
+            trace(model, ids.to(model.device), {}, readout=lambda *_: None)
+            count += ids.numel() if position is None else len(ids)
+    return torch.stack([total[layer] for layer in range(model.layers)]) / count
+
+
+def massive_channels(
+    model: LanguageModel, windows: Windows, site: Site, position: int = 0, count: int = 2
+) -> list[int]:
+    """The channels of the residual that are largest, in absolute mean over windows, at a position of a site.
+
+    Candidates to fix or zero by `channels`; whether they are massive is another question. (Sun et al. 2024)
+    """
+    if not 1 <= count <= model.d:
+        raise InputError(f"{count} channels of {model.d}: give at least 1")
+    mean = mean_residual(model, windows, site)
+    if not 0 <= position < len(mean):
+        raise InputError(f"position {position}: the windows have {len(mean)} tokens")
+    return mean[position].abs().topk(count).indices.tolist()

@@ -1,0 +1,1 @@
+"""Which tokens are attention sinks and whether they are dark. How to move them."""

@@ -1,0 +1,148 @@
+"""Attention bars: tokens that receive much attention, evenly, from all later ones (Cancedda 2024, 7)."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from spectral_sinks.data.texts import Windows
+from spectral_sinks.errors import InputError
+from spectral_sinks.interventions.sites import Site
+from spectral_sinks.interventions.tracing import trace
+from spectral_sinks.models.attention_sdpa import whole_maps
+from spectral_sinks.models.language import LanguageModel
+from spectral_sinks.spectra.subspace import Subspace
+
+TAIL, OF = 4, 33
+"""Last tokens that are no candidates, of texts of about how many (the paper's): too few look back at them."""
+
+
+def later_attention(
+    weights: Float[Tensor, "batch heads tokens tokens"],
+) -> Float[Tensor, "batch tokens 2"]:
+    """Mean and variance, over the queries strictly after each key, of attention to it averaged over heads.
+
+    Queries that a sliding window keeps from the key count as 0. NaN for the last token: nothing follows.
+    """
+    attention = weights.double().mean(1).tril(-1)
+    count = attention.shape[-1] - 1 - torch.arange(attention.shape[-1], device=attention.device)
+    mean = attention.sum(1) / count
+    later = torch.ones_like(attention[0]).tril(-1)
+    variance = ((attention - mean.nan_to_num()[:, None]).square() * later).sum(1) / count
+    return torch.stack([mean, variance], dim=-1)
+
+
+def received(
+    model: LanguageModel, windows: Windows, subspaces: Mapping[str, Subspace], *, batch_size: int = 8
+) -> pd.DataFrame:
+    """Attention that every token receives from later ones in every layer, and where its residual lies.
+
+    One row per `document`, `window`, `layer` and `position`: the `token` id, `attention` (mean over later
+    queries and heads), `variance` (over later queries, of the mean over heads), the `norm` of the residual
+    that enters the layer, which its keys are made of, and for each subspace the ratio `|P x| / |x|` (chance
+    is about `sqrt(r / d)`). All later queries count, so whole attention maps are read, one layer at a time:
+    the model is switched to eager attention for this pass and back. Raises InputError for a subspace of
+    another width.
+    """
+    for subspace in subspaces.values():
+        if subspace.d != model.d:
+            raise InputError(f"a subspace of width {subspace.d} for {model.name} of width {model.d}")
+    ranks = [subspace.rank for subspace in subspaces.values()]
+    bases = torch.cat([subspace.orthonormal().float() for subspace in subspaces.values()], dim=1)
+    sites = [Site("embedding"), *(Site("exit", layer) for layer in range(model.layers - 1))]
+
+    def ratios(x: Tensor) -> Tensor:
+        """`batch x tokens x (1 + subspaces)`: the norm, and the part of it inside each subspace."""
+        squares = (x.float() @ bases.to(x.device)).square()
+        inside = torch.stack([part.sum(-1) for part in squares.split(ranks, dim=-1)], dim=-1).sqrt()
+        norm = x.float().norm(dim=-1, keepdim=True)
+        return torch.cat([norm, inside / norm], dim=-1).double().cpu()
+
+    tables: list[pd.DataFrame] = []
+    with whole_maps(model):
+        for places, ids in windows.batches(batch_size):
+            attention, places_in = trace(
+                model,
+                ids.to(model.device),
+                {},
+                sites,
+                readout=lambda final, read, weights: (
+                    torch.stack([layer.cpu() for layer in weights], 1),
+                    torch.stack([ratios(read[site]) for site in sites], 1),
+                ),
+                attention=later_attention,
+            )
+            shape = attention.shape[:3]
+            window, layer, position = (axis.ravel() for axis in np.indices(shape))
+            table = {
+                "document": np.asarray([windows.document[place] for place in places])[window],
+                "window": np.asarray(places)[window],
+                "layer": layer,
+                "position": position,
+                "token": ids.numpy()[window, position],
+            }
+            values = torch.cat([attention, places_in], dim=-1).flatten(0, 2).numpy()
+            names = ("attention", "variance", "norm", *subspaces)
+            tables.append(pd.DataFrame(table | dict(zip(names, values.T, strict=True))))
+    return pd.concat(tables, ignore_index=True)
+
+
+def candidates(table: pd.DataFrame, model: LanguageModel) -> pd.DataFrame:
+    """The rows of `received` that may be bars, after the paper's exclusions.
+
+    Left out are layers before the sink is in place (before the first in which position 0 receives at least
+    half of the most it receives in any [ours]), position 0 and every other BOS, and the last 4 tokens of 33,
+    or as large a share of longer windows [ours]. Raises InputError where nothing is left.
+    """
+    mass = table[table["position"] == 0].groupby("layer")["attention"].mean()
+    first = int(mass.index[mass >= mass.max() / 2].min())
+    length = table.groupby("window")["position"].transform("max") + 1
+    tail = (length * TAIL // OF).clip(lower=TAIL)
+    text = (table["position"] > 0) & (table["position"] < length - tail)
+    if model.bos is not None:
+        text &= table["token"] != model.bos
+    kept = table[text & (table["layer"] >= first)].reset_index(drop=True)
+    if kept.empty:
+        raise InputError(f"no token is left: give windows of more than {TAIL + 2} tokens")
+    return kept
+
+
+def mark_bars(table: pd.DataFrame, most: float = 0.1, even: float = 0.5) -> pd.Series:
+    """Which candidates are bars: by layer, the `most` by attention, and of these the `even` least variable.
+
+    The paper's absolute thresholds (0.018 and 0.01) hold for its texts of about 33 tokens: both numbers fall
+    with length, so quantiles of each layer take their place, and the share of bars is `most x even`.
+    """
+    if not (0 < most < 1 and 0 < even <= 1):
+        raise InputError(f"quantiles {most} and {even}: expected shares between 0 and 1")
+    high = table["attention"] > table.groupby("layer")["attention"].transform("quantile", 1 - most)
+    variance = table["variance"].where(high)
+    return high & (variance <= variance.groupby(table["layer"]).transform("quantile", even))
+
+
+def strata(table: pd.DataFrame, places: int = 16, counts: int = 5) -> pd.Series:
+    """A number for each row: tokens of one layer, about as far into the text and about as frequent.
+
+    Positions are cut evenly into `places`, and the first of these by powers of two, since attention received
+    changes fast there and again towards the end; frequencies are the token's count among the rows of its
+    layer, cut by quantile.
+    """
+    even = table["position"] * places // (table["position"].max() + 1)
+    position = even + np.log2(table["position"]).astype(int) / 100
+    frequency = table.groupby(["layer", "token"])["token"].transform("size")
+    level = frequency.groupby(table["layer"]).rank(pct=True).mul(counts).clip(upper=counts - 1e-9)
+    return table.groupby([table["layer"], position, level.astype(int)]).ngroup()
+
+
+def matched(table: pd.DataFrame, marked: pd.Series, column: str) -> pd.DataFrame:
+    """The marked rows, with the `control`: the mean of the column over unmarked rows of the same stratum.
+
+    Marked rows whose stratum has no other row are left out.
+    """
+    stratum = strata(table)
+    others = table[~marked].groupby(stratum[~marked])[column].mean()
+    found = table[marked].assign(control=stratum[marked].map(others))
+    return found.dropna(subset=["control"])

@@ -1,0 +1,228 @@
+"""`compare`: what moves of the sink do, each beside itself at random other positions."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Int
+from numpy.typing import NDArray
+from torch import Tensor
+
+from spectral_sinks.data.texts import Windows
+from spectral_sinks.errors import InputError
+from spectral_sinks.interventions.sites import Site
+from spectral_sinks.measure.nll.effects import check
+from spectral_sinks.measure.nll.remote_batch import by_job
+from spectral_sinks.measure.sinks.edit_effects import Changes, CombinedEdit, EditEffect, observe
+from spectral_sinks.models.attention_capture import attending
+from spectral_sinks.models.attention_sdpa import TOKENS
+from spectral_sinks.models.language import LanguageModel
+from spectral_sinks.remote.client import remotely
+from spectral_sinks.spectra.filters import Filter, Swap
+from spectral_sinks.spectra.spectrum import Spectrum
+from spectral_sinks.spectra.subspace import Subspace
+from spectral_sinks.stats import Estimate
+
+UNTOUCHED = "untouched"
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """What moves do to one model on one set of windows; the first move of every table is `untouched`."""
+
+    rows: pd.DataFrame
+    """By document: `move`, `nll`, `delta_nll` and `kl` (nats per token), `mass` (attention given to all
+    chosen positions), `unspent` (to no token); with `control_of`, the same move at another position."""
+    attention: pd.DataFrame
+    """By document, layer, head and chosen position: `attention` it is given, of moves and not of controls."""
+    residuals: pd.DataFrame
+    """By document, site and chosen position: `norm_ratio` to the median of the tokens not chosen; with a
+    spectrum `dark_share`, and `other_dark_share` of those."""
+
+    def summary(self) -> pd.DataFrame:
+        """A row per move: means over documents with 95 % intervals, `_low` and `_high`.
+
+        `control_least` and `control_most` are the range of `delta_nll` over the move's random positions.
+        """
+        baseline = self.rows[self.rows["move"] == UNTOUCHED].set_index("document")
+        found: list[dict[str, Any]] = []
+        for name, rows in self.rows[self.rows["control_of"] == ""].groupby("move", sort=False):
+            controls = self.rows[self.rows["control_of"] == name]
+            drawn = controls.groupby("move")["delta_nll"].mean().to_numpy()
+            row: dict[str, Any] = {"move": name, "documents": len(rows)}
+            for column in ("nll", "delta_nll", "kl", "mass", "unspent"):
+                measured = Estimate.of(rows[column])
+                row |= {
+                    column: measured.value,
+                    f"{column}_low": measured.low,
+                    f"{column}_high": measured.high,
+                }
+            row["baseline_nll"], row["baseline_mass"] = baseline["nll"].mean(), baseline["mass"].mean()
+            row["controls"] = len(drawn)
+            row["control_least"] = drawn.min() if len(drawn) else np.nan
+            row["control_most"] = drawn.max() if len(drawn) else np.nan
+            found.append(row)
+        return pd.DataFrame(found)
+
+    def __repr__(self) -> str:
+        columns = ["move", "nll", "delta_nll", "delta_nll_low", "delta_nll_high", "kl", "mass", "unspent"]
+        if self.rows["control_of"].any():
+            columns += ["control_least", "control_most"]
+        numbers = self.summary()[columns].set_index("move").round(4) + 0.0  # -0.0 becomes 0.0
+        return numbers.to_string(float_format="%.4f")
+
+
+def compare(
+    model: LanguageModel,
+    windows: Windows,
+    moves: Mapping[str, Changes],
+    *,
+    positions: Sequence[int] = (0,),
+    spectrum: Spectrum | None = None,
+    controls: int = 0,
+    seed: int = 0,
+    tokens: int = TOKENS,
+    batch_size: int = 16,
+) -> Comparison:
+    """NLL, attention and residuals before and after each move, the untouched pass made the same way.
+
+    A move is a function of an `AttentionCall` such as `MaskKey(0)`, a mapping from sites to edits, a
+    `Prefix`, or a list of them that act together. Attention given to position k is the mean of A[i, k] over
+    the queries i after the last of `positions`, among the first `tokens`: over positions it sums to 1 with
+    what is unspent. `controls` repeats each move that acts at one position at that many random others, drawn
+    from `seed` among the first `tokens`. NLL with a prefix is that of the text alone.
+
+    Raises InputError for what is no move, what the model does not have, and positions beyond the windows.
+    """
+    shortest = min(len(row) for row in windows.rows)
+    tokens = min(tokens, shortest)
+    positions = list(positions)
+    if not positions or min(positions) < 0 or max(positions) >= tokens - 1:
+        raise InputError(
+            f"positions {positions}: expected some of 0 to {tokens - 2}, with queries after them among the "
+            f"first {tokens} tokens"
+        )
+    if UNTOUCHED in moves:
+        raise InputError(f"the name {UNTOUCHED!r} is that of the pass without a move")
+    cells = {UNTOUCHED: CombinedEdit()} | {name: CombinedEdit.of(changes) for name, changes in moves.items()}
+    origin = dict.fromkeys(cells, "")
+    generator = np.random.default_rng(seed)
+    for name, parts in list(cells.items())[1:]:
+        check_parts(parts, model, windows)
+        if controls and parts.position is not None:
+            taken = {parts.position, *positions, *range(parts.source + 1)}
+            for q in other_positions(generator, tokens, controls, taken):
+                cells[f"{name} | at {q}"] = parts.moved_to(q)
+                origin[f"{name} | at {q}"] = name
+
+    spaces = [] if spectrum is None else [spectrum.dark()]
+    places: list[int] = []
+    found: dict[str, list[dict[str, Tensor]]] = {name: [] for name in cells}
+    for chosen, ids in windows.batches(batch_size):
+        places += chosen
+
+        def run(some: Sequence[CombinedEdit], ids: Tensor = ids) -> list[dict[str, Tensor]]:
+            return _moved(model, ids, some, positions, tokens, spaces)
+
+        for name, values in zip(cells, by_job(model, ids, list(cells.values()), run), strict=True):
+            found[name].append(values)
+    documents, weights = _weights(windows, places)
+    rows: list[pd.DataFrame] = []
+    attention: list[pd.DataFrame] = []
+    residuals: list[pd.DataFrame] = []
+    sites = ["embedding", *(str(Site("exit", layer)) for layer in range(model.layers))]
+    for name, parts in found.items():
+        mean = {
+            key: np.tensordot(weights, torch.cat([part[key] for part in parts]).numpy(), 1)
+            for key in parts[0]
+        }
+        scalars = {key: mean[key] for key in ("nll", "delta_nll", "kl", "mass", "unspent")}
+        rows.append(pd.DataFrame({"move": name, "control_of": origin[name], "document": documents} | scalars))
+        if origin[name]:
+            continue
+        axes = {"layer": range(model.layers), "head": range(model.heads), "position": positions}
+        attention.append(_long(name, documents, axes, {"attention": mean["given"]}))
+        columns = {"norm_ratio": mean["norm_ratio"]}
+        if spectrum is not None:
+            columns |= {"dark_share": mean["dark"], "other_dark_share": mean["other_dark"]}
+        residuals.append(_long(name, documents, {"site": sites, "position": positions}, columns))
+    return Comparison(*(pd.concat(part, ignore_index=True) for part in (rows, attention, residuals)))
+
+
+def check_parts(parts: CombinedEdit, model: LanguageModel, windows: Windows) -> None:
+    """Raise InputError for parts that mean nothing on this model and these windows."""
+    parts.prefix.check(model)
+    for site, edit in parts.edits.items():
+        check(site, edit, model, windows)
+        if isinstance(edit, Filter) and isinstance(edit.fill, Swap) and len(windows) < 2:
+            raise InputError("fill 'swap' takes another document: give at least two windows")
+    for look in parts.looks:
+        with attending(model, look):
+            pass  # asks the move itself
+
+
+def other_positions(generator: np.random.Generator, tokens: int, count: int, taken: set[int]) -> list[int]:
+    """Random positions with queries after them, none of those taken."""
+    free = [k for k in range(tokens - 1) if k not in taken]
+    if len(free) < count:
+        raise InputError(f"{count} controls at other positions: {len(free)} are left")
+    return sorted(generator.choice(free, count, replace=False).tolist())
+
+
+@remotely
+def _moved(
+    model: LanguageModel,
+    ids: Int[Tensor, "batch length"],
+    cells: Sequence[CombinedEdit],
+    positions: list[int],
+    tokens: int,
+    spaces: Sequence[Subspace],
+) -> list[dict[str, Tensor]]:
+    """A pass under each of some changes, beside the untouched one: per window, what goes into the tables."""
+    queries = (torch.arange(tokens) > max(positions)).expand(len(ids), tokens)
+    base, reference = observe(model, ids, CombinedEdit(), queries, spaces=spaces)
+    passes = (
+        observe(model, ids, parts, queries, spaces=spaces, reference=reference)[0] if parts.act else base
+        for parts in cells
+    )
+    return [_reduced(seen, positions, base.nll) for seen in passes]
+
+
+def _reduced(seen: EditEffect, positions: list[int], untouched_nll: Tensor) -> dict[str, Tensor]:
+    """Per window, what goes into the tables."""
+    marks = torch.zeros(len(seen.nll), seen.norms.shape[-1], dtype=torch.bool)
+    marks[:, positions] = True
+    together = seen.chosen(marks)
+    others = seen.norms.masked_fill(marks[:, None], torch.nan).nanquantile(0.5, -1, keepdim=True)
+    return {
+        "nll": seen.nll,
+        "delta_nll": seen.nll - untouched_nll,
+        "kl": seen.kl,
+        "mass": together["mass"].mean((1, 2)),
+        "unspent": seen.unspent.mean((1, 2)),
+        "given": seen.given[..., positions],
+        "norm_ratio": seen.norms[:, :, positions] / others,
+        "dark": seen.shares[:, :, positions].sum(-1),
+        "other_dark": together["other_shares"].sum(-1)[..., None].expand(-1, -1, len(positions)),
+    }
+
+
+def _weights(windows: Windows, places: list[int]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Documents, and the matrix that takes means over their windows, weighted by predicted tokens."""
+    owners = np.array([windows.document[place] for place in places])
+    documents, owner = np.unique(owners, return_inverse=True)
+    weights = np.zeros((len(documents), len(places)))
+    weights[owner, np.arange(len(places))] = [len(windows.rows[place]) - 1 for place in places]
+    return documents, weights / weights.sum(1, keepdims=True)
+
+
+def _long(
+    name: str, documents: NDArray[np.int64], axes: Mapping[str, Sequence[Any]], columns: Mapping[str, Any]
+) -> pd.DataFrame:
+    """One row per document and place on the axes."""
+    index = pd.MultiIndex.from_product([documents, *axes.values()], names=["document", *axes])
+    flat = {key: np.asarray(values).reshape(-1) for key, values in columns.items()}
+    return pd.DataFrame(flat, index=index).reset_index().assign(move=name)

@@ -1,0 +1,187 @@
+"""Designate a sink: which is the lightest move that makes a position or token the sink after the fact?"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+
+from spectral_sinks.data.texts import Windows
+from spectral_sinks.interventions.sites import Site
+from spectral_sinks.interventions.tracing import Interventions
+from spectral_sinks.measure.sinks.attempts import Attempts, Found, row, site_of
+from spectral_sinks.models.attention_capture import AttentionHook
+from spectral_sinks.models.attention_sdpa import TOKENS
+from spectral_sinks.models.language import LanguageModel
+from spectral_sinks.spectra.spectrum import Spectrum
+from spectral_sinks.spectra.subspace import Subspace, random_subspace
+from spectral_sinks.stats import Estimate
+
+NONE = "none works"
+
+DESIGNATION = (
+    "a move works: of the queries after the designated sink, among the first tokens, the mean over layers "
+    "and heads of the attention given to it is above that given to any other position, and one head gives it "
+    "more than 0.3. The sink is dark: at what the layer reads that attends to it most, it keeps more of its "
+    "energy in the dark band than in any random subspace of that rank, and more than the other tokens do"
+)
+"""The rule of `designate`; "more" and "above" are with the whole interval over documents."""
+
+
+@dataclass(frozen=True, eq=False)
+class Designation:
+    """Whether a position or token could be made the sink, by what, at what cost, and whether it is dark."""
+
+    model: str
+    target: str
+    old: int
+    """The position that received most before."""
+    move: str
+    """The lightest move that works, or "none works"."""
+    changes: tuple[AttentionHook | Interventions, ...]
+    """The move itself, as `compare` takes it; empty where none works or nothing is needed."""
+    documents: int
+    left_out: int
+    """Windows without the token."""
+    baseline_nll: Estimate
+    """Nats per token, untouched."""
+    nll: Estimate
+    """The same under the move; least and most: under the move at random other positions or tokens."""
+    delta_nll: Estimate
+    mass_before: Estimate
+    """Attention given to the designated sink, mean over layers and heads."""
+    mass: Estimate
+    old_mass_before: Estimate
+    """Attention given to the old sink."""
+    old_mass: Estimate
+    verdict: Literal["dark", "dark by the move", "not dark", "unknown"]
+    """Whether the new sink is dark; "by the move" where that gave it the old sink's residual or dark band;
+    "unknown" where none works or no spectrum was given."""
+    site: Site
+    """Where that was looked at: what the layer reads that attends to it most."""
+    share_before: Estimate
+    """Share of the token's energy in the dark band; least and most: in random subspaces of its rank."""
+    share: Estimate
+    others: Estimate
+    """The same of the other tokens, under the move."""
+    tried: pd.DataFrame
+    """One row per attempt, lightest first, then the controls: norm scaled, random bands of the old sink."""
+    where: pd.DataFrame
+    """Attention given to each `position` by `layer`, `before` and `after`, mean over documents and heads."""
+
+    @property
+    def works(self) -> bool:
+        return self.move != NONE
+
+    def row(self) -> dict[str, Any]:
+        """One row of a table: `NAME`, `NAME_low`, `NAME_high`, `NAME_least`, `NAME_most`."""
+        return row(self)
+
+    def __repr__(self) -> str:
+        columns = ["name", "works", "delta_nll", "delta_nll_low", "delta_nll_high", "mass", "old_mass"]
+        table = self.tried[[*columns, "reason"]].to_string(index=False, float_format="%.4f")
+        return (
+            f"{self.target} as the sink of {self.model}, in place of position {self.old}: {self.move}\n"
+            f"NLL {self.baseline_nll.value:.4f} -> {self.nll.value:.4f}; attention "
+            f"{self.mass_before.value:.3f} -> {self.mass.value:.3f}; dark: {self.verdict}\n{table}"
+        )
+
+
+def designate(
+    model: LanguageModel,
+    windows: Windows,
+    position: int | None = None,
+    *,
+    token: int | None = None,
+    spectrum: Spectrum | None = None,
+    controls: int = 5,
+    draws: int = 20,
+    seed: int = 0,
+    tokens: int = TOKENS,
+    batch_size: int = 16,
+) -> Designation:
+    """Make a position or a token the sink after the fact, by the lightest of `LIGHTEST_FIRST` that works.
+
+    All are tried, whether or not a lighter one works, and judged by `DESIGNATION`; "none works" is an answer.
+    The old sink is the position that receives most, and is masked only for queries from the new one on (for
+    a token: for all). Every occurrence of a token is moved, and their attention counts together; windows
+    without one are left out. `controls`: the chosen move at random other positions or tokens, and random
+    bands in place of the dark one. `spectrum` gives the dark band, and `draws` random subspaces beside it.
+
+    Raises InputError unless one of position and token is given, for windows of different lengths, a position
+    or token that they do not have, and fewer than two documents.
+    """
+    dark = None if spectrum is None else spectrum.dark()
+    attempts = Attempts(model, windows, position, token, dark, tokens, batch_size)
+    spaces: list[Subspace] = []
+    if dark is not None:
+        spaces = [dark, *(random_subspace(model.d, dark.rank, number) for number in range(draws))]
+    passes = _passes(attempts, attempts.names, spaces)
+    before = passes["nothing"]
+    tried = {name: attempts.judge(name, found, before) for name, found in passes.items()}
+    controlled = _passes(attempts, attempts.controls(controls))
+    against = [attempts.judge(name, found, before) for name, found in controlled.items()]
+    move = next((name for name, one in tried.items() if one.works), NONE)
+    after, judged = passes.get(move, before), tried.get(move, tried["nothing"])
+    parts = attempts.parts(move)
+
+    moved: list[float] = []
+    if parts.looks or parts.edits:
+        others = attempts.others(np.random.default_rng(seed), controls)
+        moved = [
+            float(found["nll"].mean()) for found in attempts.run([attempts.parts(move, o) for o in others])
+        ]
+    layer = int(after["mass"].mean((0, 2)).argmax())
+    share_before, share, rest = (_share(found, layer) for found in (before, after, _others(after)))
+    verdict = "not dark"
+    if share.low > share.most and share.low > rest.high:
+        verdict = "dark by the move" if parts.edits else "dark"
+    return Designation(
+        model.name,
+        f"position {position}" if position is not None else f"token {token}",
+        attempts.old,
+        move,
+        (*parts.looks, *([parts.edits] if parts.edits else [])),
+        len(before["nll"]),
+        attempts.left_out,
+        baseline_nll=Estimate.of(before["nll"]),
+        nll=Estimate.of(after["nll"], moved or None),
+        delta_nll=Estimate.of(
+            after["nll"] - before["nll"], [nll - before["nll"].mean() for nll in moved] or None
+        ),
+        mass_before=tried["nothing"].mass,
+        mass=judged.mass,
+        old_mass_before=tried["nothing"].old_mass,
+        old_mass=judged.old_mass,
+        verdict="unknown" if dark is None or move == NONE else verdict,
+        site=site_of(layer),
+        share_before=share_before,
+        share=share,
+        others=rest,
+        tried=pd.DataFrame([one.row() for one in (*tried.values(), *against)]),
+        where=_where(before, after),
+    )
+
+
+def _passes(attempts: Attempts, names: Sequence[str], spaces: Sequence[Subspace] = ()) -> dict[str, Found]:
+    return dict(zip(names, attempts.run([attempts.parts(name) for name in names], spaces), strict=True))
+
+
+def _share(found: Found, layer: int) -> Estimate:
+    """Share in the dark band at what a layer reads, among random subspaces; NaN without a spectrum."""
+    shares = found["shares"][:, layer]
+    if not shares.shape[1]:
+        return Estimate(*[float("nan")] * 3)
+    return Estimate.of(shares[:, 0], shares[:, 1:].mean(0) if shares.shape[1] > 1 else None)
+
+
+def _others(found: Found) -> Found:
+    """The same with the shares of the other tokens."""
+    return dict(found) | {"shares": found["other_shares"]}
+
+
+def _where(before: Found, after: Found) -> pd.DataFrame:
+    means = {name: found["given"].mean(0) for name, found in (("before", before), ("after", after))}
+    index = pd.MultiIndex.from_product(map(range, means["before"].shape), names=["layer", "position"])
+    return pd.DataFrame({name: mean.ravel() for name, mean in means.items()}, index=index).reset_index()

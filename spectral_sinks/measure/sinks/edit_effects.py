@@ -1,0 +1,186 @@
+"""Before and after a move: NLL, where attention goes, and what lies in the residuals, in one pass each."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from spectral_sinks.errors import InputError
+from spectral_sinks.interventions.attention_base import AtToken
+from spectral_sinks.interventions.attention_edits import CopyKey
+from spectral_sinks.interventions.extra_keys import Prefix
+from spectral_sinks.interventions.sites import Site
+from spectral_sinks.interventions.tracing import Edit, Interventions, trace
+from spectral_sinks.measure.nll.scoring import Reference, score, untouched
+from spectral_sinks.measure.residual.band_energy import residual_sites
+from spectral_sinks.models.attention_capture import AttentionCall, AttentionHook, attending
+from spectral_sinks.models.language import LanguageModel
+from spectral_sinks.spectra.filters import At, Filter
+from spectral_sinks.spectra.scaling import Copied
+from spectral_sinks.spectra.subspace import Subspace
+
+Change = AttentionHook | Interventions | Prefix
+"""A move of attention, functions at sites, or tokens put before the text."""
+
+Changes = Change | Sequence[Change]
+"""One change, or several that act together."""
+
+
+@dataclass(frozen=True)
+class CombinedEdit:
+    """Changes sorted by what they act on."""
+
+    looks: tuple[AttentionHook, ...] = ()
+    edits: Interventions = field(default_factory=dict[Site, Edit])
+    prefix: Prefix = field(default_factory=lambda: Prefix(()))
+
+    @classmethod
+    def of(cls, changes: Changes) -> "CombinedEdit":
+        """Raises InputError for what is no change, and for two edits at one site."""
+        looks: list[AttentionHook] = []
+        edits: dict[Site, Edit] = {}
+        prefix = Prefix(())
+        given: Sequence[Any] = changes if isinstance(changes, Sequence) else [changes]
+        for change in given:
+            if isinstance(change, Prefix):
+                prefix = Prefix((*change.ids, *prefix.ids))
+            elif isinstance(change, Mapping):
+                if twice := [site for site in change if site in edits]:
+                    raise InputError(f"two edits at {twice[0]}: make them one function")
+                edits |= change
+            elif callable(change):
+                looks.append(cast(AttentionHook, change))
+            else:
+                raise InputError(
+                    f"{change!r} is no move: give functions of an AttentionCall such as MaskKey(0), a "
+                    "mapping from sites to edits, a Prefix, or a list of them"
+                )
+        return cls(tuple(looks), edits, prefix)
+
+    @property
+    def act(self) -> bool:
+        """Whether there is anything to change."""
+        return bool(self.looks or self.edits or self.prefix.ids)
+
+    @property
+    def position(self) -> int | None:
+        """The one position that the changes act at; None where there is none, or several."""
+        found = {look.position for look in self.looks if isinstance(look, AtToken)}
+        for edit in self.edits.values():
+            tokens = edit.tokens if isinstance(edit, Filter) else None
+            found |= set(tokens.positions) if isinstance(tokens, At) else {0 if tokens == "first" else None}
+        return found.pop() if len(found) == 1 else None
+
+    @property
+    def source(self) -> int:
+        """The last position that the changes copy from; -1 where they copy nothing."""
+        fills = [edit.fill for edit in self.edits.values() if isinstance(edit, Filter)]
+        copied = [fill.source for fill in fills if isinstance(fill, Copied)]
+        return max([-1, *copied, *(look.source for look in self.looks if isinstance(look, CopyKey))])
+
+    def moved_to(self, position: int) -> "CombinedEdit":
+        """The same changes at another position."""
+        looks = [replace(k, position=position) if isinstance(k, AtToken) else k for k in self.looks]
+        edits = {s: e.at(At(position)) if isinstance(e, Filter) else e for s, e in self.edits.items()}
+        return CombinedEdit(tuple(looks), edits, self.prefix)
+
+
+@dataclass(frozen=True)
+class EditEffect:
+    """What one pass over a batch of windows shows; positions are those of the text without its prefix."""
+
+    nll: Float[Tensor, "batch"]
+    """Nats per token, mean over the text's own predicted tokens."""
+    kl: Float[Tensor, "batch"]
+    """KL(untouched || moved) of the next-token distributions, nats."""
+    given: Float[Tensor, "batch layers heads tokens"]
+    """Attention given to each position, mean over the queries counted."""
+    prefix: Float[Tensor, "batch layers heads"]
+    """Attention given to the prefix; the rest of 1 went to no token (a learned sink, a dropped weight)."""
+    norms: Float[Tensor, "batch sites positions"]
+    """Norm of the residual at the embedding and each exit."""
+    shares: Float[Tensor, "batch sites positions spaces"]
+    """Share of its energy in each of the subspaces given."""
+
+    @property
+    def unspent(self) -> Float[Tensor, "batch layers heads"]:
+        """Attention that went to no token."""
+        return 1 - self.prefix - self.given.sum(-1)
+
+    def chosen(self, chosen: Bool[Tensor, "batch positions"]) -> dict[str, Tensor]:
+        """What some tokens of each window show, mean over them: attention summed, residuals by site.
+
+        `norm_ratio` is to the median of the other tokens; `shares` and `other_shares` are of energy.
+        """
+        here = chosen[:, None].double()
+        among = chosen[:, None, None, : self.given.shape[-1]]
+        others = self.norms.masked_fill(chosen[:, None], torch.nan).nanquantile(0.5, -1)
+        norm = (self.norms * here).sum(-1) / here.sum(-1)
+        return {
+            "mass": (self.given * among).sum(-1),
+            "norm_ratio": norm / others,
+            "shares": (self.shares * here[..., None]).sum(2) / here.sum(-1)[..., None],
+            "other_shares": (self.shares * (1 - here)[..., None]).sum(2) / (1 - here).sum(-1)[..., None],
+        }
+
+
+def observe(
+    model: LanguageModel,
+    ids: Int[Tensor, "batch length"],
+    parts: CombinedEdit,
+    queries: Bool[Tensor, "batch tokens"],
+    *,
+    spaces: Sequence[Subspace] = (),
+    reference: Reference | None = None,
+) -> tuple[EditEffect, Reference | None]:
+    """One pass under some changes, through `attending` even where nothing changes.
+
+    `queries` marks, by window, those among the first tokens whose attention is counted. Without `reference`
+    the pass makes one, to compare others with.
+    """
+    size = len(parts.prefix.ids)
+    text = parts.prefix(ids.to(model.device))
+    if model.context is not None and text.shape[1] > model.context:
+        raise InputError(
+            f"a prefix of {size} tokens before windows of {ids.shape[1]}: {model.name} has a context of "
+            f"{model.context}"
+        )
+    last = size + queries.shape[1]
+    rows = torch.nn.functional.pad(queries / queries.sum(1, keepdim=True), (size, 0)).to(model.device)
+    received: dict[int, Tensor] = {}
+
+    def watch(call: AttentionCall) -> None:
+        total = torch.zeros((), device=call.query.device)
+        for block in call.blocks():
+            if block.start < last:
+                here = slice(block.start, min(block.stop, last))
+                weights = call.weights(here)[..., :last]
+                total = total + torch.einsum("bi,bhik->bhk", rows[:, here].to(weights.dtype), weights)
+        received[call.layer] = total.detach().cpu().double()
+
+    sites = residual_sites(model)
+
+    def readout(final: Tensor, read: dict[Site, Tensor], _: list[Tensor]) -> tuple[Any, ...]:
+        own = final[:, size:]
+        if reference is None:
+            scores, made = untouched(model, own, ids)
+        else:
+            scores, made = score(model, own, ids, reference), None
+        kl = torch.zeros_like(scores.nll) if scores.kl is None else scores.kl
+        residuals = [read[site][:, size:] for site in sites]
+        norms = torch.stack([x.double().norm(dim=-1) for x in residuals], 1)
+        shares = [torch.stack([space.share(x) for x in residuals], 1) for space in spaces]
+        stacked = torch.stack(shares, -1) if shares else norms.new_zeros(*norms.shape, 0)
+        found = (scores.nll.double().mean(1), kl.double().mean(1), norms, stacked.double())
+        return (*(x.cpu() for x in found), made)
+
+    with ExitStack() as stack:
+        for look in (*parts.looks, watch):
+            stack.enter_context(attending(model, look))
+        nll, kl, norms, shares, made = trace(model, text, parts.edits, sites, readout=readout)
+    given = torch.stack([received[layer] for layer in range(model.layers)], 1)
+    return EditEffect(nll, kl, given[..., size:], given[..., :size].sum(-1), norms, shares), made

@@ -1,0 +1,212 @@
+"""Find the attention sinks of a model, and the attention and norms of every position beside them."""
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Bool, Float
+from numpy.typing import NDArray
+
+from spectral_sinks.data.pixels import Pixels
+from spectral_sinks.data.texts import Windows
+from spectral_sinks.errors import InputError, SpectralWarning
+from spectral_sinks.measure.attention.by_position import PositionAttention, opened
+from spectral_sinks.measure.attention.received import EPSILON
+from spectral_sinks.measure.residual.massive import (
+    Residuals,
+    massive_table,
+    observe,
+    repeated_windows,
+    usual_levels,
+)
+from spectral_sinks.measure.sinks.rule import RULE, places_of
+from spectral_sinks.measure.sinks.sink import Sink, as_json, measure_sinks
+from spectral_sinks.models.attention_sdpa import TOKENS
+from spectral_sinks.models.language import LanguageModel
+from spectral_sinks.spectra.spectrum import Spectrum
+from spectral_sinks.stats import Estimate
+
+
+@dataclass(frozen=True, eq=False)
+class Sinks:
+    """What `find_sinks` found."""
+
+    model: str
+    epsilon: float
+    sinks: tuple[Sink, ...]
+    """Largest attention first."""
+    members: Bool[NDArray[np.bool_], "windows tokens"]
+    """Where these sinks are."""
+    attention: PositionAttention
+    residuals: Residuals
+    massive: pd.DataFrame
+    """Massive activations and tokens of high norm: see `massive_activations`."""
+    levels: Float[NDArray[np.float64], "2 sites"]
+    """Median norm of usual tokens by site, and their robust spread."""
+    sink_rate: Estimate
+    """Sink^eps of position 0."""
+    sink_rate_of_seen: Estimate
+    """The same with the mean over only those queries that can see position 0 (sliding windows)."""
+    total_mass: Estimate
+    """Attention to all sinks together: mean over queries, heads and layers."""
+    uniform_total_mass: float
+    """The same of uniform attention."""
+    high_norm_mass: Estimate
+    """Attention to all tokens of high norm together, as each layer reads them, sinks or not."""
+    uniform_high_norm_mass: float
+    high_norm_share: float
+    """Share of (text, layer, position) of high norm."""
+    to_sink_logit: Estimate
+    """Attention that went to a learned logit without a value."""
+    repeated: int
+    """Windows of which one token fills at least half."""
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return self.attention.tokens
+
+    @property
+    def dispersed(self) -> bool:
+        """Whether windows repeat one token and attention goes to tokens of high norm that are no sinks.
+
+        Where a token repeats, all of it may look like a first token: no position stands out, and Sink^eps is
+        low though attention does nothing else. [ours]: the mass on high norm is over twice that on sinks.
+        """
+        return self.repeated > 0 and self.high_norm_mass.value > 2 * self.total_mass.value
+
+    @property
+    def onset_layer(self) -> int | None:
+        """Onset of the largest sink."""
+        return self.sinks[0].onset_layer if self.sinks else None
+
+    def by_head(self) -> pd.DataFrame:
+        """Attention by `document`, `layer` and `head`.
+
+        `mass` to all sinks together (mean over queries), `first` to position 0, and `to_sink_logit`.
+        """
+        mass = self.attention.by_document(self.attention.mass(self.members[:, None]))
+        rest = self.attention.by_document(self.attention.to_sink_logit)
+        owners = np.unique(self.attention.windows.document)
+        index = pd.MultiIndex.from_product([owners, *map(range, mass.shape[1:])])
+        first = self.attention.by_document(self.attention.alpha[..., 0])
+        columns = {"mass": mass, "first": first, "to_sink_logit": rest}
+        table = pd.DataFrame({name: values.ravel() for name, values in columns.items()}, index)
+        return table.rename_axis(["document", "layer", "head"]).reset_index()
+
+    def rates(self) -> pd.DataFrame:
+        """Sink^eps_k by `position`: `mean` over documents, `low` and `high` of its interval."""
+        rates = self.attention.rate(self.epsilon).T
+        rows = [Estimate.of(row[~np.isnan(row)]) for row in rates]
+        table = pd.DataFrame(
+            [(row.value, row.low, row.high) for row in rows], columns=["mean", "low", "high"]
+        )
+        return table.rename_axis("position").reset_index()
+
+    def norms(self) -> pd.DataFrame:
+        """Norm by `layer` (-1: the embedding) and `position` in medians of usual tokens: `norm_ratio`."""
+        ratio = self.attention.by_document(self.residuals.norm / self.levels[0, :, None]).mean(0)
+        index = pd.MultiIndex.from_product([range(-1, ratio.shape[0] - 1), range(ratio.shape[1])])
+        table = pd.DataFrame({"norm_ratio": ratio.ravel()}, index)
+        return table.rename_axis(["layer", "position"]).reset_index()
+
+    def record(self) -> dict[str, Any]:
+        """Everything but the tables and arrays, as JSON holds it."""
+        published = self.massive[self.massive["massive"]]
+        return {
+            "model": self.model,
+            "epsilon": self.epsilon,
+            "tokens_per_window": self.tokens,
+            "windows": len(self.attention.windows),
+            **as_json("sink_rate", self.sink_rate),
+            **as_json("sink_rate_of_seen", self.sink_rate_of_seen),
+            "sink_rate_by_position": self.attention.rate(self.epsilon).mean(0).tolist(),
+            "sinks": [sink.record() for sink in self.sinks],
+            "onset_layer": self.onset_layer,
+            **as_json("total_sink_mass", self.total_mass),
+            **as_json("high_norm_mass", self.high_norm_mass),
+            "uniform_total_sink_mass": self.uniform_total_mass,
+            "uniform_high_norm_mass": self.uniform_high_norm_mass,
+            "high_norm_share": self.high_norm_share,
+            "massive_documents": int(published["document"].nunique()),
+            "dispersal": self.dispersed,
+            "repeated_windows": self.repeated,
+            **as_json("to_sink_logit", self.to_sink_logit),
+            "rule": RULE,
+        }
+
+
+def find_sinks(
+    model: LanguageModel,
+    windows: Windows,
+    spectrum: Spectrum,
+    *,
+    tokens: int = TOKENS,
+    epsilon: float = EPSILON,
+    draws: int = 20,
+    batch_size: int = 16,
+) -> Sinks:
+    """The sinks of a model over the first `tokens` of each window, by the rule in `discovery.RULE`.
+
+    Warns where windows repeat one token. Raises InputError as `attention_by_position` does, for a spectrum
+    of another width, and for an epsilon outside 0 to 1.
+    """
+    if not 0 <= epsilon < 1:
+        raise InputError(f"epsilon {epsilon}: attention received lies between 0 and 1")
+    if spectrum.d != model.d:
+        raise InputError(f"a spectrum of width {spectrum.d} for {model.name} of width {model.d}")
+    read = opened(model, windows, tokens)
+    if isinstance(read, Pixels):
+        raise InputError("sinks of images are found by kind of token: vision_sinks(model, pixels)")
+    attention, residuals = observe(model, read, batch_size)
+    levels = usual_levels(model, attention, residuals, batch_size)
+    high = residuals.high(levels)
+    reads = high[:, :-1]
+    places = places_of(attention, epsilon)
+    members = np.any([np.zeros_like(high[:, 0]), *(place.member for place in places)], axis=0)
+    others = (attention.ids >= 0) & ~members
+    sinks = measure_sinks(
+        model, attention, residuals, high, spectrum, places, others, epsilon, draws, batch_size
+    )
+
+    def measured(values: Float[NDArray[np.generic], "windows layers heads"]) -> Estimate:
+        return Estimate.of(attention.by_document(values.mean((1, 2))))
+
+    def by_document(values: Float[NDArray[np.generic], "windows"]) -> float:
+        return float(attention.by_document(values).mean())
+
+    found = Sinks(
+        model=model.name,
+        epsilon=epsilon,
+        sinks=tuple(sinks),
+        members=members,
+        attention=attention,
+        residuals=residuals,
+        massive=massive_table(attention, residuals, levels),
+        levels=levels,
+        sink_rate=Estimate.of(attention.rate(epsilon)[:, 0]),
+        sink_rate_of_seen=measured(attention.alpha_seen[..., 0] > epsilon),
+        total_mass=measured(attention.mass(members[:, None])),
+        high_norm_mass=measured(attention.mass(reads)),
+        uniform_total_mass=by_document(attention.uniform(members[:, None]).mean(-1)),
+        uniform_high_norm_mass=by_document(attention.uniform(reads).mean(-1)),
+        high_norm_share=by_document(reads.mean(1).sum(-1) / attention.lengths),
+        to_sink_logit=measured(attention.to_sink_logit),
+        repeated=int(repeated_windows(read).sum()),
+    )
+    if found.repeated:
+        over = (
+            f"dispersal: {found.high_norm_share:.0%} of the tokens have high norm and receive "
+            f"{found.high_norm_mass.value:.0%} of the attention together, so a low sink rate is no absence "
+            "of sinks"
+            if found.dispersed
+            else "their sink rate says little of other texts"
+        )
+        warnings.warn(
+            f"{found.repeated} of {len(attention.windows)} windows repeat one token; {over}",
+            SpectralWarning,
+            stacklevel=2,
+        )
+    return found

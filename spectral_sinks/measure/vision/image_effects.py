@@ -1,0 +1,243 @@
+"""What an intervention does to what an image encoder gives: logits, features, neighbours, a linear probe."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pandas as pd
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from spectral_sinks.data.pixels import Pixels
+from spectral_sinks.errors import InputError
+from spectral_sinks.interventions.sites import Site
+from spectral_sinks.interventions.tracing import Interventions, Resume
+from spectral_sinks.measure.nll.replay import applied, cut_mask, start
+from spectral_sinks.measure.vision.features import Given, features, given, neighbours, token_kinds
+from spectral_sinks.measure.vision.ridge import LinearProbe, split
+from spectral_sinks.models.vision import VisionModel
+from spectral_sinks.spectra.filters import Filter, Mean, Swap
+from spectral_sinks.stats import mean_interval
+
+
+@dataclass(frozen=True, eq=False)
+class ImageEffect:
+    """One intervention on one set of images: a row per image, and the means over images."""
+
+    name: str
+    sites: tuple[Site, ...]
+    ranks: tuple[int | None, ...]
+    """Directions removed at each site; None for a custom function."""
+    rows: pd.DataFrame
+    """One row per image; NaN where it has no such number (a probe says nothing of what it was fitted on)."""
+
+    @property
+    def rank(self) -> int | None:
+        """Directions removed; the sum over sites, None with a custom function."""
+        return None if None in self.ranks else sum(rank for rank in self.ranks if rank is not None)
+
+    def summary(self, quantities: Sequence[str] | None = None) -> pd.DataFrame:
+        """A row per quantity (all by default): `mean`, `low`, `high` (95 % BCa) over `n` images."""
+        rows: list[dict[str, object]] = []
+        for quantity in quantities or self.rows.columns.drop(["document", "image"], errors="ignore"):
+            values = self.rows[quantity].dropna()
+            low, high = mean_interval(values)
+            rows.append({"quantity": quantity, "mean": values.mean(), "low": low, "high": high})
+            rows[-1]["n"] = len(values)
+        table = pd.DataFrame(rows)
+        where = ", ".join(map(str, self.sites))
+        for place, (column, value) in enumerate((("name", self.name), ("site", where), ("rank", self.rank))):
+            table.insert(place, column, value)
+        return table
+
+    def __repr__(self) -> str:
+        shown = self.summary().drop(columns=["name", "site", "rank"])
+        title = f"{self.name} at {', '.join(map(str, self.sites)) or 'no site'} (rank {self.rank})"
+        return f"{title}\n{shown.to_string(index=False, float_format='%.4f')}"
+
+
+def evaluate_images(
+    model: VisionModel,
+    pixels: Pixels,
+    cells: Mapping[str, Interventions],
+    *,
+    labels: Sequence[int] | Int[Tensor, "images"] | None = None,
+    probe: Literal["cls", "patches"] | None = None,
+    batch_size: int = 16,
+) -> dict[str, ImageEffect]:
+    """The effects of several interventions on what an image encoder gives, each against one untouched pass.
+
+    By image, with a classifier head: `kl` from the untouched logits (nats), `top1_agreement`, and with labels
+    of its classes `accuracy` and `cross_entropy`, each beside `baseline_...` and `delta_...`. Always, of the
+    tokens after the final norm, `..._cosine` and relative `..._error` to the untouched ones, for `cls`,
+    `distillation`, `registers` and `patches` (means over tokens); `..._nearest`, whether the untouched image
+    that is nearest by cosine of [CLS], or of the mean patch, is still the same, and `..._nearest5`, the share
+    of the five nearest that stays. With `probe`, `probe_accuracy` of a ridge classifier from the untouched
+    [CLS] or mean patch to the labels, fitted on half of the images of each class, read on the other half.
+
+    `labels` are those of `pixels` by default: where its images name their classes, these are matched with the
+    head's by name, and there is no accuracy where they are others. Labels given as numbers are classes of the
+    head; for a probe alone they may be any. Raises InputError for sites or widths that the model does not
+    have, a probe without labels, and a swap in a batch of one.
+    """
+    for edits in cells.values():
+        for site, edit in edits.items():
+            check_image_edit(site, edit, model, pixels, batch_size)
+    truth = pixels.labels if labels is None else torch.as_tensor(labels)
+    if truth is not None and len(truth) != len(pixels):
+        raise InputError(f"{len(truth)} labels for {len(pixels)} images")
+    if probe is not None and truth is None:
+        raise InputError("a probe learns labels: give labels=, or images with one folder per class")
+    if probe == "cls" and model.cls is None:
+        raise InputError(f"{model.name} has no [CLS] token: probe its 'patches'")
+    classes = classes_of(model, pixels, truth) if labels is None else _in_range(model, truth)
+    starts = {start(edits) for edits in cells.values()}
+    exits = [Site("exit", layer) for layer in sorted(s for s in starts if s is not None and s >= 0)]
+    base: list[dict[str, Tensor]] = []
+    columns: dict[str, list[dict[str, Tensor]]] = {name: [] for name in cells}
+    vectors: dict[str, list[dict[str, Tensor]]] = {name: [] for name in cells}
+    for places, batch in pixels.batches(batch_size):
+        batch = batch.to(model.device)
+        untouched, residuals = given(model, batch, {}, exits)
+        base.append(features(model, untouched))
+        for name, edits in cells.items():
+            here = {site: cut_mask(edit, pixels, places) for site, edit in edits.items()}
+            found, removed = _edited(model, batch, here, residuals)
+            found = untouched if found is None else found
+            right = None if classes is None else classes[places]
+            columns[name].append({"removed_energy_share": removed} | _moved(model, untouched, found, right))
+            vectors[name].append(features(model, found))
+    gallery = _joined(base)
+    reads = _probed(gallery, truth, probe)
+    described: dict[str, Any] = {"document": list(pixels.document)}
+    described |= {"image": list(names)} if (names := getattr(pixels.images, "names", None)) else {}
+    effects: dict[str, ImageEffect] = {}
+    for name, edits in cells.items():
+        found, after = _joined(columns[name]), _joined(vectors[name])
+        for kind in gallery if len(pixels) > 1 else ():
+            first, five = neighbours(gallery[kind], after[kind])
+            found |= {f"{kind}_nearest": first, f"{kind}_nearest5": five}
+        found |= reads(after)
+        rows = pd.DataFrame(described | {column: values.numpy() for column, values in found.items()})
+        ranks = tuple(edit.rank if isinstance(edit, Filter) else None for edit in edits.values())
+        effects[name] = ImageEffect(name, tuple(edits), ranks, rows)
+    return effects
+
+
+def check_image_edit(site: Site, edit: Any, model: VisionModel, pixels: Pixels, batch_size: int) -> None:
+    """Raise InputError for a filter that means nothing at a site of this model or on these images."""
+    site.check(model)
+    if not isinstance(edit, Filter):
+        return
+    if edit.blocked.d != model.d:
+        raise InputError(
+            f"{edit.name!r} at {site} filters a residual stream of width {edit.blocked.d}, "
+            f"{model.name} has width {model.d}"
+        )
+    if isinstance(edit.fill, Mean) and edit.fill.reference.shape[-1] != model.d:
+        raise InputError(f"a mean of width {edit.fill.reference.shape[-1]} for a model of width {model.d}")
+    if isinstance(edit.fill, Swap) and len(pixels) % batch_size == 1:
+        raise InputError(
+            f"fill 'swap' takes another image of the batch, and {len(pixels)} images in batches of "
+            f"{batch_size} leave one alone: give another batch_size"
+        )
+    if isinstance(edit.tokens, frozenset | set | tuple | list) and max(edit.tokens) > len(model.prefix):
+        raise InputError(
+            f"{edit.name!r} selects tokens of kind {max(edit.tokens)}: {model.name} has kinds 0 to "
+            f"{len(model.prefix)}, which model.at(...) names"
+        )
+
+
+def classes_of(model: VisionModel, pixels: Pixels, labels: Tensor | None) -> Tensor | None:
+    """Labels as classes of the head, matched by name where they have names; None where they are others."""
+    names = getattr(pixels.images, "label_names", None)
+    if labels is None or not model.classes or not names:
+        return _in_range(model, labels)
+    if not set(names) <= set(model.labels):
+        return None
+    return torch.tensor([model.labels.index(names[int(label)]) for label in labels])
+
+
+def _in_range(model: VisionModel, labels: Tensor | None) -> Tensor | None:
+    if labels is None or not model.classes:
+        return None
+    if int(labels.min()) < 0 or int(labels.max()) >= model.classes:
+        raise InputError(
+            f"labels {int(labels.min())} to {int(labels.max())}: the head of {model.name} has classes 0 to "
+            f"{model.classes - 1}"
+        )
+    return labels
+
+
+def _edited(
+    model: VisionModel, batch: Tensor, edits: Interventions, residuals: dict[Site, Tensor]
+) -> tuple[Given | None, Tensor]:
+    """A pass begun at the lowest site (None where nothing changes), and the share of energy taken out."""
+    first, kinds = start(edits), model.kinds(batch)
+    if first is None:
+        return None, torch.zeros(len(batch), dtype=torch.float64)
+    shares: list[Tensor] = []
+
+    def act(edit: Any) -> Any:
+        def acting(x: Tensor) -> Tensor:
+            out, share = applied(edit, x, kinds)
+            shares.append(share.double())
+            return out
+
+        return acting
+
+    acting = {site: act(edit) for site, edit in edits.items()}
+    resume = None
+    if first >= 0:
+        exit = Site("exit", first)
+        residual = residuals[exit]
+        resume = Resume(first, acting.pop(exit)(residual) if exit in acting else residual)
+    found, _ = given(model, batch, acting, (), resume)
+    return found, torch.stack(shares).mean(0)
+
+
+def _moved(model: VisionModel, old: Given, new: Given, truth: Tensor | None) -> dict[str, Tensor]:
+    """How far logits and tokens are from the untouched ones, by image."""
+    found: dict[str, Tensor] = {}
+    if old.logits is not None and new.logits is not None:
+        p, q = old.logits.log_softmax(-1), new.logits.log_softmax(-1)
+        top = new.logits.gather(1, p.argmax(-1, keepdim=True))[:, 0]
+        found["kl"] = (p.exp() * (p - q)).sum(-1)
+        found["top1_agreement"] = (top >= new.logits.amax(-1)).double()
+        if truth is not None:
+            right = ((x.argmax(-1) == truth).double() for x in (new.logits, old.logits))
+            found |= _compared("accuracy", *right)
+            found |= _compared("cross_entropy", *(-x.gather(1, truth[:, None])[:, 0] for x in (q, p)))
+    cosine = torch.nn.functional.cosine_similarity(new.tokens, old.tokens, dim=-1)
+    error = (new.tokens - old.tokens).norm(dim=-1) / old.tokens.norm(dim=-1)
+    for kind, places in token_kinds(model).items():
+        found[f"{kind}_cosine"] = cosine[:, places].mean(1)
+        found[f"{kind}_error"] = error[:, places].mean(1)
+    return found
+
+
+def _probed(
+    gallery: dict[str, Tensor], labels: Tensor | None, probe: str | None
+) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+    """What a probe fitted on half of the untouched images says of the features of the other half."""
+    if probe is None or labels is None:
+        return lambda _: {}
+    fit, held = split(labels, 0.5)
+    fitted = LinearProbe.fitted(gallery[probe][fit], labels[fit])
+
+    def right(vectors: dict[str, Tensor]) -> Tensor:
+        out = torch.full((len(labels),), torch.nan, dtype=torch.float64)
+        out[held] = (fitted.predict(vectors[probe][held]) == labels[held]).double()
+        return out
+
+    before = right(gallery)
+    return lambda after: _compared("probe_accuracy", right(after), before)
+
+
+def _compared(name: str, new: Tensor, old: Tensor) -> dict[str, Tensor]:
+    return {name: new, f"baseline_{name}": old, f"delta_{name}": new - old}
+
+
+def _joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

@@ -1,0 +1,201 @@
+"""What outlier tokens hold: their own place and pixels (local), or the class of the image (global)."""
+
+import warnings
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from spectral_sinks.data.pixels import Pixels
+from spectral_sinks.errors import InputError, SpectralWarning
+from spectral_sinks.interventions.sites import Site
+from spectral_sinks.interventions.tracing import trace
+from spectral_sinks.measure.vision.outlier_tokens import Outliers
+from spectral_sinks.measure.vision.ridge import PENALTIES, LinearProbe, ridge, split
+from spectral_sinks.models.vision import VisionModel
+from spectral_sinks.stats import mean_interval
+
+ROWS = 20_000
+"""Patches that a local probe is fitted on, at most: drawn from those of the images that it may see."""
+
+
+def token_probes(
+    found: Outliers, layer: int | None = None, *, seed: int = 0, batch_size: int = 16
+) -> pd.DataFrame:
+    """What linear probes read from outliers, from other patches, and from [CLS] (Darcet et al. 2024, 2.1).
+
+    Features are the residual at the exit of `layer` (the strongest, by default) through the final norm. All
+    probes are ridge regressions on standardised features, fitted on half of the images and read on the other.
+
+    - "position accuracy", "position distance" (patches): a classifier of a patch's place, fitted on patches
+      of both kinds together; "pixel error": squared error of its normalised pixels, 1 for their mean.
+    - "class accuracy", where the images have labels: a classifier of the image from one token of it, an
+      outlier or another patch at random, or [CLS], in images that have both; "shuffled" from an outlier, with
+      shuffled labels.
+
+    A row per `question` and `tokens` ("outliers", "others", "difference" of both in an image, "cls",
+    "shuffled"): `mean` over images, `low`, `high`, `images`. Raises InputError without outliers, and for
+    fewer than four images.
+    """
+    layer = found.strongest if layer is None else layer
+    if layer is not None and not -1 <= layer < found.norm.shape[1] - 1:
+        raise InputError(f"layer {layer}: {found.model} has layers 0 to {found.norm.shape[1] - 2}, or -1")
+    if layer is None or not found.member[:, layer + 1].any():
+        raise InputError(f"{found.model} has no outliers at layer {layer}: there is nothing to compare")
+    given = found.pixels
+    if len(given) < 4:
+        raise InputError(f"probes of {len(given)} images: give four at least, half of which are held out")
+    return probe_tokens(
+        features(given.model, given, layer, batch_size),
+        torch.from_numpy(found.member[:, layer + 1].copy()),
+        torch.stack([patches_of(given[place], given.model.patch_size) for place in range(len(given))]),
+        given.grid,
+        given.labels,
+        seed,
+    )
+
+
+def features(
+    model: VisionModel, given: Pixels, layer: int, batch_size: int = 16
+) -> Float[Tensor, "images tokens d"]:
+    """The residual at a layer's exit (-1: the embedding) through the final norm, float32."""
+    site = Site("embedding") if layer < 0 else Site("exit", layer)
+    norm = model.module.get_submodule(model.layout.final_norm)
+
+    def readout(final: Tensor, read: dict[Site, Tensor], _: list[Tensor]) -> Tensor:
+        return read[site]
+
+    parts: list[Tensor] = []
+    for _, batch in given.batches(batch_size):
+        residual = trace(model, batch.to(model.device), {}, [site], readout=readout)
+        with torch.no_grad():
+            parts.append(norm(residual).float().cpu())
+    return torch.cat(parts)
+
+
+def patches_of(image: Float[Tensor, "channels height width"], size: int) -> Float[Tensor, "patches values"]:
+    """The pixels of each patch, row by row."""
+    cut = image.unfold(1, size, size).unfold(2, size, size)
+    return cut.permute(1, 2, 0, 3, 4).flatten(2).flatten(0, 1).float()
+
+
+def probe_tokens(
+    tokens: Float[Tensor, "images tokens d"],
+    outlier: Bool[Tensor, "images patches"],
+    pixels: Float[Tensor, "images patches values"],
+    grid: tuple[int, int],
+    labels: Int[Tensor, "images"] | None = None,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """`token_probes` of given features; tokens before the patches are the prefix, the first of them [CLS]."""
+    count, patches = outlier.shape
+    x = tokens[:, -patches:]
+    generator = torch.Generator().manual_seed(seed)
+    taught, tested = split(torch.zeros(count, dtype=torch.long) if labels is None else labels, 0.5, seed)
+    rows = local(x, outlier, pixels, grid, taught, tested, generator)
+    if labels is not None:
+        cls = tokens[:, 0] if tokens.shape[1] > patches else None
+        rows += whole(x, outlier, cls, labels, taught, tested, generator)
+    return pd.DataFrame(rows)
+
+
+def local(
+    x: Tensor,
+    outlier: Tensor,
+    pixels: Tensor,
+    grid: tuple[int, int],
+    taught: Tensor,
+    tested: Tensor,
+    generator: torch.Generator,
+) -> list[dict[str, Any]]:
+    """Probes for a patch's own place and pixels."""
+    patches = x.shape[1]
+    place = torch.arange(patches).expand(len(taught), -1).flatten()
+    chosen = torch.randperm(len(place), generator=generator)[:ROWS]
+    known, values = x[taught].flatten(0, 1)[chosen], pixels[taught].flatten(0, 1)[chosen]
+    where = LinearProbe.fitted(known, place[chosen])
+    guess = where.predict(x[tested].flatten(0, 1)).view(len(tested), patches)
+    truth = torch.arange(patches).expand_as(guess)
+    apart = torch.stack([guess // grid[1] - truth // grid[1], guess % grid[1] - truth % grid[1]]).double()
+    fifth = len(chosen) // 5
+    penalty = min(
+        PENALTIES,
+        key=lambda p: float(
+            (ridge(known[fifth:], values[fifth:], p)(known[:fifth]) - values[:fifth]).square().mean()
+        ),
+    )
+    drawn = ridge(known, values, penalty)(x[tested].flatten(0, 1)).view(*guess.shape, -1)
+    mean = values.double().mean(0)
+    size = (values.double() - mean).square().sum(-1).mean()
+    error = (drawn - pixels[tested].double()).square().sum(-1) / size
+    quantities = {
+        "position accuracy": (guess == truth).double(),
+        "position distance": apart.norm(dim=0),
+        "pixel error": error,
+    }
+    found: list[dict[str, Any]] = []
+    for question, value in quantities.items():
+        member = outlier[tested]
+        means = [_mean_where(value, mask) for mask in (member, ~member)]
+        for name, sample in zip(
+            ("outliers", "others", "difference"), (*means, means[0] - means[1]), strict=True
+        ):
+            found.append(_row(question, name, sample))
+    return found
+
+
+def whole(
+    x: Tensor,
+    outlier: Tensor,
+    cls: Tensor | None,
+    labels: Tensor,
+    taught: Tensor,
+    tested: Tensor,
+    generator: torch.Generator,
+) -> list[dict[str, Any]]:
+    """Probes for the class of the image, from one token of it."""
+    both = outlier.any(1) & (~outlier).any(1)
+    taught, tested = taught[both[taught]], tested[both[tested]]
+    weights = torch.rand(outlier.shape, generator=generator)
+    kinds: dict[str, Tensor] = {}
+    for name, member in (("outliers", outlier), ("others", ~outlier)):
+        place = torch.where(member, weights, -1.0).argmax(1)
+        kinds[name] = x[torch.arange(len(x)), place]
+    if cls is not None:
+        kinds["cls"] = cls
+    shuffled = labels[taught][torch.randperm(len(taught), generator=generator)]
+    try:
+        right = {
+            name: LinearProbe.fitted(token[taught], labels[taught]).predict(token[tested]) == labels[tested]
+            for name, token in kinds.items()
+        }
+        null = LinearProbe.fitted(kinds["outliers"][taught], shuffled).predict(kinds["outliers"][tested])
+    except InputError as error:
+        warnings.warn(f"no class probe: {error}", SpectralWarning, stacklevel=4)
+        return []
+    samples = {name: value.double() for name, value in right.items()}
+    samples["difference"] = samples["outliers"] - samples["others"]
+    samples["shuffled"] = (null == labels[tested]).double()
+    return [_row("class accuracy", name, sample) for name, sample in samples.items()]
+
+
+def _mean_where(value: Tensor, member: Tensor) -> Tensor:
+    """Mean of each row over some of its places; NaN where there are none."""
+    return (value * member).sum(1) / member.sum(1)
+
+
+def _row(question: str, tokens: str, sample: Tensor) -> dict[str, Any]:
+    values = sample[~sample.isnan()].numpy()
+    low, high = mean_interval(values)
+    mean = float(np.mean(values)) if len(values) else float("nan")
+    return {
+        "question": question,
+        "tokens": tokens,
+        "mean": mean,
+        "low": low,
+        "high": high,
+        "images": len(values),
+    }

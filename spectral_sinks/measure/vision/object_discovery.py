@@ -1,0 +1,183 @@
+"""Objects that an image encoder sets apart, beside boxes that take no look at the image."""
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, cast, get_args
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from spectral_sinks.data.images import Images
+from spectral_sinks.data.pixels import pixels
+from spectral_sinks.errors import InputError, SpectralWarning
+from spectral_sinks.interventions.sites import Site
+from spectral_sinks.interventions.tracing import Interventions
+from spectral_sinks.measure.vision.boxes import COLUMNS, OVERLAP, Boxes, overlap, read_boxes
+from spectral_sinks.measure.vision.localization import Discovery, correlations, dino_seg, expand
+from spectral_sinks.measure.vision.patch_features import Features, patch_values
+from spectral_sinks.models.vision import VisionModel
+
+DRAWS = 20
+"""Shuffles of each image's patches."""
+
+
+def discover(
+    model: VisionModel,
+    images: Images | Sequence[Any] | Float[Tensor, "images channels height width"],
+    *,
+    features: Features = "keys",
+    layer: int | None = None,
+    boxes: str | Path | Boxes | None = None,
+    interventions: Interventions | None = None,
+    size: int | None = None,
+    bias: float = 0.0,
+    draws: int = DRAWS,
+    seed: int = 0,
+    batch_size: int = 16,
+) -> pd.DataFrame:
+    """The box of one object in each image, and of controls where boxes are given to compare with.
+
+    LOST on the `features` of the patches in a layer, by default the last: the outputs of its key, query or
+    value projection, before any rotation, or the residual stream that leaves it. With "attention" it is
+    DINO-seg on what [CLS] gives to the patches, the mean of heads. Each picture is resized whole to a square
+    of `size`, by default that of the model, so that no border is lost; `interventions` act meanwhile.
+
+    One row for each image and method: `document`, `name`, `method`, `draw`, `x0`, `y0`, `x1`, `y1` and
+    the centre of the seed patch `seed_x`, `seed_y` in pixels of the picture, `share` of the patches that are
+    the object's, `found` (whether it is some patches and not all), and, where boxes are given (those of
+    `read_boxes`, or a file of them), `iou` with the best of them and `located` (iou above 0.5). Controls:
+    "shuffled", the same on patches in random places, `draws` times; "centred", a centred box of the
+    average size of the given ones, in shares of the picture; "whole", the whole image. `corloc` sums up.
+
+    Raises InputError for features that the model has not, a layer that does not exist, boxes of no image
+    here or outside of theirs, and what `pixels` and `lost` refuse.
+    """
+    if features not in get_args(Features):
+        raise InputError(f"features {features!r}: choose from {', '.join(get_args(Features))}")
+    if features == "attention" and model.cls is None:
+        raise InputError(f"{model.name} has no [CLS] token, whose attention DINO-seg reads: use 'keys'")
+    if draws < 0:
+        raise InputError(f"{draws} draws: give 0 or more")
+    layer = model.layers - 1 if layer is None else layer
+    Site("exit", layer).check(model)
+    model.require_weights("object discovery")
+    if not isinstance(images, Tensor) and (size := size or model.image_size) is None:
+        raise InputError(f"{model.name} does not say what size of image it was made for: give size")
+    read = pixels(cast(Any, images), model, size=size)
+    names = list(getattr(images, "names", map(str, range(len(read)))))
+    boxes = read_boxes(boxes) if isinstance(boxes, str | Path) else boxes
+    given = None if boxes is None else _matched(boxes, names)
+    method = "DINO-seg" if features == "attention" else f"LOST {features}"
+    rows: list[dict[str, Any]] = []
+    shown: list[tuple[int, int]] = []
+    seen = patch_values(model, read, features, layer, interventions or {}, batch_size)
+    for place, values in tqdm(seen, method, len(read), unit="image", leave=False, disable=None):
+        shown.append(_size(read.images[place]))
+        if given is not None:
+            _check(given[place], names[place], shown[place])
+        find = _finder(values, bias)
+        patches = values.shape[0] * values.shape[1]
+        turns = [(method, 0, np.arange(patches))]
+        if given is not None and given[place] is not None:
+            random = np.random.default_rng([seed, place])
+            turns += [("shuffled", draw, random.permutation(patches)) for draw in range(draws)]
+        for name, draw, order in turns:
+            what = _row(find(order), model.patch_size, _size(read[place]), shown[place])
+            rows.append({"document": place, "name": names[place], "method": name, "draw": draw} | what)
+    if given is not None:
+        rows += _blind(given, names, shown)
+    table = pd.DataFrame(rows)
+    table["iou"] = np.nan if given is None else _best(table, given)
+    table["found"] = table["found"].astype("boolean")
+    table["located"] = (table["iou"] > OVERLAP).astype("boolean").mask(table["iou"].isna())
+    return table
+
+
+def _finder(values: Tensor, bias: float) -> Callable[[NDArray[np.int64]], Discovery]:
+    """A function that finds the object when patch `order[i]` stands in place i."""
+    grid = (values.shape[0], values.shape[1])
+    if values.ndim == 2:
+        flat = values.flatten().numpy()
+        return lambda order: dino_seg(flat[order].reshape(grid))
+    products = correlations(values, bias)
+    return lambda order: expand(products[np.ix_(order, order)], grid)
+
+
+def _row(found: Discovery, patch_size: int, read: tuple[int, int], shown: tuple[int, int]) -> dict[str, Any]:
+    y, x = ((found.seed[axis] + 0.5) * patch_size * shown[axis] / read[axis] for axis in (0, 1))
+    box = found.in_pixels(patch_size, read, shown)
+    row: dict[str, Any] = dict(zip(COLUMNS, box, strict=True))
+    return row | {"seed_x": x, "seed_y": y, "share": float(found.mask.mean()), "found": found.found}
+
+
+def _blind(
+    given: Sequence[NDArray[Any] | None], names: Sequence[str], shown: Sequence[tuple[int, int]]
+) -> list[dict[str, Any]]:
+    """The controls that take no look at the image."""
+    sides = [
+        (boxes[:, 2:] - boxes[:, :2]) / [width, height]
+        for boxes, (height, width) in zip(given, shown, strict=True)
+        if boxes is not None
+    ]
+    rows: list[dict[str, Any]] = []
+    for method, side in (("centred", np.concatenate(sides).mean(0)), ("whole", np.ones(2))):
+        for place, (height, width) in enumerate(shown):
+            if given[place] is not None:
+                box = np.concatenate([0.5 - side / 2, 0.5 + side / 2]) * [width, height, width, height]
+                row = {"document": place, "name": names[place], "method": method, "draw": 0}
+                rows.append(row | dict(zip(COLUMNS, box, strict=True)))
+    return rows
+
+
+def _best(table: pd.DataFrame, given: Sequence[NDArray[Any] | None]) -> list[float]:
+    """Overlap of each row's box with the given box that it meets best."""
+    found: list[float] = []
+    for place, box in zip(table["document"], table[list(COLUMNS)].to_numpy(dtype=float), strict=True):
+        boxes = given[place]
+        found.append(np.nan if boxes is None else float(overlap(box, boxes).max()))
+    return found
+
+
+def _check(boxes: NDArray[Any] | None, name: str, shown: tuple[int, int]) -> None:
+    height, width = shown
+    if boxes is None:
+        return
+    inside = (boxes[:, :2] >= 0) & (boxes[:, :2] < boxes[:, 2:]) & (boxes[:, 2:] <= [width, height])
+    if not inside.all():
+        raise InputError(
+            f"the box {boxes[~inside.all(1)][0].tolist()} given for {name} is empty or lies outside of its "
+            f"{width} x {height} pixels: boxes are x0, y0, x1, y1 in pixels of the upright picture"
+        )
+
+
+def _matched(boxes: Boxes, names: Sequence[str]) -> list[NDArray[Any] | None]:
+    """The boxes of each image, by its name or else by the last part of it."""
+    last = Counter(Path(name).name for name in names)
+    found: list[NDArray[Any] | None] = []
+    for name in names:
+        short = Path(name).name
+        known = boxes.get(name, boxes.get(short, ()) if last[short] == 1 else ())
+        array = np.asarray(known, dtype=np.float64).reshape(-1, 4)
+        found.append(array if len(array) else None)
+    if without := [name for name, known in zip(names, found, strict=True) if known is None]:
+        if len(without) == len(names):
+            raise InputError(
+                f"no boxes for any image: images are called {names[0]!r}, boxes {next(iter(boxes), None)!r}"
+            )
+        warnings.warn(
+            f"{len(without)} of {len(names)} images have no boxes and do not count, such as {without[0]!r}",
+            SpectralWarning,
+            stacklevel=3,
+        )
+    return found
+
+
+def _size(image: Any) -> tuple[int, int]:
+    """Height and width."""
+    return (image.shape[-2], image.shape[-1]) if isinstance(image, Tensor) else (image.height, image.width)

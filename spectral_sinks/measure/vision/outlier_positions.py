@@ -1,0 +1,86 @@
+"""Where outlier patches lie on images, and how alike they are to their neighbours, beside other patches."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Bool, Float
+from numpy.typing import NDArray
+
+from spectral_sinks.errors import InputError
+from spectral_sinks.measure.vision.outlier_tokens import Outliers, border_distance, neighbour_cosines
+from spectral_sinks.stats import mean_interval
+
+COLUMNS = ["quantity", "control", "outliers", "others", "difference", "low", "high", "images"]
+
+
+def outlier_places(found: Outliers, layer: int | None = None) -> pd.DataFrame:
+    """Outliers against other patches: cosine to neighbours after the patch embedding, distance to the border.
+
+    A row per `quantity` and `control`, what each outlier is compared with: "same image" (its other patches),
+    "same border distance" (those of them as far from the border), "same place" (that place in images where it
+    is no outlier). `outliers`, `others` and their `difference` are means over the `images` that have such a
+    pair, `low` to `high` the interval of the difference. No rows without outliers at `layer` (the strongest,
+    by default). Raises InputError for a layer that the model does not have.
+    """
+    layer = found.strongest if layer is None else layer
+    if layer is None:
+        return pd.DataFrame(columns=COLUMNS)
+    if not -1 <= layer < found.norm.shape[1] - 1:
+        raise InputError(f"layer {layer}: {found.model} has layers 0 to {found.norm.shape[1] - 2}, or -1")
+    outlier = found.member[:, layer + 1]
+    if not outlier.any():
+        return pd.DataFrame(columns=COLUMNS)
+    alike = np.stack([neighbour_cosines(found.pixels, image).ravel() for image in range(len(found.pixels))])
+    border = border_distance(found.pixels.grid).ravel()
+    far = np.broadcast_to(border, alike.shape).astype(np.float64)
+    return pd.DataFrame(
+        [
+            _row("neighbour cosine", "same image", alike, same_image(alike, outlier), outlier),
+            _row(
+                "neighbour cosine", "same border distance", alike, same_ring(alike, outlier, border), outlier
+            ),
+            _row("neighbour cosine", "same place", alike, same_place(alike, outlier), outlier),
+            _row("border distance", "same image", far, same_image(far, outlier), outlier),
+        ],
+        columns=COLUMNS,
+    )
+
+
+Values = Float[NDArray[np.float64], "images patches"]
+Member = Bool[NDArray[np.bool_], "images patches"]
+
+
+def same_image(value: Values, outlier: Member) -> Values:
+    """Mean over the patches of each image that are no outliers, for each patch; NaN without any."""
+    return np.broadcast_to(_mean(value, ~outlier, axis=1), value.shape)
+
+
+def same_ring(value: Values, outlier: Member, border: NDArray[np.int64]) -> Values:
+    """Mean over the patches of each image that are no outliers and as far from the border."""
+    found = np.empty(value.shape)
+    for distance in np.unique(border):
+        ring = border == distance
+        found[:, ring] = _mean(value[:, ring], ~outlier[:, ring], axis=1)
+    return found
+
+
+def same_place(value: Values, outlier: Member) -> Values:
+    """Mean at each place over the images in which it is no outlier."""
+    return np.broadcast_to(_mean(value, ~outlier, axis=0), value.shape)
+
+
+def _mean(value: Values, member: Member, axis: int) -> NDArray[np.float64]:
+    count = member.sum(axis, keepdims=True)
+    total = np.where(member, value, 0.0).sum(axis, keepdims=True)
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+
+
+def _row(quantity: str, control: str, value: Values, other: Values, outlier: Member) -> dict[str, Any]:
+    """Means over outliers that have a partner, of each image and then over images."""
+    paired = outlier & np.isfinite(other)
+    image = paired.any(1)
+    own, its = (_mean(np.nan_to_num(x), paired, axis=1)[image, 0] for x in (value, other))
+    low, high = mean_interval(own - its)
+    means = (float(x.mean()) if image.any() else float("nan") for x in (own, its, own - its))
+    return dict(zip(COLUMNS, (quantity, control, *means, low, high, int(image.sum())), strict=True))

@@ -1,0 +1,200 @@
+"""Outlier tokens of image encoders: patches whose norm stands out, since which layer, and where they lie."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from spectral_sinks.data.pixels import Pixels, pixels
+from spectral_sinks.errors import InputError
+from spectral_sinks.interventions.sites import Site
+from spectral_sinks.interventions.tracing import trace
+from spectral_sinks.measure.residual.massive import RATIO, Z
+from spectral_sinks.models.vision import VisionModel
+from spectral_sinks.stats import mean_interval
+
+PUBLISHED = 150.0
+"""Norm beyond which a patch is an outlier at the output of DINOv2-g, picked by hand (Darcet et al. 2024)."""
+
+RULE = (
+    f"robust: a patch's norm lies over {Z:g} robust standard deviations above the median of all patches at "
+    f"that layer, and above {RATIO:g} medians"
+)
+"""What is an outlier unless a cut-off is given [ours]."""
+
+Rule = Literal["robust", "published"] | float
+
+
+@dataclass(frozen=True, eq=False)
+class Outliers:
+    """Norms of tokens at the embedding (site 0) and the exit of layer l (site l + 1), and the outliers."""
+
+    model: str
+    rule: str
+    pixels: Pixels
+    norm: Float[NDArray[np.float64], "images sites tokens"]
+    cutoff: Float[NDArray[np.float64], " sites"]
+    """Norm above which a patch is an outlier."""
+    median: Float[NDArray[np.float64], " sites"]
+    """Of all patches."""
+    spread: Float[NDArray[np.float64], " sites"]
+    """1.4826 times the median deviation from it."""
+
+    @property
+    def patches(self) -> Float[NDArray[np.float64], "images sites patches"]:
+        """Norms of the patches."""
+        return self.norm[..., len(self.pixels.model.prefix) :]
+
+    @property
+    def member(self) -> Bool[NDArray[np.bool_], "images sites patches"]:
+        """Which patches are outliers."""
+        return self.patches > self.cutoff[:, None]
+
+    @property
+    def strongest(self) -> int | None:
+        """The layer with most outliers (-1: the embedding), the first of equals; None without any."""
+        share = self.member.mean((0, 2))
+        return int(share.argmax()) - 1 if share.any() else None
+
+    @property
+    def onset_layer(self) -> int | None:
+        """The first layer at which half of the strongest layer's outliers are outliers; None without any.
+
+        That is [ours].
+        """
+        if self.strongest is None:
+            return None
+        there = self.member[:, self.strongest + 1]
+        kept = (self.member & there[:, None]).sum((0, 2)) / there.sum()
+        return int(np.flatnonzero(kept >= 0.5)[0]) - 1
+
+    def shares(self) -> pd.DataFrame:
+        """A row per layer (-1: the embedding): `share` of patches that are outliers, with its interval.
+
+        Beside it `images` that have any, `cutoff`, `median` and `largest` norm of patches, and the mean norm
+        of each prefix token in medians of patches, by its name.
+        """
+        rows: list[dict[str, Any]] = []
+        for site in range(self.norm.shape[1]):
+            each = self.member[:, site].mean(1)
+            low, high = mean_interval(each)
+            row = {"layer": site - 1, "share": float(each.mean()), "low": low, "high": high}
+            row |= {"images": int((each > 0).sum()), "cutoff": float(self.cutoff[site])}
+            row |= {"median": float(self.median[site]), "largest": float(self.patches[:, site].max())}
+            for place, name in enumerate(self.pixels.model.prefix):
+                row[name] = float(self.norm[:, site, place].mean() / self.median[site])
+            rows.append(row)
+        return pd.DataFrame(rows)
+
+    def table(self) -> pd.DataFrame:
+        """A row per outlier: `image`, `layer`, `row`, `column`, `norm`, `ratio` to the median, robust `z`."""
+        image, site, patch = np.nonzero(self.member)
+        norm = self.patches[image, site, patch]
+        row, column = np.divmod(patch, self.pixels.grid[1])
+        table = {"image": image, "layer": site - 1, "row": row, "column": column, "norm": norm}
+        table |= {"ratio": norm / self.median[site], "z": (norm - self.median[site]) / self.spread[site]}
+        return pd.DataFrame(table)
+
+    def frequency(self, layer: int) -> Float[NDArray[np.float64], "rows columns"]:
+        """Share of images in which each patch is an outlier at a layer."""
+        return self.member[:, layer + 1].mean(0).reshape(self.pixels.grid)
+
+    def map(self, image: int, layer: int) -> Float[NDArray[np.float64], "rows columns"]:
+        """Norms of the patches of one image at a layer."""
+        return self.patches[image, layer + 1].reshape(self.pixels.grid)
+
+    def record(self) -> dict[str, Any]:
+        """The findings as JSON holds them."""
+        peak = None if self.strongest is None else self.shares().iloc[self.strongest + 1]
+        return {
+            "model": self.model,
+            "rule": self.rule,
+            "images": len(self.pixels),
+            "tokens": self.norm.shape[-1],
+            "patches": self.patches.shape[-1],
+            "outlier_share": 0.0 if peak is None else float(peak["share"]),
+            "outlier_share_interval": None if peak is None else [float(peak["low"]), float(peak["high"])],
+            "strongest_layer": self.strongest,
+            "onset_layer": self.onset_layer,
+            "largest_ratio": float((self.patches.max((0, 2)) / self.median).max()),
+        }
+
+
+def outliers(model: VisionModel, given: Pixels, *, rule: Rule = "robust", batch_size: int = 16) -> Outliers:
+    """The outlier patches of an encoder at the embedding and at every layer's exit (before the final norm).
+
+    `rule` is "robust" (`RULE`), "published" (norm above 150; made for the output of DINOv2-g), or a norm of
+    one's own. Raises InputError for another rule.
+    """
+    if not (rule in ("robust", "published") or (isinstance(rule, int | float) and rule > 0)):
+        raise InputError(f"rule {rule!r}: give 'robust', 'published' or a norm above 0")
+    sites = [Site("embedding"), *(Site("exit", layer) for layer in range(model.layers))]
+
+    parts: list[Tensor] = []
+    for _, batch in given.batches(batch_size):
+        sizes: list[Tensor] = []
+
+        def measure(x: Tensor, sizes: list[Tensor] = sizes) -> Tensor:
+            sizes.append(x.double().norm(dim=-1).cpu())
+            return x
+
+        trace(model, batch.to(model.device), dict.fromkeys(sites, measure), readout=lambda *_: None)
+        parts.append(torch.stack(sizes, dim=1))
+    norm = torch.cat(parts).numpy()
+    patches = norm[..., len(model.prefix) :]
+    median = np.median(patches, axis=(0, 2))
+    spread = np.maximum(1.4826 * np.median(np.abs(patches - median[:, None]), axis=(0, 2)), 1e-6 * median)
+    if rule == "robust":
+        cutoff, name = np.maximum(median + Z * spread, RATIO * median), RULE
+    else:
+        fixed = PUBLISHED if rule == "published" else float(rule)
+        cutoff, name = np.full_like(median, fixed), f"norm above {fixed:g}"
+    return Outliers(model.name, name, given, norm, cutoff, median, spread)
+
+
+@torch.no_grad()
+def neighbour_cosines(given: Pixels, image: int) -> Float[NDArray[np.float64], "rows columns"]:
+    """Mean cosine of each patch to its neighbours above, below, left and right, after the patch embedding."""
+    model = given.model
+    convolution = next(part for part in model.tower.embeddings.modules() if isinstance(part, torch.nn.Conv2d))
+    x = convolution.forward(given[image][None].to(model.device, model.dtype))[0].double()
+    x = x / x.norm(dim=0).clamp_min(torch.finfo(x.dtype).tiny)
+    down, right = (x[:, 1:] * x[:, :-1]).sum(0), (x[:, :, 1:] * x[:, :, :-1]).sum(0)
+    total, count = torch.zeros_like(x[0]), torch.zeros_like(x[0])
+    for alike, first, second in (
+        (down, np.s_[1:, :], np.s_[:-1, :]),
+        (right, np.s_[:, 1:], np.s_[:, :-1]),
+    ):
+        for side in (first, second):
+            total[side] += alike
+            count[side] += 1
+    return (total / count.clamp_min(1)).cpu().numpy()
+
+
+def border_distance(grid: tuple[int, int]) -> NDArray[np.int64]:
+    """Patches between each patch and the nearest border of the image, `[rows, columns]`."""
+    rows, columns = (np.minimum(np.arange(n), np.arange(n)[::-1]) for n in grid)
+    return np.minimum(rows[:, None], columns)
+
+
+def outlier_onset(
+    checkpoints: Iterable[tuple[int, VisionModel]],
+    given: Pixels,
+    *,
+    rule: Rule = "robust",
+    batch_size: int = 16,
+) -> pd.DataFrame:
+    """The outliers of a training run's checkpoints: a row per `step` and layer, as in `Outliers.shares`."""
+    tables: list[pd.DataFrame] = []
+    for step, model in checkpoints:
+        found = outliers(model, pixels(given.images, model), rule=rule, batch_size=batch_size)
+        tables.append(found.shares().assign(step=step))
+    if not tables:
+        raise InputError("no checkpoints: give pairs of a step and a model")
+    return pd.concat(tables, ignore_index=True)

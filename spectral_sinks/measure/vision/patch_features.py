@@ -1,0 +1,64 @@
+"""What the patches of an image are compared by: what attention reads of them, or the residual stream."""
+
+from collections.abc import Iterator
+from typing import Literal, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from spectral_sinks.data.pixels import Pixels
+from spectral_sinks.interventions.sites import Kind, Site
+from spectral_sinks.interventions.tracing import Interventions, trace
+from spectral_sinks.models.attention_capture import AttentionCall, attending
+from spectral_sinks.models.vision import VisionModel
+
+Features = Literal["keys", "queries", "values", "exit", "attention"]
+"""Outputs of a projection (before any rotation), the residual after a layer, or what [CLS] gives."""
+
+
+def patch_values(
+    model: VisionModel, read: Pixels, features: Features, layer: int, edits: Interventions, batch_size: int
+) -> Iterator[tuple[int, Float[Tensor, "rows columns *d"]]]:
+    """What the patches of each image are compared by."""
+    for places, batch in read.batches(batch_size):
+        grid = model.grid(batch)
+        count = grid[0] * grid[1]
+        batch = batch.to(model.device)
+        if features == "attention":
+            found = _attention(model, batch, layer, edits)[:, -count:]
+        else:
+            found = _features(model, batch, features, layer, edits)[:, -count:]
+        yield from zip(places, found.detach().cpu().unflatten(1, grid), strict=True)
+
+
+def _features(
+    model: VisionModel, batch: Tensor, features: Features, layer: int, edits: Interventions
+) -> Float[Tensor, "batch tokens d"]:
+    site = Site(cast(Kind, features), layer)
+    x = trace(model, batch, edits, [site], readout=lambda _, read, __: read[site])
+    if features == "exit":
+        return x
+    part = model.module.get_submodule(f"{model.layout.layers}.{layer}")
+    path = {"queries": model.layout.queries, "keys": model.layout.keys, "values": model.layout.values}[
+        features
+    ]
+    with torch.no_grad():
+        normed = part.get_submodule(model.layout.attention_norm).forward(x)
+        return part.get_submodule(path).forward(normed)[..., model.projection_index(features)]
+
+
+def _attention(
+    model: VisionModel, batch: Tensor, layer: int, edits: Interventions
+) -> Float[Tensor, "batch tokens"]:
+    """What [CLS] gives to each token, the mean of heads."""
+    found: list[Tensor] = []
+    cls = model.cls or 0
+
+    def look(call: AttentionCall) -> None:
+        if call.layer == layer:
+            found.append(call.weights(slice(cls, cls + 1))[:, :, 0].mean(1))
+
+    with attending(model, look):
+        trace(model, batch, edits, readout=lambda *_: None)
+    return found[0]

@@ -1,0 +1,151 @@
+"""What test-time registers change in an image encoder, against the same edit at random neurons."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float
+from numpy.typing import NDArray
+
+from spectral_sinks.data.pixels import Pixels
+from spectral_sinks.errors import InputError
+from spectral_sinks.interventions.registers import Neurons, by_layer, install_registers, mlp_output
+from spectral_sinks.measure.vision.neurons import Looked, likeness, look, tabled
+from spectral_sinks.measure.vision.outlier_tokens import outliers
+from spectral_sinks.models.vision import VisionModel
+
+MAPS = ("norm before", "norm after", "attention before", "attention after")
+
+
+def register_repair(
+    model: VisionModel,
+    pixels: Pixels,
+    neurons: Neurons,
+    *,
+    registers: int = 1,
+    layer: int = -2,
+    draws: int = 5,
+    seed: int = 0,
+    batch_size: int = 16,
+) -> pd.DataFrame:
+    """Before and after test-time registers: `state`, `layer`, `measure`, `mean`, `low`, `high`, `n`.
+
+    States: "original"; "repaired"; and the controls "silenced" (the neurons are 0 on the patches, and no
+    token is added), "tokens alone" (no neuron is moved), "random 1", ... (the edit at as many other neurons
+    of the same layers). Measures by layer: "outlier share" of patches, beyond the original's own robust
+    cut-off of that layer; "largest norm" of a patch; "register norm" of the added tokens; and of [CLS],
+    averaged over heads, "attention entropy" over the patches as a share of that of even attention, "attention
+    on outliers" (the patches that are outliers at `layer` in the original), "attention on registers". Of the
+    model's output, at no layer: "cls cosine" and "error" to the original's, "patch cosine" and "error" over
+    the patches that are no outliers in it, "agreement" of the classes named first, and "accuracy" where there
+    are labels. Intervals over images (95 % BCa).
+    Raises InputError for no neurons, for a layer without enough others, and as `install_registers` does.
+    """
+    chosen = by_layer(model, neurons)
+    if not chosen or draws < 1:
+        raise InputError(f"{len(chosen)} layers with neurons, {draws} draws: expected at least one of each")
+    states: dict[str, tuple[list[tuple[int, int]], int]] = {
+        "original": ([], 0),
+        "repaired": (pairs(chosen), registers),
+        "silenced": (pairs(chosen), 0),
+        "tokens alone": ([], registers),
+    }
+    rng = np.random.default_rng(seed)
+    for draw in range(draws):
+        states[f"random {draw + 1}"] = (others(model, chosen, rng), registers)
+    known = outliers(model, pixels, batch_size=batch_size)
+    marked, cuts = known.member[:, 1:][:, layer], known.cutoff[1:]
+    values: dict[tuple[Any, ...], list[NDArray[Any]]] = defaultdict(list)
+    for places, batch in pixels.batches(batch_size):
+        marks = marked[places]
+        labels = None if pixels.labels is None else pixels.labels[places]
+        base: Looked | None = None
+        for state, edit in states.items():
+            with install_registers(model, *edit):
+                found = look(model, batch, attention=True)
+                base = base or found
+                for where, measure, value in by_layers(model, found, marks, cuts):
+                    values[state, where, measure].append(value)
+            for measure, value in likeness(found, base, torch.from_numpy(~marks), labels):
+                values[state, None, measure].append(value)
+    order = {state: place for place, state in enumerate(states)}
+    table = tabled(values, ("state", "layer", "measure")).astype({"layer": "Int64"})
+    return table.sort_values("state", key=lambda s: s.map(order), kind="stable").reset_index(drop=True)
+
+
+def register_maps(
+    model: VisionModel,
+    pixels: Pixels,
+    neurons: Neurons,
+    *,
+    registers: int = 1,
+    layer: int = -1,
+    batch_size: int = 16,
+) -> dict[str, Float[NDArray[np.float32], "images rows columns"]]:
+    """Maps over the patches of each image, before and after test-time registers, for `figures.registers`.
+
+    "norm before", "norm after" at the exit of `layer`; "attention before", "attention after" of [CLS] in that
+    layer, averaged over heads, where there is a [CLS].
+    """
+    maps: dict[str, list[NDArray[Any]]] = defaultdict(list)
+    for _, batch in pixels.batches(batch_size):
+        for when, edit in (
+            ("before", nullcontext()),
+            ("after", install_registers(model, neurons, registers)),
+        ):
+            with edit:
+                found, start = look(model, batch, attention=True), len(model.prefix)
+            maps[f"norm {when}"].append(found.norms[:, layer])
+            if found.attention is not None:
+                maps[f"attention {when}"].append(found.attention[:, layer, :, start:].mean(1))
+    return {name: np.concatenate(maps[name]).reshape(-1, *pixels.grid) for name in MAPS if name in maps}
+
+
+def pairs(chosen: dict[int, tuple[int, ...]]) -> list[tuple[int, int]]:
+    """Neurons by layer as pairs."""
+    return [(layer, neuron) for layer, found in chosen.items() for neuron in found]
+
+
+def others(
+    model: VisionModel, chosen: dict[int, tuple[int, ...]], rng: np.random.Generator
+) -> list[tuple[int, int]]:
+    """As many random neurons of each layer that are not chosen. Raises InputError where there are too few."""
+    found: list[tuple[int, int]] = []
+    for layer, taken in chosen.items():
+        rest = np.setdiff1d(np.arange(mlp_output(model, layer).in_features), taken)
+        if len(rest) < len(taken):
+            raise InputError(
+                f"{len(taken)} neurons of layer {layer}: {len(rest)} others are left for the control; "
+                "name fewer"
+            )
+        found += [(layer, int(neuron)) for neuron in rng.choice(rest, len(taken), replace=False)]
+    return found
+
+
+def by_layers(
+    model: VisionModel,
+    found: Looked,
+    marks: Bool[NDArray[np.bool_], "batch patches"],
+    cuts: Float[NDArray[np.float64], "layers"],
+) -> Iterator[tuple[int, str, NDArray[Any]]]:
+    """What `register_repair` measures at each layer: the layer, the measure and a value for each image."""
+    for layer in range(model.layers):
+        norms = found.norms[:, layer]
+        yield layer, "outlier share", (norms > cuts[layer]).mean(1)
+        yield layer, "largest norm", norms.max(1)
+        if model.added:
+            yield layer, "register norm", found.added_norms[:, layer].mean(1)
+        if found.attention is None:
+            continue
+        weights = found.attention[:, layer].astype(np.float64)
+        patches = weights[..., len(model.prefix) :]
+        share = patches / patches.sum(-1, keepdims=True)
+        entropy = -(share * np.log(np.maximum(share, 1e-300))).sum(-1) / np.log(max(2, share.shape[-1]))
+        yield layer, "attention entropy", entropy.mean(1)
+        on = (patches * marks[:, None]).sum(-1).mean(1)
+        yield layer, "attention on outliers", np.where(marks.any(1), on, np.nan)
+        yield layer, "attention on registers", weights[..., list(model.added)].sum(-1).mean(1)

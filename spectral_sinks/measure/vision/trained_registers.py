@@ -1,0 +1,135 @@
+"""What an image encoder does without its trained registers, or with others in their place."""
+
+from collections import defaultdict
+from collections.abc import Collection, Sequence
+from contextlib import nullcontext
+from typing import Any, Literal, get_args
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from spectral_sinks.data.pixels import Pixels
+from spectral_sinks.errors import InputError
+from spectral_sinks.interventions.registers import require_registers, without_registers
+from spectral_sinks.interventions.sites import Site
+from spectral_sinks.interventions.tracing import Edit, trace
+from spectral_sinks.measure.vision.neurons import Looked, likeness, look, tabled
+from spectral_sinks.measure.vision.outlier_tokens import outliers
+from spectral_sinks.models.vision import VisionModel
+
+RegisterEdit = Literal["removed", "zero", "mean", "noise", "swapped", "shuffled"]
+
+
+def register_ablation(
+    model: VisionModel,
+    pixels: Pixels,
+    *,
+    edits: Sequence[RegisterEdit] = get_args(RegisterEdit),
+    layers: Collection[int] | None = None,
+    layer: int = -2,
+    seed: int = 0,
+    batch_size: int = 16,
+) -> pd.DataFrame:
+    """The effect of taking or changing trained registers: `edit`, `measure`, `mean`, `low`, `high`, `n`.
+
+    "removed" takes the tokens out from the embedding on. The others put something in their place at the exit
+    of every layer, or of those in `layers` (-1 is the embedding, where registers are the same in all images,
+    so that only "zero" differs): "zero"; "mean", each register's own over images, as Sun et al. 2024 fix
+    them at the entry of every layer; "noise", normal with its mean and deviation in every dimension;
+    "swapped", the registers of the next image (the last gets those of the first), which Parodi et al. 2026
+    (arXiv 2604.14433) call shuffling; "shuffled" within an image, each gets the next one's: nothing tells
+    registers apart but what they hold, so this must change neither [CLS] nor patches: a check of the edit.
+    Where zero hurts and mean, noise and swapped do not, zeros are out of distribution, and what an image
+    wrote to its registers does not matter. Measures: "cls cosine", "cls error" (relative), "patch cosine",
+    "patch error" to the untouched model, "agreement" of the classes named first, "accuracy" where there are
+    labels, "outlier share" of patches beyond the untouched model's robust cut-off at the exit of `layer`.
+    Row "none" is the untouched model; intervals over images (95 % BCa). The registers of all images at all
+    those layers are held at once. Raises InputError for a model without trained registers, unknown edits or
+    layers, and for fewer than two images.
+    """
+    require_registers(model)
+    where = tuple(range(model.layers)) if layers is None else tuple(sorted(layers))
+    if unknown := set(edits) - set(get_args(RegisterEdit)):
+        raise InputError(
+            f"edits {', '.join(sorted(unknown))}: choose from {', '.join(get_args(RegisterEdit))}"
+        )
+    if not where or not all(-1 <= at < model.layers for at in where) or len(pixels) < 2:
+        raise InputError(
+            f"layers {where} and {len(pixels)} images: expected some of -1 (embedding) to "
+            f"{model.layers - 1}, and at least two images"
+        )
+    sites = [Site("embedding") if at < 0 else Site("exit", at) for at in where]
+    held = _registers(model, pixels, sites, batch_size)
+    given = {edit: replaced(held, edit, seed) for edit in edits if edit != "removed"}
+    cut = float(outliers(model, pixels, batch_size=batch_size).cutoff[1:][layer])
+    values: dict[tuple[Any, ...], list[NDArray[Any]]] = defaultdict(list)
+    for places, batch in pixels.batches(batch_size):
+        labels = None if pixels.labels is None else pixels.labels[places]
+        base: Looked | None = None
+        for edit in ("none", *edits):
+            with without_registers(model) if edit == "removed" else nullcontext():
+                put = _put(model, sites, given[edit][places]) if edit in given else {}
+                found = look(model, batch, put)
+            base = base or found
+            every = torch.ones(found.patches.shape[:2], dtype=torch.bool)
+            for measure, value in likeness(found, base, every, labels):
+                values[edit, measure].append(value)
+            values[edit, "outlier share"].append((found.norms[:, layer] > cut).mean(1))
+    order = {edit: place for place, edit in enumerate(("none", *edits))}
+    table = tabled(values, ("edit", "measure"))
+    return table.sort_values("edit", key=lambda s: s.map(order), kind="stable").reset_index(drop=True)
+
+
+def _registers(
+    model: VisionModel, pixels: Pixels, sites: list[Site], batch_size: int
+) -> Float[Tensor, "images sites registers d"]:
+    """What the registers hold at some sites."""
+    here = list(model.registers)
+    parts = [
+        trace(
+            model,
+            batch.to(model.device),
+            {},
+            sites,
+            readout=lambda _, reads, __: torch.stack([reads[site][:, here] for site in sites], dim=1).cpu(),
+        )
+        for _, batch in pixels.batches(batch_size)
+    ]
+    return torch.cat(parts)
+
+
+def replaced(
+    held: Float[Tensor, "images sites registers d"], edit: RegisterEdit, seed: int = 0
+) -> Float[Tensor, "images sites registers d"]:
+    """What takes the place of the registers of each image."""
+    if edit == "zero":
+        return torch.zeros_like(held)
+    if edit == "swapped":
+        return held.roll(-1, dims=0)
+    if edit == "shuffled":
+        return held.roll(-1, dims=2)
+    mean = held.mean(0, keepdim=True)
+    if edit == "mean":
+        return mean.expand_as(held)
+    noise = torch.randn(held.shape, generator=torch.Generator().manual_seed(seed)).to(held.dtype)
+    return mean + held.std(0, keepdim=True) * noise
+
+
+def _put(
+    model: VisionModel, sites: list[Site], values: Float[Tensor, "batch sites registers d"]
+) -> dict[Site, Edit]:
+    """Edits that give registers these values."""
+    here = list(model.registers)
+
+    def edit(index: int) -> Edit:
+        def change(x: Tensor) -> Tensor:
+            x = x.clone()
+            x[:, here] = values[:, index].to(x.device, x.dtype)
+            return x
+
+        return change
+
+    return {site: edit(index) for index, site in enumerate(sites)}

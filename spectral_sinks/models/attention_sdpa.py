@@ -1,0 +1,88 @@
+"""Attention that is fast and still shows the maps of the opening tokens.
+
+The kernels behind torch's `scaled_dot_product_attention` return no attention weights; eager attention keeps
+whole `tokens x tokens` maps. Attention received is defined over the first tokens alone, so this
+implementation runs the kernel, and the maps of those tokens beside it, from the queries and keys that the
+kernel itself is given (positions, grouped heads and masks included). Registered with transformers under
+`OPENING`, for every model that supports `sdpa`.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+if TYPE_CHECKING:
+    from spectral_sinks.models.base import Transformer
+
+OPENING = "sdpa_opening"
+"""Name of the implementation."""
+
+BLOCKWISE, WHOLE = "blockwise", "blockwise_whole"
+"""Names of the implementations of `attending`, which show the opening's maps and whole maps."""
+
+TOKENS = 64
+"""Tokens of the opening: attention received is averaged over these queries, since it falls with length (Gu et
+al. 2025)."""
+
+
+def opening_attention(
+    module: nn.Module,
+    query: Float[Tensor, "batch heads tokens size"],
+    key: Float[Tensor, "batch key_heads tokens size"],
+    value: Float[Tensor, "batch key_heads tokens size"],
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    **options: Any,
+) -> tuple[Float[Tensor, "batch tokens heads size"], Float[Tensor, "batch heads opening opening"]]:
+    """The kernel's output, and the attention weights among the first `TOKENS` tokens."""
+    output, _ = sdpa_attention_forward(
+        module, query, key, value, attention_mask, dropout, scaling, is_causal, **options
+    )
+    count = min(TOKENS, query.shape[2], key.shape[2])
+    query, key = query[:, :, :count], key[:, :, :count]
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if attention_mask is not None:
+        mask = attention_mask[..., :count, :count]
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    elif getattr(module, "is_causal", True) if is_causal is None else is_causal:
+        later = torch.ones(count, count, dtype=torch.bool, device=scores.device).triu(1)
+        scores = scores.masked_fill(later, -torch.inf)
+    return output, scores.softmax(-1, dtype=torch.float32)
+
+
+def is_softmax(implementation: str) -> bool:
+    """Whether an attention implementation is one of transformers' or ours, which all compute a softmax.
+
+    What else is registered with transformers under a name may compute anything.
+    """
+    known = ("eager", "sdpa", "flex_attention", OPENING, BLOCKWISE, WHOLE)
+    return "flash" in implementation or implementation.removeprefix("paged|") in known
+
+
+@contextmanager
+def whole_maps(model: "Transformer") -> Iterator[None]:
+    """Inside the block a trace sees whole maps: eager attention, what `attending` makes of it, or its own."""
+    before = model.config._attn_implementation
+    whole = WHOLE if before == BLOCKWISE else "eager"
+    changes = before not in ("eager", WHOLE) and model.own_attention is None
+    if changes:
+        model.module.set_attn_implementation(whole)
+    try:
+        yield
+    finally:
+        if changes:
+            model.module.set_attn_implementation(before)
+
+
+AttentionInterface.register(OPENING, opening_attention)
+AttentionMaskInterface.register(OPENING, sdpa_mask)

@@ -1,0 +1,239 @@
+"""What a language model and an image encoder share: layers that add to a residual stream."""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from spectral_sinks.errors import InputError
+from spectral_sinks.models.attention_sdpa import WHOLE, is_softmax
+from spectral_sinks.models.layout import Layout
+from spectral_sinks.models.norms import gain_of
+from spectral_sinks.models.remote_state import Remote
+
+torch.cos(torch.zeros(1))  # the first of a process, in one thread: in several it may be off by 1e-4 (2.13.0)
+
+T = TypeVar("T")
+
+INCIDENTAL = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
+"""Settings that do not change what a model computes."""
+
+
+@dataclass(frozen=True, eq=False)
+class Transformer:
+    """A transformer wrapped by nnsight, with the parts found that read and write its residual stream."""
+
+    nn: Any
+    """The nnsight model, for traces of one's own."""
+    layout: Layout
+    name: str
+    remote: Remote | None = field(default=None, kw_only=True)
+    """Where its traces run; None for this process."""
+
+    @property
+    def module(self) -> Any:
+        """The transformers model itself."""
+        return self.nn._module
+
+    @cached_property
+    def config(self) -> Any:
+        """The configuration that says the sizes below."""
+        return self.module.config
+
+    @cached_property
+    def causal(self) -> bool:
+        """Whether a token sees only what comes before it."""
+        return False
+
+    @property
+    def family(self) -> str:
+        return self.config.model_type
+
+    @cached_property
+    def layers(self) -> int:
+        """Number of layers."""
+        return len(self.module.get_submodule(self.layout.layers))
+
+    @property
+    def d(self) -> int:
+        """Width of the residual stream."""
+        return self.config.hidden_size
+
+    @property
+    def heads(self) -> int:
+        """Number of query heads per layer."""
+        return self.config.num_attention_heads
+
+    @property
+    def head_size(self) -> int:
+        return getattr(self.config, "head_dim", None) or self.d // self.heads
+
+    @property
+    def key_heads(self) -> int:
+        """Number of key and value heads per layer (fewer than `heads` in grouped-query attention)."""
+        if self.layout.fused == "heads":
+            return self.heads
+        return getattr(self.config, "num_key_value_heads", None) or self.heads
+
+    @property
+    def device(self) -> torch.device:
+        """Where tensors for it go."""
+        return next(self.module.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.module.parameters()).dtype
+
+    @property
+    def weightless(self) -> bool:
+        """Whether the weights are in another process."""
+        return False
+
+    def require_weights(self, purpose: str) -> None:
+        """Raise InputError where the weights are in another process."""
+        if self.weightless:
+            raise InputError(
+                f"{purpose} reads the weights of {self.name}, and a server that keeps them apart from the "
+                "code that it is sent shows none: load the model here, or use a server that trusts you"
+            )
+
+    @property
+    def reads_attention(self) -> bool:
+        """Whether a trace can see whole attention weights."""
+        return self.config._attn_implementation in ("eager", WHOLE) or self.own_attention is not None
+
+    @property
+    def own_attention(self) -> str | None:
+        """Name of an attention implementation that is not transformers' and may be no softmax, else None."""
+        name = self.config._attn_implementation
+        return None if name is None or is_softmax(name) else name
+
+    @cached_property
+    def final_gain(self) -> Float[Tensor, "d"]:
+        """The gain of the final norm as it acts, float32: `weight`, or `1 + weight` (Gemma)."""
+        return gain_of(self.module.get_submodule(self.layout.final_norm), self.d)
+
+    @property
+    def centres_residual(self) -> bool:
+        """Whether the final norm removes the residual's own mean (LayerNorm)."""
+        return isinstance(self.module.get_submodule(self.layout.final_norm), nn.LayerNorm)
+
+    def layer(self, index: int) -> Any:
+        """The nnsight envoy of a layer. Raises InputError for a layer that does not exist."""
+        if not 0 <= index < self.layers:
+            raise InputError(f"layer {index}: {self.name} has layers 0 to {self.layers - 1}")
+        return self.nn.get(self.layout.layers)[index]
+
+    def part(self, layer: Any, name: str) -> Any:
+        """A named part inside a layer's envoy; nnsight serves a module called `output` as `E_output`."""
+        return layer.get(re.sub(r"\boutput\b", "E_output", name))
+
+    def inputs(self, batch: Tensor) -> dict[str, Any]:
+        """What the model's forward pass takes for a batch of what it reads."""
+        raise NotImplementedError
+
+    def final(self) -> Any:
+        """Inside a trace, the residual stream `[batch, tokens, d]` after the final norm."""
+        return self.nn.get(self.layout.final_norm).output
+
+    def head_write(self, layer: int, head: int) -> Float[Tensor, "head_size d"]:
+        """The slice of W_O that carries one head's output into the residual stream."""
+        if not 0 <= head < self.heads:
+            raise InputError(f"head {head}: {self.name} has heads 0 to {self.heads - 1}")
+        path = f"{self.layout.layers}.{layer}.{self.layout.attention_projection}"
+        projection = self.module.get_submodule(path)
+        weight = projection.weight.T if isinstance(projection, nn.Linear) else projection.weight
+        return weight[head * self.head_size : (head + 1) * self.head_size]
+
+    def projection_index(self, which: str) -> Tensor | slice:
+        """Which outputs of the projection named in the layout are `queries`, `keys` or `values`."""
+        if not self.layout.fused:
+            return slice(None)
+        size, order = self.head_size, ("queries", "keys", "values")
+        if self.layout.fused == "heads":
+            start = torch.arange(self.heads)[:, None] * 3 * size + order.index(which) * size
+            return (start + torch.arange(size)).flatten()
+        lengths = [self.heads * size, self.key_heads * size, self.key_heads * size]
+        start = sum(lengths[: order.index(which)])
+        return slice(start, start + lengths[order.index(which)])
+
+    def check_sums(self, run: Callable[[], T]) -> tuple[T, Tensor]:
+        """What a forward pass gives, and the output of the final norm in it.
+
+        Raises InputError unless each layer's exit is its entry plus what attention and MLP wrote (in a
+        post-norm layer, normed after each).
+        """
+        seen: dict[str, Tensor] = {}
+        handles: list[Any] = []
+
+        def watch(path: str, key: str) -> None:
+            def hook(_: nn.Module, inputs: Any, output: Any) -> None:
+                seen[key] = output[0] if isinstance(output, tuple) else output
+                seen[key + " input"] = inputs[0] if inputs else seen[key]
+
+            handles.append(self.module.get_submodule(path).register_forward_hook(hook))
+
+        for index in range(self.layers):
+            path = f"{self.layout.layers}.{index}"
+            watch(path, f"exit {index}")
+            watch(f"{path}.{self.layout.attention_write}", f"attention {index}")
+            watch(f"{path}.{self.layout.mlp_write}", f"mlp {index}")
+        watch(self.layout.final_norm, "final")
+        try:
+            with torch.no_grad():
+                output = run()
+        finally:
+            for handle in handles:
+                handle.remove()
+        for index in range(self.layers):
+            entry = seen[f"exit {index - 1}"] if index else seen["exit 0 input"]
+            layer = self.module.get_submodule(f"{self.layout.layers}.{index}")
+            total = normed(layer, self.layout.attention_add_norm, entry + seen[f"attention {index}"])
+            total = normed(layer, self.layout.mlp_add_norm, total + seen[f"mlp {index}"])
+            if not torch.allclose(
+                total, seen[f"exit {index}"], rtol=1e-2, atol=1e-2 * float(total.abs().max())
+            ):
+                raise InputError(
+                    f"{self.name} ({self.family}): layer {index} is not entry + attention + MLP with the "
+                    f"parts {self.layout.attention_write!r} and {self.layout.mlp_write!r}; name them by "
+                    "hand: load(model, parts={'attention_write': ..., 'mlp_write': ...})"
+                )
+        return output, seen["final"]
+
+    @property
+    def settings(self) -> str:
+        """The configuration without what does not change what is computed, as JSON."""
+        kept = {k: v for k, v in self.config.to_dict().items() if k not in INCIDENTAL}
+        return json.dumps(kept, sort_keys=True, default=str)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over all weights and the configuration: what the model computes depends on nothing else.
+
+        Of weights at a server: over their name, the commit they were published as, and the server.
+        """
+        digest = hashlib.sha256()
+        digest.update(self.settings.encode())
+        if self.remote is not None and self.weightless:
+            where = f"{self.name} at {self.remote.host}, commit {self.remote.commit}, {self.dtype}"
+            digest.update(where.encode())
+            return digest.hexdigest()
+        for name, tensor in sorted(self.module.state_dict().items()):
+            if tensor.device.type == "meta":
+                raise InputError(f"{self.name}: the weights of {name!r} are not in memory, so have no hash")
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+
+@torch.no_grad()
+def normed(layer: nn.Module, name: str, x: Tensor) -> Tensor:
+    """The output of a layer's norm, or the input where there is no such norm."""
+    return layer.get_submodule(name).forward(x) if name else x

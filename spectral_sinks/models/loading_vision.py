@@ -1,0 +1,134 @@
+"""`load_vision`: an image encoder by folder, hub id or object."""
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from nnsight import NNsight
+from safetensors import SafetensorError
+from transformers import AutoImageProcessor, AutoModel, PreTrainedModel, ViTImageProcessorPil
+
+from spectral_sinks.errors import InputError, SpectralWarning
+from spectral_sinks.models.checkpoint import Source, check_finite, find_source
+from spectral_sinks.models.layout_vision import vision_layout
+from spectral_sinks.models.loading import moved, refuse_code
+from spectral_sinks.models.vision import VisionModel
+
+TWO_TOWERS = {"clip": "CLIPVisionModel", "siglip": "SiglipVisionModel"}
+"""Model types with a text tower beside the image tower, and what is loaded of them."""
+
+
+def load_vision(
+    model: str | Path | PreTrainedModel | VisionModel,
+    *,
+    processor: Any = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | str = "auto",
+    revision: str | None = None,
+    attention: str = "sdpa",
+    parts: Mapping[str, str] | None = None,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+) -> VisionModel:
+    """An image encoder: a Hugging Face id, a folder, or a loaded transformers model.
+
+    DINOv2 with and without registers, DINOv3, ViT, DeiT, and the vision towers of CLIP and SigLIP, with the
+    classifier head that the checkpoint has. `processor` is an image processor, by default the checkpoint's
+    own. `attention` is transformers' `attn_implementation`; sinks are seen under all of them. `parts` names
+    modules by hand where they are not found. A model given as an object stays on its device, in its dtype and
+    with its attention, and is put into evaluation mode.
+
+    Raises InputError for a name that is neither a folder nor reachable, for missing, pickled (unless allowed)
+    or non-finite weights, for a checkpoint that runs code of its own (unless trusted), and for a model that
+    is no image encoder or whose parts are not found or do not add up.
+    """
+    if isinstance(model, VisionModel):
+        return model
+    if isinstance(model, str | Path):
+        source = find_source(str(model), revision)
+        module = _load(source, dtype, attention, allow_pickle, trust_remote_code)
+        module = module if device is None else moved(module, device)
+        processor = processor or load_processor(source)
+        name = source.name
+    else:
+        given: Any = model
+        if device is not None or dtype != "auto":
+            raise InputError("a model given as an object stays where it is: give no device and no dtype")
+        alone = given.config.model_type in TWO_TOWERS and not hasattr(given, "classifier")
+        module = getattr(given, "vision_model", given) if alone else given
+        name = getattr(given, "name_or_path", "") or type(given).__name__
+    module.eval()
+    layout = vision_layout(module, parts)
+    for parameter, tensor in module.named_parameters():
+        check_finite(f"{name}: {parameter}", tensor)
+    loaded = VisionModel(NNsight(module), layout, name, processor)
+    loaded.check()
+    return loaded
+
+
+def _load(
+    source: Source, dtype: torch.dtype | str, attention: str, allow_pickle: bool, trust_remote_code: bool
+) -> Any:
+    refuse_code(source, trust_remote_code)
+    source.require_weights(allow_pickle)
+    options: dict[str, Any] = {
+        "revision": source.revision,
+        "local_files_only": source.offline or source.folder is not None,
+        "trust_remote_code": trust_remote_code,
+    }
+    try:
+        kind = _class_of(source)
+        module, report = kind.from_pretrained(
+            source.location,
+            dtype=dtype,
+            attn_implementation=attention,
+            use_safetensors=None if allow_pickle else True,
+            output_loading_info=True,
+            **options,
+        )
+    except (ValueError, KeyError, OSError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"{source.name} cannot be loaded as an image encoder: {error}") from error
+    if lacking := sorted(report["missing_keys"]):  # transformers would fill them with random numbers
+        raise InputError(
+            f"{source.name} lacks {len(lacking)} of the weights of a {type(module).__name__}: "
+            f"{', '.join(lacking[:3])}{', ...' if len(lacking) > 3 else ''}"
+        )
+    return module
+
+
+def _class_of(source: Source) -> Any:
+    """The transformers class: the one named where it has a classifier head, else the encoder alone."""
+    named = (source.config.get("architectures") or [""])[0]
+    if "ForImageClassification" in named and hasattr(transformers, named):
+        return getattr(transformers, named)
+    kind = TWO_TOWERS.get(source.config.get("model_type", ""))
+    return getattr(transformers, kind) if kind else AutoModel
+
+
+def load_processor(source: Source) -> Any:
+    """The checkpoint's image processor, run by Pillow; None where it ships none.
+
+    Where transformers has the named one only for torchvision (DINOv3) and that is not installed, the same
+    settings are run by ViT's, with a warning. Raises InputError for one that cannot be read.
+    """
+    if source.file("preprocessor_config.json") is None:
+        return None
+    options: dict[str, Any] = {
+        "revision": source.revision,
+        "local_files_only": source.offline or source.folder is not None,
+    }
+    try:
+        return AutoImageProcessor.from_pretrained(source.location, backend="pil", **options)
+    except ImportError as error:
+        warnings.warn(
+            f"{source.name}: transformers runs its image processor by torchvision, which is not installed: "
+            f"its settings are run by Pillow, which resizes a little differently ({str(error).split()[0]})",
+            SpectralWarning,
+            stacklevel=3,
+        )
+        return ViTImageProcessorPil.from_pretrained(source.location, **options)
+    except (ValueError, KeyError, OSError) as error:
+        raise InputError(f"the image processor of {source.name} cannot be loaded: {error}") from error

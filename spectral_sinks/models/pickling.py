@@ -1,0 +1,72 @@
+"""A model on its way to another process: pickled as its weights, shared where the pickler shares memory.
+
+`pickle` copies the weights; the pickler of `torch.multiprocessing` hands over memory that both sides then
+use. nnsight's wrapper stays behind and is put on again.
+"""
+
+import copyreg
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from spectral_sinks.errors import InputError
+from spectral_sinks.models.attention_sdpa import BLOCKWISE, WHOLE
+from spectral_sinks.models.language import LanguageModel
+from spectral_sinks.models.layout import Layout
+from spectral_sinks.models.wrapping import wrap
+
+
+def reduce_model(model: LanguageModel) -> tuple[Any, ...]:
+    """How `pickle` takes a model apart. Raises InputError for one that is spread over several devices."""
+    module = model.module
+    if len(set((getattr(module, "hf_device_map", None) or {}).values())) > 1:
+        raise InputError(
+            f"{model.name} is spread over several devices by its device_map, so it cannot be handed to other "
+            "processes: run it in one process"
+        )
+    if module.config._attn_implementation in (BLOCKWISE, WHOLE):
+        raise InputError(
+            f"the attention of {model.name} is being changed or looked at by functions of this process, "
+            "which do not travel: leave `attending` first, or run in one process"
+        )
+    tensors = {
+        **dict(module.named_parameters(remove_duplicate=False)),  # tied weights stay tied
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }
+    attention = module.config._attn_implementation
+    return rebuild_model, (
+        type(module),
+        module.config,
+        attention,
+        tensors,
+        model.layout,
+        model.name,
+        model.tokenizer,
+    )
+
+
+def rebuild_model(
+    kind: type[Any],
+    config: Any,
+    attention: str,
+    tensors: Mapping[str, torch.Tensor],
+    layout: Layout,
+    name: str,
+    tokenizer: Any,
+) -> LanguageModel:
+    """The model again, on the tensors given, without copying them."""
+    with torch.device("meta"):
+        module = kind(config)
+    module.config._attn_implementation = attention
+    for path, tensor in tensors.items():
+        owner, _, own = path.rpartition(".")
+        part = module.get_submodule(owner)
+        if own in part._parameters:
+            part._parameters[own] = torch.nn.Parameter(tensor, requires_grad=False)
+        else:
+            part._buffers[own] = tensor
+    return LanguageModel(wrap(module.eval(), tokenizer), layout, name, tokenizer)
+
+
+copyreg.pickle(LanguageModel, reduce_model)

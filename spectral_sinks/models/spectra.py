@@ -1,0 +1,176 @@
+"""Spectra of a model's matrices, from the model or from the one tensor of its checkpoint."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from spectral_sinks.errors import InputError
+from spectral_sinks.models.checkpoint import DEFAULT, Source, find_source
+from spectral_sinks.models.language import LanguageModel
+from spectral_sinks.models.layout import TRANSFORMS, through
+from spectral_sinks.models.loading import refuse_code
+from spectral_sinks.models.masked_lm import is_masked_lm
+from spectral_sinks.models.spectra_vision import CLASSIFIER, Reading, is_vision, read_checkpoint, read_model
+from spectral_sinks.models.vision import VisionModel
+from spectral_sinks.spectra.spectrum import Convention, Spectrum
+
+UNEMBEDDINGS = (
+    "lm_head.weight",
+    "embed_out.weight",
+    "model.lm_head.weight",
+    "cls.predictions.decoder.weight",
+    "lm_head.decoder.weight",
+    "decoder.weight",
+)
+EMBEDDINGS = (
+    "model.embed_tokens.weight",
+    "transformer.wte.weight",
+    "wte.weight",
+    "gpt_neox.embed_in.weight",
+    "model.language_model.embed_tokens.weight",
+    "language_model.model.embed_tokens.weight",
+    "bert.embeddings.word_embeddings.weight",
+    "roberta.embeddings.word_embeddings.weight",
+    "model.embeddings.tok_embeddings.weight",
+)
+NORMS = (
+    "model.norm.weight",
+    "transformer.ln_f.weight",
+    "ln_f.weight",
+    "gpt_neox.final_layer_norm.weight",
+    "model.language_model.norm.weight",
+    "language_model.model.norm.weight",
+    "cls.predictions.transform.LayerNorm.weight",
+    "cls.predictions.transform.LayerNorm.gamma",
+    "lm_head.layer_norm.weight",
+    "head.norm.weight",
+)
+
+
+def read_spectrum(
+    model: LanguageModel | VisionModel | str | Path = DEFAULT,
+    matrix: str = "unembedding",
+    *,
+    convention: Convention = "raw",
+    bands: int = 20,
+    revision: str | None = None,
+    use_cache: bool = True,
+) -> Spectrum:
+    """The spectrum of a model's unembedding, embedding, or any matrix named by its parameter.
+
+    From a name or folder only the tensors it needs are read, and the model is not built. A named matrix
+    reads the residual stream along whichever of its sides has the model's width; a square one is taken as
+    `nn.Linear` stores it (columns read). `folded` and `centred` are conventions of the unembedding. Where a
+    head's transform stands between the residual stream and the unembedding, as in BERT, the matrix reads the
+    transform's output, and `reads_through` of the spectrum says so.
+
+    Of an image encoder, "classifier", or the default, is what its classifier head reads, a row for each class
+    and token, and "embedding" the patch embedding; without a head, name a matrix. `centred` removes the mean
+    over classes by token. A head of fewer rows than d leaves a null space, `null()` of the spectrum.
+
+    Raises InputError for an encoder without a head, an unknown matrix, one without a side
+    of the model's width, NaN or Inf, or a convention that the matrix does not have.
+    """
+    if matrix not in CLASSIFIER and convention != "raw":
+        raise InputError(
+            f"convention {convention!r} folds the final norm into the unembedding; {matrix} has only 'raw'"
+        )
+    source = None
+    if not isinstance(model, LanguageModel | VisionModel):
+        source = find_source(str(model), revision)
+        refuse_code(source, trust_remote_code=True)  # only tensors are read: no code of it runs
+        source.require_weights()
+    found: Reading | None = None
+    if isinstance(model, VisionModel):
+        found = read_model(model, matrix, convention)
+    elif source is not None and is_vision(source):
+        found = read_checkpoint(source, matrix, convention)
+    way = ""
+    if found is not None:
+        matrix, weight, width = found.name, found.weight, found.width
+        gain, layernorm, tied = found.gain, found.layernorm, False
+    elif isinstance(model, LanguageModel):
+        weight, gain, layernorm, tied, width = _from_model(model, matrix, convention)
+        way = model.reads_through
+    else:
+        assert source is not None
+        weight, gain, layernorm, tied, width = _from_checkpoint(source, matrix, convention)
+        way = read_through(source.shards)
+    if weight.ndim == 2 and weight.shape[1] != width and weight.shape[0] == width:
+        weight = weight.T
+    if weight.ndim != 2 or weight.shape[1] != width:
+        raise InputError(
+            f"{matrix} has shape {tuple(weight.shape)}: no side of the residual stream's width {width}"
+        )
+    return Spectrum.from_matrix(
+        weight,
+        name=matrix,
+        convention=convention,
+        gain=gain,
+        centre_residual=layernorm,
+        tied=tied,
+        reads_through=way if matrix == "unembedding" else "",
+        bands=bands,
+        use_cache=use_cache,
+    )
+
+
+def _from_model(
+    model: LanguageModel, matrix: str, convention: Convention
+) -> tuple[Tensor, Tensor | None, bool, bool, int]:
+    named = {"unembedding": model.layout.unembedding, "embedding": model.layout.embedding}
+    parameters: dict[str, Tensor] = dict(model.module.named_parameters(remove_duplicate=False))
+    name = f"{named[matrix]}.weight" if matrix in named else matrix
+    if name not in parameters:
+        raise InputError(f"{model.name} has no parameter {name!r}; {_examples(list(parameters))}")
+    gain = model.final_gain if convention != "raw" else None
+    return parameters[name], gain, model.centres_residual, model.tied, model.d
+
+
+def _from_checkpoint(
+    source: Source, matrix: str, convention: Convention
+) -> tuple[Tensor, Tensor | None, bool, bool, int]:
+    config: dict[str, Any] = source.config.get("text_config", source.config)
+    is_masked_lm(config.get("architectures") or (), config.get("model_type"), config.get("is_decoder"))
+    present = source.shards
+    head, embedding = _present(present, UNEMBEDDINGS), _present(present, EMBEDDINGS)
+    # transformers ties where the configuration says so, whatever else the checkpoint stores
+    tied = head is None or (config.get("tie_word_embeddings") is True and embedding is not None)
+    if tied and matrix == "unembedding" and config.get("tie_word_embeddings") is False:
+        raise InputError(f"{source.name} holds no unembedding and does not tie one to its embedding")
+    named = {"unembedding": embedding if tied else head, "embedding": embedding}
+    name = named.get(matrix, matrix)
+    if name not in present:
+        raise InputError(f"{source.name} holds no tensor for {matrix!r}; {_examples(list(present))}")
+    norm = _present(present, NORMS)
+    gain = None
+    if convention != "raw":
+        if norm is None:
+            raise InputError(f"{source.name} holds no final norm that is known: use convention 'raw'")
+        gain = source.tensor(norm).float()
+        gain = 1 + gain if str(config.get("model_type", "")).startswith("gemma") else gain
+    layernorm = norm is not None and norm.removesuffix("weight") + "bias" in present
+    layernorm = layernorm or read_through(present) != ""  # that of a masked-LM head may have no bias
+    width = config.get("hidden_size") or config.get("n_embd")
+    if not isinstance(width, int):
+        raise InputError(f"{source.name}: config.json names no hidden_size")
+    return source.tensor(str(name)), gain, layernorm, tied, width
+
+
+def read_through(present: Iterable[str]) -> str:
+    """What stands between residual stream and unembedding, by the names of a checkpoint's tensors."""
+    names = {name.rpartition(".")[0] for name in present}
+    dense = next((name for name in TRANSFORMS if name in names), "")
+    norm = next((name for name in (each.rpartition(".")[0] for each in NORMS) if name in names), "")
+    return through(dense, norm) if dense else ""
+
+
+def _present(present: dict[str, str], names: tuple[str, ...]) -> str | None:
+    return next((name for name in names if name in present), None)
+
+
+def _examples(names: list[str]) -> str:
+    matrices = [name for name in names if name.endswith("weight")][:4]
+    return f"use 'unembedding', 'embedding' or a parameter such as {', '.join(matrices)}"

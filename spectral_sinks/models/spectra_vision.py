@@ -1,0 +1,125 @@
+"""What is read of an image encoder's residual stream: from the model, or one tensor of its checkpoint."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from spectral_sinks.errors import InputError
+from spectral_sinks.models.checkpoint import Source
+from spectral_sinks.models.layout_vision import HEADS, SEARCHED, TOWERS
+from spectral_sinks.models.loading_vision import TWO_TOWERS
+from spectral_sinks.models.vision import VISION_FAMILIES, VisionModel
+from spectral_sinks.spectra.spectrum import Convention
+
+CLASSIFIER = ("unembedding", "classifier")
+"""Names of what the classifier head reads."""
+
+PATCHES = ("patch_embeddings.projection", "patch_embeddings", "patch_embedding")
+"""Names of the patch embedding."""
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """A matrix, and the norm through which it reads the residual stream."""
+
+    name: str
+    weight: Float[Tensor, "rows columns"]
+    width: int
+    gain: Float[Tensor, "d"] | None = None
+    layernorm: bool = False
+
+
+def is_vision(source: Source) -> bool:
+    """Whether a checkpoint is that of an image encoder, alone or beside a text tower."""
+    return source.config.get("model_type") in VISION_FAMILIES | set(TWO_TOWERS)
+
+
+def read_model(model: VisionModel, matrix: str, convention: Convention) -> Reading:
+    """The matrix named, of a model; raises InputError where it has none, or no norm before its head."""
+    if matrix == "embedding":
+        return Reading(matrix, model.embedding_weight, model.d)
+    if matrix not in CLASSIFIER:
+        parameters: dict[str, Tensor] = dict(model.module.named_parameters())
+        if matrix not in parameters:
+            raise InputError(f"{model.name} has no parameter {matrix!r}; {_examples(list(parameters))}")
+        return Reading(matrix, as_rows(parameters[matrix]), model.d)
+    weight = model.unembedding_weight
+    if convention == "raw":
+        return Reading("classifier", weight, model.d)
+    _require_norm(model.family, model.name)
+    parts = [model.module.get_parameter(name) for name in model.reading]
+    weight = centred(parts, model.d) if convention == "centred" else weight
+    return Reading("classifier", weight, model.d, model.final_gain, model.centres_residual)
+
+
+def read_checkpoint(source: Source, matrix: str, convention: Convention) -> Reading:
+    """The matrix named, of a checkpoint, whose own names of parameters count; only what is needed is read."""
+    config: dict[str, Any] = source.config.get("vision_config") or source.config
+    family = str(config.get("model_type") or f"{source.config.get('model_type')}_vision_model")
+    width = config.get("hidden_size")
+    if not isinstance(width, int):
+        raise InputError(f"{source.name}: config.json names no hidden_size of the image encoder")
+    present = list(source.shards)
+    if matrix == "embedding":
+        name = _of_tower(present, [f"embeddings.{each}" for each in PATCHES])
+        if name is None:
+            raise InputError(f"{source.name} holds no patch embedding that is known; {_examples(present)}")
+        return Reading(matrix, as_rows(source.tensor(name)).T, width)
+    if matrix not in CLASSIFIER:
+        if matrix not in present:
+            raise InputError(f"{source.name} holds no tensor {matrix!r}; {_examples(present)}")
+        return Reading(matrix, as_rows(source.tensor(matrix)), width)
+    heads = [f"{head}.weight" for head in HEADS if f"{head}.weight" in present]
+    if not heads:
+        raise InputError(
+            f"{source.name} has no classifier head, so nothing names what is read of its residual stream; "
+            f"{_examples([name for name in present if '.0.' in name])}"
+        )
+    parts = [source.tensor(head) for head in heads]
+    if convention == "raw":
+        return Reading("classifier", stacked(parts, width), width)
+    _require_norm(family, source.name)
+    norm = _of_tower(present, SEARCHED["final_norm"])
+    if norm is None:
+        raise InputError(f"{source.name} holds no final norm that is known: use convention 'raw'")
+    weight = centred(parts, width) if convention == "centred" else stacked(parts, width)
+    return Reading("classifier", weight, width, source.tensor(norm).float(), layernorm=True)
+
+
+def stacked(heads: list[Tensor], d: int) -> Float[Tensor, "rows d"]:
+    """The rows of some heads, a block for each token that each of them reads."""
+    return torch.cat([part for head in heads for part in head.split(d, dim=1)])
+
+
+def centred(heads: list[Tensor], d: int) -> Float[Tensor, "rows d"]:
+    """The same without the mean over classes of each block: a softmax ignores each of them by itself."""
+    blocks = [part.detach().double() for head in heads for part in head.split(d, dim=1)]
+    return torch.cat([block - block.mean(0) for block in blocks])
+
+
+def as_rows(weight: Tensor) -> Tensor:
+    """A convolution's kernel `[outputs, ...]` as a matrix; any other tensor as it is."""
+    return weight.flatten(1) if weight.ndim > 2 else weight
+
+
+def _require_norm(family: str, name: str) -> None:
+    if family == "clip_vision_model":
+        raise InputError(
+            f"the head of {name} reads the mean of the last layer's tokens, with no norm before it to fold "
+            "in: use convention 'raw'"
+        )
+
+
+def _of_tower(present: list[str], names: Any) -> str | None:
+    """The first of some parts that a checkpoint holds, wherever in it the encoder stands."""
+    towers = (*TOWERS, "vision_model.vision_model")
+    wanted = [f"{tower}.{name}.weight".lstrip(".") for tower in towers for name in names]
+    return next((name for name in wanted if name in present), None)
+
+
+def _examples(names: list[str]) -> str:
+    matrices = [name for name in names if name.endswith(("value.weight", "v_proj.weight", "fc1.weight"))]
+    return f"use 'classifier', 'embedding' or a parameter such as {', '.join(matrices[:3])}"

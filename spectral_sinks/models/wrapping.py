@@ -1,0 +1,22 @@
+"""A transformers model inside nnsight's wrapper."""
+
+import warnings
+from typing import Any
+
+from nnsight import TransformersModel
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
+
+
+def wrap(module: Any, tokenizer: Any, **options: Any) -> TransformersModel:
+    """A transformers model as an nnsight model, which takes the options."""
+    # nnsight asks for a tokenizer even where only ids are traced, which never reach it
+    placeholder = tokenizer or PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({})))
+    task = "text-generation" if module.can_generate() else "fill-mask"
+    if task == "fill-mask" and placeholder.mask_token is None:
+        words = Tokenizer(WordLevel({"[MASK]": 0}))
+        placeholder = PreTrainedTokenizerFast(tokenizer_object=words, mask_token="[MASK]")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".* has a submodule named 'output'", UserWarning)  # see `part`
+        return TransformersModel(module, task=task, tokenizer=placeholder, **options)

@@ -1,0 +1,124 @@
+"""What a server does with a model is looked at before it is relied on."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from spectral_sinks.errors import InputError
+from spectral_sinks.models.language import LanguageModel
+from spectral_sinks.remote import transport
+
+
+def examine(model: LanguageModel) -> dict[str, Any]:
+    """Run one token through a model that is elsewhere, once, and see that it is the model that is meant.
+
+    Returns what the far end said of itself: versions, dtype, attention implementation, commit. Raises
+    InputError where the server changes token ids, has another configuration or another BOS policy, runs in
+    another dtype than was asked for, returns no attention maps though eager attention was asked for, where a
+    function that changes nothing changes something, and where parts do not add up.
+    """
+    remote = model.remote
+    assert remote is not None
+    if remote.examined is None:
+        remote.examined = {}  # the probe itself needs no other
+        looks, remote.looks = remote.looks, ()
+        try:
+            remote.examined = _agreed(model, transport.call(model, probe, _ids(model)))
+        finally:
+            remote.looks, remote.examined = looks, remote.examined or None
+    return {**(remote.examined or {}), **remote.facts}
+
+
+def require(model: LanguageModel) -> None:
+    """Look at a model that is elsewhere before the first job relies on it. Raises as `examine` does."""
+    assert model.remote is not None
+    if model.remote.examined is None:
+        examine(model)
+
+
+def _ids(model: LanguageModel) -> Int[Tensor, "1 1"]:
+    return torch.tensor([[0 if model.bos is None else model.bos]])
+
+
+def probe(model: LanguageModel, ids: Int[Tensor, "1 tokens"]) -> dict[str, Any]:
+    """What can be told from a pass of one token, and from the tokenizer that the far end has."""
+    nn, layout = model.nn, model.layout
+    options = {"logits_to_keep": 1, "use_cache": False} if model.causal else {}
+    passes: list[Tensor] = []
+    for noop in (False, True):
+        with model.nn.trace(**model.inputs(ids), **options):
+            seen = nn.get(layout.embedding).input
+            layer = model.layer(0)
+            entry = layer.input
+            attended = model.part(layer, layout.attention).output[1]
+            attention = _first(model.part(layer, layout.attention_write).output)
+            mlp = _first(model.part(layer, layout.mlp_write).output)
+            after = layer.output
+            if noop:
+                layer.output = after.clone()
+            final = nn.get(layout.final_norm).output
+            logits = nn.get(layout.unembedding).output
+            again = nn.get(layout.unembedding)(final)
+            written = _normed(model, layer, layout.attention_add_norm, entry + attention)
+            written = _normed(model, layer, layout.mlp_add_norm, written + mlp)
+            passes.append(logits)
+    return {
+        "ids": seen.tolist(),
+        "dtype": str(final.dtype).removeprefix("torch."),
+        "maps": attended is not None,
+        "noop": bool(torch.equal(passes[0], passes[1])),
+        "adds_up": _near(written, after) and _near(again, logits),
+        "settings": model.settings,
+        "bos": model.bos,
+        "opens_with_bos": model.opens_with_bos,
+    }
+
+
+def _normed(model: LanguageModel, layer: Any, name: str, x: Tensor) -> Tensor:
+    return model.part(layer, name)(x) if name else x
+
+
+def _first(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _near(one: Tensor, other: Tensor) -> bool:
+    return torch.allclose(one, other, rtol=1e-2, atol=1e-2 * other.abs().max().item())
+
+
+def _agreed(model: LanguageModel, found: dict[str, Any]) -> dict[str, Any]:
+    """What is worth keeping of the probe's findings. Raises InputError as `examine` says."""
+    remote = model.remote
+    assert remote is not None
+    host = remote.host
+    if found["ids"] != _ids(model).tolist():
+        raise InputError(f"{host} runs token ids {found['ids']} where {_ids(model).tolist()} were sent")
+    if found["settings"] != model.settings:
+        raise InputError(
+            f"{host} runs {model.name} with another configuration than the one read here: give a revision"
+        )
+    if model.tokenizer is not None and (found["bos"], found["opens_with_bos"]) != (
+        model.bos,
+        model.opens_with_bos,
+    ):
+        raise InputError(
+            f"the tokenizer of {model.name} at {host} has BOS {found['bos']} (opens texts: "
+            f"{found['opens_with_bos']}), the one here {model.bos} ({model.opens_with_bos}): give a revision"
+        )
+    if remote.dtype is not None and found["dtype"] != str(remote.dtype).removeprefix("torch."):
+        raise InputError(f"{host} runs {model.name} in {found['dtype']}, asked for was {remote.dtype}")
+    if model.reads_attention and not found["maps"]:
+        raise InputError(
+            f"{host} returns no attention maps for {model.name}, though asked for eager attention, so sink "
+            "mass cannot be read: measure the rest with load(..., attention='sdpa')"
+        )
+    if not found["noop"] or not found["adds_up"]:
+        what = (
+            "the parts of a layer do not add up"
+            if found["noop"]
+            else "writing back a residual changes logits"
+        )
+        raise InputError(f"{host} cannot be relied on for {model.name}: {what}")
+    return {name: found[name] for name in ("dtype", "bos", "opens_with_bos")}

@@ -1,0 +1,264 @@
+"""A sweep: a model, windows and cells, cut into units of work that any process can do."""
+
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from itertools import groupby
+from typing import Any
+
+import pandas as pd
+from jaxtyping import Int
+from torch import Tensor
+
+from spectral_sinks.data.texts import Windows
+from spectral_sinks.errors import InputError
+from spectral_sinks.interventions.tracing import Interventions
+from spectral_sinks.measure.memory import Memory
+from spectral_sinks.measure.nll.effects import check
+from spectral_sinks.measure.nll.remote_batch import RemoteBatch, cells_per_job, opened
+from spectral_sinks.measure.nll.replay import VERSION, Batch, BatchResult, start
+from spectral_sinks.models.language import LanguageModel
+from spectral_sinks.spectra.filters import Filter, Zero
+from spectral_sinks.sweeps.cells import Cell, named
+from spectral_sinks.sweeps.content_address import address, context, digest, swapping
+
+LIBRARIES = ("spectral-sinks", "nnsight", "torch", "transformers", "numpy", "scipy")
+
+UNIT = {"cpu": 5e11, "cuda": 5e15}
+"""Floating-point operations of a unit, some seconds of work: what a killed process can lose."""
+
+CELLS = 20
+"""Cells in a unit, at most."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Some cells that begin at one exit, on one batch: done as a whole or not at all."""
+
+    batch: int
+    cells: tuple[int, ...]
+    """Their places in the sweep."""
+    name: str
+    """Hash of the addresses of the cells and of the windows of the batch."""
+
+
+@dataclass(frozen=True, eq=False)
+class Sweep:
+    """Cells to be measured on windows. Make one with `Sweep.of`."""
+
+    model: LanguageModel
+    windows: Windows
+    cells: tuple[Cell, ...]
+    batch_size: int = 16
+    spectrum: str = ""
+    """Convention of the spectrum that the cells were made from, for the manifest."""
+    _held: dict[int, Batch | RemoteBatch] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of(
+        cls,
+        model: LanguageModel,
+        windows: Windows,
+        cells: Mapping[str, Interventions] | Iterable[Cell],
+        *,
+        batch_size: int = 16,
+        spectrum: str = "",
+    ) -> "Sweep":
+        """Raises InputError for no cells, names that are not unique, and cells that mean nothing here."""
+        found = tuple(named(cells))
+        for cell in found:
+            for site, edit in cell.edits.items():
+                check(site, edit, model, windows)
+        made = cls(model, windows, found, batch_size, spectrum)
+        swaps = [cell.name for cell in found if swapping(cell.edits)]
+        if swaps and (alone := [places[0] for places, _ in made.batches if len(places) == 1]):
+            raise InputError(
+                f"{swaps[0]!r} swaps within batches, and window {alone[0]} is alone in its batch: give "
+                "windows of one length and a batch_size of at least 3"
+            )
+        return made
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        parts = (self.model, self.windows, self.cells, self.batch_size, self.spectrum)
+        return Sweep, parts, {"addresses": self.addresses}  # a worker need not hash the weights again
+
+    def manifest(self) -> dict[str, Any]:
+        """What is needed to repeat it."""
+        return {
+            "model": self.model.name,
+            "family": self.model.family,
+            "weights": self.model.fingerprint,
+            "attention": self.model.config._attn_implementation,
+            "dtype": str(self.model.dtype),
+            "spectrum": self.spectrum,
+            "windows": self.windows.record,
+            "batch_size": self.batch_size,
+            "version": VERSION,
+            "libraries": versions(),
+            "cells": list(self.addresses),
+            **({} if self.model.remote is None else {"remote": self.model.remote.record()}),
+        }
+
+    @cached_property
+    def addresses(self) -> tuple[str, ...]:
+        """Content address of each cell. Raises InputError for functions that have none."""
+        shared = context(self.model, self.windows, self.batch_size)
+        return tuple(address(shared, cell.edits) for cell in self.cells)
+
+    @cached_property
+    def distinct(self) -> tuple[int, ...]:
+        """The first cell of each address: what does the same under several names is measured once."""
+        first: dict[str, int] = {}
+        for cell, found in enumerate(self.addresses):
+            first.setdefault(found, cell)
+        return tuple(first.values())
+
+    @cached_property
+    def key(self) -> str:
+        """Hash of the whole sweep."""
+        return digest([self.addresses, self.batch_size])
+
+    @cached_property
+    def batches(self) -> list[tuple[list[int], Int[Tensor, "batch tokens"]]]:
+        return list(self.windows.batches(self.batch_size))
+
+    @cached_property
+    def starts(self) -> tuple[int | None, ...]:
+        """The exit from which each cell begins."""
+        return tuple(start(cell.edits) for cell in self.cells)
+
+    @cached_property
+    def units(self) -> tuple[Unit, ...]:
+        """All work, batch by batch, from the lowest exit up; the same on every machine of one kind."""
+        order = sorted(self.distinct, key=self._first)
+        found: list[Unit] = []
+        for index, (_, ids) in enumerate(self.batches):
+            for _, group in groupby(order, key=self._first):
+                members = list(group)
+                size = self._cells_per_unit(ids)
+                for first in range(0, len(members), size):
+                    chosen = tuple(members[first : first + size])
+                    found.append(self.unit(index, chosen))
+        return tuple(found)
+
+    def unit(self, batch: int, cells: Iterable[int]) -> Unit:
+        """The unit of some cells on a batch."""
+        chosen = tuple(cells)
+        return Unit(batch, chosen, digest([[self.addresses[i] for i in chosen], self.batches[batch][0]]))
+
+    def has(self, unit: Unit) -> bool:
+        """Whether a unit means the same here as where it was made."""
+        known = unit.batch < len(self.batches) and max(unit.cells) < len(self.cells)
+        return known and self.unit(unit.batch, unit.cells) == unit
+
+    def size(self, unit: Unit) -> int:
+        """Cells x windows of a unit."""
+        return len(unit.cells) * len(self.batches[unit.batch][0])
+
+    def _first(self, cell: int) -> int:
+        """The exit from which a cell begins; -2 for one that changes nothing."""
+        found = self.starts[cell]
+        return -2 if found is None else found
+
+    def _cells_per_unit(self, ids: Tensor) -> int:
+        if self.model.remote is not None:
+            return cells_per_job(self.model, ids)
+        weights = self.model.layers * 12 * self.model.d**2 + self.model.vocabulary * self.model.d
+        budget = UNIT.get(self.model.device.type, UNIT["cpu"])
+        return max(1, min(CELLS, int(budget / (2 * weights * ids.numel()))))
+
+    def shard(self, i: int, n: int) -> tuple[Unit, ...]:
+        """Every n-th unit from the i-th, i from 1 to n. Raises InputError outside of that."""
+        if not 1 <= i <= n:
+            raise InputError(f"shard {i}/{n}: expected 1/{max(n, 1)} to {max(n, 1)}/{max(n, 1)}")
+        return self.units[i - 1 :: n]
+
+    def measure(self, unit: Unit) -> pd.DataFrame:
+        """The rows of a unit for the store, a row per cell and window."""
+        if unit.batch not in self._held:
+            self._held.clear()  # one batch at a time: its residuals are large
+            places, ids = self.batches[unit.batch]
+            memory = Memory(self.model, ids.shape[1])
+            self._held[unit.batch] = opened(self.model, self.windows, places, ids, self.starts, memory)
+        batch = self._held[unit.batch]
+        found = batch.measure([self.cells[i].edits for i in unit.cells])
+        cells = [described(self, index) for index in unit.cells]
+        documents = [self.windows.document[place] for place in batch.places]
+        return table_of(cells, documents, batch.places, batch.predicted, batch.baseline, found)
+
+
+def described(sweep: Sweep, index: int) -> dict[str, Any]:
+    """The columns of a cell in the store that do not depend on a window."""
+    cell = sweep.cells[index]
+    return {"cell": sweep.addresses[index], "model": sweep.model.name, **describe(cell)}
+
+
+def table_of(
+    cells: Sequence[dict[str, Any]],
+    documents: Sequence[int],
+    windows: Sequence[int],
+    tokens: int,
+    base: BatchResult,
+    found: BatchResult,
+) -> pd.DataFrame:
+    """Rows for the store, one per cell and window, of windows that each predict so many tokens."""
+    rows: list[dict[str, Any]] = []
+    for row, cell in enumerate(cells):
+        for column, (document, window) in enumerate(zip(documents, windows, strict=True)):
+            rows.append(
+                cell
+                | {
+                    "document": document,
+                    "window": window,
+                    "tokens": tokens,
+                    "nll": found.nll[row, column],
+                    "baseline_nll": base.nll[0, column],
+                    "delta_nll": found.nll[row, column] - base.nll[0, column],
+                    "kl": found.kl[row, column],
+                    "top1_agreement": found.top1_agreement[row, column],
+                    "removed_energy_share": found.removed_energy_share[row, column],
+                    "sink_mass": _listed(found.sink_mass, row, column),
+                    "baseline_sink_mass": _listed(base.sink_mass, 0, column),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of what numbers come from; None for a package that runs from its folder."""
+
+    def installed(name: str) -> str | None:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return None
+
+    return {name: installed(name) for name in LIBRARIES} | {"python": platform.python_version()}
+
+
+def describe(cell: Cell) -> dict[str, Any]:
+    """The columns of a cell that a reader needs: where, what, what fills the gap, at which tokens."""
+    sites = sorted(cell.edits, key=lambda site: site.rank)
+    edits = [cell.edits[site] for site in sites]
+    filters = [edit for edit in edits if isinstance(edit, Filter)]
+    return {
+        "name": cell.name,
+        "site": " + ".join(site.kind for site in sites),
+        "layer": sites[0].layer if sites else None,
+        "head": sites[0].head if sites else None,
+        "filter": " + ".join(dict.fromkeys(getattr(edit, "name", "custom") for edit in edits)),
+        "rank": sum(edit.rank for edit in filters) if len(filters) == len(edits) else None,
+        "fill": " + ".join(dict.fromkeys(_fill(edit) for edit in filters)),
+        "at": " + ".join(dict.fromkeys(e.tokens if isinstance(e.tokens, str) else "some" for e in filters)),
+        "draw": cell.draw,
+    }
+
+
+def _fill(edit: Filter) -> str:
+    return "zero" if isinstance(edit.fill, Zero) else type(edit.fill).__name__.lower()
+
+
+def _listed(mass: Any, row: int, column: int) -> list[float] | None:
+    return None if mass is None else mass[row, column].tolist()

@@ -1,0 +1,235 @@
+"""A sweep at a server: units of work as jobs that outlive this process, noted in the results folder.
+
+jobs/UNIT.json    the job of a unit: its id, where it is, what its numbers are about, and how it ended
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from tqdm import tqdm
+
+from spectral_sinks.errors import InputError, RemoteError
+from spectral_sinks.files import atomic_write, clearly
+from spectral_sinks.measure.nll.remote_batch import RemoteBatch
+from spectral_sinks.models.remote_state import Sent
+from spectral_sinks.remote import client, transport
+from spectral_sinks.remote.serialization import unpack
+from spectral_sinks.sweeps.definition import Sweep, Unit, described, table_of
+from spectral_sinks.sweeps.store import Store
+
+POLL = 2.0
+"""Seconds between questions after a job."""
+
+FORGOTTEN = 60.0
+"""Seconds after which a job that the server knows nothing of is taken for lost."""
+
+STALE = 6 * 3600.0
+"""Seconds after which a job that has not ended is taken for lost, as after a crash of the server."""
+
+State = Literal["waiting", "done", "failed", "lost"]
+
+
+@dataclass(frozen=True)
+class Note:
+    """A job as the folder has it."""
+
+    unit: str
+    run: str
+    """Key of the sweep."""
+    model: str
+    sent: Sent
+    cells: list[dict[str, Any]]
+    """The columns that say what each cell is."""
+    documents: list[int]
+    windows: list[int]
+    tokens: int
+    state: State = "waiting"
+    said: str = ""
+    """Why it failed."""
+    server: dict[str, Any] = field(default_factory=dict)
+    """What the far end said of itself."""
+
+
+class Notes:
+    """The jobs of a results folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "jobs"
+
+    def write(self, note: Note) -> Note:
+        with clearly(self.folder):
+            self.folder.mkdir(exist_ok=True)
+            with atomic_write(self.folder / f"{note.unit}.json") as path:
+                path.write_text(json.dumps(asdict(note), indent=1) + "\n", encoding="utf-8")
+        return note
+
+    def all(self) -> list[Note]:
+        """By the time they were sent. Raises InputError for a file that is damaged."""
+        found: list[Note] = []
+        for path in self.folder.glob("*.json"):
+            try:
+                read = json.loads(path.read_text("utf-8"))
+                found.append(Note(**{**read, "sent": Sent(**read["sent"])}))
+            except (ValueError, KeyError, TypeError) as error:
+                raise InputError(
+                    f"{path} is damaged ({error}): delete it, its job will be sent again"
+                ) from error
+        return sorted(found, key=lambda note: note.sent.submitted)
+
+    def waiting(self) -> list[Note]:
+        return [note for note in self.all() if note.state == "waiting"]
+
+
+def collect(folder: str | Path, give_up: float = STALE) -> list[Note]:
+    """Ask after the jobs of a results folder, once each, and put what has come into it; returns all its jobs.
+
+    A job that has not ended after `give_up` seconds counts as lost: running the sweep again sends it again.
+    Raises InputError for a folder that is no store, RemoteError where the server cannot be reached; the store
+    is then as it was.
+    """
+    store = Store(folder, create=False)
+    notes = Notes(store.folder)
+    for note in notes.waiting():
+        settle(store, notes, note, give_up)
+    return notes.all()
+
+
+def jobs(folder: str | Path) -> list[Note]:
+    """The jobs of a results folder as it knows them; nobody is asked."""
+    return Notes(Store(folder, create=False).folder).all()
+
+
+def settle(store: Store, notes: Notes, note: Note, give_up: float = STALE) -> Note:
+    """Ask after a job, and put its rows into the store if it is done."""
+    age = time.time() - note.sent.submitted
+    try:
+        answer, known = transport.fetch(note.sent.id, note.sent.host, note.model)
+    except RemoteError as error:
+        if error.again:
+            raise
+        return notes.write(replace(note, state="failed", said=str(error)))
+    if answer is None:
+        if age > give_up or (not known and age > FORGOTTEN):
+            return notes.write(replace(note, state="lost", said="the server did not finish it"))
+        return note
+    kind, value, server = unpack(answer)
+    if kind == "refused":
+        return notes.write(replace(note, state="failed", said=value))
+    baseline, measured = value
+    rows = table_of(note.cells, note.documents, note.windows, note.tokens, baseline, measured)
+    store.add(note.unit, rows)
+    sent = replace(note.sent, seconds=age, received=len(answer))
+    note = notes.write(replace(note, state="done", sent=sent, server=server))
+    _record(store, notes, note)
+    return note
+
+
+def _record(store: Store, notes: Notes, last: Note) -> None:
+    """Where the rows of a run come from, into the manifest."""
+    done = [note for note in notes.all() if note.state == "done" and note.run == last.run]
+    found = {
+        "host": last.sent.host,
+        "server": last.server,
+        "jobs": [note.sent.id for note in done],
+        "bytes_sent": sum(note.sent.payload for note in done),
+        "bytes_received": sum(note.sent.received or 0 for note in done),
+    }
+    store.record(last.run, {"remote": found})
+
+
+def run_afar(
+    sweep: Sweep,
+    store: Store,
+    missing: Callable[[set[tuple[str, int]]], Iterator[Unit]],
+    *,
+    in_flight: int = 8,
+    wait: bool = True,
+) -> int:
+    """Send what is missing of a sweep as jobs, and wait for them; returns cells x windows that came.
+
+    `missing` tells the units that are neither finished nor among the cells and windows given. Without `wait`
+    everything is sent and nothing waited for. Interrupted at any moment, it goes on from the
+    notes of the folder. Raises RemoteError for a job that fails at the server, with what it said.
+    """
+    notes = Notes(store.folder)
+    computed = 0
+    total = sum(map(sweep.size, missing(set())))
+    with tqdm(total=total, unit="cell", leave=False, disable=None) as bar:
+        while any(True for _ in missing(set())):
+            waiting = notes.waiting()
+            sent = {
+                (cell["cell"], place) for note in waiting for cell in note.cells for place in note.windows
+            }
+            room = in_flight - len(waiting) if wait else None
+            for unit in list(missing(sent))[:room]:
+                for note in _sent(sweep, unit):
+                    notes.write(note)
+            if not wait:
+                break
+            settled = [settle(store, notes, note) for note in notes.waiting()]
+            for note in settled:
+                if note.state == "failed":
+                    raise RemoteError(f"a job failed at {note.sent.host}: {note.said}")
+                if note.state == "done":
+                    computed += len(note.cells) * len(note.windows)
+                    bar.update(len(note.cells) * len(note.windows))
+            if not any(note.state == "done" for note in settled):
+                time.sleep(POLL)
+    return computed
+
+
+def _sent(sweep: Sweep, unit: Unit) -> Iterable[Note]:
+    """The job of a unit; of its halves where it is too large."""
+    places, ids = sweep.batches[unit.batch]
+    batch = RemoteBatch(sweep.model, sweep.windows, places, ids)
+    try:
+        sent = client.submit(sweep.model, *batch.job([sweep.cells[i].edits for i in unit.cells]))
+    except transport.TooLarge:
+        if len(unit.cells) == 1:
+            raise
+        half = len(unit.cells) // 2
+        for part in (unit.cells[:half], unit.cells[half:]):
+            yield from _sent(sweep, sweep.unit(unit.batch, part))
+        return
+    yield Note(
+        unit=unit.name,
+        run=sweep.key,
+        model=sweep.model.name,
+        sent=sent,
+        cells=[described(sweep, index) for index in unit.cells],
+        documents=[int(sweep.windows.document[place]) for place in places],
+        windows=list(places),
+        tokens=batch.predicted,
+    )
+
+
+@dataclass(frozen=True)
+class RemoteCost:
+    """What a sweep sends, before it starts."""
+
+    cells: int
+    windows: int
+    jobs: int
+    bytes: int
+    """Of all jobs, before compression."""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.cells} cells x {self.windows} windows in {self.jobs} jobs, about "
+            f"{self.bytes / 2**20:.1f} MB to send"
+        )
+
+
+def estimate_afar(sweep: Sweep, units: tuple[Unit, ...]) -> RemoteCost:
+    """Pack the jobs, send none."""
+    total = 0
+    for unit in units:
+        places, ids = sweep.batches[unit.batch]
+        batch = RemoteBatch(sweep.model, sweep.windows, places, ids)
+        total += len(transport.packed(sweep.model, *batch.job([sweep.cells[i].edits for i in unit.cells])))
+    cells = len({cell for unit in units for cell in unit.cells})
+    return RemoteCost(cells, len(sweep.windows), len(units), total)

@@ -1,0 +1,99 @@
+"""`spectral-sinks sinks`: what it prints is what the library returns, and what it cannot measure it says."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from support import tiny_models
+
+import spectral_sinks as ss
+
+Run = Callable[..., tiny_models.Ran]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_models.save(tmp_path_factory.mktemp("checkpoint") / "model")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("\n\n".join(tiny_models.text(90, seed) for seed in range(4)))
+    return path
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], checkpoint: Path, text: Path) -> Run:
+    def call(*options: object) -> tiny_models.Ran:
+        given = ["--text", text, "--separator", r"\n\n"]
+        return tiny_models.run(capsys, "sinks", checkpoint, *given, *options)
+
+    return call
+
+
+def test_json_is_the_library_s(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+    path = tmp_path / "sinks.png"
+    done = run("--tokens", 40, "--epsilon", 0.07, "--draws", 2, "--json", "--figure", path)
+    assert (done.status, done.err) == (0, "") and done.out.count("\n") == 1
+    record = json.loads(done.out)
+    model = ss.load(checkpoint)
+    windows = ss.cut([tiny_models.text(90, seed) for seed in range(4)], model, length=40)
+    found = ss.find_sinks(model, windows, ss.read_spectrum(model), tokens=40, epsilon=0.07, draws=2)
+    expected = json.loads(json.dumps(found.record())) | {"model": record["model"]}
+    assert expected["sinks"] and {key: record[key] for key in expected} == expected
+    assert (record["documents"], record["windows"], record["first_token_ids"]) == (4, 8, [0])
+    assert path.stat().st_size > 10_000
+
+
+def test_tables_for_people(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    done = run("--epsilon", 0.07, "--draws", 2)
+    assert done.status == 0
+    for words in (
+        "T = 64, epsilon = 0.07",
+        "sink rate at position 0",
+        "learned sink logit",
+        "'<bos>'",
+        "dark share",
+    ):
+        assert words in done.out, done.out
+    assert "no sinks" in run("--epsilon", 0.99, "--draws", 2).out
+
+
+def test_the_embedded_model(capsys: pytest.CaptureFixture[str]) -> None:
+    done = tiny_models.run(capsys, "sinks", "--documents", 4, "--json")
+    record = json.loads(done.out)
+    assert [(s["position"], s["token"], s["dark"]) for s in record["sinks"]] == [(0, "<bos>", True)]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--tokens", 200], "model has a context of 128"),
+        (["--length", 30], "over 64 tokens, and the longest window has 30: give longer texts"),
+        (["--tokens", 1], "windows of 1 tokens: nothing is left"),
+        (["--epsilon", 1.5], "epsilon 1.5: attention received lies between 0 and 1"),
+    ],
+)
+def test_what_is_refused(run: Run, options: list[object], message: str) -> None:
+    done = run(*options)
+    assert done.status == 2 and done.out == "" and done.err.count("\n") == 1
+    assert message in done.err
+
+
+def test_a_text_of_one_document_and_one_of_one_token(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(
+        "spectral_sinks.cli.options.warnings.warn", lambda message, *_, **__: said.append(message)
+    )
+    one = tmp_path / "one.txt"
+    one.write_text(tiny_models.text(400))
+    record = json.loads(run("--text", one, "--json", "--draws", 2).out)
+    assert record["documents"] == record["windows"] == 6 and "intervals are over its windows" in said[0]
+    one.write_text("w5")
+    done = run("--text", one)
+    assert done.status == 2 and "shorter than two tokens" in done.err

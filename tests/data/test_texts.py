@@ -1,0 +1,278 @@
+"""Texts to documents to windows: no BOS doubled or lost, nothing padded, every token accounted for."""
+
+import gc
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from support import tiny_models
+
+import spectral_sinks as ss
+
+WORDS = st.integers(3, tiny_models.VOCABULARY - 1)
+
+
+def text_of(ids: list[int]) -> str:
+    return " ".join(f"w{i}" for i in ids)
+
+
+def model_with(**policy: bool) -> ss.LanguageModel:
+    """Make the tiny model with another tokenizer, without wrapping it again."""
+    known = tiny_models.model()
+    return ss.LanguageModel(known.nn, known.layout, known.name, tiny_models.tokenizer(**policy))
+
+
+OPENING, SILENT, BARE = model_with(), model_with(opens=False), model_with(bos=False)
+
+
+@pytest.mark.parametrize(
+    ("model", "bos", "opened"),
+    [
+        (OPENING, "auto", True),
+        (OPENING, "always", True),
+        (OPENING, "never", False),
+        (SILENT, "auto", False),
+        (SILENT, "always", True),
+        (SILENT, "never", False),
+        (BARE, "auto", False),
+        (BARE, "never", False),
+    ],
+    ids=[
+        "auto",
+        "always",
+        "never",
+        "silent auto",
+        "silent always",
+        "silent never",
+        "bare auto",
+        "bare never",
+    ],
+)
+@given(
+    documents=st.lists(st.lists(WORDS, min_size=2, max_size=60), min_size=1, max_size=4),
+    length=st.integers(3, 30),
+    per_document=st.one_of(st.none(), st.integers(1, 3)),
+    literal=st.integers(0, 2),
+)
+def test_cut(
+    model: ss.LanguageModel,
+    bos: Any,
+    opened: bool,
+    documents: list[list[int]],
+    length: int,
+    per_document: int | None,
+    literal: int,
+) -> None:
+    written = "<bos> " * literal if model is not BARE else ""
+    windows = ss.cut(
+        [written + text_of(d) for d in documents], model, length=length, per_document=per_document, bos=bos
+    )
+    span, dropped = length - opened, 0
+    for index, ids in enumerate(documents):
+        mine = [
+            row.tolist() for row, owner in zip(windows.rows, windows.document, strict=True) if owner == index
+        ]
+        if opened:
+            assert all(row[0] == tiny_models.BOS for row in mine)
+            mine = [row[1:] for row in mine]
+        assert all(tiny_models.BOS not in row and tiny_models.EOS not in row for row in mine), (
+            "not doubled, not padded"
+        )
+        flat = [i for row in mine for i in row]
+        assert flat == ids[: len(flat)], "windows follow one another from the start"
+        if len(ids) < span:
+            assert mine == [ids], "a short document is one shorter window"
+        else:
+            assert all(len(row) == span for row in mine)
+            assert len(mine) == min(len(ids) // span, per_document or len(ids))
+        dropped += len(ids) - len(flat)
+    record = windows.record
+    assert windows.opens_with_bos == opened
+    assert record["documents"] == len(documents) and record["windows"] == len(windows)
+    assert record["tokens"] == sum(len(row) for row in windows.rows)
+    assert (record["tokens_dropped"], record["length"], record["bos"]) == (dropped, length, bos)
+    assert record["per_document"] == per_document
+    assert windows.first_token_ids == sorted({int(row[0]) for row in windows.rows})
+
+
+def test_what_auto_does_is_what_the_tokenizer_does() -> None:
+    for model in (OPENING, SILENT, BARE):
+        own = model.tokenizer("w5 w6 w7")["input_ids"]
+        assert ss.cut("w5 w6 w7", model).rows[0].tolist() == own
+        assert model.opens_with_bos == (own[0] == tiny_models.BOS)
+
+
+def test_the_default_length_is_256_or_the_context() -> None:
+    assert ss.cut(tiny_models.text(300), OPENING).length == tiny_models.CONTEXT
+    embedded = ss.load()
+    assert ss.cut(ss.documents(limit=2), embedded).length <= min(256, embedded.context or 256)
+
+
+def test_the_hash_tells_windows_apart() -> None:
+    one, same, other = (ss.cut(t, OPENING).record["data_hash"] for t in ("w5 w6", "w5 w6", "w6 w5"))
+    assert one == same != other
+
+
+@pytest.mark.parametrize(
+    ("texts", "options", "message"),
+    [
+        (["w8", "w7"], {}, "the text is shorter than two tokens: 'w8'"),
+        (["<bos> <bos> w7"], {}, "the text is shorter than two tokens"),
+        (["w5 w6"], {"length": 129}, "windows of 129 tokens: .* context of 128"),
+        (["w5 w6"], {"length": 2}, "nothing is left to predict"),
+        (["w5 w6"], {"bos": "sometimes"}, "choose from auto, always, never"),
+        ([], {}, "at least one"),
+    ],
+)
+def test_cut_refuses(texts: list[str], options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ss.InputError, match=message):
+        ss.cut(texts, OPENING, **options)
+
+
+def test_a_short_document_among_others_is_left_out_and_counted() -> None:
+    with pytest.warns(ss.SpectralWarning, match="1 documents .* are left out, such as .w7."):
+        windows = ss.cut(["w5 w6", "w7", "w8 w9"], OPENING)
+    assert [row.tolist()[1:] for row in windows.rows] == [[5, 6], [8, 9]]
+    assert windows.document == (0, 2)
+    assert windows.record["documents"] == 2
+    assert windows.record["documents_dropped"] == 1
+
+
+def test_windows_as_documents() -> None:
+    windows = ss.cut("w5 w6 w7 w8 w9 w5", OPENING, length=3, per_document=None)
+    assert windows.document == (0, 0, 0)
+    single = windows.as_documents()
+    assert single.document == (0, 1, 2)
+    assert single.rows is windows.rows
+
+
+def test_always_bos_needs_one() -> None:
+    with pytest.raises(ss.InputError, match="has no BOS token: use bos='never'"):
+        ss.cut("w5 w6", BARE, bos="always")
+
+
+@pytest.mark.parametrize("size", range(1, 10))
+@pytest.mark.parametrize("count", range(1, 21))
+def test_batches(size: int, count: int) -> None:
+    rows = [torch.full((5 if i % 3 else 2,), 3 + i) for i in range(count)]
+    windows, seen = ss.Windows.of_ids(rows, OPENING), list[int]()
+    for places, ids in windows.batches(size):
+        assert ids.tolist() == [rows[place].tolist() for place in places] and 1 <= len(places) <= size
+        alike = sum(len(row) == ids.shape[1] for row in rows)
+        assert len(places) > 1 or alike == 1 or size <= 2, "alone only where no other has its length"
+        seen += places
+    assert sorted(seen) == list(range(count))
+
+
+def test_windows_of_given_ids() -> None:
+    windows = ss.Windows.of_ids([[0, 5, 6], [0, 7, 8, 9]], OPENING, [4, 4], note="mine")
+    assert windows.document == (4, 4) and len(windows) == 2 and windows.length == 4
+    assert windows.record["note"] == "mine" and windows.record["documents"] == 1
+    assert windows.opens_with_bos and not ss.Windows.of_ids([[0, 5], [5, 0]], OPENING).opens_with_bos
+    assert not ss.Windows.of_ids([[0, 5]], BARE).opens_with_bos
+    with pytest.raises(ss.InputError, match="batches of 0 windows"):
+        list(windows.batches(0))
+
+
+TEXTS = ["w5 w6 w7", "w8 w9", "zwölf • 12"]
+
+
+@pytest.fixture
+def closed() -> Iterator[None]:
+    """Meet here the files that `datasets` leaves for the garbage collector to close."""
+    yield
+    gc.collect()
+
+
+@pytest.mark.usefixtures("closed")
+@pytest.mark.filterwarnings("ignore:unclosed file", "ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("form", ["jsonl", "csv", "parquet", "txt"])
+def test_documents_of_a_file(tmp_path: Path, form: str) -> None:
+    path, table = tmp_path / f"my.{form}", pd.DataFrame({"id": range(3), "text": TEXTS})
+    if form == "jsonl":
+        path.write_text("".join(json.dumps({"id": i, "text": t}) + "\n" for i, t in enumerate(TEXTS)))
+    elif form == "csv":
+        table.to_csv(path, index=False)
+    elif form == "parquet":
+        table.to_parquet(path)
+    else:
+        path.write_text("\n--\n".join(TEXTS), encoding="utf-8")
+        assert ss.documents(path) == ["\n--\n".join(TEXTS)], "one document without a separator"
+        assert ss.documents(str(path), separator="\n--\n") == TEXTS
+        return
+    assert ss.documents(path) == TEXTS and ss.documents(str(path), limit=2) == TEXTS[:2]
+    assert ss.documents(path, column="text") == TEXTS
+    with pytest.raises(ss.InputError, match="no column 'body'; columns: id, text"):
+        ss.documents(path, column="body")
+
+
+def test_documents_of_anything_else() -> None:
+    rows = [{"text": t, "body": t.upper()} for t in TEXTS]
+    assert ss.documents("a text of its own") == ["a text of its own"]
+    assert ss.documents(TEXTS) == ss.documents(iter(TEXTS)) == ss.documents(rows) == TEXTS
+    assert ss.documents(datasets.Dataset.from_list(rows)) == TEXTS
+    assert ss.documents(datasets.Dataset.from_list(rows).to_iterable_dataset(), limit=1) == TEXTS[:1]
+    assert ss.documents(rows, column="body") == [t.upper() for t in TEXTS]
+    assert ss.documents(["", " \n", "w5 w6", None]) == ["w5 w6"], "what is empty is passed over"
+    assert ss.documents(io.StringIO("w5 w6\nw7 w8\n")) == ["w5 w6\n", "w7 w8\n"]
+    corpus = ss.documents()
+    assert len(corpus) > 20 and all(len(t) > 200 for t in corpus) and ss.documents(limit=3) == corpus[:3]
+
+
+@pytest.mark.parametrize("empty", ["", "  \n", [], ["", " "]], ids=repr)
+def test_no_text_at_all(empty: Any) -> None:
+    with pytest.raises(ss.InputError, match="the text is empty"):
+        ss.documents(empty)
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(ss.InputError, match="is a folder: give a file"):
+        ss.documents(tmp_path)
+    with pytest.raises(ss.InputError, match="does not exist"):
+        ss.documents(tmp_path / "missing.txt")
+    latin = tmp_path / "latin.txt"
+    latin.write_bytes("zwölf".encode("latin-1"))
+    with pytest.raises(ss.InputError, match=r"is not UTF-8 text .* at byte 2"):
+        ss.documents(latin)
+    for name in ("broken.jsonl", "broken.parquet"):
+        (tmp_path / name).write_text('{"text": "w5')
+        with pytest.raises(ss.InputError, match=f"{name} cannot be read as"):
+            ss.documents(tmp_path / name)
+    with pytest.raises(ss.InputError, match=r"row 1 .* is int"):
+        ss.documents(["w5 w6", 7])
+    with pytest.raises(ss.InputError, match=r"row 0 .* is int"):
+        ss.documents([{"text": 7}])
+
+
+def test_a_data_set_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked first whether the hub knows it, then streamed; no network here."""
+    asked: list[Any] = []
+    rows = datasets.Dataset.from_dict({"body": TEXTS}).to_iterable_dataset()
+    monkeypatch.setattr(
+        "spectral_sinks.data.texts.HfApi.dataset_info", lambda self, name, **_: asked.append(name)
+    )
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **o: asked.append((a, o)) or rows)
+    found = ss.documents("owner/set", name="part", split="test", column="body", limit=2)
+    assert found == TEXTS[:2]
+    assert asked == ["owner/set", (("owner/set", "part"), {"split": "test", "streaming": True})]
+
+    def unknown(*_: Any, **__: Any) -> None:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("spectral_sinks.data.texts.HfApi.dataset_info", unknown)
+    with pytest.raises(ss.InputError, match=r"is no file, and as a data set of the hub .*no network"):
+        ss.documents("owner/set")
+
+
+def test_neighbours_in_a_batch_are_of_different_documents() -> None:
+    windows = ss.cut(["w5 w6 w7 w8", "w8 w9 w5 w6", "w7 w5 w9 w8"], OPENING, length=3)
+    for places, _ in windows.batches(3):
+        assert sorted(windows.document[place] for place in places) == [0, 1, 2]

@@ -1,0 +1,387 @@
+"""Moves of the sink against attention by hand, in every kind of attention that the families have."""
+
+import copy
+import functools
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+import torch
+from support import reference_attention, tiny_models
+from support.reference_attention import Row, Rule
+from torch import Tensor
+
+import spectral_sinks as ss
+from spectral_sinks.models.attention_capture import AttentionCall, AttentionHook
+
+TOKENS, ODD = 20, 4
+FAMILIES = ("llama", "gpt2", "qwen3", "gpt_oss", "mistral", "gemma2")
+"""Grouped heads, learned positions, norms of queries and keys, learned sinks, sliding windows, caps."""
+
+
+@functools.cache
+def double(family: str = "llama") -> ss.LanguageModel:
+    module = copy.deepcopy(tiny_models.plain(family))
+    if family != "gpt_oss":  # its experts have no product in float64
+        module = module.double()
+    return ss.load(module, tokenizer=tiny_models.tokenizer())
+
+
+def near(found: Tensor, expected: Tensor, family: str = "llama") -> bool:
+    return bool((found - expected).abs().max() < (2e-5 if family == "gpt_oss" else 2e-6))
+
+
+def ids() -> Tensor:
+    """Two windows; token 7 occurs at one position of the first and at two of the second."""
+    drawn = tiny_models.ids(2, TOKENS)
+    drawn[drawn == 7] = 8
+    drawn[0, 5] = drawn[1, 3] = drawn[1, 11] = 7
+    return drawn
+
+
+def logits(model: ss.LanguageModel, look: AttentionHook | None = None, given: Tensor | None = None) -> Tensor:
+    with ss.attending(model, look or (lambda call: None)), torch.no_grad():
+        return model.module(ids() if given is None else given, use_cache=False).logits
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def marked(row: Row) -> list[int]:
+    return [5] if row.window == 0 else [3, 11]
+
+
+def mask(row: Row, keys: list[int], since: int = 0) -> None:
+    for j in keys:
+        if row.at != j and row.at >= since:
+            row.seen = row.seen & (torch.arange(TOKENS) != j)
+
+
+def drop(row: Row, keys: list[int]) -> None:
+    row.dropped |= {j for j in keys if row.at != j}
+
+
+def restrict(row: Row, rows: list[int]) -> None:
+    if row.at in rows:
+        row.seen = torch.arange(TOKENS) == row.at
+
+
+def put(row: Row, keys: list[int], value: Tensor) -> None:
+    for j in keys:
+        row.values[j] = value
+
+
+def copy_key(row: Row, keys: list[int], source: int = 0) -> None:
+    for j in keys:
+        row.keys[j], row.values[j] = row.keys[source], row.values[source]
+
+
+def stream(row: Row, first: int | set[int], recent: int) -> None:
+    kept = range(first) if isinstance(first, int) else first
+    for j in range(TOKENS):
+        if j not in kept and row.at - j >= recent:
+            row.seen = row.seen & (torch.arange(TOKENS) != j)
+
+
+def group(row: Row, model: ss.LanguageModel) -> int:
+    return row.head * model.key_heads // model.heads
+
+
+def logit(row: Row, value: float) -> None:
+    own = (
+        torch.tensor(value) if row.logit is None else torch.logaddexp(*map(torch.tensor, (row.logit, value)))
+    )
+    row.logit = float(own)
+
+
+def cases(model: ss.LanguageModel) -> dict[str, tuple[AttentionHook, Rule]]:
+    shape = (model.layers, model.key_heads, model.head_size)
+    values, key = drawn(*shape), drawn(*shape, seed=1)
+    logits = drawn(model.layers, model.heads, seed=2)
+    some: dict[str, Any] = {"layers": [1], "heads": (1, 3)}
+
+    def chosen(rule: Rule) -> Rule:
+        return lambda row: rule(row) if row.layer == 1 and row.head in (1, 3) else None
+
+    return {
+        "mask": (ss.MaskKey(0), lambda row: mask(row, [0])),
+        "mask since": (ss.MaskKey(0, since=6), lambda row: mask(row, [0], 6)),
+        "mask some": (ss.MaskKey(2, **some), chosen(lambda row: mask(row, [2]))),
+        "mask token": (ss.MaskKey(token=7), lambda row: mask(row, marked(row))),
+        "drop": (ss.MaskKey(0, renormalise=False), lambda row: drop(row, [0])),
+        "drop some": (ss.MaskKey(0, renormalise=False, **some), chosen(lambda row: drop(row, [0]))),
+        "drop token": (ss.MaskKey(token=7, renormalise=False), lambda row: drop(row, marked(row))),
+        "restrict": (ss.Restrict(ODD), lambda row: restrict(row, [ODD])),
+        "restrict some": (ss.Restrict(ODD, **some), chosen(lambda row: restrict(row, [ODD]))),
+        "restrict token": (ss.Restrict(token=7), lambda row: restrict(row, marked(row))),
+        "zero": (ss.SetValue(0), lambda row: put(row, [0], torch.zeros(model.head_size))),
+        "value": (
+            ss.SetValue(ODD, values),
+            lambda row: put(row, [ODD], values[row.layer, group(row, model)]),
+        ),
+        "value some": (
+            ss.SetValue(ODD, values, **some),
+            chosen(lambda row: put(row, [ODD], values[row.layer, group(row, model)])),
+        ),
+        "value token": (
+            ss.SetValue(value=values[:1], token=7),
+            lambda row: put(row, marked(row), values[0, group(row, model)]),
+        ),
+        "copy": (ss.CopyKey(ODD), lambda row: copy_key(row, [ODD])),
+        "copy some": (ss.CopyKey(ODD, **some), chosen(lambda row: copy_key(row, [ODD]))),
+        "copy token": (ss.CopyKey(token=7), lambda row: copy_key(row, marked(row))),
+        "copy token later": (
+            ss.CopyKey(token=7, source=8),
+            lambda row: copy_key(row, [11] if row.window == 1 else [], 8),
+        ),
+        "copy token next": (
+            ss.CopyKey(token=7, source=10),
+            lambda row: copy_key(row, [11] if row.window == 1 else [], 10),
+        ),
+        "bias": (
+            ss.KeyBias(key, values),
+            lambda row: row.extra.append(
+                (key[row.layer, group(row, model)], values[row.layer, group(row, model)])
+            ),
+        ),
+        "bias in a layer": (
+            ss.KeyBias(key[:1], layers=[2]),
+            lambda row: (
+                row.extra.append((key[0, group(row, model)], torch.zeros(model.head_size).double()))
+                if row.layer == 2
+                else None
+            ),
+        ),
+        "off by one": (ss.SinkLogit(), lambda row: logit(row, 0.0)),
+        "logits": (ss.SinkLogit(logits), lambda row: logit(row, float(logits[row.layer, row.head]))),
+        "logit by head": (ss.SinkLogit(logits[0]), lambda row: logit(row, float(logits[0, row.head]))),
+        "logit some": (ss.SinkLogit(1.5, **some), chosen(lambda row: logit(row, 1.5))),
+        "streaming": (ss.Streaming(2, 4), lambda row: stream(row, 2, 4)),
+        "kept elsewhere": (ss.Streaming({2, 5}, 4), lambda row: stream(row, {2, 5}, 4)),
+        "window": (ss.Streaming(0, 3), lambda row: stream(row, 0, 3)),
+        "streaming some": (ss.Streaming(1, 4, **some), chosen(lambda row: stream(row, 1, 4))),
+    }
+
+
+NAMES = list(cases(double()))
+FEW = ("mask some", "drop token", "restrict token", "value some", "copy some", "bias", "logit some")
+PAIRS = [(family, name) for family in FAMILIES for name in (FEW if family in ("qwen3", "gemma2") else NAMES)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_without_a_rule_the_hand_agrees(family: str) -> None:
+    model = double(family)
+    assert near(logits(model), reference_attention.run(model, ids())[0], family)
+
+
+@pytest.mark.parametrize(("family", "name"), PAIRS)
+def test_a_move_is_what_the_hand_computes(family: str, name: str) -> None:
+    model = double(family)
+    look, rule = cases(model)[name]
+    expected, maps = reference_attention.run(model, ids(), rule)
+    seen: list[Tensor] = []
+
+    def watch(call: AttentionCall) -> None:
+        seen.append(torch.cat([call.weights(rows) for rows in call.blocks()], dim=2))
+
+    with ss.attending(model, look):
+        found = logits(model, watch)
+    assert near(found, expected, family)
+    assert not near(found, logits(model), "gpt_oss"), "it does something"
+    assert all(near(a, b, family) for a, b in zip(seen, maps, strict=True))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_oss", "gemma3"])
+def test_moves_nest_in_the_order_written(family: str) -> None:
+    model = double(family)
+    names = ("copy some", "bias", "value some", "bias in a layer", "drop", "drop token", "logits", "restrict")
+    looks, rules = zip(*(cases(model)[name] for name in names), strict=True)
+    with ExitStack() as stack:
+        for look in looks:
+            stack.enter_context(ss.attending(model, look))
+        found = logits(model)
+
+    def together(row: Row) -> None:
+        for rule in rules:
+            rule(row)
+
+    assert near(found, reference_attention.run(model, ids(), together)[0], family)
+    twice = ss.KeyBias(0.5, 1.0)
+    with ss.attending(model, twice):
+        found = logits(model, twice)
+    half, one = (torch.full((model.head_size,), x, dtype=torch.float64) for x in (0.5, 1.0))
+    expected, _ = reference_attention.run(model, ids(), lambda row: row.extra.extend([(half, one)] * 2))
+    assert near(found, expected, family)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "qwen3"])
+def test_a_key_bias_can_stand_for_the_masked_sink(family: str) -> None:
+    """Where every text opens with BOS, its key and value are constants: masked, they can be given back."""
+    model = double(family)
+    windows = ss.Windows.of_ids(ids(), model)
+    keys, values = ss.mean_keys(model, windows), ss.mean_values(model, windows)
+    with ss.attending(model, ss.MaskKey(0)):
+        alone, found = logits(model), logits(model, ss.KeyBias(keys, values))
+    assert near(found, logits(model)) and not near(alone, logits(model), "gpt_oss")
+
+
+def test_moves_that_change_nothing_change_no_bit() -> None:
+    for family in ("llama", "gpt2", "gpt_oss"):
+        model, d = tiny_models.model(family), tiny_models.D
+        plain = logits(model)
+        for look in (
+            ss.Streaming(0, TOKENS),
+            ss.Streaming(TOKENS, 1),
+            ss.MaskKey(0, layers=()),
+            ss.MaskKey(0, heads=()),
+            ss.MaskKey(0, heads=(), renormalise=False),
+            ss.MaskKey(TOKENS - 1),
+            ss.MaskKey(token=90, since=TOKENS),
+            ss.SetValue(ODD, heads=()),
+            ss.Restrict(0),
+            ss.CopyKey(ODD, source=ODD),
+            ss.SinkLogit(layers=[]),
+        ):
+            assert torch.equal(logits(model, look), plain), look
+        with ss.attending(model, lambda call: None):
+            plain = tiny_models.logits(model, ids(), {})
+            for edit in (ss.scale(d, 1.0), ss.amplify(d, 1.0), ss.carry(d, ODD, ss.At(ODD))):
+                assert torch.equal(tiny_models.logits(model, ids(), {ss.Site("exit", 1): edit}), plain)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_batch_is_its_windows_one_by_one(name: str) -> None:
+    model = tiny_models.model()
+    look = cases(model)[name][0]
+    singles = torch.cat([logits(model, look, row[None]) for row in ids()])
+    assert (logits(model, look) - singles).abs().max() < 5e-6
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "gpt_oss"])
+def test_a_cache_agrees_with_a_whole_pass(family: str) -> None:
+    """Positions and token ids are those of the text, also where a sliding cache has let go of the first."""
+    model = double(family)
+    prompts = ids()[:, :12]
+    for name in ("mask", "mask token", "drop", "restrict token", "zero", "bias", "logits", "streaming"):
+        look = cases(model)[name][0]
+        with ss.attending(model, look):
+            cached, whole = (ss.generate(model, prompts, new=10, cached=c) for c in (True, False))
+        assert torch.equal(cached, whole), name
+    edits = {ss.Site("exit", 1): ss.amplify(model.d, 9.0, ss.At(3, 11))}
+    found = [ss.generate(model, prompts, edits, new=10, cached=c) for c in (True, False)]
+    assert torch.equal(*found) and not torch.equal(found[0], ss.generate(model, prompts, new=10))
+
+
+def test_a_cache_filled_outside_has_no_ids() -> None:
+    model = tiny_models.model()
+    with torch.no_grad():
+        cache = model.module(ids()[:, :8], use_cache=True).past_key_values
+        with ss.attending(model, ss.MaskKey(token=7)), pytest.raises(ss.InputError, match="token ids"):
+            model.module(ids()[:, 8:], past_key_values=cache)
+        with ss.attending(model, ss.MaskKey(token=7)):
+            model.module(ids()[:, :5], use_cache=False)
+            with pytest.raises(ss.InputError, match="token ids"):
+                model.module(ids()[:, 8:], past_key_values=copy.deepcopy(cache))
+    embedded = model.module.get_input_embeddings()(ids())
+    with ss.attending(model, ss.Restrict(token=7)), pytest.raises(ss.InputError, match="embeddings"):
+        model.module(inputs_embeds=embedded)
+
+
+def test_sink_logits_can_be_learned() -> None:
+    """Gradients are those of finite differences, and descent lowers the loss, alone and through a trace."""
+    model, text = double("gpt2"), ids()
+    start = drawn(model.layers, model.heads, seed=3)
+    logit = start.clone().requires_grad_()
+
+    def loss(values: Tensor) -> Tensor:
+        with ss.attending(model, ss.SinkLogit(values)):
+            final = model.module(text, use_cache=False).logits
+        return torch.nn.functional.cross_entropy(final[:, :-1].flatten(0, 1), text[:, 1:].flatten())
+
+    loss(logit).backward()
+    assert logit.grad is not None and (logit.grad != 0).all()
+    for place in ((0, 0), (1, 2), (2, 3)):
+        step = torch.zeros_like(start)
+        step[place] = 1e-4
+        with torch.no_grad():
+            slope = (loss(start + step) - loss(start - step)) / 2e-4
+        assert logit.grad[place] == pytest.approx(float(slope), rel=1e-4, abs=1e-9)
+
+    learned = torch.zeros_like(start).requires_grad_()
+    optimiser = torch.optim.Adam([learned], lr=0.3)
+    first = float(loss(learned).detach())
+    for _ in range(8):
+        optimiser.zero_grad()
+        with ss.attending(model, ss.SinkLogit(learned)):
+            value = ss.trace(
+                model,
+                text,
+                {},
+                readout=lambda final, *_: torch.nn.functional.cross_entropy(
+                    model.unembed(final[:, :-1]).flatten(0, 1), text[:, 1:].flatten()
+                ),
+                gradients=True,
+            )
+        value.backward()
+        optimiser.step()
+    assert float(loss(learned).detach()) < first - 1e-4
+
+
+def test_a_key_bias_can_be_learned() -> None:
+    model = double()
+    key, value = (drawn(1, 1, model.head_size, seed=s).requires_grad_() for s in (4, 5))
+    with ss.attending(model, ss.KeyBias(key, value)):
+        model.module(ids(), use_cache=False).logits.square().mean().backward()
+    assert key.grad is not None and value.grad is not None
+    assert key.grad.abs().max() > 0 and value.grad.abs().max() > 0
+
+
+def test_a_text_of_one_token_alone_leaves_each_to_itself() -> None:
+    model, same = tiny_models.model(), torch.full((1, TOKENS), 7)
+    seen: list[Tensor] = []
+    with ss.attending(model, ss.MaskKey(token=7)):
+        found = logits(model, lambda call: seen.append(call.weights()), same)
+    assert all(torch.equal(weights, torch.eye(TOKENS).expand_as(weights)) for weights in seen)
+    assert found.isfinite().all() and (found - found[:, :1]).abs().max() < 1e-5
+
+
+BAD: list[tuple[str, Callable[[], Any]]] = [
+    ("needs a position or a token", lambda: ss.MaskKey()),
+    ("needs a position or a token", lambda: ss.Restrict(0, token=3)),
+    ("count from 0", lambda: ss.SetValue(-1)),
+    ("of an earlier one only", lambda: ss.CopyKey(2, source=3)),
+    ("layer 3: .* layers 0 to 2", lambda: logits(tiny_models.model(), ss.MaskKey(0, layers=[3]))),
+    ("head -1: .* heads 0 to 3", lambda: logits(tiny_models.model(), ss.SinkLogit(heads=[-1]))),
+    ("the text has 20 tokens", lambda: logits(tiny_models.model(), ss.MaskKey(20))),
+    ("has a context of 128", lambda: logits(tiny_models.model(), ss.Restrict(128))),
+    ("outside the vocabulary of 97", lambda: logits(tiny_models.model(), ss.MaskKey(token=97))),
+    ("a value of shape", lambda: logits(tiny_models.model(), ss.SetValue(0, torch.zeros(2, 8)))),
+    ("a key of shape", lambda: logits(tiny_models.model(), ss.KeyBias(torch.zeros(3, 3, 8)))),
+    ("a value of shape", lambda: logits(tiny_models.model(), ss.KeyBias(0.0, torch.zeros(2, 2, 8)))),
+    ("choose layers, not heads", lambda: ss.KeyBias(0.0, heads=[1])),
+    ("sink logits of shape", lambda: logits(tiny_models.model(), ss.SinkLogit(torch.zeros(5)))),
+    ("at least 0 and 1", lambda: ss.Streaming(1, 0)),
+    ("at least 0 and 1", lambda: ss.Streaming({3, -1}, 4)),
+    ("outside the vocabulary", lambda: ss.Prefix((97,)).check(tiny_models.model())),
+    ("counted from 0", lambda: ss.At()),
+    ("counted from 0", lambda: ss.At(-2)),
+    ("the text has 20 tokens", lambda: ss.scale(4, 2.0, ss.At(20))(torch.zeros(20, 4))),
+    ("finite number", lambda: ss.scale(4, float("nan"))),
+    ("the text has 20 tokens", lambda: ss.carry(4, 20, "all")(torch.zeros(20, 4))),
+    ("expected different ones, 0 to 3", lambda: ss.channels(4, [4])),
+    ("expected different ones", lambda: ss.channels(4, [1, 1])),
+]
+
+
+@pytest.mark.parametrize(("message", "make"), BAD, ids=[f"{i} {m}" for i, (m, _) in enumerate(BAD)])
+def test_what_cannot_act_is_refused(message: str, make: Callable[[], Any]) -> None:
+    with pytest.raises(ss.InputError, match=message):
+        make()
+
+
+def test_a_source_that_a_sliding_cache_has_let_go_of_is_refused() -> None:
+    model = tiny_models.model("mistral")
+    with ss.attending(model, ss.CopyKey(9)), pytest.raises(ss.InputError, match="not among the keys"):
+        ss.generate(model, ids()[:, :12], new=3)

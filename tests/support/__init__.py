@@ -1,0 +1,1 @@
+"""Helpers of the tests: small models, planted answers, and reference computations made another way."""

@@ -1,0 +1,227 @@
+"""The content address of a cell changes with all that its numbers depend on, and with nothing else."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support import small_sweeps, tiny_models
+
+import spectral_sinks as ss
+from spectral_sinks.measure.nll import replay
+from spectral_sinks.sweeps import content_address as address
+
+EXIT = ss.Site("exit", 1)
+CONTEXT = {"weights": "w", "data": "d", "metrics": ["nll"], "version": 1, "batch_size": 16}
+
+
+def of(edits: Any, **context: Any) -> str:
+    return address.address(CONTEXT | context, edits)
+
+
+def at(edit: Any) -> str:
+    return of({EXIT: edit})
+
+
+def subspace(members: list[int], fingerprint: str = "raw") -> ss.Subspace:
+    marked = torch.zeros(6, dtype=torch.bool)
+    marked[members] = True
+    return ss.Subspace.of_members(torch.eye(6, dtype=torch.float64), marked, "name", fingerprint)
+
+
+DARK = ss.remove(subspace([5]))
+
+
+def test_it_is_the_same_in_every_interpreter() -> None:
+    """Literals: another value here means that all stores there are would be computed again."""
+    assert at(DARK) == "ff90891b1cecc5caa0c56cd0587f7080"
+    assert at(ss.rnd(6, 2, 1).at([4, 2]).filled(ss.Noise(3))) == "5aa9f52de59c118ae76fd90a2c5cbdaf"
+
+
+@pytest.mark.parametrize("key", ["weights", "data", "metrics", "version"])
+def test_what_all_cells_share(key: str) -> None:
+    assert of({EXIT: DARK}, **{key: "other"}) != at(DARK)
+
+
+def test_the_batch_size_matters_to_a_swap_alone() -> None:
+    swap = {EXIT: DARK, ss.Site("mlp", 2): DARK.filled(ss.Swap())}
+    assert of(swap, batch_size=8) != of(swap)
+    for fill in (ss.Zero(), ss.Noise(), ss.Mean(torch.ones(6))):
+        assert of({EXIT: DARK.filled(fill)}, batch_size=8) == at(DARK.filled(fill))
+
+
+def test_every_site_and_every_edit_is_a_cell_of_its_own() -> None:
+    sites = [ss.Site(kind, layer) for kind in ("exit", "mlp", "keys") for layer in (0, 1)]
+    sites += [ss.Site("embedding"), ss.Site("head", 1, 0), ss.Site("head", 1, 1)]
+    mask = torch.tensor([True, False, True])
+    mean = torch.arange(6.0)
+    e, u = subspace([4, 5], "embedding"), subspace([4, 5])
+    edits = [
+        *(DARK, ss.remove(subspace([4])), ss.remove(subspace([5], "folded")), ss.keep(subspace([5]))),
+        *(ss.rnd(6, 1, 0), ss.rnd(6, 1, 1), ss.rnd(6, 2, 0), ss.rnd(6, 5, 0), ss.rnd(6, 5, 0).complement()),
+        *(ss.remove(ss.Subspace(torch.eye(6)[:, :1])), ss.keep(ss.Subspace(torch.eye(6)[:, :1]))),
+        *(ss.Filter(u, e), ss.Filter(e, u), ss.Filter(u), ss.Filter(e)),
+        *(DARK.filled(fill) for fill in (ss.Swap(), ss.Noise(0), ss.Noise(1), ss.Mean(mean))),
+        *(DARK.filled(ss.Mean(m)) for m in (mean + 1e-6, mean.double(), mean.expand(2, 6))),
+        *(DARK.filled(ss.Mean(mean, source)) for source in ("one", "other")),
+        *(DARK.at(tokens) for tokens in ("first", "all-but-first", [1], [1, 2], mask, ~mask, mask[None])),
+        *(DARK.at(empty) for empty in ([],)),
+        *(small_sweeps.Fixed(0.5), small_sweeps.Fixed(0.25), DARK.filled(small_sweeps.Fixed(0.5))),
+    ]
+    cells = [{site: DARK} for site in sites] + [{EXIT: edit} for edit in edits[1:]]
+    cells += [{}, {EXIT: DARK, sites[0]: DARK}, {EXIT: edits[1], sites[0]: DARK}]
+    assert len({of(cell) for cell in cells}) == len(cells)
+
+
+def test_what_does_not_change_a_number() -> None:
+    two = {EXIT: DARK, ss.Site("mlp", 1): DARK}
+    assert of(two) == of(dict(reversed(two.items())))
+    assert at(DARK) == at(replace(DARK, name="another", blocked=DARK.blocked.named("another")))
+    assert at(DARK.at([3, 1])) == at(DARK.at({1, 3})) == at(DARK.at([1, 3, 3]))
+    assert at(DARK.at(frozenset(np.array([1, 3])))) == at(DARK.at([1, 3]))
+    assert at(ss.keep(subspace([0, 1, 2, 3, 4]))) == at(DARK), "to keep all others is to remove"
+    source = ss.Mean(torch.ones(6), "of it"), ss.Mean(torch.ones(6) + 1e-9, "of it")
+    assert len({at(DARK.filled(fill)) for fill in source}) == 1, "the mean of the same, rounded otherwise"
+    rounded = ss.rnd(6, 2, 0)
+    basis = replace(rounded.blocked, basis=rounded.blocked.basis.nextafter(torch.tensor(2.0).double()))
+    assert at(replace(rounded, blocked=basis)) == at(rounded), "the same draw on another machine"
+
+
+@pytest.fixture(scope="module")
+def shared() -> Callable[..., dict[str, Any]]:
+    windows = small_sweeps.windows()
+
+    def context(model: Any = None, given: ss.Windows = windows) -> dict[str, Any]:
+        return address.context(model or tiny_models.model(), given, 16)
+
+    return context
+
+
+def changed(change: Callable[[Any], None], **options: Any) -> ss.LanguageModel:
+    module = copy.deepcopy(tiny_models.plain())
+    change(module)
+    return ss.load(module, tokenizer=tiny_models.tokenizer(), **options)
+
+
+def test_weights_and_settings(shared: Callable[..., Any], tmp_path: Path) -> None:
+    def one_bit(module: Any) -> None:
+        module.model.layers[2].mlp.up_proj.weight.data.view(torch.int32)[3, 4] ^= 1
+
+    def rope(module: Any) -> None:
+        module.config.rope_parameters = {"rope_type": "default", "rope_theta": 5000.0}
+
+    def attention(name: str) -> Callable[[Any], None]:
+        return lambda module: module.set_attn_implementation(name)
+
+    expected = shared()
+    assert expected["metrics"][-1] == "sink_mass"
+    for change in (one_bit, rope, lambda module: module.bfloat16()):
+        found = shared(changed(change))
+        assert found.pop("weights") != expected["weights"]
+        assert found == {key: value for key, value in expected.items() if key != "weights"}
+    for model in (
+        ss.load(tiny_models.save(tmp_path / "elsewhere")),
+        changed(attention("sdpa_opening")),
+        changed(lambda module: module.requires_grad_(False), device="cpu"),
+    ):
+        assert shared(model) == expected, "path, kind of attention, device"
+    blind = shared(changed(attention("sdpa")))
+    assert blind == expected | {"metrics": expected["metrics"][:-1]}, "no sink mass is read"
+
+
+def test_data(shared: Callable[..., Any]) -> None:
+    windows, expected = small_sweeps.windows(), shared()
+    ids = torch.stack(windows.rows)
+    other = ids.clone()
+    other[4, 65] += 1
+    model, owners = tiny_models.model(), small_sweeps.DOCUMENTS
+    for rows, owner in ((other, owners), (ids, None), (ids[:4], owners[:4]), (ids[[1, 0, 2, 3, 4]], owners)):
+        found = shared(given=ss.Windows.of_ids(rows, model, owner))
+        assert found.pop("data") != expected["data"]
+        assert found == {key: value for key, value in expected.items() if key != "data"}
+    same = ss.Windows.of_ids(ids, model, np.array(owners), cut="otherwise")
+    assert shared(given=same) == expected
+    short = shared(given=ss.Windows.of_ids(ids[:, :63], model, owners))
+    assert "sink_mass" not in short["metrics"]
+
+
+def test_the_version_of_the_code(shared: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    before = shared()
+    monkeypatch.setattr(replay, "VERSION", replay.VERSION + 1)
+    assert shared() == before | {"version": replay.VERSION}
+
+
+def test_conventions_and_bands_of_a_spectrum() -> None:
+    spectra = [
+        ss.read_spectrum(tiny_models.model(), matrix, convention=convention, use_cache=False)
+        for matrix, convention in (
+            ("unembedding", "raw"),
+            ("unembedding", "folded"),
+            ("embedding", "raw"),
+        )
+    ]
+    made = [*(at(ss.remove(s.dark())) for s in spectra), *(at(ss.remove(s.band(19))) for s in spectra)]
+    assert len(set(made)) == 6
+    raw = spectra[0]
+    assert at(ss.remove(raw.band(20))) == at(ss.remove(raw.dark())) == at(ss.phi(raw, 1, 19))
+    assert at(ss.remove(raw.with_bands(10).band(10))) == at(ss.remove(raw.bands(19, 20)))
+
+
+def test_the_same_under_two_names_is_measured_once_and_told_twice(tmp_path: Path) -> None:
+    s = small_sweeps.spectrum()
+    cells = {"keep": ss.phi(s, 1, 3), "remove": ss.remove(s.band(4)), "other": ss.remove(s.band(1))}
+    sweep = small_sweeps.sweep({name: {EXIT: edit} for name, edit in cells.items()})
+    assert len(set(sweep.addresses)) == 2 and ss.plan(sweep).cells == 2
+    done = ss.sweep(sweep, tmp_path / "out")
+    assert (done.report.computed, done.report.found) == (2 * 5, 0)
+    assert len(done.store.rows()) == 2 * 5
+    table, summary = done.table(), done.summary()
+    assert list(summary["name"]) == list(cells) and list(summary["n"]) == [4] * 3
+    assert list(summary["filter"]) == ["Phi 1:3", "remove band 4", "remove band 1"]
+    assert list(table["name"]) == [name for name in cells for _ in range(4)]
+    keep, remove = (
+        table[table["name"] == name][small_sweeps.NUMBERS].to_numpy() for name in ("keep", "remove")
+    )
+    assert (keep == remove).all()
+    again = ss.sweep(small_sweeps.sweep({"by another name": {EXIT: cells["remove"]}}), tmp_path / "out")
+    assert again.report.computed == 0 and again.report.found == 5
+    assert list(again.summary()["name"]) == ["by another name"]
+
+
+def test_custom_functions_say_what_they_are(tmp_path: Path) -> None:
+    def half(x: torch.Tensor) -> torch.Tensor:
+        return x / 2
+
+    refused = "half has no content address, so its results cannot be stored: give it an attribute `address`"
+    for edit in (half, DARK.filled(lambda removed, blocked: removed)):
+        with pytest.raises(ss.InputError, match="has no content address"):
+            at(edit)
+    with pytest.raises(ss.InputError, match=refused):
+        ss.sweep(small_sweeps.sweep({"half": {EXIT: half}}), tmp_path / "out")
+    assert not (tmp_path / "out").exists(), "nothing is begun"
+    half.address = "half"  # pyright: ignore[reportFunctionMemberAccess]
+    done = ss.sweep(small_sweeps.sweep({"half": {EXIT: half}}), tmp_path / "out")
+    effect = ss.evaluate(tiny_models.model(), small_sweeps.windows(), {EXIT: half})
+    assert done.table()["nll"].to_numpy() == pytest.approx(effect.rows["nll"].to_numpy())
+    assert done.table()["rank"].isna().all() and set(done.table()["filter"]) == {"custom"}
+
+
+def test_distinct_cells_are_the_first_of_each_address() -> None:
+    sweep = small_sweeps.sweep()
+    assert (len(sweep.cells), len(sweep.distinct), len(set(sweep.addresses))) == (48, 36, 36)
+    assert list(sweep.distinct) == sorted(sweep.distinct)
+    assert all(sweep.addresses[i] not in sweep.addresses[:i] for i in sweep.distinct)
+    assert {cell for unit in sweep.units for cell in unit.cells} == set(sweep.distinct)
+
+
+def test_a_changed_attention_has_no_address(tmp_path: Path) -> None:
+    model = tiny_models.model()
+    windows = ss.Windows.of_ids(tiny_models.ids(2, 12).tolist(), model, [0, 1])
+    for each in (model, ss.load(model, remote="local")):
+        with ss.attending(each, lambda call: None), pytest.raises(ss.InputError, match="before a sweep"):
+            address.context(each, windows, 4)
+        assert address.context(each, windows, 4)
