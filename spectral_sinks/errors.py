@@ -1,12 +1,16 @@
 """What the package raises and warns with."""
 
 
-class InputError(ValueError):
-    """Something given cannot be used; the message says what was given, what was expected, what to do."""
+class SpectralError(Exception):
+    """Base of every error that this package raises on purpose: `except SpectralError` catches them all."""
 
 
-class RemoteError(InputError):
-    """A server, or the way to it, failed; `again` says whether the same may succeed later."""
+class InputError(SpectralError, ValueError):
+    """An argument, a file or a model cannot be used; the message says what was expected and what to do."""
+
+
+class RemoteError(SpectralError, ConnectionError):
+    """A server, or the connection to it, failed. `again` says whether the same call may succeed later."""
 
     def __init__(self, message: str, again: bool = False) -> None:
         super().__init__(message)
@@ -14,4 +18,4 @@ class RemoteError(InputError):
 
 
 class SpectralWarning(UserWarning):
-    """Something given can be used, with a caveat that the message states."""
+    """The result can be used, with a caveat that the message states."""

@@ -173,3 +173,7 @@ class Estimate:
         sample = np.asarray(values, dtype=np.float64)
         drawn = np.asarray([np.nan] if controls is None else controls, dtype=np.float64)
         return cls(float(sample.mean()), *mean_interval(sample), float(drawn.min()), float(drawn.max()))
+
+    def columns(self, name: str) -> dict[str, float]:
+        """The mean and its interval as columns of a table: `name`, `name_low`, `name_high`."""
+        return {name: self.value, f"{name}_low": self.low, f"{name}_high": self.high}

@@ -16,6 +16,9 @@ T = TypeVar("T")
 TOKENS = {"cpu": 4096, "cuda": 2**17}
 """Tokens in a pass beyond which it gains nothing: on a CPU larger activations only leave the cache."""
 
+BATCH = 16
+"""Windows in a batch unless the caller says otherwise: fixed, since a swap takes its donor from the batch."""
+
 SHARE = 0.5
 """Of the free memory, what a pass may be planned to take."""
 
@@ -55,6 +58,18 @@ class Memory:
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
         return found
+
+
+def batch_size_for(model: Transformer, length: int, batch_size: int | None = None) -> int:
+    """Windows of `length` tokens in a batch: as asked, else `BATCH`, or fewer where memory is short.
+
+    Raises InputError for a batch size below 1.
+    """
+    if batch_size is None:
+        return max(1, min(BATCH, int(SHARE * free(model.device) / row_bytes(model, length))))
+    if batch_size < 1:
+        raise InputError(f"batch_size {batch_size}: expected at least 1, or None to find it by memory")
+    return batch_size
 
 
 def free(device: torch.device) -> int:
