@@ -8,7 +8,7 @@ from torch import Tensor
 
 from spectral_sinks.errors import InputError
 from spectral_sinks.models.language import LanguageModel
-from spectral_sinks.remote import transport
+from spectral_sinks.remote.transport import call
 
 
 def examine(model: LanguageModel) -> dict[str, Any]:
@@ -25,7 +25,7 @@ def examine(model: LanguageModel) -> dict[str, Any]:
         remote.examined = {}  # the probe itself needs no other
         looks, remote.looks = remote.looks, ()
         try:
-            remote.examined = _agreed(model, transport.call(model, probe, _ids(model)))
+            remote.examined = _agreed(model, call(model, probe, _ids(model)))
         finally:
             remote.looks, remote.examined = looks, remote.examined or None
     return {**(remote.examined or {}), **remote.facts}

@@ -129,8 +129,8 @@ def test_what_may_succeed_later_is_tried_again(fake: fake_ndif.Fake, folder: Pat
 
 
 def changed(monkeypatch: pytest.MonkeyPatch, **found: Any) -> None:
-    probe = handshake.send
-    monkeypatch.setattr(handshake, "send", lambda *arguments: probe(*arguments) | found)
+    probe = handshake.call
+    monkeypatch.setattr(handshake, "call", lambda *arguments: probe(*arguments) | found)
 
 
 @pytest.mark.parametrize(
