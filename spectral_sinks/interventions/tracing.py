@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import nnsight
@@ -14,19 +15,20 @@ from spectral_sinks.interventions.sites import ORDER, Kind, Site
 from spectral_sinks.models.base import Transformer
 from spectral_sinks.models.vision import VisionModel
 from spectral_sinks.remote.client import remotely
-from spectral_sinks.spectra.filters import Filter
+from spectral_sinks.spectra.edits import Edit, EditFunction, as_edits
 
 T = TypeVar("T")
 
-Edit = Callable[[Tensor], Tensor]
-"""From the residual `[batch, tokens, d]` at a site to what takes its place."""
-
-Interventions = Mapping[Site, Edit]
-"""A filter, or any function of a tensor, at each of some sites."""
+Interventions = Mapping[Site, Edit | EditFunction]
+"""The edit at each site: a filter, or any function of a tensor `[batch, length, d]`."""
 
 READS: tuple[Kind, ...] = ("queries", "keys", "values")
 
-Hooks = dict[tuple[int, Kind], list[tuple[Site, Edit]]]
+SiteFunctions = list[tuple[Site, EditFunction]]
+"""The functions of one layer and kind of site, in the order in which they act."""
+
+Hooks = dict[tuple[int, Kind], SiteFunctions]
+"""Functions by layer and kind of site."""
 
 
 @dataclass(frozen=True)
@@ -37,15 +39,6 @@ class Resume:
     residual: Tensor
 
 
-def bind(interventions: Interventions, ids: Int[Tensor, "batch tokens"]) -> dict[Site, Edit]:
-    """Give each filter the token ids of the batch, or the kinds of an image's, by which it may select."""
-
-    def bound(edit: Edit) -> Edit:
-        return (lambda x: edit(x, ids)) if isinstance(edit, Filter) else edit
-
-    return {site: bound(edit) for site, edit in interventions.items()}
-
-
 @remotely
 def trace(
     model: Transformer,
@@ -54,7 +47,7 @@ def trace(
     reads: Sequence[Site] = (),
     *,
     readout: Callable[[Tensor, dict[Site, Tensor], list[Tensor]], T],
-    attention: bool | Edit = False,
+    attention: bool | EditFunction = False,
     resume: Resume | None = None,
     gradients: bool = False,
     cache: Any = None,
@@ -80,9 +73,9 @@ def trace(
         raise InputError(f"gradients of {model.name} cannot be had where its weights are in another process")
     hooks: Hooks = {}
     kinds = model.kinds(ids) if isinstance(model, VisionModel) else ids
-    for site, edit in bind(edits, kinds).items():
+    for site, edit in as_edits(edits).items():
         site.check(model)
-        hooks.setdefault((site.layer, site.kind), []).append((site, edit))
+        hooks.setdefault((site.layer, site.kind), []).append((site, partial(edit.apply, ids=kinds)))
     read: dict[Site, Tensor] = {}
     for site in reads:
         site.check(model)
@@ -103,7 +96,7 @@ def trace(
     return ss_result
 
 
-def _recorder(site: Site, into: dict[Site, Tensor]) -> Edit:
+def _recorder(site: Site, into: dict[Site, Tensor]) -> EditFunction:
     def record(x: Tensor) -> Tensor:
         into[site] = x
         return x
@@ -114,7 +107,7 @@ def _recorder(site: Site, into: dict[Site, Tensor]) -> Edit:
 def _walk(
     model: Transformer,
     hooks: Hooks,
-    attention: Edit | None,
+    attention: EditFunction | None,
     resume: Resume | None,
     readout: Callable[[Tensor, dict[Site, Tensor], list[Tensor]], T],
     read: dict[Site, Tensor],
@@ -127,7 +120,7 @@ def _walk(
         for index in range(start):
             model.layer(index).skip(resume.residual)
     for index in range(start, model.layers):
-        here: dict[Kind, list[tuple[Site, Edit]]] = {
+        here: dict[Kind, SiteFunctions] = {
             kind: hooks[index, kind] for kind in ORDER if (index, kind) in hooks
         }
         if here or attention is not None:
@@ -138,15 +131,15 @@ def _walk(
 def _visit(
     model: Transformer,
     layer: Any,
-    hooks: dict[Kind, list[tuple[Site, Edit]]],
-    look: Edit | None,
+    hooks: dict[Kind, SiteFunctions],
+    look: EditFunction | None,
     weights: list[Tensor],
 ) -> None:
     """Apply the hooks of one layer and look at its attention weights."""
     layout = model.layout
     if "embedding" in hooks:
         layer.input = _chain(layer.input, hooks["embedding"])
-    reads: dict[Kind, list[tuple[Site, Edit]]] = {kind: hooks[kind] for kind in READS if kind in hooks}
+    reads: dict[Kind, SiteFunctions] = {kind: hooks[kind] for kind in READS if kind in hooks}
     if reads:
         _read_projections(model, layer, reads)
     inside = layout.attention_projection.startswith(f"{layout.attention}.")
@@ -192,7 +185,7 @@ def _maps(model: Transformer, layer: Any) -> Tensor:
     return maps
 
 
-def _read_projections(model: Transformer, layer: Any, hooks: dict[Kind, list[tuple[Site, Edit]]]) -> None:
+def _read_projections(model: Transformer, layer: Any, hooks: dict[Kind, SiteFunctions]) -> None:
     """Let queries, keys or values read another residual: the projection is run on it beside the true one."""
     layout = model.layout
     entry = layer.input
@@ -215,7 +208,7 @@ def _read_projections(model: Transformer, layer: Any, hooks: dict[Kind, list[tup
             projection.output = output
 
 
-def _chain(x: Float[Tensor, "batch tokens d"], edits: list[tuple[Site, Edit]]) -> Tensor:
+def _chain(x: Float[Tensor, "batch tokens d"], edits: SiteFunctions) -> Tensor:
     for site, edit in edits:
         before = x
         x = edit(x)
@@ -226,7 +219,7 @@ def _chain(x: Float[Tensor, "batch tokens d"], edits: list[tuple[Site, Edit]]) -
     return x
 
 
-def _rewrite(module: Any, edits: list[tuple[Site, Edit]]) -> None:
+def _rewrite(module: Any, edits: SiteFunctions) -> None:
     output = module.output
     if isinstance(output, tuple):
         module.output = (_chain(output[0], edits), *output[1:])

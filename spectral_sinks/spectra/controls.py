@@ -7,13 +7,15 @@ other directions, the norm restored, random directions of a larger subspace, and
 # torch is typed only in part:
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from spectral_sinks.errors import InputError
+from spectral_sinks.spectra.edits import Edit
 from spectral_sinks.spectra.filters import Filter, Zero
 from spectral_sinks.spectra.subspace import Subspace, random_subspace
 
@@ -161,14 +163,15 @@ class NoOp:
 
 
 @dataclass(frozen=True, eq=False)
-class NormRestored:
-    """What a filter leaves of each token, scaled back to the norm that the token had.
+class NormRestored(Edit):
+    """A filter after which each token is scaled back to the norm that it had before.
 
-    A function of a tensor, `[..., tokens, d]`; a token of which nothing is left stays zero. Raises
-    InputError for a filter that fills the gap or selects tokens by a mask or by id.
+    It is a function of a tensor `[..., length, d]`. A token of which nothing is left stays zero. Raises
+    InputError for a filter whose fill is not `Zero`, or that selects tokens by a mask or by id.
     """
 
     filter: Filter
+    name: str = field(init=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.filter.fill, Zero) or not isinstance(self.filter.tokens, str):
@@ -176,10 +179,14 @@ class NormRestored:
                 f"{self.filter!r}: the norm is restored after a removal (fill Zero) at 'all', 'first' or "
                 "'all-but-first' tokens"
             )
+        object.__setattr__(self, "name", f"{self.filter.name}, norm restored")
 
     @property
-    def name(self) -> str:
-        return f"{self.filter.name}, norm restored"
+    def address(self) -> list[Any]:
+        return ["norm restored", self.filter.address]
+
+    def apply(self, x: Tensor, ids: Tensor | None = None) -> Tensor:
+        return self(x)
 
     def __call__(self, x: Float[Tensor, "*batch tokens d"]) -> Float[Tensor, "*batch tokens d"]:
         precise = torch.promote_types(x.dtype, torch.float32)

@@ -55,6 +55,10 @@ class Copied:
         return removed[..., self.source : self.source + 1, :].expand_as(removed)
 
     @property
+    def copies_from(self) -> int:
+        return self.source
+
+    @property
     def address(self) -> str:
         return f"copied from {self.source}"
 

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from spectral_sinks.errors import InputError
+from spectral_sinks.spectra.cache import fingerprint
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +67,15 @@ class Subspace:
         """Dimension of the subspace."""
         stored = self.basis.shape[1]
         return self.d - stored if self.complemented else stored
+
+    @property
+    def address(self) -> str:
+        """What identifies the subspace: its source, its members in a spectrum, or the basis itself."""
+        if self.source:
+            return f"{self.source}, complemented: {self.complemented}"
+        if self.members is not None and self.spectrum is not None and self.spectrum[0]:
+            return fingerprint(self.members, None, f"members of {self.spectrum[0]}")
+        return fingerprint(self.basis, None, f"basis, complemented: {self.complemented}")
 
     def project(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
         """The component of each vector inside the subspace, in the dtype of x (at least float32 inside)."""

@@ -16,11 +16,11 @@ from spectral_sinks.data.texts import Windows
 from spectral_sinks.errors import InputError
 from spectral_sinks.interventions.tracing import Interventions
 from spectral_sinks.measure.memory import Memory
-from spectral_sinks.measure.nll.effects import check
+from spectral_sinks.measure.nll.effects import check_edit
 from spectral_sinks.measure.nll.remote_batch import RemoteBatch, cells_per_job, opened
-from spectral_sinks.measure.nll.replay import VERSION, Batch, BatchResult, start
+from spectral_sinks.measure.nll.replay import VERSION, Batch, BatchResult, first_exit
 from spectral_sinks.models.language import LanguageModel
-from spectral_sinks.spectra.filters import Filter, Zero
+from spectral_sinks.spectra.edits import as_edit
 from spectral_sinks.sweeps.cells import Cell, named
 from spectral_sinks.sweeps.content_address import address, context, digest, swapping
 
@@ -70,7 +70,7 @@ class Sweep:
         found = tuple(named(cells))
         for cell in found:
             for site, edit in cell.edits.items():
-                check(site, edit, model, windows)
+                check_edit(site, as_edit(edit), model, windows)
         made = cls(model, windows, found, batch_size, spectrum)
         swaps = [cell.name for cell in found if swapping(cell.edits)]
         if swaps and (alone := [places[0] for places, _ in made.batches if len(places) == 1]):
@@ -127,7 +127,7 @@ class Sweep:
     @cached_property
     def starts(self) -> tuple[int | None, ...]:
         """The exit from which each cell begins."""
-        return tuple(start(cell.edits) for cell in self.cells)
+        return tuple(first_exit(cell.edits) for cell in self.cells)
 
     @cached_property
     def units(self) -> tuple[Unit, ...]:
@@ -241,23 +241,20 @@ def versions() -> dict[str, str | None]:
 def describe(cell: Cell) -> dict[str, Any]:
     """The columns of a cell that a reader needs: where, what, what fills the gap, at which tokens."""
     sites = sorted(cell.edits, key=lambda site: site.rank)
-    edits = [cell.edits[site] for site in sites]
-    filters = [edit for edit in edits if isinstance(edit, Filter)]
+    edits = [as_edit(cell.edits[site]) for site in sites]
+    ranks = [edit.rank for edit in edits if edit.rank is not None]
+    labels = [edit.labels for edit in edits if edit.labels is not None]
     return {
         "name": cell.name,
         "site": " + ".join(site.kind for site in sites),
         "layer": sites[0].layer if sites else None,
         "head": sites[0].head if sites else None,
-        "filter": " + ".join(dict.fromkeys(getattr(edit, "name", "custom") for edit in edits)),
-        "rank": sum(edit.rank for edit in filters) if len(filters) == len(edits) else None,
-        "fill": " + ".join(dict.fromkeys(_fill(edit) for edit in filters)),
-        "at": " + ".join(dict.fromkeys(e.tokens if isinstance(e.tokens, str) else "some" for e in filters)),
+        "filter": " + ".join(dict.fromkeys(edit.name for edit in edits)),
+        "rank": sum(ranks) if len(ranks) == len(edits) else None,
+        "fill": " + ".join(dict.fromkeys(fill for fill, _ in labels)),
+        "at": " + ".join(dict.fromkeys(tokens for _, tokens in labels)),
         "draw": cell.draw,
     }
-
-
-def _fill(edit: Filter) -> str:
-    return "zero" if isinstance(edit.fill, Zero) else type(edit.fill).__name__.lower()
 
 
 def _listed(mass: Any, row: int, column: int) -> list[float] | None:

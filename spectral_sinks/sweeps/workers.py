@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 
 from spectral_sinks.errors import InputError
-from spectral_sinks.spectra.filters import Filter
+from spectral_sinks.spectra.edits import as_edit
 from spectral_sinks.sweeps.cost import share_of_threads
 from spectral_sinks.sweeps.definition import Sweep, Unit
 
@@ -118,7 +118,7 @@ def check(sweep: Sweep, devices: Sequence[str]) -> None:
     """Raise InputError for functions that cannot be sent to processes, and for devices that are not there."""
     for cell in sweep.cells:
         try:
-            pickle.dumps([edit.fill if isinstance(edit, Filter) else edit for edit in cell.edits.values()])
+            pickle.dumps([as_edit(edit).user_function for edit in cell.edits.values()])
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             raise InputError(
                 f"cell {cell.name!r} cannot be sent to worker processes ({error}): define its functions in a "

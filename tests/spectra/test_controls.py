@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from support import tiny_models
 
 import spectral_sinks as ss
+from spectral_sinks.spectra.edits import as_edit
 from spectral_sinks.spectra.spectrum import Spectrum
-from spectral_sinks.sweeps.content_address import of_edit
 
 D = 40
 
@@ -134,9 +134,13 @@ def test_controls_have_addresses_of_their_own(u):
     dark = u.dark()
     fills = [ss.Zero(), ss.NoOp(), ss.DirectionSwap(0), ss.DirectionSwap(1)]
     edits = [*(ss.remove(dark, fill) for fill in fills), ss.NormRestored(ss.remove(dark))]
-    assert len({str(of_edit(edit)) for edit in edits}) == len(edits)
+    assert len({str(as_edit(edit).address) for edit in edits}) == len(edits)
     other = ss.NormRestored(ss.remove(u.band(3)))
-    assert of_edit(ss.NormRestored(ss.remove(dark))) == of_edit(edits[-1]) != of_edit(other)
+    assert (
+        as_edit(ss.NormRestored(ss.remove(dark))).address
+        == as_edit(edits[-1]).address
+        != as_edit(other).address
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])

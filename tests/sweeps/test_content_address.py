@@ -42,6 +42,31 @@ def test_it_is_the_same_in_every_interpreter() -> None:
     assert at(ss.rnd(6, 2, 1).at([4, 2]).filled(ss.Noise(3))) == "5aa9f52de59c118ae76fd90a2c5cbdaf"
 
 
+def test_addresses_of_stored_cells_stay_the_same() -> None:
+    """Values computed before edits had a class of their own, on bases without rounding."""
+
+    def own(x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    own.address = "mine"  # pyright: ignore[reportFunctionMemberAccess]
+    three = ss.Subspace(torch.eye(8, dtype=torch.float64)[:, :3], "three")
+    mask = torch.tensor([True, False])
+    both = ss.Filter(three.complement(), three, ss.Noise(3), ss.At(4, 1))
+    expected: dict[str, dict[ss.Site, Any]] = {
+        "44917915a53a46ce9fc9a5d4a0dde624": {EXIT: ss.remove(three)},
+        "e917620f78e8d7ce07ebd510f3b87b4d": {EXIT: ss.remove(three, ss.Swap(), "all-but-first")},
+        "9a078cb36cad57d4fff998e9b409703b": {EXIT: both, ss.Site("embedding"): ss.rnd(8, 2, 7)},
+        "c00296b9adcd9afb06828660efde45eb": {EXIT: ss.remove(three, ss.Mean(torch.ones(8)), [5, 2, 5])},
+        "7d06b7eca965dc6090e50efbbbd4ec5b": {EXIT: ss.remove(three, ss.Mean(torch.ones(8), "texts"), mask)},
+        "e2a319a2b76b01fc8f086c4802dc7858": {EXIT: ss.NormRestored(ss.remove(three))},
+        "09ea1e62c692ccd486dbb092007485e2": {EXIT: ss.remove(three, ss.DirectionSwap(2))},
+        "a2de5f6faa392e682326d1c2a0956a12": {EXIT: ss.carry(8, 0, ss.At(3))},
+        "2105cf19dc427828770df863ee9016df": {EXIT: own},
+        "dda111674a2b31b8c2b5507203263750": {},
+    }
+    assert [of(edits, batch_size=4) for edits in expected.values()] == list(expected)
+
+
 @pytest.mark.parametrize("key", ["weights", "data", "metrics", "version"])
 def test_what_all_cells_share(key: str) -> None:
     assert of({EXIT: DARK}, **{key: "other"}) != at(DARK)

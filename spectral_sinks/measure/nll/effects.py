@@ -8,18 +8,17 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 from numpy.typing import NDArray
-from torch import Tensor
 
 from spectral_sinks.data.texts import Windows
 from spectral_sinks.errors import InputError
 from spectral_sinks.interventions.sites import Site
-from spectral_sinks.interventions.tracing import Edit, Interventions
+from spectral_sinks.interventions.tracing import Interventions
 from spectral_sinks.measure.memory import Memory
 from spectral_sinks.measure.nll.remote_batch import RemoteBatch, opened
-from spectral_sinks.measure.nll.replay import Batch, BatchResult, start
+from spectral_sinks.measure.nll.replay import Batch, BatchResult, first_exit
 from spectral_sinks.measure.nll.scoring import predicted
 from spectral_sinks.models.language import LanguageModel
-from spectral_sinks.spectra.filters import At, Filter, Mean, Swap
+from spectral_sinks.spectra.edits import Edit, as_edit, as_edits
 from spectral_sinks.stats import mean_interval
 
 COLUMNS = ("nll", "baseline_nll", "delta_nll", "kl", "top1_agreement", "removed_energy_share")
@@ -120,7 +119,7 @@ def evaluate(
     Raises InputError for sites the model does not have, filters of another width, and a swap between
     windows that open with different tokens.
     """
-    label = name or ", ".join(getattr(edit, "name", "custom") for edit in interventions.values()) or "no-op"
+    label = name or ", ".join(as_edit(edit).name for edit in interventions.values()) or "no-op"
     return evaluate_all(model, windows, {label: interventions}, batch_size=batch_size)[label]
 
 
@@ -145,10 +144,11 @@ def evaluate_all(
     """
     if not isinstance(model, LanguageModel):
         raise InputError(f"{model.name} reads images: evaluate_images(model, pixels, cells)")
+    cells = {name: as_edits(interventions) for name, interventions in cells.items()}
     for edits in cells.values():
         for site, edit in edits.items():
-            check(site, edit, model, windows)
-    starts = {start(edits) for edits in cells.values()}
+            check_edit(site, edit, model, windows)
+    starts = {first_exit(edits) for edits in cells.values()}
     memory = Memory(model, windows.length)
     places: list[int] = []
     tokens: list[int] = []
@@ -170,7 +170,7 @@ def evaluate_all(
         name: Effect(
             name,
             tuple(edits),
-            tuple(edit.rank if isinstance(edit, Filter) else None for edit in edits.values()),
+            tuple(edit.rank for edit in edits.values()),
             pd.DataFrame(described | dict(zip(names, means[index].T, strict=True))),
         )
         for index, (name, edits) in enumerate(cells.items())
@@ -198,41 +198,23 @@ def _columns(batch: Batch | RemoteBatch, found: BatchResult) -> Table:
     return list(columns), np.stack([np.broadcast_to(column, shape) for column in columns.values()], axis=-1)
 
 
-def check(site: Site, edit: Edit, model: LanguageModel, windows: Windows) -> None:
-    """Raise InputError for a filter that means nothing at a site of this model or on these windows."""
+def check_edit(site: Site, edit: Edit, model: LanguageModel, windows: Windows) -> None:
+    """Raise InputError for an edit that is not defined at a site of this model or on these windows."""
     site.check(model)
-    if not isinstance(edit, Filter):
+    edit.check_width(model.d, site, model.name)
+    if wrong := [i for i in sorted(edit.token_ids) if not 0 <= i < model.vocabulary]:
+        raise InputError(f"token id {wrong[0]} lies outside the vocabulary of {model.vocabulary}")
+    first_ids = windows.first_token_ids
+    if not edit.swaps or not edit.acts_on_first(first_ids):
         return
-    if edit.blocked.d != model.d:
+    if len(first_ids) > 1:
         raise InputError(
-            f"{edit.name!r} at {site} filters a residual stream of width {edit.blocked.d}, "
-            f"{model.name} has width {model.d}"
-        )
-    if not isinstance(edit.tokens, (str, At, Tensor)) and edit.tokens:
-        wrong = [i for i in sorted(edit.tokens) if not 0 <= i < model.vocabulary]
-        if wrong:
-            raise InputError(f"token id {wrong[0]} lies outside the vocabulary of {model.vocabulary}")
-    if isinstance(edit.fill, Swap) and len(windows.first_token_ids) > 1 and _touches_first(edit, windows):
-        raise InputError(
-            f"fill 'swap' between windows that open with {len(windows.first_token_ids)} different tokens "
+            f"fill 'swap' between windows that open with {len(first_ids)} different tokens "
             "would move the sink itself: exempt position 0 with tokens='all-but-first', or open windows "
             "with BOS"
         )
-    if isinstance(edit.fill, Swap) and not model.causal and _touches_first(edit, windows):
+    if not model.causal:
         raise InputError(
             "fill 'swap' in an encoder, whose first token reads the whole window, would move the sink "
             "itself: exempt position 0 with tokens='all-but-first'"
         )
-    if isinstance(edit.fill, Mean) and edit.fill.reference.shape[-1] != model.d:
-        raise InputError(f"a mean of width {edit.fill.reference.shape[-1]} for a model of width {model.d}")
-
-
-def _touches_first(edit: Filter, windows: Windows) -> bool:
-    """Whether a filter acts at position 0 of some window."""
-    if isinstance(edit.tokens, str):
-        return edit.tokens != "all-but-first"
-    if isinstance(edit.tokens, At):
-        return 0 in edit.tokens.positions
-    if isinstance(edit.tokens, Tensor):
-        return bool(edit.tokens[..., 0].any())
-    return not set(edit.tokens).isdisjoint(windows.first_token_ids)

@@ -6,7 +6,6 @@ passes, and the draws are ours, so that a text depends on nothing but its own pr
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,11 +16,11 @@ from transformers import DynamicCache
 
 from spectral_sinks.errors import InputError
 from spectral_sinks.interventions.sites import Site
-from spectral_sinks.interventions.tracing import Edit, Interventions, trace
+from spectral_sinks.interventions.tracing import Interventions, trace
 from spectral_sinks.measure.nll.scoring import score
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.remote.client import remotely
-from spectral_sinks.spectra.filters import At, Filter, Mean, Noise, Swap
+from spectral_sinks.spectra.edits import Edit, EditFunction, as_edit, as_edits
 
 ROWS = 128
 """Continuations that grow at once."""
@@ -120,37 +119,29 @@ def continuation_nll(
     return torch.cat(found).view(count, draws)
 
 
-def later(edit: Edit, position: int) -> Edit | None:
-    """What an edit does to a single token at a position after the first; None for nothing."""
-    if not isinstance(edit, Filter):
-        return edit
-    if edit.tokens == "first" or isinstance(edit.tokens, At):  # positions beyond a prompt are refused
-        return None
-    if isinstance(edit.fill, Mean) and edit.fill.reference.ndim == 2:
-        edit = replace(edit, fill=Mean(edit.fill.reference[position : position + 1]))
-    return edit.at("all") if edit.tokens == "all-but-first" else edit
-
-
 def _shared(
     cells: Mapping[str, Interventions], spans: Mapping[str, slice], ids: Tensor, known: int
-) -> dict[Site, Edit]:
-    """One function per site, which gives the rows of each cell what its own edit makes of them."""
-    parts: dict[Site, list[tuple[slice, Edit]]] = {}
-    for name, interventions in cells.items():
-        for site, edit in interventions.items():
-            if (chosen := later(edit, known) if known else edit) is not None:
-                parts.setdefault(site, []).append((spans[name], chosen))
+) -> dict[Site, EditFunction]:
+    """Return one function per site, which applies the edit of each cell to that cell's own rows.
 
-    def together(here: list[tuple[slice, Edit]]) -> Edit:
-        def edit(x: Tensor) -> Tensor:
+    `known` is the number of tokens in the cache; after the first step a pass reads a single new token.
+    """
+    by_site: dict[Site, list[tuple[slice, Edit]]] = {}
+    for name, interventions in cells.items():
+        for site, edit in as_edits(interventions).items():
+            if (acting := edit.at_later_token(known) if known else edit) is not None:
+                by_site.setdefault(site, []).append((spans[name], acting))
+
+    def together(edits: list[tuple[slice, Edit]]) -> EditFunction:
+        def apply(x: Tensor) -> Tensor:
             out = x.clone()
-            for span, each in here:
-                out[span] = each(x[span], ids[span]) if isinstance(each, Filter) else each(x[span])
+            for span, edit in edits:
+                out[span] = edit.apply(x[span], ids[span])
             return out
 
-        return edit
+        return apply
 
-    return {site: together(here) for site, here in parts.items()}
+    return {site: together(edits) for site, edits in by_site.items()}
 
 
 def _generator(seed: int, prompt: int, draw: int) -> torch.Generator:
@@ -182,12 +173,4 @@ def _check(
     if model.context is not None and length > model.context:
         raise InputError(f"{length} tokens with the prompt: {model.name} has a context of {model.context}")
     for edit in edits.values():
-        if not isinstance(edit, Filter):
-            continue
-        if isinstance(edit.tokens, Tensor) or isinstance(edit.fill, Noise | Swap):
-            raise InputError(
-                f"{edit.name!r}: a mask, noise by position or another text says nothing of tokens to come"
-            )
-        mean = edit.fill.reference if isinstance(edit.fill, Mean) else torch.empty(0)
-        if mean.ndim == 2 and len(mean) < length - 1:
-            raise InputError(f"{edit.name!r} has a mean of {len(mean)} positions, {length - 1} are read")
+        as_edit(edit).check_continuation(length)

@@ -10,7 +10,7 @@ from torch import Tensor
 from spectral_sinks.data.texts import Windows
 from spectral_sinks.interventions.tracing import Interventions
 from spectral_sinks.measure.memory import Memory
-from spectral_sinks.measure.nll.replay import Batch, BatchResult, cut_mask, reads_sink, start
+from spectral_sinks.measure.nll.replay import Batch, BatchResult, first_exit, for_batch, reads_sink
 from spectral_sinks.measure.nll.scoring import predicted
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.remote.client import remotely, send
@@ -61,10 +61,8 @@ class RemoteBatch:
 
     def job(self, cells: Sequence[Interventions]) -> tuple[Any, ...]:
         """Function and arguments of the job that measures some cells."""
-        cut = [
-            {site: cut_mask(edit, self.windows, self.places) for site, edit in cell.items()} for cell in cells
-        ]
-        return measure_batch, self.ids, cut, self.attention
+        own = [for_batch(cell, self.places, len(self.windows)) for cell in cells]
+        return measure_batch, self.ids, own, self.attention
 
 
 def opened(
@@ -85,7 +83,7 @@ def opened(
 def measure_batch(model: LanguageModel, ids: Tensor, cells: Sequence[Interventions], attention: bool) -> Pair:
     """What `Batch` measures of some cells on windows of one length; sink mass only with `attention`."""
     windows = Windows(tuple(ids), tuple(range(len(ids))))
-    starts = {start(cell) for cell in cells}
+    starts = {first_exit(cell) for cell in cells}
     batch = Batch(model, windows, range(len(ids)), ids, starts, attention=attention)
     return batch.baseline, batch.measure(cells)
 

@@ -1,7 +1,7 @@
 """Suffix replay: what cells do to a batch of windows, each begun at its lowest site, many in one pass."""
 
-from collections.abc import Callable, Collection, Sequence, Sized
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -13,14 +13,14 @@ from torch import Tensor
 from spectral_sinks.data.texts import Windows
 from spectral_sinks.errors import InputError
 from spectral_sinks.interventions.sites import Site
-from spectral_sinks.interventions.tracing import Edit, Interventions, Resume, trace
+from spectral_sinks.interventions.tracing import Interventions, Resume, trace
 from spectral_sinks.measure.attention.received import attention_received, from_others
 from spectral_sinks.measure.memory import SHARE, Memory, free, out_of_memory
 from spectral_sinks.measure.nll.scoring import Reference, predicted, score, untouched
 from spectral_sinks.models.attention_sdpa import TOKENS
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.models.masked_lm import masked_ids
-from spectral_sinks.spectra.filters import Filter, Mean, Noise, Zero
+from spectral_sinks.spectra.edits import Edit, EditFunction, as_edit, as_edits
 from spectral_sinks.spectra.incremental import Nested
 
 VERSION = 1
@@ -52,9 +52,9 @@ class PassResult:
     received: list[Tensor]
 
 
-def start(edits: Interventions) -> int | None:
-    """The layer from whose exit a pass can begin, -1 for the beginning; None where nothing is changed."""
-    if all(isinstance(edit, Filter) and edit.rank == 0 for edit in edits.values()):
+def first_exit(edits: Interventions) -> int | None:
+    """The layer from whose exit a pass can begin, -1 for the beginning; None where nothing changes."""
+    if all(as_edit(edit).rank == 0 for edit in edits.values()):
         return None
     lowest = min(edits, key=lambda site: site.rank)
     return lowest.layer if lowest.kind == "exit" else lowest.layer - 1
@@ -105,13 +105,10 @@ class Batch:
         `progress` is called with the number of cells just done. Raises InputError where memory is short and
         a cell needs the whole batch at once, as a swap does, and a function of a user's own may.
         """
-        bound = [
-            {site: cut_mask(edit, self.windows, self.places) for site, edit in edits.items()}
-            for edits in cells
-        ]
+        bound = [for_batch(edits, self.places, len(self.windows)) for edits in cells]
         by_start: dict[int | None, list[int]] = {}
         for index, edits in enumerate(bound):
-            by_start.setdefault(start(edits), []).append(index)
+            by_start.setdefault(first_exit(edits), []).append(index)
         shape = (len(cells), len(self))
         base = self.baseline
         layers = 0 if base.sink_mass is None else base.sink_mass.shape[-1]
@@ -193,7 +190,7 @@ class Batch:
                 entries = [self._entry(first, nest, cells[i], shares[i]) for i in range(a, b)]
                 residuals = torch.cat(entries) if len(entries) > 1 else entries[0]
             inner = [{s: e for s, e in cell.items() if s != exit} for cell in cells[a:b]]
-            if b - a == 1 and self.memory.rows < size and all(map(_by_window, inner[0].values())):
+            if b - a == 1 and self.memory.rows < size and all(edit.per_window for edit in inner[0].values()):
                 found = self._by_rows(first, residuals, inner[0], shares[a])
             elif b - a == 1 and self.memory.rows < size:
                 found = self._whole(first, residuals, inner[0], shares[a])
@@ -221,7 +218,7 @@ class Batch:
         edit = cell.get(Site("exit", first))
         if edit is None:
             return residual
-        out, share = applied(edit, residual, self.ids, nest)
+        out, share = apply_and_measure(edit, residual, self.ids, nest)
         shares.append(share)
         return out
 
@@ -232,7 +229,7 @@ class Batch:
 
         def run(a: int, b: int) -> tuple[PassResult, list[Tensor]]:
             here: list[Tensor] = []
-            part = {site: _rows_of(edit, slice(a, b)) for site, edit in edits.items()}
+            part = for_batch(edits, range(a, b), len(self))
             cut = None if residuals is None else residuals[a:b]
             return self._run(first, cut, [part], [here], slice(a, b)), here
 
@@ -254,9 +251,9 @@ class Batch:
         except Exception as error:
             if not out_of_memory(error):
                 raise
-            site, edit = next((site, edit) for site, edit in edits.items() if not _by_window(edit))
+            site, edit = next((site, edit) for site, edit in edits.items() if not edit.per_window)
             raise InputError(
-                f"{getattr(edit, 'name', 'a function')!r} at {site} acts on whole batches, and a batch of "
+                f"{edit.name!r} at {site} acts on whole batches, and a batch of "
                 f"{len(self)} windows does not fit into memory: give a smaller batch_size"
             ) from None
 
@@ -275,12 +272,12 @@ class Batch:
         if size < len(self):
             reference = reference.windows(rows.start, rows.stop, self.predicted)
 
-        def stacked(site: Site) -> Edit:
+        def stacked(site: Site) -> EditFunction:
             def edit(x: Tensor) -> Tensor:
                 pieces = list(x.split(size))
                 for index, edits in enumerate(cells):
                     if site in edits:
-                        pieces[index], share = applied(edits[site], pieces[index], ids)
+                        pieces[index], share = apply_and_measure(edits[site], pieces[index], ids)
                         shares[index].append(share)
                 return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
 
@@ -305,46 +302,19 @@ class Batch:
         )
 
 
-def cut_mask(edit: Edit, windows: Sized, places: Sequence[int]) -> Edit:
-    """A filter whose mask has a row per window, or image, cut to those at some places."""
-    if isinstance(edit, Filter) and isinstance(edit.tokens, Tensor) and edit.tokens.ndim == 2:
-        if edit.tokens.shape[0] != len(windows):
-            raise InputError(f"a mask of {edit.tokens.shape[0]} rows for {len(windows)} windows or images")
-        return replace(edit, tokens=edit.tokens[list(places)])
-    return edit
+def for_batch(edits: Interventions, rows: Sequence[int], total: int) -> dict[Site, Edit]:
+    """Return the edits of a cell for some windows, or images, out of `total`; masks are cut to them."""
+    return {site: edit.for_windows(rows, total) for site, edit in as_edits(edits).items()}
 
 
-def applied(
+def apply_and_measure(
     edit: Edit,
-    x: Float[Tensor, "batch tokens d"],
-    ids: Int[Tensor, "batch tokens"],
+    x: Float[Tensor, "batch length d"],
+    ids: Int[Tensor, "batch length"],
     nest: Nested | None = None,
-) -> tuple[Float[Tensor, "batch tokens d"], Float[Tensor, "batch"]]:
-    """The edited residual, and the share of energy taken out, mean over the tokens touched, by window."""
-    touched = None
-    if isinstance(edit, Filter):
-        touched = edit.selected(x, ids)
-        removed = edit.removed(x) if nest is None else nest.removed(edit)
-        out = x if edit.rank == 0 else edit.replaced(x, removed, ids)
-        lost = removed.square().sum(-1)
-    else:
-        out = edit(x.clone())  # a function of a user's own may write into what it is given
-        lost = (x - out).to(torch.promote_types(x.dtype, torch.float32)).square().sum(-1)
-    energy = x.to(lost.dtype).square().sum(-1)
-    share = lost / energy.clamp_min(torch.finfo(lost.dtype).tiny)
-    weight = torch.ones_like(share) if touched is None else touched.expand_as(share).to(share.dtype)
-    return out, ((share * weight).sum(-1) / weight.sum(-1).clamp_min(1)).cpu()
-
-
-def _by_window(edit: Edit) -> bool:
-    """Whether what an edit does to a window is known not to depend on the others of the batch."""
-    return isinstance(edit, Filter) and isinstance(edit.fill, Zero | Mean | Noise)
-
-
-def _rows_of(edit: Edit, rows: slice) -> Edit:
-    if isinstance(edit, Filter) and isinstance(edit.tokens, Tensor) and edit.tokens.ndim == 2:
-        return replace(edit, tokens=edit.tokens[rows])
-    return edit
+) -> tuple[Float[Tensor, "batch length d"], Float[Tensor, "batch"]]:
+    """Return the edited residual, and the share of energy removed, mean over the edited tokens, by window."""
+    return edit.apply_and_measure(x, ids, nest)
 
 
 def _joined(parts: list[dict[Site, Tensor]]) -> dict[int, Tensor]:

@@ -14,7 +14,6 @@ from spectral_sinks.data.texts import Windows
 from spectral_sinks.errors import InputError
 from spectral_sinks.interventions.attention_edits import CopyKey, MaskKey, Restrict
 from spectral_sinks.interventions.sites import Site
-from spectral_sinks.interventions.tracing import Edit
 from spectral_sinks.measure.attention.received import EPSILON
 from spectral_sinks.measure.nll.remote_batch import by_job
 from spectral_sinks.measure.sinks.comparison import other_positions
@@ -22,6 +21,7 @@ from spectral_sinks.measure.sinks.edit_effects import CombinedEdit, observe
 from spectral_sinks.models.attention_capture import AttentionHook
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.remote.client import remotely
+from spectral_sinks.spectra.edits import Edit
 from spectral_sinks.spectra.filters import At, Tokens, remove
 from spectral_sinks.spectra.scaling import Copied, carry, scale
 from spectral_sinks.spectra.subspace import Subspace, random_subspace

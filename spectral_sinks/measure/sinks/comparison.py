@@ -14,14 +14,13 @@ from torch import Tensor
 from spectral_sinks.data.texts import Windows
 from spectral_sinks.errors import InputError
 from spectral_sinks.interventions.sites import Site
-from spectral_sinks.measure.nll.effects import check
+from spectral_sinks.measure.nll.effects import check_edit
 from spectral_sinks.measure.nll.remote_batch import by_job
 from spectral_sinks.measure.sinks.edit_effects import Changes, CombinedEdit, EditEffect, observe
 from spectral_sinks.models.attention_capture import attending
 from spectral_sinks.models.attention_sdpa import TOKENS
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.remote.client import remotely
-from spectral_sinks.spectra.filters import Filter, Swap
 from spectral_sinks.spectra.spectrum import Spectrum
 from spectral_sinks.spectra.subspace import Subspace
 from spectral_sinks.stats import Estimate
@@ -156,8 +155,8 @@ def check_parts(parts: CombinedEdit, model: LanguageModel, windows: Windows) -> 
     """Raise InputError for parts that mean nothing on this model and these windows."""
     parts.prefix.check(model)
     for site, edit in parts.edits.items():
-        check(site, edit, model, windows)
-        if isinstance(edit, Filter) and isinstance(edit.fill, Swap) and len(windows) < 2:
+        check_edit(site, edit, model, windows)
+        if edit.swaps and len(windows) < 2:
             raise InputError("fill 'swap' takes another document: give at least two windows")
     for look in parts.looks:
         with attending(model, look):

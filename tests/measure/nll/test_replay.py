@@ -512,7 +512,7 @@ def test_masks_are_cut_to_the_windows_of_a_batch(model: ss.LanguageModel, spectr
 
 def test_where_a_pass_begins(spectrum: ss.Spectrum) -> None:
     def begins(*sites: ss.Site, edit: Any = dampen) -> int | None:
-        return replay.start(dict.fromkeys(sites, edit))
+        return replay.first_exit(dict.fromkeys(sites, edit))
 
     assert begins() is None and begins(*SITES, edit=ss.phi(spectrum, 1, 8)) is None
     assert [begins(site) for site in EXITS] == [0, 1, 2]

@@ -13,7 +13,7 @@ from support.planted_sinks import sinking
 from torch import Tensor
 
 import spectral_sinks as ss
-from spectral_sinks.sweeps.content_address import of_edit
+from spectral_sinks.spectra.edits import as_edit
 
 LENGTH = 24
 
@@ -279,14 +279,16 @@ def test_positions_have_an_address_and_a_name() -> None:
     addresses: set[str] = set()
     for tokens in (ss.At(1), ss.At(2), "first"):
         for edit in (ss.scale(loaded.d, 2.0, tokens), ss.carry(loaded.d, 0, tokens)):
-            addresses.add(json.dumps(of_edit(edit)))
+            addresses.add(json.dumps(as_edit(edit).address))
     assert len(addresses) == 6
     fills = [
         *(ss.scale(4, factor) for factor in (1.0, 2.0)),
         *(ss.amplify(4, factor) for factor in (1.0, 2.0)),
         *(ss.carry(4, source, "all") for source in (1, 2)),
     ]
-    assert len({json.dumps(of_edit(edit)) for edit in fills}) == 6, "factors and sources are told apart"
+    assert len({json.dumps(as_edit(edit).address) for edit in fills}) == 6, (
+        "factors and sources are told apart"
+    )
     cells = ss.grid(loaded, given, spectrum, layers=[0], remove=["dark"], tokens=[ss.At(1, 4)])
     assert any("at 1 4" in cell.name for cell in cells)
 
