@@ -76,12 +76,12 @@ def ladder(
 
 
 def _row(kind: str, kept: int, effects: list[Effect], layer: int) -> dict[str, object]:
-    energy = np.mean([effect.rows["removed_energy_share"].mean() for effect in effects])
+    energy = np.mean([effect.table["removed_energy_share"].mean() for effect in effects])
     return {
         "filter": kind,
         "kept": kept,
         "rank": effects[0].rank,
-        "n": len(effects[0].rows),
+        "n": len(effects[0].table),
         "removed_energy_share": energy,
         "baseline_sink": _sink(effects[0].baseline_sink_mass, layer),
     }

@@ -78,7 +78,8 @@ def share_of_threads(workers: int) -> int:
 def _estimate(sweep: Sweep, units: tuple[Unit, ...]) -> Cost:
     model = sweep.model
     places, ids = sweep.batches[0]
-    batch = Batch(model, sweep.windows, places, ids, [model.layers - 1])
+    batch = sweep.batch(0, [model.layers - 1])  # kept for the first unit
+    assert isinstance(batch, Batch), "the cost of jobs at a server is not measured"
     last, first = Site("exit", model.layers - 1), Site("embedding")
 
     def seconds(site: Site) -> float:

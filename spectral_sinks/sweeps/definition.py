@@ -1,7 +1,7 @@
 """A sweep: a model, windows and cells, cut into units of work that any process can do."""
 
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
@@ -17,7 +17,7 @@ from spectral_sinks.errors import InputError
 from spectral_sinks.interventions.tracing import Interventions
 from spectral_sinks.measure.memory import Memory
 from spectral_sinks.measure.nll.effects import check_edit
-from spectral_sinks.measure.nll.remote_batch import RemoteBatch, cells_per_job, opened
+from spectral_sinks.measure.nll.remote_batch import RemoteBatch, cells_per_job, open_batch
 from spectral_sinks.measure.nll.replay import VERSION, Batch, BatchResult, first_exit
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.spectra.edits import as_edit
@@ -153,6 +153,18 @@ class Sweep:
         known = unit.batch < len(self.batches) and max(unit.cells) < len(self.cells)
         return known and self.unit(unit.batch, unit.cells) == unit
 
+    def missing(self, units: Iterable[Unit], finished: Collection[tuple[str, int]]) -> Iterator[Unit]:
+        """Yield what is left of some units where these cells, by address, and windows are finished."""
+        for unit in units:
+            windows = self.batches[unit.batch][0]
+            cells = [
+                cell
+                for cell in unit.cells
+                if any((self.addresses[cell], window) not in finished for window in windows)
+            ]
+            if cells:
+                yield unit if len(cells) == len(unit.cells) else self.unit(unit.batch, cells)
+
     def size(self, unit: Unit) -> int:
         """Cells x windows of a unit."""
         return len(unit.cells) * len(self.batches[unit.batch][0])
@@ -175,14 +187,26 @@ class Sweep:
             raise InputError(f"shard {i}/{n}: expected 1/{max(n, 1)} to {max(n, 1)}/{max(n, 1)}")
         return self.units[i - 1 :: n]
 
+    def batch(self, index: int, starts: Collection[int | None] = ()) -> Batch | RemoteBatch:
+        """Return a batch after its untouched pass, which is made once.
+
+        The last batch is kept. `starts` are exits at which residuals are kept besides those of the cells.
+        """
+        if index not in self._held:
+            self.release()
+            windows, ids = self.batches[index]
+            memory = Memory(self.model, ids.shape[1])
+            exits = {*self.starts, *starts}
+            self._held[index] = open_batch(self.model, self.windows, windows, ids, exits, memory)
+        return self._held[index]
+
+    def release(self) -> None:
+        """Forget the batch that is kept: its residuals are large."""
+        self._held.clear()
+
     def measure(self, unit: Unit) -> pd.DataFrame:
         """The rows of a unit for the store, a row per cell and window."""
-        if unit.batch not in self._held:
-            self._held.clear()  # one batch at a time: its residuals are large
-            places, ids = self.batches[unit.batch]
-            memory = Memory(self.model, ids.shape[1])
-            self._held[unit.batch] = opened(self.model, self.windows, places, ids, self.starts, memory)
-        batch = self._held[unit.batch]
+        batch = self.batch(unit.batch)
         found = batch.measure([self.cells[i].edits for i in unit.cells])
         cells = [described(self, index) for index in unit.cells]
         documents = [self.windows.document[place] for place in batch.places]

@@ -27,11 +27,11 @@ def effect_table(effects: Mapping[str, Effect], above: int | None = None) -> pd.
             {
                 "name": name,
                 "rank": effect.rank,
-                "removed_energy_share": effect.rows["removed_energy_share"].mean(),
+                "removed_energy_share": effect.table["removed_energy_share"].mean(),
                 "mean": effect.delta_nll,
                 "low": low,
                 "high": high,
-                "n": len(effect.rows),
+                "n": len(effect.table),
                 "sink": _sink(effect.sink_mass, first),
                 "baseline_sink": _sink(effect.baseline_sink_mass, first),
             }

@@ -5,7 +5,7 @@ jobs/UNIT.json    the job of a unit: its id, where it is, what its numbers are a
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -141,31 +141,31 @@ def _record(store: Store, notes: Notes, last: Note) -> None:
     store.record(last.run, {"remote": found})
 
 
-def run_afar(
+def run_jobs(
     sweep: Sweep,
     store: Store,
-    missing: Callable[[set[tuple[str, int]]], Iterator[Unit]],
+    missing: Callable[[Collection[tuple[str, int]]], list[Unit]],
     *,
     in_flight: int = 8,
     wait: bool = True,
 ) -> int:
-    """Send what is missing of a sweep as jobs, and wait for them; returns cells x windows that came.
+    """Send what is missing of a sweep as jobs, wait for them, and return the cells x windows that came.
 
-    `missing` tells the units that are neither finished nor among the cells and windows given. Without `wait`
-    everything is sent and nothing waited for. Interrupted at any moment, it goes on from the
-    notes of the folder. Raises RemoteError for a job that fails at the server, with what it said.
+    `missing` returns the units that are neither finished nor among the cells and windows of its argument.
+    Without `wait` all jobs are sent, and none is waited for. A run that was interrupted goes on from the
+    notes of the folder. Raises RemoteError, with the server's message, for a job that fails there.
     """
     notes = Notes(store.folder)
     computed = 0
-    total = sum(map(sweep.size, missing(set())))
+    total = sum(map(sweep.size, missing(())))
     with tqdm(total=total, unit="cell", leave=False, disable=None) as bar:
-        while any(True for _ in missing(set())):
+        while missing(()):
             waiting = notes.waiting()
             sent = {
                 (cell["cell"], place) for note in waiting for cell in note.cells for place in note.windows
             }
             room = in_flight - len(waiting) if wait else None
-            for unit in list(missing(sent))[:room]:
+            for unit in missing(sent)[:room]:
                 for note in _sent(sweep, unit):
                     notes.write(note)
             if not wait:
@@ -224,8 +224,8 @@ class RemoteCost:
         )
 
 
-def estimate_afar(sweep: Sweep, units: tuple[Unit, ...]) -> RemoteCost:
-    """Pack the jobs, send none."""
+def remote_cost(sweep: Sweep, units: tuple[Unit, ...]) -> RemoteCost:
+    """Pack the jobs of some units to count their bytes; none is sent."""
     total = 0
     for unit in units:
         places, ids = sweep.batches[unit.batch]

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from spectral_sinks.errors import InputError
+from spectral_sinks.stats import document_means
 
 FORMAT = 1
 """Raised when the layout of a store's folder or the meaning of a column changes."""
@@ -142,31 +143,29 @@ def by_document(rows: pd.DataFrame) -> pd.DataFrame:
     """
     place = rows.groupby("cell", sort=False).ngroup()
     rows = rows.iloc[np.lexsort((rows["window"], rows["document"], place))]
-    group = rows.groupby(["cell", "document"], sort=False).ngroup().to_numpy()
-    starts = np.flatnonzero(np.diff(group, prepend=-1))
-    stops = np.append(starts, len(rows))[1:]
-    weights = rows["tokens"].to_numpy(np.float64)
-    total = np.add.reduceat(weights, starts)
+    groups = rows.groupby(["cell", "document"], sort=False)
+    group, tokens = groups.ngroup().to_numpy(), rows["tokens"].to_numpy(np.float64)
 
+    starts = np.flatnonzero(np.diff(group, prepend=-1))
     table = rows.iloc[starts][[*CELL.names, "document"]].reset_index(drop=True)
-    table["windows"] = stops - starts
-    table["tokens"] = total.astype(np.int64)
-    for name in MEANS:
-        table[name] = np.add.reduceat(rows[name].to_numpy(np.float64) * weights, starts) / total
+    table["windows"] = np.bincount(group)
+    table["tokens"] = np.bincount(group, tokens).astype(np.int64)
+    _, means = document_means(rows[list(MEANS)].to_numpy(np.float64), group, tokens)
+    table[list(MEANS)] = means
     for name in BY_LAYER:
-        table[name] = pd.Series(_by_layer(list(rows[name]), weights, starts), dtype=object)
+        table[name] = pd.Series(_by_layer(list(rows[name]), group, tokens), dtype=object)
     return table
 
 
 def _by_layer(
-    values: list[np.ndarray | None], weights: np.ndarray, starts: np.ndarray
+    values: list[np.ndarray | None], group: np.ndarray, weights: np.ndarray
 ) -> list[np.ndarray | None]:
-    """Weighted means of the runs of rows that begin at `starts`; None where a row has none."""
+    """Weighted means by layer over the rows of each group; None where a row of the group has no values."""
     layers = np.array([0 if value is None else len(value) for value in values], dtype=int)
     padded = np.full((len(values), layers.max(initial=0)), np.nan)
     present = [value for value in values if value is not None]
     padded[np.arange(padded.shape[1]) < layers[:, None]] = np.concatenate([*present, []])
-    sums = np.add.reduceat(padded * weights[:, None], starts)
-    means = sums / np.add.reduceat(weights, starts)[:, None]
-    counts = np.minimum.reduceat(layers, starts)
+    _, means = document_means(padded, group, weights)
+    counts = np.full(len(means), padded.shape[1])
+    np.minimum.at(counts, group, layers)
     return [mean[:count] if count else None for mean, count in zip(means, counts, strict=True)]

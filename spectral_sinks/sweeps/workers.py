@@ -114,7 +114,7 @@ class Serial(Executor):
         return future
 
 
-def check(sweep: Sweep, devices: Sequence[str]) -> None:
+def check_workers(sweep: Sweep, devices: Sequence[str]) -> None:
     """Raise InputError for functions that cannot be sent to processes, and for devices that are not there."""
     for cell in sweep.cells:
         try:

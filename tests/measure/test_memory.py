@@ -139,8 +139,8 @@ def same(found: dict[str, ss.Effect], expected: dict[str, ss.Effect]) -> None:
     for name, effect in found.items():
         for column in COLUMNS:
             np.testing.assert_allclose(
-                effect.rows[column],
-                expected[name].rows[column],
+                effect.table[column],
+                expected[name].table[column],
                 atol=1e-6,
                 rtol=0,
                 err_msg=f"{name} {column}",

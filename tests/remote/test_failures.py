@@ -95,7 +95,7 @@ def test_a_server_gives_the_numbers_of_this_process(fake: fake_ndif.Fake, folder
     there = ss.load(folder, remote=True)
     assert all(weight.is_meta for weight in there.module.parameters()), "weights were loaded here"
     here, found = measured(ss.load(folder, attention="eager")), measured(there)
-    assert here.rows.equals(found.rows)
+    assert here.table.equals(found.table)
     assert there.remote is not None
     record = there.remote.record()
     assert record["host"] == fake_ndif.HOST and record["jobs"] == ["job0", "job1"]
@@ -125,7 +125,7 @@ def test_what_may_succeed_later_is_tried_again(fake: fake_ndif.Fake, folder: Pat
     there = ss.load(folder, remote=True)
     ss.examine(there)
     fake.trouble = [FAILURES["reconnecting"][0], FAILURES["refused"][0], None]
-    assert measured(there).rows.equals(measured(ss.load(folder, attention="eager")).rows)
+    assert measured(there).table.equals(measured(ss.load(folder, attention="eager")).table)
 
 
 def changed(monkeypatch: pytest.MonkeyPatch, **found: Any) -> None:

@@ -159,14 +159,14 @@ def test_the_table_of_effects(family):
     effects = ss.evaluate_all(model, windows, cells)
     table = ss.effect_table(effects).set_index("name")
     assert table["n"].eq(4).all()
-    assert table.loc["exit", "mean"] == effects["exit"].rows["delta_nll"].mean()
-    low, high = ss.mean_interval(effects["exit"].rows["delta_nll"])
+    assert table.loc["exit", "mean"] == effects["exit"].table["delta_nll"].mean()
+    low, high = ss.mean_interval(effects["exit"].table["delta_nll"])
     assert (table.loc["exit", "low"], table.loc["exit", "high"]) == (low, high)
     assert table.loc["exit", "rank"] == dark.rank and table.loc["keys", "rank"] == 2 * dark.rank
     assert table.loc["no-op", "mean"] == pytest.approx(0, abs=1e-5)
-    masses = effects["exit"].rows
+    masses = effects["exit"].table
     assert table.loc["exit", "sink"] == pytest.approx(masses[["sink_mass_1", "sink_mass_2"]].mean().mean())
-    assert table.loc["keys", "sink"] == pytest.approx(effects["keys"].rows["sink_mass_2"].mean())
+    assert table.loc["keys", "sink"] == pytest.approx(effects["keys"].table["sink_mass_2"].mean())
     assert np.isnan(table.loc["mlp", "sink"]), "no attention reads it"
     assert np.isnan(table.loc["function", "rank"])
     above = ss.effect_table(effects, above=1).set_index("name")

@@ -113,7 +113,7 @@ def test_a_file_and_its_objects_share_a_folder(write: Any, tmp_path: Path) -> No
     assert done.report.computed == len(done.store.rows()) == 8 * 5
     again = ss.sweep(ss.SweepFile.read(str(path)).prepare(), tmp_path / "out")
     assert (again.report.computed, again.report.found) == (0, 8 * 5)
-    assert again.table().equals(done.table())
+    assert again.table.equals(done.table)
     assert [*done.store.manifest["runs"]] == [done.sweep.key]
 
 

@@ -204,8 +204,8 @@ def test_the_same_under_two_names_is_measured_once_and_told_twice(tmp_path: Path
     done = ss.sweep(sweep, tmp_path / "out")
     assert (done.report.computed, done.report.found) == (2 * 5, 0)
     assert len(done.store.rows()) == 2 * 5
-    table, summary = done.table(), done.summary()
-    assert list(summary["name"]) == list(cells) and list(summary["n"]) == [4] * 3
+    table, summary = done.table, done.summary()
+    assert list(summary["name"]) == list(cells) and list(summary["documents"]) == [4] * 3
     assert list(summary["filter"]) == ["Phi 1:3", "remove band 4", "remove band 1"]
     assert list(table["name"]) == [name for name in cells for _ in range(4)]
     keep, remove = (
@@ -231,8 +231,8 @@ def test_custom_functions_say_what_they_are(tmp_path: Path) -> None:
     half.address = "half"  # pyright: ignore[reportFunctionMemberAccess]
     done = ss.sweep(small_sweeps.sweep({"half": {EXIT: half}}), tmp_path / "out")
     effect = ss.evaluate(tiny_models.model(), small_sweeps.windows(), {EXIT: half})
-    assert done.table()["nll"].to_numpy() == pytest.approx(effect.rows["nll"].to_numpy())
-    assert done.table()["rank"].isna().all() and set(done.table()["filter"]) == {"custom"}
+    assert done.table["nll"].to_numpy() == pytest.approx(effect.table["nll"].to_numpy())
+    assert done.table["rank"].isna().all() and set(done.table["filter"]) == {"custom"}
 
 
 def test_distinct_cells_are_the_first_of_each_address() -> None:

@@ -58,7 +58,7 @@ def afar(file: Path) -> ss.SweepFile:
 
 
 def agree(done: ss.Done, local: ss.Done) -> None:
-    one, other = (each.table().drop(columns=["cell", "model"]) for each in (done, local))
+    one, other = (each.table.drop(columns=["cell", "model"]) for each in (done, local))
     by = ["name", "document"]
     one, other = (each.sort_values(by).reset_index(drop=True) for each in (one, other))
     assert len(one) == len(other) and not one.duplicated(by).any()

@@ -61,7 +61,7 @@ def test_a_pool_of_spawned_processes(whole: ss.Done, out: Path) -> None:
     done = ss.sweep(small_sweeps.sweep(), out, workers=1)
     assert done.report.computed == 36 * 5
     assert done.store.rows().equals(whole.store.rows())
-    assert done.table().equals(whole.table())
+    assert done.table.equals(whole.table)
 
 
 def test_weights_are_shared(quick: Any) -> None:
@@ -204,7 +204,7 @@ def test_a_pool_of_ones_own(whole: ss.Done, out: Path) -> None:
         half.address = "scaled by 0.5"  # pyright: ignore[reportFunctionMemberAccess]
         found = ss.sweep(small_sweeps.sweep({"half": {EXIT: half}}), out, executor=executor)
         fixed = ss.sweep(small_sweeps.sweep({"half": {EXIT: small_sweeps.Fixed(0.5)}}), out.parent / "fixed")
-        assert found.table().equals(fixed.table())
+        assert found.table.equals(fixed.table)
         for edits in ({EXIT: half}, {EXIT: ss.rnd(32, 2).filled(half)}):  # pyright: ignore
             with pytest.raises(ss.InputError, match="'half' cannot be sent to worker processes"):
                 ss.sweep(small_sweeps.sweep({"half": edits}), out, workers=1)

@@ -14,50 +14,62 @@ from spectral_sinks.errors import InputError
 from spectral_sinks.interventions.sites import Site
 from spectral_sinks.interventions.tracing import Interventions
 from spectral_sinks.measure.memory import Memory
-from spectral_sinks.measure.nll.remote_batch import RemoteBatch, opened
+from spectral_sinks.measure.nll.remote_batch import RemoteBatch, open_batch
 from spectral_sinks.measure.nll.replay import Batch, BatchResult, first_exit
 from spectral_sinks.measure.nll.scoring import predicted
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.spectra.edits import Edit, as_edit, as_edits
-from spectral_sinks.stats import mean_interval
+from spectral_sinks.stats import Estimate, document_means, mean_interval
 
-COLUMNS = ("nll", "baseline_nll", "delta_nll", "kl", "top1_agreement", "removed_energy_share")
+NUMBERS = ("nll", "baseline_nll", "delta_nll", "kl", "top1_agreement", "removed_energy_share")
 
 
 @dataclass(frozen=True, eq=False)
-class Effect:
-    """One intervention on one set of windows: a row per document, and the means over documents."""
+class InterventionEffect:
+    """One intervention, its sites, and a table with one row per document or image."""
 
     name: str
     sites: tuple[Site, ...]
     ranks: tuple[int | None, ...]
-    """Directions removed at each site; None for a custom function."""
-    rows: pd.DataFrame
-    """One row per document: windows, tokens (those predicted), the columns named above, sink_mass_L,
-    baseline_sink_mass_L."""
+    """Directions removed at each site; None for a function."""
+    table: pd.DataFrame
+
+    @property
+    def rank(self) -> int | None:
+        """Number of directions removed, the sum over the sites; None where one edit is a function."""
+        return None if None in self.ranks else sum(rank for rank in self.ranks if rank is not None)
+
+    @property
+    def where(self) -> str:
+        """The sites as text."""
+        return ", ".join(map(str, self.sites))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Effect(InterventionEffect):
+    """The effect of one intervention on the NLL of a text, and on the attention sink.
+
+    `table` has one row per document: `document`, `windows`, `tokens` (the predicted ones), the columns named
+    in `NUMBERS`, and by layer L `sink_mass_L` and `baseline_sink_mass_L` where attention was read.
+    """
 
     @property
     def nll(self) -> float:
         """Nats per token (of an encoder: per masked token), mean over documents."""
-        return float(self.rows["nll"].mean())
+        return float(self.table["nll"].mean())
 
     @property
     def baseline_nll(self) -> float:
-        return float(self.rows["baseline_nll"].mean())
+        return float(self.table["baseline_nll"].mean())
 
     @property
     def delta_nll(self) -> float:
-        return float(self.rows["delta_nll"].mean())
+        return float(self.table["delta_nll"].mean())
 
     @property
     def delta_nll_interval(self) -> tuple[float, float]:
         """95 % BCa interval of the paired difference over documents."""
-        return mean_interval(self.rows["delta_nll"])
-
-    @property
-    def rank(self) -> int | None:
-        """Directions removed; the sum over sites, None with a custom function."""
-        return None if None in self.ranks else sum(rank for rank in self.ranks if rank is not None)
+        return mean_interval(self.table["delta_nll"])
 
     @property
     def sink_mass(self) -> list[float] | None:
@@ -72,33 +84,29 @@ class Effect:
         return self._by_layer("baseline_sink_mass_")
 
     def _by_layer(self, prefix: str) -> list[float] | None:
-        names = [name for name in self.rows.columns if name.startswith(prefix)]
-        values = [float(self.rows[name].mean()) for name in names]
+        names = [name for name in self.table.columns if name.startswith(prefix)]
+        values = [float(self.table[name].mean()) for name in names]
         return values if values and np.isfinite(values).all() else None
 
-    def frame(self) -> pd.DataFrame:
-        """The table by document, with the name of the intervention."""
-        return self.rows.assign(name=self.name)
+    def summary(self) -> pd.DataFrame:
+        """One row: `name`, `site`, `rank`, `documents`, and the means over documents of `NUMBERS`.
 
-    def summary(self) -> dict[str, Any]:
-        """Means over documents, the interval, and what was removed."""
-        low, high = self.delta_nll_interval
-        return {
-            "name": self.name,
-            "site": ", ".join(map(str, self.sites)),
-            "rank": self.rank,
-            **{column: float(self.rows[column].mean()) for column in COLUMNS},
-            "delta_nll_low": low,
-            "delta_nll_high": high,
-            "documents": len(self.rows),
-        }
+        Each mean has its 95 % BCa interval beside it, under `_low` and `_high`.
+        """
+        return pd.DataFrame([self.record()])
+
+    def record(self) -> dict[str, Any]:
+        """The row of `summary` as a dictionary that JSON can hold."""
+        means = [Estimate.of(self.table[number]).columns(number) for number in NUMBERS]
+        fixed = {"name": self.name, "site": self.where, "rank": self.rank, "documents": len(self.table)}
+        return fixed | {column: value for columns in means for column, value in columns.items()}
 
     def __repr__(self) -> str:
         """Two tables: the means over documents, and the sink mass by layer where it was read."""
-        shown = {key: value for key, value in self.summary().items() if key not in ("name", "site")}
+        columns = ["rank", *NUMBERS, "delta_nll_low", "delta_nll_high", "documents"]
         lines = [
-            f"{self.name} at {', '.join(map(str, self.sites)) or 'no site'} (nats per token)",
-            pd.DataFrame([shown]).to_string(index=False, float_format="%.4f"),
+            f"{self.name} at {self.where or 'no site'} (nats per token)",
+            self.summary()[columns].to_string(index=False, float_format="%.4f"),
         ]
         if self.sink_mass is not None:
             masses = pd.DataFrame([self.baseline_sink_mass, self.sink_mass], ["untouched", self.name])
@@ -154,24 +162,23 @@ def evaluate_all(
     tokens: list[int] = []
     parts: list[Table] = []
     for chosen, ids in windows.batches(batch_size):
-        batch = opened(model, windows, chosen, ids, starts, memory)
+        batch = open_batch(model, windows, chosen, ids, starts, memory)
         parts.append(_columns(batch, batch.measure(list(cells.values()), progress)))
         places += chosen
         tokens += [predicted(model, ids.shape[1])] * len(chosen)
     names, _ = parts[0]
     values = np.concatenate([part for _, part in parts], axis=1)
     owners = np.array([windows.document[place] for place in places])
-    documents, owner, counts = np.unique(owners, return_inverse=True, return_counts=True)
-    weights = np.zeros((len(documents), len(places)))
-    weights[owner, np.arange(len(places))] = tokens
-    described = {"document": documents, "windows": counts, "tokens": weights.sum(1).astype(np.int64)}
-    means = (weights / weights.sum(1, keepdims=True)) @ values
+    _, owner, counts = np.unique(owners, return_inverse=True, return_counts=True)
+    documents, means = document_means(values.swapaxes(0, 1), owners, tokens)  # [documents, cells, columns]
+    summed = np.bincount(owner, tokens).astype(np.int64)
+    described = {"document": documents, "windows": counts, "tokens": summed}
     return {
         name: Effect(
             name,
             tuple(edits),
             tuple(edit.rank for edit in edits.values()),
-            pd.DataFrame(described | dict(zip(names, means[index].T, strict=True))),
+            pd.DataFrame(described | dict(zip(names, means[:, index].T, strict=True))),
         )
         for index, (name, edits) in enumerate(cells.items())
     }

@@ -32,7 +32,7 @@ Pair = tuple[BatchResult, BatchResult]
 
 
 class RemoteBatch:
-    """What `Batch` is, for a model that is elsewhere: nothing but numbers by window comes back."""
+    """A batch whose model is in another process or at a server: only numbers by window come back."""
 
     def __init__(
         self, model: LanguageModel, windows: Windows, places: Sequence[int], ids: Int[Tensor, "batch tokens"]
@@ -40,10 +40,13 @@ class RemoteBatch:
         self.model, self.windows, self.places, self.ids = model, windows, list(places), ids
         self.attention = reads_sink(model, windows)
         self.predicted = predicted(model, ids.shape[1])
+        self._baseline: BatchResult | None = None
 
     @property
     def baseline(self) -> BatchResult:
-        """Of the untouched pass, once something was measured."""
+        """The untouched pass. The first `measure` brings it along; without one a job of its own is sent."""
+        if self._baseline is None:
+            self._baseline, _ = send(self.model, *self.job([]))
         return self._baseline
 
     def measure(
@@ -65,7 +68,7 @@ class RemoteBatch:
         return measure_batch, self.ids, own, self.attention
 
 
-def opened(
+def open_batch(
     model: LanguageModel,
     windows: Windows,
     places: Sequence[int],

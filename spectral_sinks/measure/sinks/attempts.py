@@ -25,7 +25,7 @@ from spectral_sinks.spectra.edits import Edit
 from spectral_sinks.spectra.filters import At, Tokens, remove
 from spectral_sinks.spectra.scaling import Copied, carry, scale
 from spectral_sinks.spectra.subspace import Subspace, random_subspace
-from spectral_sinks.stats import Estimate
+from spectral_sinks.stats import Estimate, document_means
 
 MASK = "mask the old sink"
 
@@ -205,10 +205,11 @@ class Attempts:
             for into, part in zip(found, by_job(self.model, ids, several, passes), strict=True):
                 for name, value in part.items():
                     into.setdefault(name, []).append(value)
-        owner = self.document == np.unique(self.document)[:, None]
-        means = owner / owner.sum(1, keepdims=True)
         return [
-            {name: np.tensordot(means, torch.cat(values).numpy(), 1) for name, values in one.items()}
+            {
+                name: document_means(torch.cat(values).numpy(), self.document)[1]
+                for name, values in one.items()
+            }
             for one in found
         ]
 

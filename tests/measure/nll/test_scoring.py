@@ -203,7 +203,7 @@ def test_the_size_of_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_identity_has_no_effect_through_a_whole_pass(model: ss.LanguageModel) -> None:
     windows = ss.Windows.of_ids(IDS, model)
     for site in (ss.Site("exit", 1), ss.Site("embedding")):
-        rows = ss.evaluate(model, windows, {site: lambda x: x}).rows
+        rows = ss.evaluate(model, windows, {site: lambda x: x}).table
         assert (rows["delta_nll"] == 0).all() and (rows["top1_agreement"] == 1).all()
         assert rows["kl"].abs().max() <= 1e-6
         cells = {str(k): {site: lambda x: x} for k in range(3)}
@@ -211,7 +211,7 @@ def test_an_identity_has_no_effect_through_a_whole_pass(model: ss.LanguageModel)
             tolerance = (
                 1e-6 if torch.finfo(model.dtype).bits >= 32 else 2e-2
             )  # products of other heights round
-            assert effect.rows[["delta_nll", "kl"]].abs().to_numpy().max() <= tolerance
+            assert effect.table[["delta_nll", "kl"]].abs().to_numpy().max() <= tolerance
 
 
 PEAK = """
