@@ -1,4 +1,4 @@
-"""What an intervention does: NLL, divergence from the untouched model, and the sink, by document."""
+"""The effect of an intervention on a text: NLL, divergence from the untouched model, and the sink."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from spectral_sinks.data.texts import Windows
 from spectral_sinks.errors import InputError
 from spectral_sinks.interventions.sites import Site
 from spectral_sinks.interventions.tracing import Interventions
-from spectral_sinks.measure.memory import Memory
+from spectral_sinks.measure.memory import Memory, batch_size_for
 from spectral_sinks.measure.nll.remote_batch import RemoteBatch, open_batch
 from spectral_sinks.measure.nll.replay import Batch, BatchResult, first_exit
 from spectral_sinks.measure.nll.scoring import predicted
@@ -83,6 +83,15 @@ class Effect(InterventionEffect):
     def baseline_sink_mass(self) -> list[float] | None:
         return self._by_layer("baseline_sink_mass_")
 
+    def mean_sink_mass(self, first: int) -> dict[str, float]:
+        """Return `sink` and `baseline_sink`: the mean sink mass over layer `first` and the layers above it.
+
+        NaN where there is no such layer or where attention cannot be read.
+        """
+        above = {"sink": (self.sink_mass or [])[first:]}
+        above["baseline_sink"] = (self.baseline_sink_mass or [])[first:]
+        return {name: float(np.mean(part)) if part else float("nan") for name, part in above.items()}
+
     def _by_layer(self, prefix: str) -> list[float] | None:
         names = [name for name in self.table.columns if name.startswith(prefix)]
         values = [float(self.table[name].mean()) for name in names]
@@ -120,12 +129,21 @@ def evaluate(
     interventions: Interventions,
     *,
     name: str | None = None,
-    batch_size: int = 16,
+    batch_size: int | None = None,
 ) -> Effect:
-    """The effect of a filter, or any function `[batch, tokens, d] -> [batch, tokens, d]`, at each site given.
+    """Return the effect of one intervention: a filter, or a function, at each of its sites.
 
-    Raises InputError for sites the model does not have, filters of another width, and a swap between
-    windows that open with different tokens.
+    Args:
+        model: a language model.
+        windows: the text.
+        interventions: the edit at each site; a function maps `[batch, length, d]` to the same shape.
+        name: the name of the effect; by default the names of the edits.
+        batch_size: windows in a pass; None finds it by memory.
+
+    Raises:
+        InputError: for sites that the model does not have, filters of another width, and a swap between
+            windows that open with different tokens.
+
     """
     label = name or ", ".join(as_edit(edit).name for edit in interventions.values()) or "no-op"
     return evaluate_all(model, windows, {label: interventions}, batch_size=batch_size)[label]
@@ -136,19 +154,29 @@ def evaluate_all(
     windows: Windows,
     cells: Mapping[str, Interventions],
     *,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Effect]:
-    """The effects of several interventions, each compared with one untouched pass per batch.
+    """Return the effects of several interventions, each compared with one untouched pass per batch.
 
-    A pass begins at its lowest site: what lies below is taken from the untouched pass, bit for bit. Sink
-    mass is read where attention weights can be read and all windows have 64 tokens. `progress` is called
-    with the number of cells just done, for each batch anew.
+    A pass begins at the lowest site of its cell; the layers below come from the untouched pass, bit for bit.
+    Sink mass is measured where attention weights can be read and all windows have 64 tokens.
 
-    The NLL of an encoder is that of masked tokens, in nats per masked token: each window is read with the
-    mask token at its `masked_positions` (15 %, special tokens never, chosen by the window's own ids), and
-    the tokens that stood there are predicted. KL and agreement are taken at these positions too, and sink
-    mass is that of the masked window.
+    The NLL of an encoder is the mean over masked tokens, in nats per masked token. Each window is read with
+    the mask token at its `masked_positions` (15 % of the tokens, never special ones, chosen by the token ids
+    of the window), and the model predicts the original tokens there. KL and agreement are measured at the
+    same positions, and sink mass on the masked window.
+
+    Args:
+        model: a language model.
+        windows: the text.
+        cells: interventions by name.
+        batch_size: windows in a pass; None finds it by memory.
+        progress: is called with the number of cells just done, starting again for each batch.
+
+    Raises:
+        InputError: as `evaluate` does, and for an image encoder.
+
     """
     if not isinstance(model, LanguageModel):
         raise InputError(f"{model.name} reads images: evaluate_images(model, pixels, cells)")
@@ -158,6 +186,7 @@ def evaluate_all(
             check_edit(site, edit, model, windows)
     starts = {first_exit(edits) for edits in cells.values()}
     memory = Memory(model, windows.length)
+    batch_size = batch_size_for(model, windows.length, batch_size)
     places: list[int] = []
     tokens: list[int] = []
     parts: list[Table] = []
@@ -188,7 +217,7 @@ Table = tuple[list[str], Float[NDArray[np.float64], "cells windows columns"]]
 
 
 def _columns(batch: Batch | RemoteBatch, found: BatchResult) -> Table:
-    """Everything measured on a batch side by side, and the names of the columns."""
+    """Return the names of all columns, and their values `[cells, windows, columns]`, for one batch."""
     base = batch.baseline
     columns = {
         "nll": found.nll,

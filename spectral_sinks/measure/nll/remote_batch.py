@@ -45,9 +45,12 @@ class RemoteBatch:
     @property
     def baseline(self) -> BatchResult:
         """The untouched pass. The first `measure` brings it along; without one a job of its own is sent."""
-        if self._baseline is None:
-            self._baseline, _ = send(self.model, *self.job([]))
-        return self._baseline
+        if self._baseline is not None:
+            return self._baseline
+        baseline: BatchResult
+        baseline, _ = send(self.model, *self.job([]))
+        self._baseline = baseline
+        return baseline
 
     def measure(
         self, cells: Sequence[Interventions], progress: Callable[[int], None] | None = None

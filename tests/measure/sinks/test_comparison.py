@@ -104,7 +104,7 @@ def test_filters_are_compared_as_they_are_evaluated() -> None:
     for name, effect in effects.items():
         rows = found[found["move"] == name]
         for column in ("nll", "delta_nll", "kl"):
-            assert rows[column].to_numpy() == pytest.approx(effect.rows[column].to_numpy(), abs=3e-6)
+            assert rows[column].to_numpy() == pytest.approx(effect.table[column].to_numpy(), abs=3e-6)
     assert abs(effects["fixed"].delta_nll) < 1e-6, "position 0 is its own mean where all texts open with BOS"
     assert abs(effects["norm"].delta_nll) > 1e-5
     look = ss.Streaming(0, 10)
@@ -112,9 +112,9 @@ def test_filters_are_compared_as_they_are_evaluated() -> None:
         effect = ss.evaluate(loaded, given, cells["dark"])
     both = ss.compare(loaded, given, {"look": look, "both": [look, cells["dark"]]}).rows.set_index("move")
     assert both.loc["look", "nll"].to_numpy() == pytest.approx(
-        effect.rows["baseline_nll"].to_numpy(), abs=3e-6
+        effect.table["baseline_nll"].to_numpy(), abs=3e-6
     )
-    assert both.loc["both", "nll"].to_numpy() == pytest.approx(effect.rows["nll"].to_numpy(), abs=3e-6)
+    assert both.loc["both", "nll"].to_numpy() == pytest.approx(effect.table["nll"].to_numpy(), abs=3e-6)
 
 
 def test_a_prefix_is_before_the_text_and_not_scored() -> None:
