@@ -1,4 +1,4 @@
-"""What stands beside the tokens, for attention to go to: a key, a logit, tokens before the text."""
+"""Additional targets of attention: a key with a value, a logit, or tokens before the text."""
 
 from dataclasses import dataclass, replace
 
@@ -14,10 +14,11 @@ from spectral_sinks.models.language import LanguageModel
 
 @dataclass(frozen=True, eq=False)
 class KeyBias(AttentionEdit):
-    """One more key that every query sees, and its value: `[layers, key_heads, size]`, or what broadcasts.
+    """An additional key, and its value, that every query attends to.
 
-    The weights of the tokens then sum to less than 1. Both may require gradients. The key is compared as it
-    stands: queries that rotate with their position see it as a key at position 0. (Gu et al. 2025)
+    Both have shape `[layers, key_heads, size]`, or a shape that broadcasts to it, and may require gradients.
+    The weights of the tokens then sum to less than 1. The key is not rotated, so rotary queries treat it as a
+    key at position 0. (Gu et al. 2025)
     """
 
     key: Float[Tensor, "..."] | float
@@ -42,10 +43,11 @@ class KeyBias(AttentionEdit):
 
 @dataclass(frozen=True, eq=False)
 class SinkLogit(AttentionEdit):
-    """A logit in each head's softmax that has no key and no value, as in gpt-oss: rows sum to less than 1.
+    """An additional logit in the softmax of each head, without key and value, as in gpt-oss.
 
-    A number, `[heads]`, or `[layers, heads]`; it may require gradients. Logit 0 is softmax-off-by-one,
-    `exp(x) / (1 + sum exp)`. Beside a logit that the model has learned it counts as a second one.
+    The weights of the tokens then sum to less than 1. The logit is a number, `[heads]` or `[layers, heads]`,
+    and may require gradients. Logit 0 is softmax-off-by-one, `exp(x) / (1 + sum exp)`. A logit that the model
+    has learned stays; this one is a second.
     """
 
     logit: Float[Tensor, "..."] | float = 0.0
@@ -73,9 +75,9 @@ class SinkLogit(AttentionEdit):
 
 @dataclass(frozen=True)
 class Prefix:
-    """Tokens put before every text, as the sink tokens of StreamingLLM; `compare` scores the text alone.
+    """Tokens before every text, such as the sink tokens of StreamingLLM; `compare` scores only the text.
 
-    The text's own positions move up by their number. (Xiao et al. 2024)
+    The positions of the text increase by the number of these tokens. (Xiao et al. 2024)
     """
 
     ids: tuple[int, ...]
@@ -92,7 +94,7 @@ class Prefix:
 
 
 def _by_query_head(given: Tensor, call: AttentionCall) -> Float[Tensor, "1 heads 1 size"]:
-    """A key or value, or a number, for each query head."""
+    """Expand a key, a value or a number to the query heads."""
     heads, size = call.query.shape[1], call.query.shape[3]
     full = given.to(call.query).expand(1, given.shape[1] if given.ndim else 1, 1, size)
     return full.repeat_interleave(heads // full.shape[1], dim=1)

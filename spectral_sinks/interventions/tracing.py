@@ -1,4 +1,4 @@
-"""Functions at sites of a running model, through nnsight."""
+"""One forward pass of a model with edits at sites, through nnsight."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ Hooks = dict[tuple[int, Kind], SiteFunctions]
 
 @dataclass(frozen=True)
 class Resume:
-    """The residual that leaves `layer`, `[batch, tokens, d]`: a pass that begins above that layer."""
+    """The start of a pass above `layer`, with the residual `[batch, length, d]` at the exit of that layer."""
 
     layer: int
     residual: Tensor
@@ -42,7 +42,7 @@ class Resume:
 @remotely
 def trace(
     model: Transformer,
-    ids: Int[Tensor, "batch tokens"] | Float[Tensor, "batch channels height width"],
+    ids: Int[Tensor, "batch length"] | Float[Tensor, "batch channels height width"],
     edits: Interventions,
     reads: Sequence[Site] = (),
     *,
@@ -52,17 +52,31 @@ def trace(
     gradients: bool = False,
     cache: Any = None,
 ) -> T:
-    """One forward pass with functions at sites, reduced inside the trace to what `readout` returns.
+    """Run one forward pass with edits at sites, and return the result of `readout`.
 
-    `readout` receives the output of the final norm `[batch, tokens, d]`, which the unembedding reads, the
-    residuals at the `reads` (after any edit there), and, with `attention`, each layer's attention weights
-    `[batch, heads, tokens, tokens]` (of the first 64 tokens under "sdpa_opening"), or what a function given
-    as `attention` makes of them as they arise; layers that `resume` skips have none. With `cache`, one of
-    transformers' caches, `ids` go on where it ends, and it grows by their keys and values, which come from
-    edited residuals. Logits are not computed beyond the last token: `readout` may unembed what it needs. An
-    encoder reads the ids as they are: `masked_ids` masks. An image encoder reads pixels in their place; its
-    `readout` may call the model's `logits()`. With `gradients` the pass is recorded for autograd.
-    Raises InputError for a site that the model does not have.
+    Logits are computed for the last token only; `readout` may unembed other residuals.
+
+    Args:
+        model: a language model or an image encoder.
+        ids: token ids, or pixels for an image encoder. An encoder reads the ids as they are; `masked_ids`
+            masks them.
+        edits: the edit at each site.
+        reads: sites whose residuals, after any edit there, `readout` receives.
+        readout: is called inside the trace with the output of the final norm `[batch, length, d]`, which the
+            unembedding reads; the residuals at `reads`; and the attention weights. For an image encoder it
+            may call the model's `logits()`.
+        attention: True for the attention weights `[batch, heads, length, length]` of each layer (of the first
+            64 tokens under "sdpa_opening"), or a function that is applied to the weights of each layer in its
+            turn. Layers that `resume` skips have none.
+        resume: the residual from which the pass begins, above its layer.
+        gradients: whether the pass is recorded for autograd.
+        cache: one of the caches of transformers. The ids continue where it ends, and it grows by their keys
+            and values, which come from edited residuals.
+
+    Raises:
+        InputError: for a site that the model does not have, and attention weights or gradients that it cannot
+            give.
+
     """
     if attention and not model.reads_attention:
         raise InputError(
@@ -83,14 +97,14 @@ def trace(
     start = 0 if resume is None else resume.layer + 1
     if any(layer < start for layer, _ in hooks):
         raise InputError(f"a pass that begins above layer {start - 1} has sites at or below it")
-    seen = (lambda weights: weights) if attention is True else attention or None
+    on_attention = (lambda weights: weights) if attention is True else attention or None
     options = model.inputs(ids)
-    stops = bool(model.layout.transform)  # before the logits: such a head knows no `logits_to_keep`
+    stops = bool(model.layout.transform)  # a head with a transform does not accept `logits_to_keep`
     if model.causal:
         options |= {"use_cache": cache is not None, "past_key_values": cache}
         options |= {} if stops else {"logits_to_keep": 1}
     with torch.set_grad_enabled(gradients), model.nn.trace(**options) as tracer:
-        ss_result = nnsight.save(_walk(model, hooks, seen, resume, readout, read))
+        ss_result = nnsight.save(_walk(model, hooks, on_attention, resume, readout, read))
         if stops:
             tracer.stop()
     return ss_result
@@ -112,7 +126,7 @@ def _walk(
     readout: Callable[[Tensor, dict[Site, Tensor], list[Tensor]], T],
     read: dict[Site, Tensor],
 ) -> T:
-    """Meet the modules in forward order: this runs inside the trace."""
+    """Visit the modules in forward order, as nnsight demands. This runs inside the trace."""
     start = 0
     weights: list[Tensor] = []
     if resume is not None:
@@ -120,11 +134,11 @@ def _walk(
         for index in range(start):
             model.layer(index).skip(resume.residual)
     for index in range(start, model.layers):
-        here: dict[Kind, SiteFunctions] = {
+        own: dict[Kind, SiteFunctions] = {
             kind: hooks[index, kind] for kind in ORDER if (index, kind) in hooks
         }
-        if here or attention is not None:
-            _visit(model, model.layer(index), here, attention, weights)
+        if own or attention is not None:
+            _visit(model, model.layer(index), own, attention, weights)
     return readout(model.final(), read, weights)
 
 
@@ -132,10 +146,10 @@ def _visit(
     model: Transformer,
     layer: Any,
     hooks: dict[Kind, SiteFunctions],
-    look: EditFunction | None,
+    on_attention: EditFunction | None,
     weights: list[Tensor],
 ) -> None:
-    """Apply the hooks of one layer and look at its attention weights."""
+    """Apply the functions of one layer, and pass its attention weights to `on_attention`."""
     layout = model.layout
     if "embedding" in hooks:
         layer.input = _chain(layer.input, hooks["embedding"])
@@ -143,25 +157,25 @@ def _visit(
     if reads:
         _read_projections(model, layer, reads)
     inside = layout.attention_projection.startswith(f"{layout.attention}.")
-    if look is not None and not inside:
-        weights.append(look(_maps(model, layer)))
+    if on_attention is not None and not inside:
+        weights.append(on_attention(_maps(model, layer)))
     if "head" in hooks:
         projection = model.part(layer, layout.attention_projection)
         mixed = projection.input
         change = torch.zeros_like(projection.output)
         for site, edit in hooks["head"]:
             assert site.head is not None
-            here = slice(site.head * model.head_size, (site.head + 1) * model.head_size)
+            columns = slice(site.head * model.head_size, (site.head + 1) * model.head_size)
             if model.weightless:
                 alone = torch.zeros_like(mixed)
-                alone[..., here] = mixed[..., here]
+                alone[..., columns] = mixed[..., columns]
                 written = projection(alone) - projection(torch.zeros_like(mixed))
             else:
-                written = mixed[..., here] @ model.head_write(site.layer, site.head)
+                written = mixed[..., columns] @ model.head_write(site.layer, site.head)
             change = change + (edit(written) - written)
         projection.output = projection.output + change
-    if look is not None and inside:
-        weights.append(look(_maps(model, layer)))
+    if on_attention is not None and inside:
+        weights.append(on_attention(_maps(model, layer)))
     if "attention" in hooks:
         _rewrite(model.part(layer, layout.attention_write), hooks["attention"])
     if "mlp-input" in hooks:
@@ -174,7 +188,7 @@ def _visit(
 
 
 def _maps(model: Transformer, layer: Any) -> Tensor:
-    """Attention weights of a layer. Raises InputError where its implementation returns none."""
+    """Return the attention weights of a layer. Raises InputError where its implementation returns none."""
     maps = model.part(layer, model.layout.attention).output[1]
     if maps is None:
         raise InputError(
@@ -186,7 +200,10 @@ def _maps(model: Transformer, layer: Any) -> Tensor:
 
 
 def _read_projections(model: Transformer, layer: Any, hooks: dict[Kind, SiteFunctions]) -> None:
-    """Let queries, keys or values read another residual: the projection is run on it beside the true one."""
+    """Let queries, keys or values read an edited residual; all other readers get the true one.
+
+    The projection is run a second time, on the edited residual, and replaces its own columns of the output.
+    """
     layout = model.layout
     entry = layer.input
     edited: dict[Kind, Tensor] = {kind: _chain(entry, edits) for kind, edits in hooks.items()}

@@ -209,8 +209,8 @@ class Sweep:
         batch = self.batch(unit.batch)
         found = batch.measure([self.cells[i].edits for i in unit.cells])
         cells = [described(self, index) for index in unit.cells]
-        documents = [self.windows.document[place] for place in batch.places]
-        return table_of(cells, documents, batch.places, batch.predicted, batch.baseline, found)
+        documents = [self.windows.document[index] for index in batch.indices]
+        return table_of(cells, documents, batch.indices, batch.predicted, batch.baseline, found)
 
 
 def described(sweep: Sweep, index: int) -> dict[str, Any]:

@@ -187,17 +187,17 @@ def evaluate_all(
     starts = {first_exit(edits) for edits in cells.values()}
     memory = Memory(model, windows.length)
     batch_size = batch_size_for(model, windows.length, batch_size)
-    places: list[int] = []
+    indices: list[int] = []
     tokens: list[int] = []
     parts: list[Table] = []
     for chosen, ids in windows.batches(batch_size):
         batch = open_batch(model, windows, chosen, ids, starts, memory)
         parts.append(_columns(batch, batch.measure(list(cells.values()), progress)))
-        places += chosen
+        indices += chosen
         tokens += [predicted(model, ids.shape[1])] * len(chosen)
     names, _ = parts[0]
     values = np.concatenate([part for _, part in parts], axis=1)
-    owners = np.array([windows.document[place] for place in places])
+    owners = np.array([windows.document[index] for index in indices])
     _, owner, counts = np.unique(owners, return_inverse=True, return_counts=True)
     documents, means = document_means(values.swapaxes(0, 1), owners, tokens)  # [documents, cells, columns]
     summed = np.bincount(owner, tokens).astype(np.int64)
