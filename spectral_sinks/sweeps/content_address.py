@@ -1,4 +1,4 @@
-"""Content addresses: what a number depends on, as one hash."""
+"""Content addresses: a hash of everything that a number depends on."""
 
 import hashlib
 import json
@@ -18,11 +18,10 @@ METRICS = ("nll", "kl", "top1_agreement", "removed_energy_share")
 
 
 def address(context: Mapping[str, Any], edits: Interventions) -> str:
-    """The address of a cell: model, data, metrics, version, and what is done at each site.
+    """Return the address of a cell: a hash of model, data, metrics, version, and the edit at each site.
 
     A swap takes its donor from the batch, so `batch_size` enters the address of a cell that swaps. Raises
-    InputError for a function that does not say what it is: give it an attribute `address`, a string that
-    changes whenever its results do.
+    InputError for a function without an attribute `address`, a string that changes whenever its results do.
     """
     what = {key: value for key, value in context.items() if key != "batch_size"}
     if swapping(edits):
@@ -32,11 +31,14 @@ def address(context: Mapping[str, Any], edits: Interventions) -> str:
 
 
 def context(model: LanguageModel, windows: Windows, batch_size: int) -> dict[str, Any]:
-    """What all cells of a sweep share. Raises InputError inside `attending`, which no address covers."""
+    """Return what all cells of a sweep share.
+
+    Raises InputError inside `attending`, which no address covers.
+    """
     if model.config._attn_implementation in (BLOCKWISE, WHOLE) or (model.remote and model.remote.looks):
         raise InputError(
-            f"the attention of {model.name} is being changed or looked at, of which a stored cell would say "
-            "nothing: leave `attending` before a sweep"
+            f"the attention of {model.name} is being edited or recorded, which the address of a cell does "
+            "not include: leave `attending` before a sweep"
         )
     masking = {} if model.causal else {"masking": [RULE, model.mask, sorted(model.tokenizer.all_special_ids)]}
     return masking | {
@@ -49,12 +51,12 @@ def context(model: LanguageModel, windows: Windows, batch_size: int) -> dict[str
 
 
 def swapping(edits: Interventions) -> bool:
-    """Whether what a cell does depends on how windows are batched."""
+    """Whether the results of a cell depend on how the windows are batched."""
     return any(as_edit(edit).swaps for edit in edits.values())
 
 
 def of_rows(windows: Windows) -> str:
-    """The token ids of some windows."""
+    """Return a hash of the token ids of some windows."""
     return digest([row.tolist() for row in windows.rows])
 
 

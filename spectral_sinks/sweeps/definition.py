@@ -1,4 +1,4 @@
-"""A sweep: a model, windows and cells, cut into units of work that any process can do."""
+"""A sweep: a model, windows and cells, divided into units of work that any process can do."""
 
 import platform
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -27,7 +27,7 @@ from spectral_sinks.sweeps.content_address import address, context, digest, swap
 LIBRARIES = ("spectral-sinks", "nnsight", "torch", "transformers", "numpy", "scipy")
 
 UNIT = {"cpu": 5e11, "cuda": 5e15}
-"""Floating-point operations of a unit, some seconds of work: what a killed process can lose."""
+"""Floating-point operations in a unit: some seconds of work, which a killed process can lose."""
 
 CELLS = 20
 """Cells in a unit, at most."""
@@ -35,11 +35,11 @@ CELLS = 20
 
 @dataclass(frozen=True)
 class Unit:
-    """Some cells that begin at one exit, on one batch: done as a whole or not at all."""
+    """Some cells that begin at one exit, on one batch; a unit is stored completely or not at all."""
 
     batch: int
     cells: tuple[int, ...]
-    """Their places in the sweep."""
+    """Their indices in the sweep."""
     name: str
     """Hash of the addresses of the cells and of the windows of the batch."""
 
@@ -66,13 +66,26 @@ class Sweep:
         batch_size: int = 16,
         spectrum: str = "",
     ) -> "Sweep":
-        """Raises InputError for no cells, names that are not unique, and cells that mean nothing here."""
-        found = tuple(named(cells))
-        for cell in found:
+        """Make a sweep.
+
+        Args:
+            model: a language model.
+            windows: the text.
+            cells: interventions by name, or cells.
+            batch_size: windows in a batch.
+            spectrum: convention of the spectrum that the cells were made from, for the manifest.
+
+        Raises:
+            InputError: without cells, for names that are not unique, and for edits that are not defined on
+                this model and these windows.
+
+        """
+        all_cells = tuple(named(cells))
+        for cell in all_cells:
             for site, edit in cell.edits.items():
                 check_edit(site, as_edit(edit), model, windows)
-        made = cls(model, windows, found, batch_size, spectrum)
-        swaps = [cell.name for cell in found if swapping(cell.edits)]
+        made = cls(model, windows, all_cells, batch_size, spectrum)
+        swaps = [cell.name for cell in all_cells if swapping(cell.edits)]
         if swaps and (alone := [places[0] for places, _ in made.batches if len(places) == 1]):
             raise InputError(
                 f"{swaps[0]!r} swaps within batches, and window {alone[0]} is alone in its batch: give "
@@ -85,7 +98,7 @@ class Sweep:
         return Sweep, parts, {"addresses": self.addresses}  # a worker need not hash the weights again
 
     def manifest(self) -> dict[str, Any]:
-        """What is needed to repeat it."""
+        """Return what is needed to repeat the sweep."""
         return {
             "model": self.model.name,
             "family": self.model.family,
@@ -109,7 +122,7 @@ class Sweep:
 
     @cached_property
     def distinct(self) -> tuple[int, ...]:
-        """The first cell of each address: what does the same under several names is measured once."""
+        """Indices of the first cell of each address: equal cells under several names are measured once."""
         first: dict[str, int] = {}
         for cell, found in enumerate(self.addresses):
             first.setdefault(found, cell)
@@ -126,22 +139,22 @@ class Sweep:
 
     @cached_property
     def starts(self) -> tuple[int | None, ...]:
-        """The exit from which each cell begins."""
+        """The exit at which each cell begins."""
         return tuple(first_exit(cell.edits) for cell in self.cells)
 
     @cached_property
     def units(self) -> tuple[Unit, ...]:
-        """All work, batch by batch, from the lowest exit up; the same on every machine of one kind."""
+        """All units, batch by batch, from the lowest exit up; the same on every machine of one kind."""
         order = sorted(self.distinct, key=self._first)
-        found: list[Unit] = []
+        units: list[Unit] = []
         for index, (_, ids) in enumerate(self.batches):
             for _, group in groupby(order, key=self._first):
                 members = list(group)
                 size = self._cells_per_unit(ids)
                 for first in range(0, len(members), size):
                     chosen = tuple(members[first : first + size])
-                    found.append(self.unit(index, chosen))
-        return tuple(found)
+                    units.append(self.unit(index, chosen))
+        return tuple(units)
 
     def unit(self, batch: int, cells: Iterable[int]) -> Unit:
         """The unit of some cells on a batch."""
@@ -149,7 +162,7 @@ class Sweep:
         return Unit(batch, chosen, digest([[self.addresses[i] for i in chosen], self.batches[batch][0]]))
 
     def has(self, unit: Unit) -> bool:
-        """Whether a unit means the same here as where it was made."""
+        """Whether a unit made by another process is the same unit in this sweep."""
         known = unit.batch < len(self.batches) and max(unit.cells) < len(self.cells)
         return known and self.unit(unit.batch, unit.cells) == unit
 
@@ -170,7 +183,7 @@ class Sweep:
         return len(unit.cells) * len(self.batches[unit.batch][0])
 
     def _first(self, cell: int) -> int:
-        """The exit from which a cell begins; -2 for one that changes nothing."""
+        """The exit at which a cell begins; -2 for a cell that changes nothing."""
         found = self.starts[cell]
         return -2 if found is None else found
 
@@ -205,16 +218,16 @@ class Sweep:
         self._held.clear()
 
     def measure(self, unit: Unit) -> pd.DataFrame:
-        """The rows of a unit for the store, a row per cell and window."""
+        """Measure a unit; return one row per cell and window for the store."""
         batch = self.batch(unit.batch)
-        found = batch.measure([self.cells[i].edits for i in unit.cells])
+        result = batch.measure([self.cells[i].edits for i in unit.cells])
         cells = [described(self, index) for index in unit.cells]
         documents = [self.windows.document[index] for index in batch.indices]
-        return table_of(cells, documents, batch.indices, batch.predicted, batch.baseline, found)
+        return table_of(cells, documents, batch.indices, batch.predicted, batch.baseline, result)
 
 
 def described(sweep: Sweep, index: int) -> dict[str, Any]:
-    """The columns of a cell in the store that do not depend on a window."""
+    """Return the columns of a cell in the store that do not depend on a window."""
     cell = sweep.cells[index]
     return {"cell": sweep.addresses[index], "model": sweep.model.name, **describe(cell)}
 
@@ -227,7 +240,17 @@ def table_of(
     base: BatchResult,
     found: BatchResult,
 ) -> pd.DataFrame:
-    """Rows for the store, one per cell and window, of windows that each predict so many tokens."""
+    """Return rows for the store, one per cell and window.
+
+    Args:
+        cells: the columns that describe each cell.
+        documents: the document of each window.
+        windows: the index of each window.
+        tokens: the predicted tokens of a window.
+        base: the untouched pass.
+        found: the cells.
+
+    """
     rows: list[dict[str, Any]] = []
     for row, cell in enumerate(cells):
         for column, (document, window) in enumerate(zip(documents, windows, strict=True)):
@@ -251,7 +274,7 @@ def table_of(
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of what numbers come from; None for a package that runs from its folder."""
+    """Return the versions of the libraries behind the numbers; None for a package that is not installed."""
 
     def installed(name: str) -> str | None:
         try:
@@ -263,7 +286,7 @@ def versions() -> dict[str, str | None]:
 
 
 def describe(cell: Cell) -> dict[str, Any]:
-    """The columns of a cell that a reader needs: where, what, what fills the gap, at which tokens."""
+    """Return the columns that describe a cell: its sites, filters, fills, tokens and draw."""
     sites = sorted(cell.edits, key=lambda site: site.rank)
     edits = [as_edit(cell.edits[site]) for site in sites]
     ranks = [edit.rank for edit in edits if edit.rank is not None]

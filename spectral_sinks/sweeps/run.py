@@ -1,4 +1,4 @@
-"""Run a sweep into a store: what is finished is found, what is missing is shared out and written at once."""
+"""Run a sweep into a store: finished units are read, missing ones are measured and written one by one."""
 
 import json
 import time
@@ -26,30 +26,30 @@ from spectral_sinks.sweeps.store import Store
 from spectral_sinks.sweeps.workers import Adopted, Held, Serial, Source, check_workers, pool, work
 
 LOSSES = 3
-"""Times that a pool may break, with no unit finished in between, before the sweep gives up."""
+"""Number of times that a pool may break, with no unit finished in between, before the sweep gives up."""
 
-PATIENCE = 0.2
-"""Seconds between looks at what another process is doing."""
+CLAIM_POLL = 0.2
+"""Seconds between attempts to claim a unit that another process holds."""
 
 DESCRIBED = ("name", "site", "layer", "head", "filter", "rank", "fill", "at", "draw")
-"""Columns of a table that say what a cell is."""
+"""Columns of a table that describe a cell."""
 
 MakesExecutor = Callable[[], Executor]
 
 
 @dataclass(frozen=True)
 class Report:
-    """How a run went."""
+    """What a run computed, and how long it took."""
 
     computed: int
-    """Cells x windows done by this run."""
+    """Cells x windows computed by this run."""
     found: int
-    """Cells x windows that the store had, or that another process did meanwhile."""
+    """Cells x windows that were in the store, or that another process computed meanwhile."""
     seconds: float
     worker_seconds: float
-    """Spent on units, over all workers."""
+    """Seconds spent on units, summed over the workers."""
     of_floor: float | None
-    """Worker seconds over the floor of what was computed; None where no cost was estimated."""
+    """Worker seconds divided by the floor of the computed units; None where no cost was estimated."""
 
     def __str__(self) -> str:
         text = f"{self.computed} cells x windows in {duration(self.seconds)}, {self.found} were there"
@@ -58,7 +58,7 @@ class Report:
 
 @dataclass(frozen=True, eq=False)
 class Done:
-    """A sweep that has run: its store, and how it went."""
+    """The result of a sweep: its store, and the report of the run."""
 
     sweep: Sweep
     store: Store
@@ -67,12 +67,12 @@ class Done:
     @property
     def table(self) -> pd.DataFrame:
         """One row per cell and document, for the cells of this sweep only, under their names in it."""
-        found = self.store.table()
+        stored = self.store.table()
         addresses, cells = self.sweep.addresses, self.sweep.cells
         described = pd.DataFrame(
             {"cell": address} | describe(cell) for address, cell in zip(addresses, cells, strict=True)
-        ).astype(found.dtypes[["cell", *DESCRIBED]])
-        return described.merge(found.drop(columns=[*DESCRIBED]), on="cell")[found.columns]
+        ).astype(stored.dtypes[["cell", *DESCRIBED]])
+        return described.merge(stored.drop(columns=[*DESCRIBED]), on="cell")[stored.columns]
 
     def summary(self) -> pd.DataFrame:
         """One row per cell: the columns that describe it, the number of `documents`, and means over them.
@@ -107,17 +107,30 @@ def sweep(
 ) -> Done:
     """Measure the cells of a sweep, or of a sweep file, into the results folder `out`.
 
-    It goes on where an earlier run stopped: cells whose content address the folder has are not computed
-    again; `fresh` empties it first. Several processes may run one sweep into one folder at once, or each a
-    `shard` (i, n) of it into a folder of its own, to be joined by `Store.merge`. Units of work run in this
-    process; in `workers` processes, which share the weights or hold them on `devices`; or on any
-    `concurrent.futures.Executor`, such as a Dask client's, whose workers make the sweep from the file, or are
-    sent it; `in_flight` is how many units it has in hand, two for each of its workers or more. Of a model at
-    a server they are jobs there, whose ids the folder keeps; without `wait` they are sent and not waited for
-    (`collect` asks after them). `say` is told what it will cost.
+    A run continues where an earlier one stopped: cells whose content address is in the folder are not
+    computed again. Several processes may run one sweep into the same folder at once. The units of a model at
+    a server are jobs there, whose ids the folder keeps.
 
-    Raises InputError, before the folder is touched, for a file that is not understood, cells that have no
-    content address and a shard that does not exist; and for a folder that is no store or cannot be written.
+    Args:
+        what: a sweep, or the path of a sweep file.
+        out: the results folder.
+        shard: `(i, n)` for every n-th unit from the i-th. Shards in folders of their own are joined by
+            `Store.merge`.
+        fresh: whether to empty the folder first.
+        executor: any `concurrent.futures.Executor`, such as that of a Dask client. Its workers make the sweep
+            from the file, or receive it.
+        workers: the number of processes on this machine that run the units; 0 for this process.
+        devices: the devices of these processes; without any, they share the weights.
+        in_flight: the number of units that an executor or a server has in hand. Give an executor two or more
+            for each of its workers.
+        wait: whether to wait for jobs at a server; if not, `collect` fetches their results later.
+        say: is called once with the cost as text.
+
+    Raises:
+        InputError: before the folder is touched, for a file that cannot be read, cells without a content
+            address and a shard that does not exist; and for a folder that is not a store or cannot be
+            written.
+
     """
     if isinstance(what, str | Path):
         what = SweepFile.read(what)
@@ -255,7 +268,7 @@ def _run_units(
                 workers.submit(*mine)
                 continue
             if not workers.waiting:
-                time.sleep(PATIENCE)  # another process has claimed all units that are left
+                time.sleep(CLAIM_POLL)  # another process has claimed all units that are left
             for unit, claim, result in workers.done():
                 with claim:
                     if result is None:
@@ -286,7 +299,7 @@ Result = tuple[pd.DataFrame, float]
 
 
 class _Workers:
-    """An executor with the units it has in hand; made anew when it breaks, if there is a way to make one."""
+    """An executor and the units that it has in hand; it is made again when it breaks, where possible."""
 
     def __init__(self, executor: Executor | MakesExecutor | None, source: Source, in_flight: int) -> None:
         self._source, self._in_flight = source, in_flight
@@ -328,7 +341,7 @@ class _Workers:
         self.waiting[future] = unit, claim, self._current
 
     def done(self) -> Iterator[tuple[Unit, ExitStack, Result | None]]:
-        """Units that are finished, with their result; None for one whose worker died. Errors come last."""
+        """Yield finished units with their results, None for a unit whose worker died. Errors come last."""
 
         def failed(future: Future[Result]) -> bool:
             return future.cancelled() or future.exception() is not None
@@ -342,7 +355,7 @@ class _Workers:
                     self._losses = 0
                 except (BrokenExecutor, CancelledError) as error:  # Dask cancels when it loses its scheduler
                     result = None
-                    if executor is self._current:  # the first of its units to report the loss
+                    if executor is self._current:  # only the first of its units reports the loss
                         self._broke(error)
                 undo.pop_all()
             yield unit, claim, result
@@ -365,7 +378,7 @@ class _Workers:
 
 
 def _claim(sweep: Sweep, left: deque[Unit], store: Store) -> tuple[Unit, ExitStack] | None:
-    """The next unit that no other process is at work on, what is still missing of it, and the hold on it."""
+    """Claim the next unit that no other process holds; return what is missing of it, and the claim."""
     for _ in range(len(left)):
         unit = left.popleft()
         claim = ExitStack()

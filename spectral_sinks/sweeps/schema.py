@@ -36,7 +36,7 @@ CELL = pa.schema(
         pa.field("draw", pa.int32()),
     ]
 )
-"""What a cell is."""
+"""The columns that describe a cell."""
 
 SCHEMA = pa.schema(
     [
@@ -60,7 +60,7 @@ MARK = b"spectral_sinks.format"
 
 
 class Damaged(Exception):
-    """The bytes are not those that were written; the message says how that is known."""
+    """The bytes of a part are not those that were written; the message gives the reason."""
 
 
 def encode(rows: pd.DataFrame) -> bytes:
@@ -77,7 +77,7 @@ def encode(rows: pd.DataFrame) -> bytes:
     except (pa.ArrowException, TypeError, ValueError) as error:
         raise InputError(f"rows of a sweep do not fit their columns: {error}") from error
     sink = pa.BufferOutputStream()
-    # without what pandas adds, which depends on how the frame was made
+    # without the metadata of pandas, which depends on how the frame was made
     pq.write_table(table.replace_schema_metadata({MARK: str(FORMAT)}), sink, compression="zstd")
     return sink.getvalue().to_pybytes()
 
@@ -100,7 +100,7 @@ def decode(data: bytes, name: str) -> pa.Table:
     try:
         table = pq.ParquetFile(pa.BufferReader(data)).read()
     except (pa.ArrowException, OSError) as error:
-        raise Damaged(f"it is no Parquet file: {error}") from error
+        raise Damaged(f"it is not a Parquet file: {error}") from error
     check_format((table.schema.metadata or {}).get(MARK, b"unknown").decode(), f"part {name}")
     if not table.schema.equals(SCHEMA):
         raise Damaged("its columns are not those of a sweep")
@@ -117,7 +117,7 @@ def check_format(found: object, what: str) -> None:
 
 
 def canonical(tables: Sequence[pa.Table], cells: Sequence[str] = ()) -> pd.DataFrame:
-    """Each cell and window once, by the place in `cells` (others after them, by address), then by window.
+    """Return each cell and window once, in the order of `cells` (others follow by address), then by window.
 
     Of several rows for one cell and window the first in the order of their columns is taken, so that the
     result depends on the rows alone and not on the parts that held them.
@@ -136,10 +136,10 @@ def canonical(tables: Sequence[pa.Table], cells: Sequence[str] = ()) -> pd.DataF
 
 
 def by_document(rows: pd.DataFrame) -> pd.DataFrame:
-    """Token-weighted means over the windows of each cell and document, in the order of the cells.
+    """Return the token-weighted means over the windows of each cell and document, in the order of the cells.
 
-    `windows` counts the rows that went in and `tokens` sums theirs. A value that one window lacks is
-    missing in the mean.
+    `windows` is the number of rows, and `tokens` the sum of their tokens. A mean over rows of which one has
+    no value is missing.
     """
     place = rows.groupby("cell", sort=False).ngroup()
     rows = rows.iloc[np.lexsort((rows["window"], rows["document"], place))]
