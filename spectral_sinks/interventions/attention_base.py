@@ -101,10 +101,10 @@ class AtToken(AttentionEdit):
 def of_layer(given: Tensor | float, call: AttentionCall) -> Tensor:
     """Return the keys or values of one layer, `[1, key_heads, 1, size]`, or a number as it is."""
     tensor = torch.as_tensor(given, device=call.key.device)
-    return row(tensor, call.layer)[None, :, None] if tensor.ndim else tensor
+    return values_of_layer(tensor, call.layer)[None, :, None] if tensor.ndim else tensor
 
 
-def row(given: Tensor, layer: int) -> Tensor:
+def values_of_layer(given: Tensor, layer: int) -> Tensor:
     """Return one layer of `[layers, ...]`; a single layer stands for all of them."""
     if len(given) != 1 and layer >= len(given):
         raise InputError(f"layer {layer}: values for {len(given)} layers were given")

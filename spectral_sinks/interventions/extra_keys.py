@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from spectral_sinks.errors import InputError
-from spectral_sinks.interventions.attention_base import AttentionEdit, check_shape, of_layer, row
+from spectral_sinks.interventions.attention_base import AttentionEdit, check_shape, of_layer, values_of_layer
 from spectral_sinks.models.attention_capture import AttentionCall
 from spectral_sinks.models.language import LanguageModel
 
@@ -64,7 +64,7 @@ class SinkLogit(AttentionEdit):
 
     def changed(self, call: AttentionCall) -> AttentionCall:
         logit = torch.as_tensor(self.logit, device=call.query.device)
-        logit = row(logit, call.layer) if logit.ndim == 2 else logit
+        logit = values_of_layer(logit, call.layer) if logit.ndim == 2 else logit
         dtype = torch.promote_types(call.query.dtype, torch.float32)
         logit = logit.to(dtype).expand(call.query.shape[1])
         logit = logit.masked_fill(~self.acting(call).flatten(), -torch.inf)

@@ -19,10 +19,10 @@ from spectral_sinks.spectra.edits import Edit
 from spectral_sinks.spectra.filters import Filter, Zero
 from spectral_sinks.spectra.subspace import Subspace, random_subspace
 
-STREAM = 2**32
+SWAP_SEED_OFFSET = 2**32
 """Added to a seed, so that a swap is not drawn from the numbers of `random_subspace` with the same seed."""
 
-TOLERANCE = 0.01
+ENERGY_TOLERANCE = 0.01
 """Relative error of the removed energy up to which a subspace counts as matched."""
 
 
@@ -58,7 +58,7 @@ def energy_matched(observed: Subspace, x: Float[Tensor, "*tokens d"], seed: int 
         normal = torch.cat([normal, drawn], dim=1)
         basis = _matched(torch.linalg.qr(normal).Q, rows, target)
         reached = float((rows @ basis).square().sum(-1).mean())
-        if abs(reached - target) <= TOLERANCE * target:
+        if abs(reached - target) <= ENERGY_TOLERANCE * target:
             return Subspace(basis, name)
         if normal.shape[1] == observed.d:
             break
@@ -142,7 +142,7 @@ class DirectionSwap:
                 f"rank is {blocked.rank} of {blocked.d}"
             )
         basis = blocked.orthonormal().cpu().double()
-        generator = torch.Generator().manual_seed(self.seed + STREAM)
+        generator = torch.Generator().manual_seed(self.seed + SWAP_SEED_OFFSET)
         there, here = torch.randn(2, *basis.shape, generator=generator, dtype=torch.float64)
         there = there - basis @ (basis.T @ there)
         u, _, vh = torch.linalg.svd(there @ (here.T @ basis), full_matrices=False)  # nearest isometry

@@ -44,7 +44,7 @@ class At:
 Tokens = Literal["all", "first", "all-but-first"] | At | Tensor | Collection[int]
 """Which tokens are filtered: by position, by a mask `[tokens]` or `[batch, tokens]`, or by token id."""
 
-Reading = Literal["u-e", "e-u", "intersection"]
+PsiReading = Literal["u-e", "e-u", "intersection"]
 
 
 @dataclass(frozen=True)
@@ -374,15 +374,15 @@ def phi(spectrum: Spectrum, j: int, k: int) -> Filter:
     return replace(keep(spectrum.bands(j, k)), name=f"Phi {j}:{k}")
 
 
-def psi(u: Spectrum, e: Spectrum, j: int, reading: Reading = "u-e") -> Filter:
+def psi(u: Spectrum, e: Spectrum, j: int, reading: PsiReading = "u-e") -> Filter:
     """Psi: keep bands 1 to j, suppressing only what lies in the tails of both spectra.
 
     With `P_u` and `P_e` the projectors on bands j + 1 onwards of the unembedding and the embedding:
     `u-e` is `x - P_u P_e x`, `e-u` is `x - P_e P_u x`, `intersection` is `x - P_{E∩U} x`. The paper's text
     does not fix which; results name the reading.
     """
-    if reading not in get_args(Reading):
-        raise InputError(f"reading {reading!r} of Psi: choose from {', '.join(get_args(Reading))}")
+    if reading not in get_args(PsiReading):
+        raise InputError(f"reading {reading!r} of Psi: choose from {', '.join(get_args(PsiReading))}")
     if not 0 <= j <= u.count or u.count != e.count:
         raise InputError(
             f"Psi keeps bands 1 to {j} of {u.count} and {e.count}: expected equal numbers, 0 to all"

@@ -25,7 +25,7 @@ Convention = Literal["raw", "folded", "centred"]
 DEGENERATE = 1e-6
 """Relative gap of singular values under which a band edge is reported as ill defined [ours]."""
 
-ROWS = 1024
+BLOCK_ROWS = 1024
 """Rows of the matrix that are held in float64 at once."""
 
 
@@ -272,8 +272,8 @@ def _decompose(
     factor = None if gain is None else gain.detach().to(device, torch.float64)
 
     def plain() -> Iterator[Float[Tensor, "block d"]]:
-        buffer = torch.empty(min(rows, ROWS), d, dtype=torch.float64, device=device)
-        for part in weight.detach().split(ROWS):
+        buffer = torch.empty(min(rows, BLOCK_ROWS), d, dtype=torch.float64, device=device)
+        for part in weight.detach().split(BLOCK_ROWS):
             block = buffer[: len(part)].copy_(part)
             yield block if unit == 1 else block.div_(unit)
 

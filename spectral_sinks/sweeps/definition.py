@@ -26,10 +26,10 @@ from spectral_sinks.sweeps.content_address import address, context, digest, swap
 
 LIBRARIES = ("spectral-sinks", "nnsight", "torch", "transformers", "numpy", "scipy")
 
-UNIT = {"cpu": 5e11, "cuda": 5e15}
+UNIT_OPERATIONS = {"cpu": 5e11, "cuda": 5e15}
 """Floating-point operations in a unit: some seconds of work, which a killed process can lose."""
 
-CELLS = 20
+CELLS_PER_UNIT = 20
 """Cells in a unit, at most."""
 
 
@@ -191,8 +191,8 @@ class Sweep:
         if self.model.remote is not None:
             return cells_per_job(self.model, ids)
         weights = self.model.layers * 12 * self.model.d**2 + self.model.vocabulary * self.model.d
-        budget = UNIT.get(self.model.device.type, UNIT["cpu"])
-        return max(1, min(CELLS, int(budget / (2 * weights * ids.numel()))))
+        budget = UNIT_OPERATIONS.get(self.model.device.type, UNIT_OPERATIONS["cpu"])
+        return max(1, min(CELLS_PER_UNIT, int(budget / (2 * weights * ids.numel()))))
 
     def shard(self, i: int, n: int) -> tuple[Unit, ...]:
         """Every n-th unit from the i-th, i from 1 to n. Raises InputError outside of that."""
@@ -229,7 +229,7 @@ class Sweep:
 def described(sweep: Sweep, index: int) -> dict[str, Any]:
     """Return the columns of a cell in the store that do not depend on a window."""
     cell = sweep.cells[index]
-    return {"cell": sweep.addresses[index], "model": sweep.model.name, **describe(cell)}
+    return {"cell": sweep.addresses[index], "model": sweep.model.name, **describe_cell(cell)}
 
 
 def table_of(
@@ -243,7 +243,7 @@ def table_of(
     """Return rows for the store, one per cell and window.
 
     Args:
-        cells: the columns that describe each cell.
+        cells: the columns that describe_cell each cell.
         documents: the document of each window.
         windows: the index of each window.
         tokens: the predicted tokens of a window.
@@ -285,8 +285,8 @@ def versions() -> dict[str, str | None]:
     return {name: installed(name) for name in LIBRARIES} | {"python": platform.python_version()}
 
 
-def describe(cell: Cell) -> dict[str, Any]:
-    """Return the columns that describe a cell: its sites, filters, fills, tokens and draw."""
+def describe_cell(cell: Cell) -> dict[str, Any]:
+    """Return the columns that describe_cell a cell: its sites, filters, fills, tokens and draw."""
     sites = sorted(cell.edits, key=lambda site: site.rank)
     edits = [as_edit(cell.edits[site]) for site in sites]
     ranks = [edit.rank for edit in edits if edit.rank is not None]

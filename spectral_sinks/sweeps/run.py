@@ -20,10 +20,10 @@ from spectral_sinks.remote import handshake
 from spectral_sinks.stats import Estimate
 from spectral_sinks.sweeps.config import SweepFile
 from spectral_sinks.sweeps.cost import Cost, duration, estimate, floor
-from spectral_sinks.sweeps.definition import Sweep, Unit, describe
+from spectral_sinks.sweeps.definition import Sweep, Unit, describe_cell
 from spectral_sinks.sweeps.remote_jobs import RemoteCost, remote_cost, run_jobs
 from spectral_sinks.sweeps.store import Store
-from spectral_sinks.sweeps.workers import Adopted, Held, Serial, Source, check_workers, pool, work
+from spectral_sinks.sweeps.workers import Adopted, Held, Serial, SweepSource, check_workers, pool, work
 
 LOSSES = 3
 """Number of times that a pool may break, with no unit finished in between, before the sweep gives up."""
@@ -32,7 +32,7 @@ CLAIM_POLL = 0.2
 """Seconds between attempts to claim a unit that another process holds."""
 
 DESCRIBED = ("name", "site", "layer", "head", "filter", "rank", "fill", "at", "draw")
-"""Columns of a table that describe a cell."""
+"""Columns of a table that describe_cell a cell."""
 
 MakesExecutor = Callable[[], Executor]
 
@@ -70,12 +70,12 @@ class Done:
         stored = self.store.table()
         addresses, cells = self.sweep.addresses, self.sweep.cells
         described = pd.DataFrame(
-            {"cell": address} | describe(cell) for address, cell in zip(addresses, cells, strict=True)
+            {"cell": address} | describe_cell(cell) for address, cell in zip(addresses, cells, strict=True)
         ).astype(stored.dtypes[["cell", *DESCRIBED]])
         return described.merge(stored.drop(columns=[*DESCRIBED]), on="cell")[stored.columns]
 
     def summary(self) -> pd.DataFrame:
-        """One row per cell: the columns that describe it, the number of `documents`, and means over them.
+        """One row per cell: the columns that describe_cell it, the number of `documents`, and means over them.
 
         `delta_nll` is the difference in nats, with its 95 % BCa interval `delta_nll_low` to `delta_nll_high`.
         """
@@ -196,7 +196,7 @@ def run(
     sweep: Sweep,
     store: Store,
     executor: Executor | MakesExecutor | None = None,
-    source: Source | None = None,
+    source: SweepSource | None = None,
     *,
     shard: tuple[int, int] | None = None,
     say: Callable[[str], None] | None = None,
@@ -301,7 +301,9 @@ Result = tuple[pd.DataFrame, float]
 class _Workers:
     """An executor and the units that it has in hand; it is made again when it breaks, where possible."""
 
-    def __init__(self, executor: Executor | MakesExecutor | None, source: Source, in_flight: int) -> None:
+    def __init__(
+        self, executor: Executor | MakesExecutor | None, source: SweepSource, in_flight: int
+    ) -> None:
         self._source, self._in_flight = source, in_flight
         self._make = None if executor is None or isinstance(executor, Executor) else executor
         self._given = executor if isinstance(executor, Executor) else None

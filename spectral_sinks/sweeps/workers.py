@@ -20,7 +20,7 @@ from spectral_sinks.sweeps.cost import share_of_threads
 from spectral_sinks.sweeps.definition import Sweep, Unit
 
 
-class Source(Protocol):
+class SweepSource(Protocol):
     """What a worker makes a sweep from: the sweep itself, or the file that describes it."""
 
     @property
@@ -75,7 +75,7 @@ _SWEEPS: dict[str, Sweep] = {}
 _ONE_AT_A_TIME = threading.Lock()  # a model runs one trace at a time, also where the executor has threads
 
 
-def work(source: Source, unit: Unit) -> tuple[pd.DataFrame, float]:
+def work(source: SweepSource, unit: Unit) -> tuple[pd.DataFrame, float]:
     """Measure a unit; return its rows and the seconds they took. A worker prepares a sweep once."""
     with _ONE_AT_A_TIME:
         sweep = _prepared(source, unit)
@@ -88,7 +88,7 @@ def work(source: Source, unit: Unit) -> tuple[pd.DataFrame, float]:
         return rows, time.perf_counter() - began
 
 
-def _prepared(source: Source, unit: Unit) -> Sweep:
+def _prepared(source: SweepSource, unit: Unit) -> Sweep:
     if source.key in _SWEEPS and not _SWEEPS[source.key].has(unit):
         del _SWEEPS[source.key]  # its files have changed since
     if source.key not in _SWEEPS:

@@ -135,7 +135,7 @@ def test_a_sweep_survives_the_death_of_the_server(server: Ndif, tmp_path: Path) 
     from spectral_sinks.measure.nll import remote_batch as distant
     from spectral_sinks.sweeps import remote_jobs as jobs
 
-    distant.CELLS = 8
+    distant.CELLS_PER_JOB = 8
     jobs.FORGOTTEN = 5.0
     out = tmp_path / "afar"
     sweep = ss.SweepFile.read(file).at("ndif")

@@ -38,7 +38,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def fake(file: Path, monkeypatch: pytest.MonkeyPatch) -> fake_ndif.Fake:
-    monkeypatch.setattr(remote_batch, "CELLS", 3)
+    monkeypatch.setattr(remote_batch, "CELLS_PER_JOB", 3)
     monkeypatch.setattr(remote_jobs, "POLL", 0.0)
     return fake_ndif.serve(file.parent / "model", monkeypatch)
 

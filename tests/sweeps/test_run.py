@@ -86,7 +86,7 @@ def test_it_is_evaluate_all(whole: ss.Done) -> None:
 def test_what_a_row_says_of_its_cell() -> None:
     s = small_sweeps.spectrum()
     described = {
-        name: definition.describe(ss.Cell(name, edits, draw))
+        name: definition.describe_cell(ss.Cell(name, edits, draw))
         for name, draw, edits in (
             ("none", None, {}),
             ("head", 3, {ss.Site("head", 2, 1): ss.remove(s.band(4)).at("first")}),
@@ -381,7 +381,7 @@ def test_progress_begins_with_what_is_there(out: Path, monkeypatch: pytest.Monke
 
     ss.sweep(small_sweeps.sweep(small_sweeps.scaled(4)), out)
     monkeypatch.setattr(run, "tqdm", Bar)
-    monkeypatch.setattr(definition, "CELLS", 1)
+    monkeypatch.setattr(definition, "CELLS_PER_UNIT", 1)
     ss.sweep(small_sweeps.sweep(small_sweeps.scaled(6)), out)
     assert shown[0] == (20, 30) and shown[-1][0] in (27, 28)
     assert [n for n, _ in shown] == sorted(n for n, _ in shown)
@@ -467,12 +467,15 @@ def test_units_begin_low_and_hold_cells_of_one_beginning(monkeypatch: pytest.Mon
     made = small_sweeps.sweep()
     assert len({unit.name for unit in made.units}) == len(made.units)
     for unit in made.units:
-        assert len({made.starts[cell] for cell in unit.cells}) == 1 and len(unit.cells) <= definition.CELLS
+        assert (
+            len({made.starts[cell] for cell in unit.cells}) == 1
+            and len(unit.cells) <= definition.CELLS_PER_UNIT
+        )
     measured = [(unit.batch, cell) for unit in made.units for cell in unit.cells]
     assert sorted(measured) == sorted((b, cell) for b in (0, 1) for cell in made.distinct)
     order = [(unit.batch, made.starts[unit.cells[0]]) for unit in made.units]
     assert order == sorted(order)  # pyright: ignore[reportArgumentType]
-    monkeypatch.setattr(definition, "UNIT", {"cpu": 1.0})
+    monkeypatch.setattr(definition, "UNIT_OPERATIONS", {"cpu": 1.0})
     assert all(len(unit.cells) == 1 for unit in small_sweeps.sweep().units), "a large model has small units"
 
 

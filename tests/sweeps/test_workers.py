@@ -125,7 +125,7 @@ def test_a_killed_worker_costs_its_unfinished_units(quick: Any, out: Path) -> No
     killer = threading.Thread(target=kill)
     killer.start()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(definition, "CELLS", 1)
+        patch.setattr(definition, "CELLS_PER_UNIT", 1)
         done = run.run(made, ss.Store(out), make, workers.Adopted(made.key), in_flight=4)
     killer.join()
     assert len(pools) == 2, "made again once"

@@ -21,7 +21,7 @@ from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.spectra.edits import Edit, as_edit, as_edits
 from spectral_sinks.stats import Estimate, document_means, mean_interval
 
-NUMBERS = ("nll", "baseline_nll", "delta_nll", "kl", "top1_agreement", "removed_energy_share")
+EFFECT_COLUMNS = ("nll", "baseline_nll", "delta_nll", "kl", "top1_agreement", "removed_energy_share")
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +50,7 @@ class Effect(InterventionEffect):
     """The effect of one intervention on the NLL of a text, and on the attention sink.
 
     `table` has one row per document: `document`, `windows`, `tokens` (the predicted ones), the columns named
-    in `NUMBERS`, and by layer L `sink_mass_L` and `baseline_sink_mass_L` where attention was read.
+    in `EFFECT_COLUMNS`, and by layer L `sink_mass_L` and `baseline_sink_mass_L` where attention was read.
     """
 
     @property
@@ -98,7 +98,7 @@ class Effect(InterventionEffect):
         return values if values and np.isfinite(values).all() else None
 
     def summary(self) -> pd.DataFrame:
-        """One row: `name`, `site`, `rank`, `documents`, and the means over documents of `NUMBERS`.
+        """One row: `name`, `site`, `rank`, `documents`, and the means over documents of `EFFECT_COLUMNS`.
 
         Each mean has its 95 % BCa interval beside it, under `_low` and `_high`.
         """
@@ -106,13 +106,13 @@ class Effect(InterventionEffect):
 
     def record(self) -> dict[str, Any]:
         """The row of `summary` as a dictionary that JSON can hold."""
-        means = [Estimate.of(self.table[number]).columns(number) for number in NUMBERS]
+        means = [Estimate.of(self.table[number]).columns(number) for number in EFFECT_COLUMNS]
         fixed = {"name": self.name, "site": self.where, "rank": self.rank, "documents": len(self.table)}
         return fixed | {column: value for columns in means for column, value in columns.items()}
 
     def __repr__(self) -> str:
         """Two tables: the means over documents, and the sink mass by layer where it was read."""
-        columns = ["rank", *NUMBERS, "delta_nll_low", "delta_nll_high", "documents"]
+        columns = ["rank", *EFFECT_COLUMNS, "delta_nll_low", "delta_nll_high", "documents"]
         lines = [
             f"{self.name} at {self.where or 'no site'} (nats per token)",
             self.summary()[columns].to_string(index=False, float_format="%.4f"),

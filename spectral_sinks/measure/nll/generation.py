@@ -22,7 +22,7 @@ from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.remote.client import remotely
 from spectral_sinks.spectra.edits import Edit, EditFunction, as_edit, as_edits
 
-ROWS = 128
+CONTINUATIONS = 128
 """Continuations that are generated at once."""
 
 
@@ -47,7 +47,7 @@ def generate_all(
     draws: int = 1,
     seed: int = 0,
     cached: bool = True,
-    rows: int = ROWS,
+    rows: int = CONTINUATIONS,
 ) -> dict[str, Int[Tensor, "prompts draws new"]]:
     """Continue prompts of one length under each of several interventions.
 
@@ -115,7 +115,7 @@ def continuation_nll(
     continuations: Int[Tensor, "prompts draws new"],
     interventions: Interventions | None = None,
     *,
-    rows: int = ROWS,
+    rows: int = CONTINUATIONS,
 ) -> Float[Tensor, "prompts draws"]:
     """Return the NLL of continuations after their prompts, in nats per token of the continuation.
 

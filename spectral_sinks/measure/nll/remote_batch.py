@@ -19,13 +19,13 @@ from spectral_sinks.remote.transport import TooLarge
 T = TypeVar("T")
 R = TypeVar("R")
 
-WORK = 2e16
+JOB_OPERATIONS = 2e16
 """Floating-point operations in a job: about a minute on hardware that serves large models."""
 
-CELLS = 256
+CELLS_PER_JOB = 256
 """Cells in a job, at most."""
 
-COLUMNS = ("nll", "kl", "top1_agreement", "removed_energy_share")
+RESULT_COLUMNS = ("nll", "kl", "top1_agreement", "removed_energy_share")
 
 Pair = tuple[BatchResult, BatchResult]
 """The untouched pass and the cells."""
@@ -127,11 +127,11 @@ def in_jobs(model: LanguageModel, ids: Int[Tensor, "batch tokens"], cells: Seque
 def cells_per_job(model: LanguageModel, ids: Tensor) -> int:
     """Return the number of cells that the time budget of a job allows."""
     weights = model.layers * 12 * model.d**2 + model.vocabulary * model.d
-    return max(1, min(CELLS, int(WORK / (2 * weights * ids.numel()))))
+    return max(1, min(CELLS_PER_JOB, int(JOB_OPERATIONS / (2 * weights * ids.numel()))))
 
 
 def joined(parts: Sequence[BatchResult]) -> BatchResult:
     """Join the results of several jobs, one after the other."""
     masses = [part.sink_mass for part in parts if part.sink_mass is not None]
-    nll, kl, agrees, removed = (np.concatenate([getattr(part, name) for part in parts]) for name in COLUMNS)
-    return BatchResult(nll, kl, agrees, removed, np.concatenate(masses) if masses else None)
+    nll, kl, agrees, removed = (np.concatenate([getattr(part, name) for part in parts]) for name in
+    RESULT_COLUMNS) return BatchResult(nll, kl, agrees, removed, np.concatenate(masses) if masses else None)

@@ -10,11 +10,11 @@ from torch import Tensor
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.models.masked_lm import masked_count, masked_positions
 
-ROWS = 256
+MIN_PREDICTIONS = 256
 """Minimum number of predictions that are unembedded at once: with fewer, memory traffic dominates."""
 
 LOGITS = {"cpu": 2**19, "cuda": 2**26}
-"""Logits held at once where more than `ROWS` predictions fit: as many as stay in a processor's cache, or keep
+"""Logits held at once where more than `MIN_PREDICTIONS` predictions fit: as many as stay in a processor's cache, or keep
 a GPU busy."""
 
 
@@ -162,7 +162,7 @@ def score(
 
 def chunk(model: LanguageModel, device: torch.device) -> int:
     """Return the number of predictions that are unembedded at once."""
-    return max(ROWS, LOGITS.get(device.type, LOGITS["cpu"]) // model.vocabulary)
+    return max(MIN_PREDICTIONS, LOGITS.get(device.type, LOGITS["cpu"]) // model.vocabulary)
 
 
 def _chunks(model: LanguageModel, rows: Tensor) -> list[slice]:

@@ -132,7 +132,7 @@ def test_chunks(model: ss.LanguageModel, rows: int, monkeypatch: pytest.MonkeyPa
     """Wherever 88 predictions are divided, a batch alone and a stack of three come out the same."""
     base, final = finals(model)
     stack = torch.cat([final, base, final.flip(0)])
-    monkeypatch.setattr(nll, "ROWS", rows)
+    monkeypatch.setattr(nll, "MIN_PREDICTIONS", rows)
     monkeypatch.setattr(nll, "LOGITS", {"cpu": 1})
     assert nll.chunk(model, torch.device("cpu")) == rows
     plain, reference = untouched(model, base, IDS)
@@ -197,7 +197,7 @@ def test_the_size_of_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     assert nll.chunk(model, torch.device("cuda")) == nll.LOGITS["cuda"] // tiny_models.VOCABULARY
     assert nll.chunk(model, torch.device("mps")) == nll.LOGITS["cpu"] // tiny_models.VOCABULARY
     monkeypatch.setattr(nll, "LOGITS", {"cpu": 5})
-    assert nll.chunk(model, torch.device("cpu")) == nll.ROWS
+    assert nll.chunk(model, torch.device("cpu")) == nll.MIN_PREDICTIONS
 
 
 def test_an_identity_has_no_effect_through_a_whole_pass(model: ss.LanguageModel) -> None:
@@ -234,7 +234,7 @@ forward = peak()
 ss.evaluate(model, windows, edits)
 chunked = peak()
 chunk = nll.chunk(model, model.device) * model.vocabulary * 4
-nll.ROWS = 10**9
+nll.MIN_PREDICTIONS = 10**9
 ss.evaluate(model, windows, edits)
 print(json.dumps([forward, chunked, peak(), chunk]))
 """
