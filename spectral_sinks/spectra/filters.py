@@ -1,7 +1,7 @@
-"""Filters: what is blocked, what takes its place, at which tokens.
+"""Filters: the blocked subspace, the fill that takes its place, and the tokens on which the filter acts.
 
-A filter is a frozen value and a function of a tensor `[..., tokens, d]`, so it works alone, in a PyTorch
-hook, in anybody's nnsight trace, and at the sites of this package. A custom filter is any such function.
+A filter is a frozen value and a function of a tensor `[..., length, d]`. So it works alone, in a PyTorch
+hook, in any nnsight trace, and at the sites of this package. A custom filter is any function of a tensor.
 """
 
 # torch is typed only in part:
@@ -265,10 +265,10 @@ class Filter(Edit):
     def __call__(
         self, x: Float[Tensor, "*batch tokens d"], ids: Int[Tensor, "*batch tokens"] | None = None
     ) -> Float[Tensor, "*batch tokens d"]:
-        """Filter a residual stream; `ids` are the token ids, needed only to select by token id.
+        """Filter a residual stream; `ids` are the token ids, which only a selection by token id needs.
 
-        Computed in float32 at least, returned in the dtype of x. Raises InputError when the widths
-        differ, when ids are needed and missing, or when a mask does not fit.
+        The computation is in float32 at least, and the result has the dtype of x. Raises InputError where the
+        widths differ, where ids are needed and missing, and where a mask does not fit.
         """
         if x.ndim < 2:
             raise InputError(f"a filter takes [..., tokens, d], got shape {tuple(x.shape)}")
@@ -281,7 +281,7 @@ class Filter(Edit):
         return self.replaced(x, self.removed(x), ids)
 
     def removed(self, x: Float[Tensor, "*batch tokens d"]) -> Float[Tensor, "*batch tokens d"]:
-        """The component that leaves, at every token, in float32 at least."""
+        """Return the component that is removed, at every token, in float32 at least."""
         precise = x.to(torch.promote_types(x.dtype, torch.float32))
         return self.blocked.project(precise if self.through is None else self.through.project(precise))
 
@@ -302,7 +302,7 @@ class Filter(Edit):
         return out if selected is None else torch.where(selected.unsqueeze(-1), out, x)
 
     def selected(self, x: Tensor, ids: Tensor | None) -> Bool[Tensor, "..."] | None:
-        """Which tokens of `x [..., tokens, d]` are filtered, broadcastable; None for all of them."""
+        """Return a broadcastable mask of the filtered tokens of `x [..., length, d]`; None for all of them."""
         count = x.shape[-2]
         if isinstance(self.tokens, str):
             if self.tokens == "all":
@@ -375,11 +375,11 @@ def phi(spectrum: Spectrum, j: int, k: int) -> Filter:
 
 
 def psi(u: Spectrum, e: Spectrum, j: int, reading: PsiReading = "u-e") -> Filter:
-    """Psi: keep bands 1 to j, suppressing only what lies in the tails of both spectra.
+    """Psi: keep bands 1 to j, and remove only what lies in the tails of both spectra.
 
-    With `P_u` and `P_e` the projectors on bands j + 1 onwards of the unembedding and the embedding:
-    `u-e` is `x - P_u P_e x`, `e-u` is `x - P_e P_u x`, `intersection` is `x - P_{E∩U} x`. The paper's text
-    does not fix which; results name the reading.
+    Let `P_u` and `P_e` project on bands j + 1 onwards of the unembedding and the embedding. The reading `u-e`
+    is `x - P_u P_e x`, `e-u` is `x - P_e P_u x`, and `intersection` is `x - P_{E∩U} x`. The text of the paper
+    admits all of them, so results name the reading. (Cancedda 2024, section 4)
     """
     if reading not in get_args(PsiReading):
         raise InputError(f"reading {reading!r} of Psi: choose from {', '.join(get_args(PsiReading))}")

@@ -243,7 +243,7 @@ def table_of(
     """Return rows for the store, one per cell and window.
 
     Args:
-        cells: the columns that describe_cell each cell.
+        cells: the columns that describe each cell.
         documents: the document of each window.
         windows: the index of each window.
         tokens: the predicted tokens of a window.
@@ -286,7 +286,7 @@ def versions() -> dict[str, str | None]:
 
 
 def describe_cell(cell: Cell) -> dict[str, Any]:
-    """Return the columns that describe_cell a cell: its sites, filters, fills, tokens and draw."""
+    """Return the columns that describe a cell: its sites, filters, fills, tokens and draw."""
     sites = sorted(cell.edits, key=lambda site: site.rank)
     edits = [as_edit(cell.edits[site]) for site in sites]
     ranks = [edit.rank for edit in edits if edit.rank is not None]

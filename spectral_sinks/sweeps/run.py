@@ -32,7 +32,7 @@ CLAIM_POLL = 0.2
 """Seconds between attempts to claim a unit that another process holds."""
 
 DESCRIBED = ("name", "site", "layer", "head", "filter", "rank", "fill", "at", "draw")
-"""Columns of a table that describe_cell a cell."""
+"""Columns of a table that describe a cell."""
 
 MakesExecutor = Callable[[], Executor]
 
@@ -75,7 +75,7 @@ class Done:
         return described.merge(stored.drop(columns=[*DESCRIBED]), on="cell")[stored.columns]
 
     def summary(self) -> pd.DataFrame:
-        """One row per cell: the columns that describe_cell it, the number of `documents`, and means over them.
+        """Return one row per cell: its description, the number of `documents`, and means over them.
 
         `delta_nll` is the difference in nats, with its 95 % BCa interval `delta_nll_low` to `delta_nll_high`.
         """

@@ -133,5 +133,7 @@ def cells_per_job(model: LanguageModel, ids: Tensor) -> int:
 def joined(parts: Sequence[BatchResult]) -> BatchResult:
     """Join the results of several jobs, one after the other."""
     masses = [part.sink_mass for part in parts if part.sink_mass is not None]
-    nll, kl, agrees, removed = (np.concatenate([getattr(part, name) for part in parts]) for name in
-    RESULT_COLUMNS) return BatchResult(nll, kl, agrees, removed, np.concatenate(masses) if masses else None)
+    nll, kl, agrees, removed = (
+        np.concatenate([getattr(part, name) for part in parts]) for name in RESULT_COLUMNS
+    )
+    return BatchResult(nll, kl, agrees, removed, np.concatenate(masses) if masses else None)

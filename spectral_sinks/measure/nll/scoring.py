@@ -14,8 +14,8 @@ MIN_PREDICTIONS = 256
 """Minimum number of predictions that are unembedded at once: with fewer, memory traffic dominates."""
 
 LOGITS = {"cpu": 2**19, "cuda": 2**26}
-"""Logits held at once where more than `MIN_PREDICTIONS` predictions fit: as many as stay in a processor's cache, or keep
-a GPU busy."""
+"""Logits held at once where more than `MIN_PREDICTIONS` fit: as many as stay in a processor's cache, or as
+keep a GPU busy."""
 
 
 @dataclass(frozen=True)
