@@ -302,7 +302,7 @@ class Filter(Edit):
         return out if selected is None else torch.where(selected.unsqueeze(-1), out, x)
 
     def selected(self, x: Tensor, ids: Tensor | None) -> Bool[Tensor, "..."] | None:
-        """Return a broadcastable mask of the filtered tokens of `x [..., length, d]`; None for all of them."""
+        """Return a broadcastable mask of the filtered tokens of `x [..., length, d]`; None for all."""
         count = x.shape[-2]
         if isinstance(self.tokens, str):
             if self.tokens == "all":

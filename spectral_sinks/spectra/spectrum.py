@@ -120,9 +120,7 @@ class Spectrum:
             raise InputError(f"convention {convention!r}: choose from {', '.join(get_args(Convention))}")
         if weight.ndim != 2 or 0 in weight.shape:
             raise InputError(f"{name} has shape {tuple(weight.shape)}, expected rows x d")
-        if (
-            not torch.stack(torch.aminmax(weight.detach())).isfinite().all()
-        ):  # without a mask as large as the matrix
+        if not torch.stack(torch.aminmax(weight.detach())).isfinite().all():  # without a large mask
             bad = int((~torch.isfinite(weight)).sum())
             raise InputError(f"{name} holds {bad} NaN or Inf of {weight.numel()} values: check the weights")
         if convention != "raw" and (gain is None or gain.shape != weight.shape[1:]):
