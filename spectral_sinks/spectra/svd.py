@@ -116,10 +116,10 @@ def _add_gram(gram: Float[Tensor, "n n"], block: Float[Tensor, "block n"]) -> No
 def _eigh(gram: Float[Tensor, "n n"]) -> tuple[Float[Tensor, "n"], Float[Tensor, "n n"]]:
     """Eigenvalues, largest first, and eigenvectors from the lower triangle, which may be overwritten."""
     if _by_lapack(gram):
-        found = scipy.linalg.eigh(
+        decomposed = scipy.linalg.eigh(
             gram.numpy().T, lower=False, driver="evd", overwrite_a=True, check_finite=False
         )
-        squares, vectors = map(torch.from_numpy, found)
+        squares, vectors = map(torch.from_numpy, decomposed)
     else:
         squares, vectors = torch.linalg.eigh(gram)
     return squares.flip(0), vectors.flip(1)

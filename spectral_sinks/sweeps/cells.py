@@ -102,9 +102,9 @@ def grid(
         raise InputError("an empty grid: give at least one site, layer, fill and choice of tokens")
     means: dict[Site, Fill] = {}
     if "mean" in fills:
-        found = mean_residuals(model, windows, sorted(at_once, key=lambda site: site.rank))
+        references = mean_residuals(model, windows, sorted(at_once, key=lambda site: site.rank))
         source = f"{model.fingerprint} {of_rows(windows)}"
-        means = {site: Mean(mean, digest(f"{source} {site}")) for site, mean in found.items()}
+        means = {site: Mean(mean, digest(f"{source} {site}")) for site, mean in references.items()}
     plain: dict[str, Callable[[], Fill]] = {"zero": Zero, "swap": Swap, "noise": Noise}
     random: dict[tuple[int, int], Filter] = {}
 

@@ -135,14 +135,16 @@ class SweepFile(_Table):
             )
         texts, reading = self.texts, self.spectrum
         with self._at("texts"):
-            found = documents(
+            texts_of_sweep = documents(
                 texts.text,
                 split=texts.split,
                 column=texts.column,
                 limit=texts.documents,
                 separator=texts.separator,
             )
-            windows = cut(found, model, length=texts.length, per_document=texts.per_document, bos=texts.bos)
+            windows = cut(
+                texts_of_sweep, model, length=texts.length, per_document=texts.per_document, bos=texts.bos
+            )
         embedding = None
         with self._at("spectrum"):
             spectrum = read_spectrum(

@@ -124,8 +124,8 @@ class Sweep:
     def distinct(self) -> tuple[int, ...]:
         """Indices of the first cell of each address: equal cells under several names are measured once."""
         first: dict[str, int] = {}
-        for cell, found in enumerate(self.addresses):
-            first.setdefault(found, cell)
+        for cell, cell_address in enumerate(self.addresses):
+            first.setdefault(cell_address, cell)
         return tuple(first.values())
 
     @cached_property
@@ -184,8 +184,8 @@ class Sweep:
 
     def _first(self, cell: int) -> int:
         """The exit at which a cell begins; -2 for a cell that changes nothing."""
-        found = self.starts[cell]
-        return -2 if found is None else found
+        exit = self.starts[cell]
+        return -2 if exit is None else exit
 
     def _cells_per_unit(self, ids: Tensor) -> int:
         if self.model.remote is not None:
@@ -238,7 +238,7 @@ def table_of(
     windows: Sequence[int],
     tokens: int,
     base: BatchResult,
-    found: BatchResult,
+    result: BatchResult,
 ) -> pd.DataFrame:
     """Return rows for the store, one per cell and window.
 
@@ -248,7 +248,7 @@ def table_of(
         windows: the index of each window.
         tokens: the predicted tokens of a window.
         base: the untouched pass.
-        found: the cells.
+        result: the cells.
 
     """
     rows: list[dict[str, Any]] = []
@@ -260,13 +260,13 @@ def table_of(
                     "document": document,
                     "window": window,
                     "tokens": tokens,
-                    "nll": found.nll[row, column],
+                    "nll": result.nll[row, column],
                     "baseline_nll": base.nll[0, column],
-                    "delta_nll": found.nll[row, column] - base.nll[0, column],
-                    "kl": found.kl[row, column],
-                    "top1_agreement": found.top1_agreement[row, column],
-                    "removed_energy_share": found.removed_energy_share[row, column],
-                    "sink_mass": _listed(found.sink_mass, row, column),
+                    "delta_nll": result.nll[row, column] - base.nll[0, column],
+                    "kl": result.kl[row, column],
+                    "top1_agreement": result.top1_agreement[row, column],
+                    "removed_energy_share": result.removed_energy_share[row, column],
+                    "sink_mass": _listed(result.sink_mass, row, column),
                     "baseline_sink_mass": _listed(base.sink_mass, 0, column),
                 }
             )

@@ -131,14 +131,14 @@ def settle(store: Store, notes: Notes, note: Note, give_up: float = STALE) -> No
 def _record(store: Store, notes: Notes, last: Note) -> None:
     """Record in the manifest where the rows of a run come from."""
     done = [note for note in notes.all() if note.state == "done" and note.run == last.run]
-    found = {
+    origin = {
         "host": last.sent.host,
         "server": last.server,
         "jobs": [note.sent.id for note in done],
         "bytes_sent": sum(note.sent.payload for note in done),
         "bytes_received": sum(note.sent.received or 0 for note in done),
     }
-    store.record(last.run, {"remote": found})
+    store.record(last.run, {"remote": origin})
 
 
 def run_jobs(

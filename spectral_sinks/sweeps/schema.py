@@ -107,11 +107,11 @@ def decode(data: bytes, name: str) -> pa.Table:
     return table
 
 
-def check_format(found: object, what: str) -> None:
+def check_format(version: object, what: str) -> None:
     """Raise InputError for any format but this version's."""
-    if str(found) != str(FORMAT):
+    if str(version) != str(FORMAT):
         raise InputError(
-            f"{what} has format {found} of sweep results, this version reads format {FORMAT}: "
+            f"{what} has format {version} of sweep results, this version reads format {FORMAT}: "
             "use the version of spectral_sinks that wrote it, or give another folder"
         )
 

@@ -85,18 +85,18 @@ class Store:
     def manifest(self) -> dict[str, Any]:
         """`format`, and `runs` by key. Raises InputError if damaged, foreign or of another format."""
         try:
-            found = json.loads(self._manifest.read_bytes())
+            manifest = json.loads(self._manifest.read_bytes())
         except OSError as error:
             raise InputError(f"{self._manifest} cannot be read: {error.strerror}") from error
         except ValueError as error:
             raise self._damaged_manifest(str(error)) from error
-        if not isinstance(found, dict) or found.get("store") != KIND:
+        if not isinstance(manifest, dict) or manifest.get("store") != KIND:
             raise InputError(f"{self._manifest} does not belong to a sweep: give another folder")
-        check_format(found.get("format"), str(self.folder))
-        runs = found.get("runs")
+        check_format(manifest.get("format"), str(self.folder))
+        runs = manifest.get("runs")
         if not isinstance(runs, dict) or not all(isinstance(run, dict) for run in runs.values()):
             raise self._damaged_manifest("no runs")
-        return found
+        return manifest
 
     def _damaged_manifest(self, reason: str) -> InputError:
         return InputError(
@@ -205,8 +205,8 @@ class Store:
         return self.parts / name
 
     def _write_manifest(self, runs: dict[str, Any]) -> None:
-        found = {"store": KIND, "format": FORMAT, "runs": dict(sorted(runs.items()))}
-        text = json.dumps(found, indent=1, ensure_ascii=False) + "\n"
+        manifest = {"store": KIND, "format": FORMAT, "runs": dict(sorted(runs.items()))}
+        text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
         with atomic_write(self._manifest) as path:
             path.write_text(text, encoding="utf-8")
 

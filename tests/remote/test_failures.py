@@ -250,3 +250,20 @@ def test_the_key_is_in_no_payload_and_no_record(fake: fake_ndif.Fake, folder: Pa
     assert there.remote is not None and fake_ndif.without_key(
         json.dumps(there.remote.record()) + repr(there.remote)
     )
+
+
+def test_results_of_jobs_sent_before_a_class_was_renamed() -> None:
+    import pickle
+
+    import numpy as np
+
+    from spectral_sinks.measure.nll.replay import BatchResult
+    from spectral_sinks.remote.serialization import unpack
+
+    zero = np.zeros((1, 2))
+    current = pickle.dumps(BatchResult(zero, zero + 1, zero, zero, None), protocol=0)
+    new = b"cspectral_sinks.measure.nll.replay\nBatchResult"
+    assert new in current
+    old = current.replace(new, b"cspectral_sinks.measure.replay\nMeasured")
+    result = unpack(old)
+    assert isinstance(result, BatchResult) and result.kl.tolist() == [[1.0, 1.0]]

@@ -455,6 +455,27 @@ def test_what_it_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.bytes > 4 * 198 * 32 * 4, "the residuals of four exits"
 
 
+def test_the_batch_of_the_estimate_serves_the_first_unit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One untouched pass for each batch, whether or not the cost is estimated first."""
+    opened: list[tuple[int, ...]] = []
+    original = definition.open_batch
+
+    def counted(model: Any, windows: Any, indices: Any, *rest: Any) -> Any:
+        opened.append(tuple(indices))
+        return original(model, windows, indices, *rest)
+
+    monkeypatch.setattr(definition, "open_batch", counted)
+    said: list[str] = []
+    made = small_sweeps.sweep()
+    done = ss.sweep(made, tmp_path / "out", say=said.append)
+    assert len(said) == 1 and done.report.of_floor is not None
+    assert opened == [tuple(indices) for indices, _ in made.batches]
+    again = ss.sweep(small_sweeps.sweep(), tmp_path / "again")
+    small_sweeps.rows_agree(done.store.rows(), again.store.rows())
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [(0.04, "0.0 seconds"), (119, "119.0 seconds"), (120, "2.0 minutes"), (9000, "2.5 hours")],

@@ -61,7 +61,7 @@ def first_order(
     sizes = np.diff(spectrum.edges).tolist()
     estimates = np.zeros((len(windows), len(exits), spectrum.count))
     tokens = np.zeros(len(windows))
-    for places, ids in windows.batches(batch_size_for(model, windows.length, batch_size)):
+    for indices, ids in windows.batches(batch_size_for(model, windows.length, batch_size)):
         ids = ids.to(model.device)
 
         def readout(final: Tensor, read: dict[Site, Tensor], _: list[Tensor], ids: Tensor = ids) -> Tensor:
@@ -74,7 +74,7 @@ def first_order(
             products = (g.to(vectors.dtype) @ vectors) * (x.to(vectors.dtype) @ vectors)
             return torch.stack([-part.sum((1, 2)) for part in products.split(sizes, dim=-1)], -1).cpu()
 
-        found = trace(
+        products = trace(
             model,
             ids if model.causal else masked_ids(model, ids),
             {entry: lambda x: x.detach().requires_grad_()},  # whether or not the weights want gradients
@@ -82,8 +82,8 @@ def first_order(
             readout=readout,
             gradients=True,
         )
-        estimates[places] = found.double().numpy()
-        tokens[places] = predicted(model, ids.shape[1])
+        estimates[indices] = products.double().numpy()
+        tokens[indices] = predicted(model, ids.shape[1])
     mean = document_means(estimates, windows.document, tokens)[1].mean(0)  # [layers, bands]
     return pd.DataFrame(
         [

@@ -216,21 +216,21 @@ def evaluate_all(
 Table = tuple[list[str], Float[NDArray[np.float64], "cells windows columns"]]
 
 
-def _columns(batch: Batch | RemoteBatch, found: BatchResult) -> Table:
+def _columns(batch: Batch | RemoteBatch, result: BatchResult) -> Table:
     """Return the names of all columns, and their values `[cells, windows, columns]`, for one batch."""
     base = batch.baseline
     columns = {
-        "nll": found.nll,
+        "nll": result.nll,
         "baseline_nll": base.nll,
-        "delta_nll": found.nll - base.nll,
-        "kl": found.kl,
-        "top1_agreement": found.top1_agreement,
-        "removed_energy_share": found.removed_energy_share,
+        "delta_nll": result.nll - base.nll,
+        "kl": result.kl,
+        "top1_agreement": result.top1_agreement,
+        "removed_energy_share": result.removed_energy_share,
     }
-    for prefix, mass in (("sink_mass_", found.sink_mass), ("baseline_sink_mass_", base.sink_mass)):
+    for prefix, mass in (("sink_mass_", result.sink_mass), ("baseline_sink_mass_", base.sink_mass)):
         if mass is not None:
             columns |= {f"{prefix}{layer}": mass[..., layer] for layer in range(mass.shape[-1])}
-    shape = found.nll.shape
+    shape = result.nll.shape
     return list(columns), np.stack([np.broadcast_to(column, shape) for column in columns.values()], axis=-1)
 
 
