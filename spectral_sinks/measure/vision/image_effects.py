@@ -13,6 +13,7 @@ from spectral_sinks.data.pixels import Pixels
 from spectral_sinks.errors import InputError
 from spectral_sinks.interventions.sites import Site
 from spectral_sinks.interventions.tracing import Interventions, Resume
+from spectral_sinks.measure.nll.effects import InterventionEffect
 from spectral_sinks.measure.nll.replay import apply_and_measure, first_exit, for_batch
 from spectral_sinks.measure.vision.features import Given, features, given, neighbours, token_kinds
 from spectral_sinks.measure.vision.ridge import LinearProbe, split
@@ -21,39 +22,32 @@ from spectral_sinks.spectra.edits import Edit, EditFunction, as_edits
 from spectral_sinks.stats import mean_interval
 
 
-@dataclass(frozen=True, eq=False)
-class ImageEffect:
-    """One intervention on one set of images: a row per image, and the means over images."""
+@dataclass(frozen=True, eq=False, repr=False)
+class ImageEffect(InterventionEffect):
+    """The effect of one intervention on what an image encoder computes.
 
-    name: str
-    sites: tuple[Site, ...]
-    ranks: tuple[int | None, ...]
-    """Directions removed at each site; None for a custom function."""
-    rows: pd.DataFrame
-    """One row per image; NaN where it has no such number (a probe says nothing of what it was fitted on)."""
-
-    @property
-    def rank(self) -> int | None:
-        """Directions removed; the sum over sites, None with a custom function."""
-        return None if None in self.ranks else sum(rank for rank in self.ranks if rank is not None)
+    `table` has one row per image. A number is NaN where an image has none: a probe is not tested on the images
+    that it was fitted on.
+    """
 
     def summary(self, quantities: Sequence[str] | None = None) -> pd.DataFrame:
         """A row per quantity (all by default): `mean`, `low`, `high` (95 % BCa) over `n` images."""
         rows: list[dict[str, object]] = []
-        for quantity in quantities or self.rows.columns.drop(["document", "image"], errors="ignore"):
-            values = self.rows[quantity].dropna()
+        for quantity in quantities or self.table.columns.drop(["document", "image"], errors="ignore"):
+            values = self.table[quantity].dropna()
             low, high = mean_interval(values)
             rows.append({"quantity": quantity, "mean": values.mean(), "low": low, "high": high})
             rows[-1]["n"] = len(values)
         table = pd.DataFrame(rows)
-        where = ", ".join(map(str, self.sites))
-        for place, (column, value) in enumerate((("name", self.name), ("site", where), ("rank", self.rank))):
-            table.insert(place, column, value)
+        for index, (column, value) in enumerate(
+            (("name", self.name), ("site", self.where), ("rank", self.rank))
+        ):
+            table.insert(index, column, value)
         return table
 
     def __repr__(self) -> str:
         shown = self.summary().drop(columns=["name", "site", "rank"])
-        title = f"{self.name} at {', '.join(map(str, self.sites)) or 'no site'} (rank {self.rank})"
+        title = f"{self.name} at {self.where or 'no site'} (rank {self.rank})"
         return f"{title}\n{shown.to_string(index=False, float_format='%.4f')}"
 
 
