@@ -98,22 +98,22 @@ class AtToken(AttentionEdit):
         return call.ids.to(call.query.device) == self.token
 
 
-def of_layer(given: Tensor | float, call: AttentionCall) -> Tensor:
+def of_layer(values: Tensor | float, call: AttentionCall) -> Tensor:
     """Return the keys or values of one layer, `[1, key_heads, 1, size]`, or a number as it is."""
-    tensor = torch.as_tensor(given, device=call.key.device)
+    tensor = torch.as_tensor(values, device=call.key.device)
     return values_of_layer(tensor, call.layer)[None, :, None] if tensor.ndim else tensor
 
 
-def values_of_layer(given: Tensor, layer: int) -> Tensor:
+def values_of_layer(values: Tensor, layer: int) -> Tensor:
     """Return one layer of `[layers, ...]`; a single layer stands for all of them."""
-    if len(given) != 1 and layer >= len(given):
-        raise InputError(f"layer {layer}: values for {len(given)} layers were given")
-    return given[0 if len(given) == 1 else layer]
+    if len(values) != 1 and layer >= len(values):
+        raise InputError(f"layer {layer}: values for {len(values)} layers were given")
+    return values[0 if len(values) == 1 else layer]
 
 
-def check_shape(name: str, given: Tensor | float, model: LanguageModel) -> None:
+def check_shape(name: str, values: Tensor | float, model: LanguageModel) -> None:
     """Raise InputError for keys or values of another shape than the model's."""
-    shape = tuple(getattr(given, "shape", ()))
+    shape = tuple(getattr(values, "shape", ()))
     wanted = (model.layers, model.key_heads, model.head_size)
     if shape and (len(shape) != 3 or any(a not in (1, b) for a, b in zip(shape, wanted, strict=True))):
         raise InputError(

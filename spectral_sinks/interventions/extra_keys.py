@@ -35,7 +35,7 @@ class KeyBias(AttentionEdit):
         check_shape("value", self.value, model)
 
     def changed(self, call: AttentionCall) -> AttentionCall:
-        key, value = (_by_query_head(of_layer(given, call), call) for given in (self.key, self.value))
+        key, value = (_by_query_head(of_layer(values, call), call) for values in (self.key, self.value))
         if call.extra_key is not None and call.extra_value is not None:
             key, value = torch.cat([call.extra_key, key], 2), torch.cat([call.extra_value, value], 2)
         return replace(call, extra_key=key, extra_value=value)
@@ -93,8 +93,8 @@ class Prefix:
         return torch.cat([before.expand(len(ids), -1), ids], dim=1)
 
 
-def _by_query_head(given: Tensor, call: AttentionCall) -> Float[Tensor, "1 heads 1 size"]:
+def _by_query_head(values: Tensor, call: AttentionCall) -> Float[Tensor, "1 heads 1 size"]:
     """Expand a key, a value or a number to the query heads."""
     heads, size = call.query.shape[1], call.query.shape[3]
-    full = given.to(call.query).expand(1, given.shape[1] if given.ndim else 1, 1, size)
+    full = values.to(call.query).expand(1, values.shape[1] if values.ndim else 1, 1, size)
     return full.repeat_interleave(heads // full.shape[1], dim=1)

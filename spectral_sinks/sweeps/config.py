@@ -135,16 +135,14 @@ class SweepFile(_Table):
             )
         texts, reading = self.texts, self.spectrum
         with self._at("texts"):
-            texts_of_sweep = documents(
+            text = documents(
                 texts.text,
                 split=texts.split,
                 column=texts.column,
                 limit=texts.documents,
                 separator=texts.separator,
             )
-            windows = cut(
-                texts_of_sweep, model, length=texts.length, per_document=texts.per_document, bos=texts.bos
-            )
+            windows = cut(text, model, length=texts.length, per_document=texts.per_document, bos=texts.bos)
         embedding = None
         with self._at("spectrum"):
             spectrum = read_spectrum(
@@ -153,8 +151,8 @@ class SweepFile(_Table):
             if any("psi" in block.ladder for block in self.grid):
                 embedding = read_spectrum(model, "embedding", bands=reading.bands)
         cells: dict[str, Cell] = {}
-        for place, block in enumerate(self.grid):
-            with self._at(f"grid.{place}"):
+        for entry, block in enumerate(self.grid):
+            with self._at(f"grid.{entry}"):
                 for cell in grid(
                     model,
                     windows,
@@ -178,13 +176,13 @@ class SweepFile(_Table):
             return Sweep.of(model, windows, cells.values(), batch_size=self.batch_size, spectrum=label)
 
     @contextmanager
-    def _at(self, place: str) -> Iterator[None]:
+    def _at(self, entry: str) -> Iterator[None]:
         """Let errors name the file and the entry in it."""
         try:
             yield
         except InputError as error:
             file = "" if self._path is None else f"{self._path}: "
-            raise InputError(f"{file}{place}: {error}") from error
+            raise InputError(f"{file}{entry}: {error}") from error
 
 
 def _tokens(block: Grid) -> Sequence[Tokens]:

@@ -86,7 +86,7 @@ class Sweep:
                 check_edit(site, as_edit(edit), model, windows)
         made = cls(model, windows, all_cells, batch_size, spectrum)
         swaps = [cell.name for cell in all_cells if swapping(cell.edits)]
-        if swaps and (alone := [places[0] for places, _ in made.batches if len(places) == 1]):
+        if swaps and (alone := [indices[0] for indices, _ in made.batches if len(indices) == 1]):
             raise InputError(
                 f"{swaps[0]!r} swaps within batches, and window {alone[0]} is alone in its batch: give "
                 "windows of one length and a batch_size of at least 3"

@@ -162,7 +162,7 @@ def run_jobs(
         while missing(()):
             waiting = notes.waiting()
             sent = {
-                (cell["cell"], place) for note in waiting for cell in note.cells for place in note.windows
+                (cell["cell"], window) for note in waiting for cell in note.cells for window in note.windows
             }
             room = in_flight - len(waiting) if wait else None
             for unit in missing(sent)[:room]:
@@ -184,8 +184,8 @@ def run_jobs(
 
 def _sent(sweep: Sweep, unit: Unit) -> Iterable[Note]:
     """Send the job of a unit, or the jobs of its halves where it is too large."""
-    places, ids = sweep.batches[unit.batch]
-    batch = RemoteBatch(sweep.model, sweep.windows, places, ids)
+    indices, ids = sweep.batches[unit.batch]
+    batch = RemoteBatch(sweep.model, sweep.windows, indices, ids)
     try:
         sent = client.submit(sweep.model, *batch.job([sweep.cells[i].edits for i in unit.cells]))
     except transport.TooLarge:
@@ -201,8 +201,8 @@ def _sent(sweep: Sweep, unit: Unit) -> Iterable[Note]:
         model=sweep.model.name,
         sent=sent,
         cells=[described(sweep, index) for index in unit.cells],
-        documents=[int(sweep.windows.document[place]) for place in places],
-        windows=list(places),
+        documents=[int(sweep.windows.document[index]) for index in indices],
+        windows=list(indices),
         tokens=batch.predicted,
     )
 
@@ -228,8 +228,8 @@ def remote_cost(sweep: Sweep, units: tuple[Unit, ...]) -> RemoteCost:
     """Pack the jobs of some units to count their bytes; none is sent."""
     total = 0
     for unit in units:
-        places, ids = sweep.batches[unit.batch]
-        batch = RemoteBatch(sweep.model, sweep.windows, places, ids)
+        indices, ids = sweep.batches[unit.batch]
+        batch = RemoteBatch(sweep.model, sweep.windows, indices, ids)
         total += len(transport.packed(sweep.model, *batch.job([sweep.cells[i].edits for i in unit.cells])))
     cells = len({cell for unit in units for cell in unit.cells})
     return RemoteCost(cells, len(sweep.windows), len(units), total)

@@ -26,8 +26,8 @@ from spectral_sinks.stats import mean_interval
 class ImageEffect(InterventionEffect):
     """The effect of one intervention on what an image encoder computes.
 
-    `table` has one row per image. A number is NaN where an image has none: a probe is not tested on the images
-    that it was fitted on.
+    `table` has one row per image. A number is NaN where an image has none: a probe is not tested on the
+    images that it was fitted on.
     """
 
     def summary(self, quantities: Sequence[str] | None = None) -> pd.DataFrame:
