@@ -216,7 +216,7 @@ def test_singular_values_that_are_rounding_alone_have_no_order():
     with pytest.warns(SpectralWarning) as caught:
         spectrum = Spectrum(torch.eye(40).double(), values)
     (warning,) = caught
-    assert "rank 5 of 40): bands 3 to 20 cut" in str(warning.message)
+    assert "rank 5 of 40): bands 3 to 20 divide" in str(warning.message)
     assert spectrum.rank == 5 and spectrum.null().rank == spectrum.subspace("null").rank == 35
     assert not spectrum.null().project(torch.eye(40).double())[:5].any()
 
