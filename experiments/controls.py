@@ -59,9 +59,9 @@ def compare(
     effects: dict[str, ss.Effect], layer: int, tokens: str, observed: str, control: str
 ) -> dict[str, object]:
     """The observed effect among the draws of a control: rank, p values, the paired difference."""
-    values = effects[f"{tokens}|{observed}|"].rows.set_index("document")["delta_nll"]
+    values = effects[f"{tokens}|{observed}|"].table.set_index("document")["delta_nll"]
     drawn = [e for name, e in effects.items() if name.startswith(f"{tokens}|{control}|")]
-    table = pd.concat([e.rows.set_index("document")["delta_nll"] for e in drawn], axis=1)
+    table = pd.concat([e.table.set_index("document")["delta_nll"] for e in drawn], axis=1)
     null, effect = [e.delta_nll for e in drawn], float(values.mean())
     excess = values - table.mean(axis=1)
     low, high = ss.mean_interval(excess)

@@ -76,7 +76,7 @@ def run(study: ss.Study) -> ss.Finding:
         answers.append(
             ss.answer(
                 f"exit {layer}: NLL difference without {name} (rank {row['rank']})",
-                found[f"{name}/{layer}"].rows["delta_nll"],
+                found[f"{name}/{layer}"].table["delta_nll"],
                 f"random: {null['delta_nll'].min():+.4f} to {null['delta_nll'].max():+.4f}; "
                 f"energy removed {row['energy']:.3f}, random {null['energy'].mean():.3f}",
             )
@@ -136,10 +136,10 @@ def _row(name: str, effect: ss.Effect) -> dict[str, object]:
     label, layer = name.split("/")
     low, high = effect.delta_nll_interval
     column = f"sink_mass_{int(layer) + 1}"
-    lost = pd.Series(float("nan"), effect.rows.index)
+    lost = pd.Series(float("nan"), effect.table.index)
     masses = {"sink_next": float("nan"), "sink_before": float("nan")}
-    if column in effect.rows:
-        after, before = effect.rows[column], effect.rows[f"baseline_{column}"]
+    if column in effect.table:
+        after, before = effect.table[column], effect.table[f"baseline_{column}"]
         lost = 1 - after / before
         masses = {"sink_next": float(after.mean()), "sink_before": float(before.mean())}
     cut_low, cut_high = ss.mean_interval(lost)
@@ -148,7 +148,7 @@ def _row(name: str, effect: ss.Effect) -> dict[str, object]:
         "layer": int(layer),
         "random": label.startswith("random"),
         "rank": effect.rank,
-        "energy": float(effect.rows["removed_energy_share"].mean()),
+        "energy": float(effect.table["removed_energy_share"].mean()),
         "delta_nll": effect.delta_nll,
         "low": low,
         "high": high,
@@ -156,5 +156,5 @@ def _row(name: str, effect: ss.Effect) -> dict[str, object]:
         "sink_cut": float(lost.mean()),
         "sink_cut_low": cut_low,
         "sink_cut_high": cut_high,
-        "n": len(effect.rows),
+        "n": len(effect.table),
     }

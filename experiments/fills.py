@@ -44,7 +44,7 @@ def run(study: ss.Study) -> ss.Finding:
     for layer in layers:
         table, effects = at(study, layer)
         tables.append(table)
-        delta = {name: effect.rows.set_index("document")["delta_nll"] for name, effect in effects.items()}
+        delta = {name: effect.table.set_index("document")["delta_nll"] for name, effect in effects.items()}
         for fill in ("zero", "mean", "swap", "noise"):
             here = table[table["fill"] == fill]
             draws = here[here["filter"].str.startswith("random")]["mean"]

@@ -81,9 +81,9 @@ def sink_left(effect: ss.Effect, below: int) -> pd.Series:
         first = site.layer + (site.kind not in ("queries", "keys"))
         layers = [first] if first < count else []
     if not layers:
-        return pd.Series(float("nan"), effect.rows.index)
+        return pd.Series(float("nan"), effect.table.index)
     before, after = ([f"{kind}_{layer}" for layer in layers] for kind in ("baseline_sink_mass", "sink_mass"))
-    return effect.rows[after].mean(axis=1) / effect.rows[before].mean(axis=1)
+    return effect.table[after].mean(axis=1) / effect.table[before].mean(axis=1)
 
 
 def answers(study: ss.Study, effects: dict[str, ss.Effect], table: pd.DataFrame) -> list[dict[str, Any]]:
@@ -98,7 +98,7 @@ def answers(study: ss.Study, effects: dict[str, ss.Effect], table: pd.DataFrame)
         shown = f"exit {below} (reference)" if site == "exit" else f"{site}, {place}"
         shown = shown.replace("above", f"layers above exit {below}")
         random = f"{len(drawn)} random: {drawn['mean'].min():+.4f} to {drawn['mean'].max():+.4f}"
-        found.append(ss.answer(f"NLL difference, {shown}", effect.rows["delta_nll"], random))
+        found.append(ss.answer(f"NLL difference, {shown}", effect.table["delta_nll"], random))
         left = sink_left(effect, below)
         if left.notna().all():
             random = f"random: {drawn['sink_left'].min():.3f} to {drawn['sink_left'].max():.3f}"

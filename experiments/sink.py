@@ -56,7 +56,7 @@ def run(study: ss.Study) -> ss.Finding:
     study.save(removal.assign(layer=layer, rank=dark.rank), "sink_removal")
     ss.figures.sink(ss.summarise(heads, ["layer", "head"], "attention"), removal, study.figure("sink"))
 
-    masses = {name: effect.rows.set_index("document") for name, effect in effects.items()}
+    masses = {name: effect.table.set_index("document") for name, effect in effects.items()}
     column = f"sink_mass_{layer + 1}"
     cut = 1 - masses["dark"][column] / masses["dark"][f"baseline_{column}"]
     random_cut = [
@@ -99,7 +99,7 @@ def run(study: ss.Study) -> ss.Finding:
                 (masses["dark, first token"]["delta_nll"] + masses["dark"]["delta_nll"] - rest) / 2,
                 f"saved by sparing it: {(masses['dark']['delta_nll'] - rest).mean():+.4f}",
             ),
-            ss.answer("NLL difference, dark swapped between texts", swapped.rows["delta_nll"]),
+            ss.answer("NLL difference, dark swapped between texts", swapped.table["delta_nll"]),
             ss.answer(f"NLL difference, Omega {kept} (sink-preserving)", omega),
             ss.answer(f"NLL difference, Phi 1:{kept} (same, tail dropped)", phi),
             ss.answer(f"Phi 1:{kept} minus Omega {kept}", phi - omega),

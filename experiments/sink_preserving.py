@@ -68,7 +68,7 @@ def measure(study: ss.Study, layers: list[int], random: list[int]) -> tuple[pd.D
     table["share"] = table["rank"] / (u.d * len(layers))
     within: list[dict[str, object]] = []
     for kind in KINDS:
-        costs = np.stack([effects[f"{kind}|{k}"].rows["delta_nll"] for k in steps], axis=1)
+        costs = np.stack([effects[f"{kind}|{k}"].table["delta_nll"] for k in steps], axis=1)
         for budget in BUDGETS:
             value, low, high = ss.largest_within(costs, [k / u.d for k in steps], budget)
             within.append(
@@ -76,7 +76,7 @@ def measure(study: ss.Study, layers: list[int], random: list[int]) -> tuple[pd.D
             )
     saved: list[dict[str, object]] = []
     for k in random:
-        costs = {name: e.rows.set_index("document")["delta_nll"] for name, e in effects.items()}
+        costs = {name: e.table.set_index("document")["delta_nll"] for name, e in effects.items()}
         draws = pd.concat([costs[f"random {seed} kept|{k}"] for seed in range(study.draws)], axis=1)
         others = {kind: costs[f"{kind}|{k}"] for kind in list(KINDS)[1:]} | {
             "random kept": draws.mean(axis=1)

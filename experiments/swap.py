@@ -57,7 +57,7 @@ def steps(study: ss.Study, layer: int, ways: list[str], random: bool) -> tuple[p
     effects = study.evaluate(cells, str(site))
     table = ss.effect_table(effects).assign(layer=layer)
     table[["way", "filter", "kept"]] = [name.split("|") for name in table["name"]]
-    delta = {name: effect.rows.set_index("document")["delta_nll"] for name, effect in effects.items()}
+    delta = {name: effect.table.set_index("document")["delta_nll"] for name, effect in effects.items()}
     rows: list[dict[str, object]] = []
     for way in ways:
         last = delta[f"{way}|Phi|{n - 1}"]
@@ -153,5 +153,5 @@ def idle(study: ss.Study, layer: int) -> dict[str, object]:
     """What swapping position 0 alone does where all documents open with BOS: the swap's own control."""
     dark = ss.remove(study.unembedding.dark(), ss.Swap(), "first")
     effect = study.evaluate({"swap": {ss.Site("exit", layer): dark}})["swap"]
-    largest = float(effect.rows["delta_nll"].abs().max())
+    largest = float(effect.table["delta_nll"].abs().max())
     return ss.answer(f"with BOS, exit {layer}: largest change by a swap of position 0 alone", largest)

@@ -145,6 +145,31 @@ def rank_correlation(x: ArrayLike, y: ArrayLike, given: Sequence[ArrayLike] = ()
     return float(np.clip(a @ b / scale, -1, 1))
 
 
+def document_means(
+    values: ArrayLike, documents: ArrayLike, weights: ArrayLike | None = None
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Weighted means over the windows of each document.
+
+    Args:
+        values: `[windows, ...]`; a NaN makes the mean of its own document NaN, and no other.
+        documents: the document of each window, `[windows]`.
+        weights: the weight of each window, such as its number of predicted tokens; equal by default.
+
+    Returns:
+        The documents in ascending order, `[documents]`, and their means, `[documents, ...]`.
+
+    """
+    owners = np.asarray(documents, dtype=np.int64)
+    order = np.argsort(owners, kind="stable")
+    owners = owners[order]
+    starts = np.flatnonzero(np.append(True, owners[1:] != owners[:-1])[: len(owners)])
+    sample = np.asarray(values, dtype=np.float64)[order]
+    weight = np.ones(len(owners)) if weights is None else np.asarray(weights, dtype=np.float64)[order]
+    weight = weight.reshape(-1, *[1] * (sample.ndim - 1))  # [windows, 1, ...]
+    sums = np.add.reduceat(sample * weight, starts, axis=0)
+    return owners[starts], sums / np.add.reduceat(weight, starts, axis=0)
+
+
 def summarise(frame: pd.DataFrame, by: Sequence[str], value: str) -> pd.DataFrame:
     """Mean over documents of a column, with its 95 % interval, by group: `mean`, `low`, `high`, `n`."""
     rows: list[dict[str, object]] = []

@@ -8,6 +8,7 @@ import pytest
 from scipy import stats
 
 import spectral_sinks as ss
+from spectral_sinks.stats import document_means
 
 
 def test_the_interval_is_scipys_bca() -> None:
@@ -210,3 +211,24 @@ def test_t_interval() -> None:
         4.30265 / np.sqrt(3), rel=1e-4
     )
     assert np.isnan(ss.t_interval([1.0])).all() and ss.t_interval([1.0, 1.0]) == (1.0, 1.0)
+
+
+def test_document_means_are_those_of_a_plain_loop() -> None:
+    generator = np.random.default_rng(0)
+    documents = [7, 2, 7, 2, 5, 7]
+    weights = [3.0, 1.0, 2.0, 5.0, 4.0, 1.0]
+    values = generator.normal(size=(6, 2, 3))
+    values[4, 1, 0] = np.nan
+    for weight in (weights, None):
+        owners, means = document_means(values, documents, weight)
+        assert owners.tolist() == [2, 5, 7]
+        for document, mean in zip(owners, means, strict=True):
+            total, summed = 0.0, np.zeros((2, 3))
+            for window, owner in enumerate(documents):
+                if owner == document:
+                    share = 1.0 if weight is None else weight[window]
+                    total, summed = total + share, summed + share * values[window]
+            np.testing.assert_allclose(mean, summed / total, atol=1e-14)
+    assert np.isnan(document_means(values, documents)[1]).sum() == 1, "a NaN stays in its document"
+    owners, means = document_means(np.empty((0, 3)), [])
+    assert owners.shape == (0,) and means.shape == (0, 3)

@@ -103,7 +103,7 @@ def ladders(case: Case) -> list[Row]:
     columns = {"nll": "nll", "kl": "kl", "top1": "top1_agreement", "removed": "removed_energy_share"}
     gaps = {
         name: max(
-            float(np.abs(ours[f"{layer} {k}"].rows[column].to_numpy() - rows[name].cpu().numpy()).max())
+            float(np.abs(ours[f"{layer} {k}"].table[column].to_numpy() - rows[name].cpu().numpy()).max())
             for (layer, k), rows in theirs.items()
         )
         for name, column in columns.items()

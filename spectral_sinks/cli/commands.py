@@ -91,7 +91,7 @@ def run_nll(options: Nll) -> None:
         effects = ss.evaluate_all(model, windows, cells, batch_size=options.batch_size, progress=tick)
     effect, *controls = effects.values()
     low, high = effect.delta_nll_interval
-    if len(effect.rows) < 2:
+    if len(effect.table) < 2:
         warnings.warn("one window has no interval: give a longer text", ss.SpectralWarning, stacklevel=2)
     if effect.sink_mass is None:
         reason = "attention cannot be read" if not model.reads_attention else "a window has under 64 tokens"
@@ -102,11 +102,11 @@ def run_nll(options: Nll) -> None:
         "baseline_nll": effect.baseline_nll,
         "delta_nll": effect.delta_nll,
         "delta_nll_interval": [low, high],
-        "kl": float(effect.rows["kl"].mean()),
-        "top1_agreement": float(effect.rows["top1_agreement"].mean()),
+        "kl": float(effect.table["kl"].mean()),
+        "top1_agreement": float(effect.table["top1_agreement"].mean()),
         "documents": windows.record["documents"],
-        "interval_over": "documents" if windows.record["documents"] == len(effect.rows) else "windows",
-        "tokens": int(effect.rows["tokens"].sum()),
+        "interval_over": "documents" if windows.record["documents"] == len(effect.table) else "windows",
+        "tokens": int(effect.table["tokens"].sum()),
         "first_token_ids": windows.first_token_ids,
         "opens_with_bos": windows.opens_with_bos,
         "data_hash": windows.record["data_hash"],
@@ -117,7 +117,7 @@ def run_nll(options: Nll) -> None:
         "filtered_tokens": options.tokens,
         "convention": spectrum.convention,
         "rank": chosen.rank if chosen else 0,
-        "removed_energy_share": float(effect.rows["removed_energy_share"].mean()),
+        "removed_energy_share": float(effect.table["removed_energy_share"].mean()),
         "sink_mass": effect.sink_mass,
         "baseline_sink_mass": effect.baseline_sink_mass,
         **ran(model),
@@ -125,7 +125,7 @@ def run_nll(options: Nll) -> None:
             {
                 "seed": seed,
                 "delta_nll": control.delta_nll,
-                "removed_energy_share": float(control.rows["removed_energy_share"].mean()),
+                "removed_energy_share": float(control.table["removed_energy_share"].mean()),
                 "sink_mass": control.sink_mass,
             }
             for seed, control in enumerate(controls)

@@ -104,7 +104,12 @@ def run_sweep(options: Sweep) -> None:
     summary = done.summary()
     found: dict[str, Any] = {"out": str(out), **asdict(done.report), "cells": summary.to_dict("records")}
     rows = [
-        (row["name"], plain(row["delta_nll"]), plain([row["low"], row["high"]]), str(row["n"]))
+        (
+            row["name"],
+            plain(row["delta_nll"]),
+            plain([row["delta_nll_low"], row["delta_nll_high"]]),
+            str(row["documents"]),
+        )
         for row in found["cells"][:SHOWN]
     ]
     columns = ("cell", "NLL difference (nats)", "95 % interval", "documents")

@@ -1,4 +1,4 @@
-"""What all moves of the sink share: layers, heads, and the position or token that they act at."""
+"""The base classes of edits of attention: their layers, heads, and the position or token they act on."""
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from spectral_sinks.models.language import LanguageModel
 
 @dataclass(frozen=True, eq=False)
 class AttentionEdit:
-    """What all moves share: the layers and heads in which they act. A subclass says `changed`."""
+    """An edit of attention in some layers and heads, in all by default. A subclass defines `changed`."""
 
     layers: Collection[int] | None = field(default=None, kw_only=True)
     heads: Collection[int] | None = field(default=None, kw_only=True)
@@ -35,11 +35,11 @@ class AttentionEdit:
         return self.changed(call)
 
     def changed(self, call: AttentionCall) -> AttentionCall:
-        """The call as the move makes it."""
+        """Return the edited call."""
         raise NotImplementedError
 
     def acting(self, call: AttentionCall) -> Bool[Tensor, "1 heads 1 1"]:
-        """The heads in which it acts."""
+        """Return a mask of the heads in which the edit acts."""
         heads = torch.arange(call.query.shape[1], device=call.query.device)
         chosen = torch.ones_like(heads, dtype=torch.bool)
         if self.heads is not None:
@@ -47,7 +47,10 @@ class AttentionEdit:
         return chosen.view(1, -1, 1, 1)
 
     def placed(self, old: Tensor, new: Tensor, keys: Tensor, call: AttentionCall) -> Tensor:
-        """Keys or values with those of some tokens replaced, per query head where only some heads act."""
+        """Return keys or values `old` with those of some tokens replaced by `new`.
+
+        Where only some heads act, the result has one entry per query head.
+        """
         if self.heads is not None and old.shape[1] < call.query.shape[1]:
             old = old.repeat_interleave(call.query.shape[1] // old.shape[1], dim=1)
         if new.ndim == 4 and 1 < new.shape[1] < old.shape[1]:
@@ -60,7 +63,7 @@ class AttentionEdit:
 
 @dataclass(frozen=True, eq=False)
 class AtToken(AttentionEdit):
-    """A move of one position, counted from 0, or of every occurrence of a token id: give one of the two."""
+    """An edit at one position, counted from 0, or at every occurrence of a token id: give one of the two."""
 
     position: int | None = None
     token: int | None = field(default=None, kw_only=True)
@@ -81,7 +84,7 @@ class AtToken(AttentionEdit):
             raise InputError(f"position {self.position}: {model.name} has a context of {model.context}")
 
     def chosen(self, call: AttentionCall) -> Bool[Tensor, "#batch tokens"]:
-        """Which tokens of the text so far it moves. Raises InputError for a position beyond them."""
+        """Return which tokens of the text so far are edited. Raises InputError for a position beyond them."""
         length = call.past + call.query.shape[2]
         if self.position is not None:
             if self.position >= length:
@@ -95,22 +98,22 @@ class AtToken(AttentionEdit):
         return call.ids.to(call.query.device) == self.token
 
 
-def of_layer(given: Tensor | float, call: AttentionCall) -> Tensor:
-    """Keys or values of one layer, `[1, key_heads, 1, size]`, from those of all; a number as it is."""
-    tensor = torch.as_tensor(given, device=call.key.device)
-    return row(tensor, call.layer)[None, :, None] if tensor.ndim else tensor
+def of_layer(values: Tensor | float, call: AttentionCall) -> Tensor:
+    """Return the keys or values of one layer, `[1, key_heads, 1, size]`, or a number as it is."""
+    tensor = torch.as_tensor(values, device=call.key.device)
+    return values_of_layer(tensor, call.layer)[None, :, None] if tensor.ndim else tensor
 
 
-def row(given: Tensor, layer: int) -> Tensor:
-    """One layer of `[layers, ...]`, where 1 stands for all of them."""
-    if len(given) != 1 and layer >= len(given):
-        raise InputError(f"layer {layer}: values for {len(given)} layers were given")
-    return given[0 if len(given) == 1 else layer]
+def values_of_layer(values: Tensor, layer: int) -> Tensor:
+    """Return one layer of `[layers, ...]`; a single layer stands for all of them."""
+    if len(values) != 1 and layer >= len(values):
+        raise InputError(f"layer {layer}: values for {len(values)} layers were given")
+    return values[0 if len(values) == 1 else layer]
 
 
-def check_shape(name: str, given: Tensor | float, model: LanguageModel) -> None:
+def check_shape(name: str, values: Tensor | float, model: LanguageModel) -> None:
     """Raise InputError for keys or values of another shape than the model's."""
-    shape = tuple(getattr(given, "shape", ()))
+    shape = tuple(getattr(values, "shape", ()))
     wanted = (model.layers, model.key_heads, model.head_size)
     if shape and (len(shape) != 3 or any(a not in (1, b) for a, b in zip(shape, wanted, strict=True))):
         raise InputError(

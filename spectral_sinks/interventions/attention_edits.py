@@ -1,8 +1,9 @@
-"""Sinks moved: frozen values that change what attention computes from, for `with attending(model, move):`.
+"""Edits of attention: frozen values for `with attending(model, edit):` around any measurement.
 
-They go around any measurement. Several nest, the inner one acting on what the outer one made; each acts in
-chosen layers and heads, in all by default. What lies in the residual stream instead (the norm or variance of
-a token, massive activations) is moved by a `Filter` at a `Site`: `scale`, `amplify`, `channels`.
+They change the keys, values or mask from which attention is computed. Several can be nested; the inner one
+acts on the result of the outer one. Each acts in some layers and heads, in all by default. To edit the
+residual stream instead (the norm or variance of a token, massive activations), use a `Filter` at a `Site`:
+`scale`, `amplify`, `channels`.
 """
 
 from collections.abc import Collection
@@ -20,10 +21,11 @@ from spectral_sinks.models.language import LanguageModel
 
 @dataclass(frozen=True, eq=False)
 class MaskKey(AtToken):
-    """The key's column is masked: no other token sees it; itself it still sees, so no row is empty.
+    """Attention knockout of a key: no other token attends to it.
 
-    Not `renormalise`: its weight is dropped after the softmax and the others stay as they were. `since`: only
-    for queries from that position on.
+    The token still attends to itself, so no row is empty. With `renormalise=False` the weight is dropped
+    after the softmax and the other weights stay as they were. `since` restricts the knockout to queries from
+    that position on.
     """
 
     renormalise: bool = field(default=True, kw_only=True)
@@ -42,7 +44,7 @@ class MaskKey(AtToken):
 
 @dataclass(frozen=True, eq=False)
 class Restrict(AtToken):
-    """The token attends to itself alone, as the first one does: it becomes a sink after the fact.
+    """The token attends only to itself, as the first token does.
 
     (Li et al. 2026, arXiv 2605.06611)
     """
@@ -57,11 +59,11 @@ class Restrict(AtToken):
 
 @dataclass(frozen=True, eq=False)
 class SetValue(AtToken):
-    """The token's value is replaced, for every query and for itself: by zero, or by a value given.
+    """The value of the token is replaced for every query, including its own, by zero or by `value`.
 
-    `value` has shape `[layers, key_heads, size]`, or what broadcasts to it; `mean_values` makes the mean over
-    documents and, from windows of one document, that document's own. Where documents open with one token, its
-    value is the same in all, and replacing it by another document's is an exact no-op.
+    `value` has shape `[layers, key_heads, size]`, or a shape that broadcasts to it. `mean_values` computes
+    the mean over documents. Where all documents open with the same token, the value there is the same in
+    all, so replacing it by that of another document changes nothing.
     """
 
     value: Float[Tensor, "..."] | float = 0.0
@@ -79,9 +81,10 @@ class SetValue(AtToken):
 
 @dataclass(frozen=True, eq=False)
 class CopyKey(AtToken):
-    """The token is seen with key and value of an earlier one, position included; its residual stays its own.
+    """Key and value of the token are replaced by those of an earlier token, position encoding included.
 
-    Occurrences before `source` stay as they are. Raises InputError where the cache has let go of `source`.
+    The residual of the token does not change. Occurrences of a token id before `source` stay as they are.
+    Raises InputError where the cache no longer holds `source`.
     """
 
     source: int = field(default=0, kw_only=True)
@@ -105,11 +108,11 @@ class CopyKey(AtToken):
 
 @dataclass(frozen=True, eq=False)
 class Streaming(AttentionEdit):
-    """Each token sees the first `first` tokens, or positions given, and the `recent` ones up to itself.
+    """Each token attends to the first `first` tokens and to the `recent` tokens up to itself.
 
-    What StreamingLLM's cache holds, as a mask: every token keeps the position it has in the text, where
-    StreamingLLM counts positions within its cache, so texts beyond the context are not for this. `first` 0 is
-    window attention; other positions, such as `{4}`, are the control. (Xiao et al. 2024)
+    This is the content of StreamingLLM's cache as a mask. Every token keeps its position in the text, whereas
+    StreamingLLM counts positions within its cache, so texts cannot be longer than the context. `first=0` is
+    window attention; a collection of positions, such as `{4}`, is the control. (Xiao et al. 2024)
     """
 
     first: int | Collection[int]
@@ -128,7 +131,7 @@ class Streaming(AttentionEdit):
             stays = key < self.first
         else:
             stays = torch.isin(key, torch.tensor(sorted(self.first), dtype=key.dtype, device=key.device))
-        seen = (stays | (query - key < self.recent))[None, None]
+        visible = (stays | (query - key < self.recent))[None, None]
         if self.heads is not None:
-            seen = seen | ~self.acting(call)
-        return replace(call, mask=call.visible() & seen)
+            visible = visible | ~self.acting(call)
+        return replace(call, mask=call.visible() & visible)

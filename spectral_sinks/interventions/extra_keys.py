@@ -1,4 +1,4 @@
-"""What stands beside the tokens, for attention to go to: a key, a logit, tokens before the text."""
+"""Additional targets of attention: a key with a value, a logit, or tokens before the text."""
 
 from dataclasses import dataclass, replace
 
@@ -7,17 +7,18 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from spectral_sinks.errors import InputError
-from spectral_sinks.interventions.attention_base import AttentionEdit, check_shape, of_layer, row
+from spectral_sinks.interventions.attention_base import AttentionEdit, check_shape, of_layer, values_of_layer
 from spectral_sinks.models.attention_capture import AttentionCall
 from spectral_sinks.models.language import LanguageModel
 
 
 @dataclass(frozen=True, eq=False)
 class KeyBias(AttentionEdit):
-    """One more key that every query sees, and its value: `[layers, key_heads, size]`, or what broadcasts.
+    """An additional key, and its value, that every query attends to.
 
-    The weights of the tokens then sum to less than 1. Both may require gradients. The key is compared as it
-    stands: queries that rotate with their position see it as a key at position 0. (Gu et al. 2025)
+    Both have shape `[layers, key_heads, size]`, or a shape that broadcasts to it, and may require gradients.
+    The weights of the tokens then sum to less than 1. The key is not rotated, so rotary queries treat it as a
+    key at position 0. (Gu et al. 2025)
     """
 
     key: Float[Tensor, "..."] | float
@@ -34,7 +35,7 @@ class KeyBias(AttentionEdit):
         check_shape("value", self.value, model)
 
     def changed(self, call: AttentionCall) -> AttentionCall:
-        key, value = (_by_query_head(of_layer(given, call), call) for given in (self.key, self.value))
+        key, value = (_by_query_head(of_layer(values, call), call) for values in (self.key, self.value))
         if call.extra_key is not None and call.extra_value is not None:
             key, value = torch.cat([call.extra_key, key], 2), torch.cat([call.extra_value, value], 2)
         return replace(call, extra_key=key, extra_value=value)
@@ -42,10 +43,11 @@ class KeyBias(AttentionEdit):
 
 @dataclass(frozen=True, eq=False)
 class SinkLogit(AttentionEdit):
-    """A logit in each head's softmax that has no key and no value, as in gpt-oss: rows sum to less than 1.
+    """An additional logit in the softmax of each head, without key and value, as in gpt-oss.
 
-    A number, `[heads]`, or `[layers, heads]`; it may require gradients. Logit 0 is softmax-off-by-one,
-    `exp(x) / (1 + sum exp)`. Beside a logit that the model has learned it counts as a second one.
+    The weights of the tokens then sum to less than 1. The logit is a number, `[heads]` or `[layers, heads]`,
+    and may require gradients. Logit 0 is softmax-off-by-one, `exp(x) / (1 + sum exp)`. A logit that the model
+    has learned stays; this one is a second.
     """
 
     logit: Float[Tensor, "..."] | float = 0.0
@@ -62,7 +64,7 @@ class SinkLogit(AttentionEdit):
 
     def changed(self, call: AttentionCall) -> AttentionCall:
         logit = torch.as_tensor(self.logit, device=call.query.device)
-        logit = row(logit, call.layer) if logit.ndim == 2 else logit
+        logit = values_of_layer(logit, call.layer) if logit.ndim == 2 else logit
         dtype = torch.promote_types(call.query.dtype, torch.float32)
         logit = logit.to(dtype).expand(call.query.shape[1])
         logit = logit.masked_fill(~self.acting(call).flatten(), -torch.inf)
@@ -73,9 +75,9 @@ class SinkLogit(AttentionEdit):
 
 @dataclass(frozen=True)
 class Prefix:
-    """Tokens put before every text, as the sink tokens of StreamingLLM; `compare` scores the text alone.
+    """Tokens before every text, such as the sink tokens of StreamingLLM; `compare` scores only the text.
 
-    The text's own positions move up by their number. (Xiao et al. 2024)
+    The positions of the text increase by the number of these tokens. (Xiao et al. 2024)
     """
 
     ids: tuple[int, ...]
@@ -91,8 +93,8 @@ class Prefix:
         return torch.cat([before.expand(len(ids), -1), ids], dim=1)
 
 
-def _by_query_head(given: Tensor, call: AttentionCall) -> Float[Tensor, "1 heads 1 size"]:
-    """A key or value, or a number, for each query head."""
+def _by_query_head(values: Tensor, call: AttentionCall) -> Float[Tensor, "1 heads 1 size"]:
+    """Expand a key, a value or a number to the query heads."""
     heads, size = call.query.shape[1], call.query.shape[3]
-    full = given.to(call.query).expand(1, given.shape[1] if given.ndim else 1, 1, size)
+    full = values.to(call.query).expand(1, values.shape[1] if values.ndim else 1, 1, size)
     return full.repeat_interleave(heads // full.shape[1], dim=1)

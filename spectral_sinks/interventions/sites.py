@@ -1,4 +1,4 @@
-"""Where in a model: values that name a place in the residual stream."""
+"""Sites: where in a model an edit acts on the residual stream."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -14,15 +14,15 @@ ORDER: tuple[Kind, ...] = get_args(Kind)
 
 @dataclass(frozen=True)
 class Site:
-    """A place: its kind, the layer, and the head for `head`.
+    """A site: its kind, its layer, and the head where the kind is `head`.
 
-    - `exit`: the residual stream as it leaves the layer
-    - `attention`, `mlp`: what the component adds to the residual stream (in BERT and RoBERTa, before the norm
-      that follows the addition: there an exit is normed, and not the sum of the entry and what was added)
-    - `head`: what one head adds (before a norm that follows attention, in Gemma and OLMo 2)
-    - `embedding`: the residual stream that enters layer 0 (positions included where they are added)
-    - `queries`, `keys`, `values`, `mlp-input`: the residual stream as read by that component alone; all
-      others read it untouched, and so does the skip connection. The component's norm acts after the filter.
+    - `exit`: the residual stream at the exit of the layer
+    - `attention`, `mlp`: the output of the component, which is added to the residual stream. In BERT and
+      RoBERTa a norm follows the addition, so an exit is not the sum of the entry and the outputs.
+    - `head`: the output of one head, before a norm that follows attention (Gemma, OLMo 2)
+    - `embedding`: the residual stream that enters layer 0, with position embeddings where they are added
+    - `queries`, `keys`, `values`, `mlp-input`: the residual stream as this component reads it. All other
+      components and the skip connection read it unedited. The norm of the component acts after the edit.
     """
 
     kind: Kind = "exit"
@@ -41,7 +41,7 @@ class Site:
 
     @classmethod
     def parse(cls, text: str, layer: int = 0) -> "Site":
-        """A site from its name on the command line: `exit`, `mlp`, `head:3`, ..."""
+        """Read a site from its name on the command line: `exit`, `mlp`, `head:3`, ..."""
         kind, _, head = text.partition(":")
         if kind not in ORDER or (head and not head.isdecimal()):
             raise InputError(f"site {text!r}: choose from {', '.join(ORDER)}; a head is head:N")
@@ -56,7 +56,7 @@ class Site:
 
     @property
     def rank(self) -> tuple[int, int]:
-        """Place in the order of a forward pass."""
+        """The position of the site in the order of a forward pass."""
         return self.layer, ORDER.index(self.kind)
 
     def __str__(self) -> str:

@@ -1,7 +1,8 @@
-"""Functions at sites of a running model, through nnsight."""
+"""One forward pass of a model with edits at sites, through nnsight."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import nnsight
@@ -14,62 +15,68 @@ from spectral_sinks.interventions.sites import ORDER, Kind, Site
 from spectral_sinks.models.base import Transformer
 from spectral_sinks.models.vision import VisionModel
 from spectral_sinks.remote.client import remotely
-from spectral_sinks.spectra.filters import Filter
+from spectral_sinks.spectra.edits import Edit, EditFunction, as_edits
 
 T = TypeVar("T")
 
-Edit = Callable[[Tensor], Tensor]
-"""From the residual `[batch, tokens, d]` at a site to what takes its place."""
-
-Interventions = Mapping[Site, Edit]
-"""A filter, or any function of a tensor, at each of some sites."""
+Interventions = Mapping[Site, Edit | EditFunction]
+"""The edit at each site: a filter, or any function of a tensor `[batch, length, d]`."""
 
 READS: tuple[Kind, ...] = ("queries", "keys", "values")
 
-Hooks = dict[tuple[int, Kind], list[tuple[Site, Edit]]]
+SiteFunctions = list[tuple[Site, EditFunction]]
+"""The functions of one layer and kind of site, in the order in which they act."""
+
+Hooks = dict[tuple[int, Kind], SiteFunctions]
+"""Functions by layer and kind of site."""
 
 
 @dataclass(frozen=True)
 class Resume:
-    """The residual that leaves `layer`, `[batch, tokens, d]`: a pass that begins above that layer."""
+    """The start of a pass above `layer`, with the residual `[batch, length, d]` at the exit of that layer."""
 
     layer: int
     residual: Tensor
 
 
-def bind(interventions: Interventions, ids: Int[Tensor, "batch tokens"]) -> dict[Site, Edit]:
-    """Give each filter the token ids of the batch, or the kinds of an image's, by which it may select."""
-
-    def bound(edit: Edit) -> Edit:
-        return (lambda x: edit(x, ids)) if isinstance(edit, Filter) else edit
-
-    return {site: bound(edit) for site, edit in interventions.items()}
-
-
 @remotely
 def trace(
     model: Transformer,
-    ids: Int[Tensor, "batch tokens"] | Float[Tensor, "batch channels height width"],
+    ids: Int[Tensor, "batch length"] | Float[Tensor, "batch channels height width"],
     edits: Interventions,
     reads: Sequence[Site] = (),
     *,
     readout: Callable[[Tensor, dict[Site, Tensor], list[Tensor]], T],
-    attention: bool | Edit = False,
+    attention: bool | EditFunction = False,
     resume: Resume | None = None,
     gradients: bool = False,
     cache: Any = None,
 ) -> T:
-    """One forward pass with functions at sites, reduced inside the trace to what `readout` returns.
+    """Run one forward pass with edits at sites, and return the result of `readout`.
 
-    `readout` receives the output of the final norm `[batch, tokens, d]`, which the unembedding reads, the
-    residuals at the `reads` (after any edit there), and, with `attention`, each layer's attention weights
-    `[batch, heads, tokens, tokens]` (of the first 64 tokens under "sdpa_opening"), or what a function given
-    as `attention` makes of them as they arise; layers that `resume` skips have none. With `cache`, one of
-    transformers' caches, `ids` go on where it ends, and it grows by their keys and values, which come from
-    edited residuals. Logits are not computed beyond the last token: `readout` may unembed what it needs. An
-    encoder reads the ids as they are: `masked_ids` masks. An image encoder reads pixels in their place; its
-    `readout` may call the model's `logits()`. With `gradients` the pass is recorded for autograd.
-    Raises InputError for a site that the model does not have.
+    Logits are computed for the last token only; `readout` may unembed other residuals.
+
+    Args:
+        model: a language model or an image encoder.
+        ids: token ids, or pixels for an image encoder. An encoder reads the ids as they are; `masked_ids`
+            masks them.
+        edits: the edit at each site.
+        reads: sites whose residuals, after any edit there, `readout` receives.
+        readout: is called inside the trace with the output of the final norm `[batch, length, d]`, which the
+            unembedding reads; the residuals at `reads`; and the attention weights. For an image encoder it
+            may call the model's `logits()`.
+        attention: True for the attention weights `[batch, heads, length, length]` of each layer (of the first
+            64 tokens under "sdpa_opening"), or a function that is applied to the weights of each layer in its
+            turn. Layers that `resume` skips have none.
+        resume: the residual from which the pass begins, above its layer.
+        gradients: whether the pass is recorded for autograd.
+        cache: one of the caches of transformers. The ids continue where it ends, and it grows by their keys
+            and values, which come from edited residuals.
+
+    Raises:
+        InputError: for a site that the model does not have, and attention weights or gradients that it cannot
+            give.
+
     """
     if attention and not model.reads_attention:
         raise InputError(
@@ -80,9 +87,9 @@ def trace(
         raise InputError(f"gradients of {model.name} cannot be had where its weights are in another process")
     hooks: Hooks = {}
     kinds = model.kinds(ids) if isinstance(model, VisionModel) else ids
-    for site, edit in bind(edits, kinds).items():
+    for site, edit in as_edits(edits).items():
         site.check(model)
-        hooks.setdefault((site.layer, site.kind), []).append((site, edit))
+        hooks.setdefault((site.layer, site.kind), []).append((site, partial(edit.apply, ids=kinds)))
     read: dict[Site, Tensor] = {}
     for site in reads:
         site.check(model)
@@ -90,20 +97,20 @@ def trace(
     start = 0 if resume is None else resume.layer + 1
     if any(layer < start for layer, _ in hooks):
         raise InputError(f"a pass that begins above layer {start - 1} has sites at or below it")
-    seen = (lambda weights: weights) if attention is True else attention or None
+    on_attention = (lambda weights: weights) if attention is True else attention or None
     options = model.inputs(ids)
-    stops = bool(model.layout.transform)  # before the logits: such a head knows no `logits_to_keep`
+    stops = bool(model.layout.transform)  # a head with a transform does not accept `logits_to_keep`
     if model.causal:
         options |= {"use_cache": cache is not None, "past_key_values": cache}
         options |= {} if stops else {"logits_to_keep": 1}
     with torch.set_grad_enabled(gradients), model.nn.trace(**options) as tracer:
-        ss_result = nnsight.save(_walk(model, hooks, seen, resume, readout, read))
+        ss_result = nnsight.save(_walk(model, hooks, on_attention, resume, readout, read))
         if stops:
             tracer.stop()
     return ss_result
 
 
-def _recorder(site: Site, into: dict[Site, Tensor]) -> Edit:
+def _recorder(site: Site, into: dict[Site, Tensor]) -> EditFunction:
     def record(x: Tensor) -> Tensor:
         into[site] = x
         return x
@@ -114,12 +121,12 @@ def _recorder(site: Site, into: dict[Site, Tensor]) -> Edit:
 def _walk(
     model: Transformer,
     hooks: Hooks,
-    attention: Edit | None,
+    attention: EditFunction | None,
     resume: Resume | None,
     readout: Callable[[Tensor, dict[Site, Tensor], list[Tensor]], T],
     read: dict[Site, Tensor],
 ) -> T:
-    """Meet the modules in forward order: this runs inside the trace."""
+    """Visit the modules in forward order, as nnsight demands. This runs inside the trace."""
     start = 0
     weights: list[Tensor] = []
     if resume is not None:
@@ -127,48 +134,48 @@ def _walk(
         for index in range(start):
             model.layer(index).skip(resume.residual)
     for index in range(start, model.layers):
-        here: dict[Kind, list[tuple[Site, Edit]]] = {
+        own: dict[Kind, SiteFunctions] = {
             kind: hooks[index, kind] for kind in ORDER if (index, kind) in hooks
         }
-        if here or attention is not None:
-            _visit(model, model.layer(index), here, attention, weights)
+        if own or attention is not None:
+            _visit(model, model.layer(index), own, attention, weights)
     return readout(model.final(), read, weights)
 
 
 def _visit(
     model: Transformer,
     layer: Any,
-    hooks: dict[Kind, list[tuple[Site, Edit]]],
-    look: Edit | None,
+    hooks: dict[Kind, SiteFunctions],
+    on_attention: EditFunction | None,
     weights: list[Tensor],
 ) -> None:
-    """Apply the hooks of one layer and look at its attention weights."""
+    """Apply the functions of one layer, and pass its attention weights to `on_attention`."""
     layout = model.layout
     if "embedding" in hooks:
         layer.input = _chain(layer.input, hooks["embedding"])
-    reads: dict[Kind, list[tuple[Site, Edit]]] = {kind: hooks[kind] for kind in READS if kind in hooks}
+    reads: dict[Kind, SiteFunctions] = {kind: hooks[kind] for kind in READS if kind in hooks}
     if reads:
         _read_projections(model, layer, reads)
     inside = layout.attention_projection.startswith(f"{layout.attention}.")
-    if look is not None and not inside:
-        weights.append(look(_maps(model, layer)))
+    if on_attention is not None and not inside:
+        weights.append(on_attention(_maps(model, layer)))
     if "head" in hooks:
         projection = model.part(layer, layout.attention_projection)
         mixed = projection.input
         change = torch.zeros_like(projection.output)
         for site, edit in hooks["head"]:
             assert site.head is not None
-            here = slice(site.head * model.head_size, (site.head + 1) * model.head_size)
+            columns = slice(site.head * model.head_size, (site.head + 1) * model.head_size)
             if model.weightless:
                 alone = torch.zeros_like(mixed)
-                alone[..., here] = mixed[..., here]
+                alone[..., columns] = mixed[..., columns]
                 written = projection(alone) - projection(torch.zeros_like(mixed))
             else:
-                written = mixed[..., here] @ model.head_write(site.layer, site.head)
+                written = mixed[..., columns] @ model.head_write(site.layer, site.head)
             change = change + (edit(written) - written)
         projection.output = projection.output + change
-    if look is not None and inside:
-        weights.append(look(_maps(model, layer)))
+    if on_attention is not None and inside:
+        weights.append(on_attention(_maps(model, layer)))
     if "attention" in hooks:
         _rewrite(model.part(layer, layout.attention_write), hooks["attention"])
     if "mlp-input" in hooks:
@@ -181,7 +188,7 @@ def _visit(
 
 
 def _maps(model: Transformer, layer: Any) -> Tensor:
-    """Attention weights of a layer. Raises InputError where its implementation returns none."""
+    """Return the attention weights of a layer. Raises InputError where its implementation returns none."""
     maps = model.part(layer, model.layout.attention).output[1]
     if maps is None:
         raise InputError(
@@ -192,8 +199,11 @@ def _maps(model: Transformer, layer: Any) -> Tensor:
     return maps
 
 
-def _read_projections(model: Transformer, layer: Any, hooks: dict[Kind, list[tuple[Site, Edit]]]) -> None:
-    """Let queries, keys or values read another residual: the projection is run on it beside the true one."""
+def _read_projections(model: Transformer, layer: Any, hooks: dict[Kind, SiteFunctions]) -> None:
+    """Let queries, keys or values read an edited residual; all other readers get the true one.
+
+    The projection is run a second time, on the edited residual, and replaces its own columns of the output.
+    """
     layout = model.layout
     entry = layer.input
     edited: dict[Kind, Tensor] = {kind: _chain(entry, edits) for kind, edits in hooks.items()}
@@ -215,7 +225,7 @@ def _read_projections(model: Transformer, layer: Any, hooks: dict[Kind, list[tup
             projection.output = output
 
 
-def _chain(x: Float[Tensor, "batch tokens d"], edits: list[tuple[Site, Edit]]) -> Tensor:
+def _chain(x: Float[Tensor, "batch tokens d"], edits: SiteFunctions) -> Tensor:
     for site, edit in edits:
         before = x
         x = edit(x)
@@ -226,7 +236,7 @@ def _chain(x: Float[Tensor, "batch tokens d"], edits: list[tuple[Site, Edit]]) -
     return x
 
 
-def _rewrite(module: Any, edits: list[tuple[Site, Edit]]) -> None:
+def _rewrite(module: Any, edits: SiteFunctions) -> None:
     output = module.output
     if isinstance(output, tuple):
         module.output = (_chain(output[0], edits), *output[1:])

@@ -70,6 +70,11 @@ def __getattr__(name):
 SENT = "_spectral_sinks_sent"
 """Attribute of a function that is called where the model is. It is itself, so that no wrapper inherits it."""
 
+RENAMED = {
+    ("spectral_sinks.measure.replay", "Measured"): ("spectral_sinks.measure.nll.replay", "BatchResult"),
+}
+"""Classes under the names that they had when jobs still waiting at a server were sent."""
+
 DRAWN = re.compile(r"random (\d+) (\d+) (\d+)")
 """The `source` of a random subspace: width, rank, seed."""
 
@@ -227,6 +232,9 @@ def unpack(data: bytes, model: Any = None) -> Any:
     class Unpacker(pickle.Unpickler):
         def persistent_load(self, pid: Any) -> Any:
             return model
+
+        def find_class(self, module_name: str, global_name: str) -> Any:
+            return super().find_class(*RENAMED.get((module_name, global_name), (module_name, global_name)))
 
     return Unpacker(io.BytesIO(data)).load()
 

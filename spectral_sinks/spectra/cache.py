@@ -39,7 +39,7 @@ def fingerprint(weight: Tensor, gain: Tensor | None, convention: str) -> str:
 
 
 def load(key: str) -> tuple[Tensor, Tensor] | None:
-    """The stored singular values and vectors, or None; a damaged file is reported and passed over."""
+    """Return the stored singular values and vectors, or None; a damaged file is reported and ignored."""
     path = folder() / f"{key}.safetensors"
     if not os.path.exists(path):  # false as well for a folder that cannot be read, where Path.exists raises
         return None
@@ -60,9 +60,9 @@ def load(key: str) -> tuple[Tensor, Tensor] | None:
 
 
 def store(key: str, values: Tensor, vectors: Tensor) -> None:
-    """Write under a temporary name and rename, so that no reader sees half a file.
+    """Write a file under a temporary name and rename it, so that no reader sees half a file.
 
-    A folder that cannot be written, or a full disk, costs a warning: the spectrum is there all the same.
+    A folder that cannot be written, or a full disk, causes a warning only.
     """
     temporary: Path | None = None
     try:
@@ -72,7 +72,7 @@ def store(key: str, values: Tensor, vectors: Tensor) -> None:
         temporary = Path(name)
         tensors = {"values": values.contiguous(), "vectors": vectors.contiguous()}
         save_file(tensors, temporary, {"checksum": _checksum(values, vectors)})
-        temporary.chmod(0o644)  # mkstemp keeps others out, who may share the folder
+        temporary.chmod(0o644)  # mkstemp denies access to other users, who may share the folder
         temporary.replace(folder() / f"{key}.safetensors")
     except (OSError, SafetensorError) as error:
         if temporary is not None:

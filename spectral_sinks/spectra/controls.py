@@ -1,39 +1,41 @@
-"""Controls for a filter: what else is removed, or put in its place, so that its effect can be told apart.
+"""Controls for a filter beside `rnd`, the control of equal rank.
 
-The rank-matched control is `rnd`. Here are the others: the same energy removed, the same coefficients on
-other directions, the norm restored, random directions of a larger subspace, and everything but the change.
+They remove the same energy, put the same coefficients on other directions, restore the norm, remove random
+directions of a larger subspace, or go through the whole computation without a change.
 """
 
 # torch is typed only in part:
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from spectral_sinks.errors import InputError
+from spectral_sinks.spectra.edits import Edit
 from spectral_sinks.spectra.filters import Filter, Zero
 from spectral_sinks.spectra.subspace import Subspace, random_subspace
 
-STREAM = 2**32
-"""Added to a seed, so that a swap is not drawn from the numbers of `random_subspace` with the same seed."""
+SWAP_SEED_OFFSET = 2**32
+"""Added to a seed, so that a direction swap and `random_subspace` draw different numbers from one seed."""
 
-TOLERANCE = 0.01
+ENERGY_TOLERANCE = 0.01
 """Relative error of the removed energy up to which a subspace counts as matched."""
 
 
 def energy_matched(observed: Subspace, x: Float[Tensor, "*tokens d"], seed: int = 0) -> Subspace:
-    """A random subspace that takes the same share of the energy of `x` as `observed`, whatever its rank.
+    """Return a random subspace that removes the same share of the energy of `x` as `observed`, at any rank.
 
-    The share is that of `removed_energy_share`: of each token's energy, mean over the tokens of `x` (any
-    reference residuals). Haar-random directions are taken one by one until their number is the nearest to
-    the share; then one of them, the last if it can be, is turned towards a further random direction until the
-    share is met. So all directions but one are those of a uniform draw; only where no single turn will do, as
-    for shares far below that of any random direction, are there several.
+    The share is `removed_energy_share`: the share of each token's energy, mean over the tokens of `x`, which
+    are any reference residuals. Haar-random directions are added until their number comes nearest to the
+    share. Then one of them, the last if possible, is rotated towards another random direction until the share
+    is met. So all directions but one are those of a uniform draw. Usually one rotation suffices; a share far
+    below that of any random direction takes several.
 
-    Raises InputError for residuals of another width, all zero or not finite, and where no turns come
+    Raises InputError for residuals of another width, all zero or not finite, and where no rotation comes
     within 1 % of the share.
     """
     if x.shape[-1] != observed.d:
@@ -56,7 +58,7 @@ def energy_matched(observed: Subspace, x: Float[Tensor, "*tokens d"], seed: int 
         normal = torch.cat([normal, drawn], dim=1)
         basis = _matched(torch.linalg.qr(normal).Q, rows, target)
         reached = float((rows @ basis).square().sum(-1).mean())
-        if abs(reached - target) <= TOLERANCE * target:
+        if abs(reached - target) <= ENERGY_TOLERANCE * target:
             return Subspace(basis, name)
         if normal.shape[1] == observed.d:
             break
@@ -67,7 +69,7 @@ def energy_matched(observed: Subspace, x: Float[Tensor, "*tokens d"], seed: int 
 
 
 def _matched(columns: Float[Tensor, "d k"], rows: Float[Tensor, "n d"], target: float) -> Tensor:
-    """As many of the columns as come nearest to the target, turned until they meet it or nothing helps."""
+    """Return as many columns as come nearest to the target, rotated until they meet it or nothing helps."""
     coordinates = rows @ columns
     moments = coordinates.T @ coordinates / len(rows)
     shares = moments.diagonal().cumsum(0)
@@ -86,10 +88,10 @@ def _matched(columns: Float[Tensor, "d k"], rows: Float[Tensor, "n d"], target: 
 
 
 def _turn(moments: Float[Tensor, "k k"], rank: int, missing: float) -> tuple[int, int, Tensor]:
-    """Which of the first directions to turn towards which further one, and the smallest angle that will do.
+    """Choose one of the first directions, a further one, and the smallest angle of rotation that suffices.
 
     In the plane of directions i and j the energy at angle t is `mean + radius cos(2 t - phase)`. The last
-    direction comes first, the partners in order; where no pair reaches what is missing, the nearest one.
+    direction is preferred, and the first partner. Where no pair suffices, the nearest one is returned.
     """
     energies = moments.diagonal()
     own, other = energies[:rank, None].flip(0), energies[None, rank:]
@@ -108,7 +110,7 @@ def _turn(moments: Float[Tensor, "k k"], rank: int, missing: float) -> tuple[int
 
 
 def random_within(outer: Subspace, rank: int, seed: int = 0) -> Subspace:
-    """A subspace of the given rank drawn uniformly inside another. Raises InputError beyond its rank."""
+    """Draw a subspace of the given rank uniformly inside another. Raises InputError beyond its rank."""
     if not 0 <= rank <= outer.rank:
         raise InputError(f"a random subspace of rank {rank} inside {outer.name!r} of rank {outer.rank}")
     inner = random_subspace(outer.rank, rank, seed).orthonormal()
@@ -119,12 +121,12 @@ def random_within(outer: Subspace, rank: int, seed: int = 0) -> Subspace:
 
 @dataclass(frozen=True)
 class DirectionSwap:
-    """The fill that keeps the coefficients and changes the directions.
+    """The fill that keeps the coefficients of what was removed and changes the directions.
 
-    A fixed isometry, drawn from the seed, carries the blocked subspace into one orthogonal to it, so the
-    removed components keep their norms and their angles to one another. It does not depend on which basis of
-    the blocked subspace is stored. Raises InputError where the blocked subspace has more than half of all
-    directions, for then there is no room beside it.
+    A fixed isometry, drawn from the seed, maps the blocked subspace to one that is orthogonal to it. So the
+    removed components keep their norms and the angles between them. The isometry does not depend on the
+    stored basis of the blocked subspace. Raises InputError where the blocked subspace has more than half of
+    all directions, since no orthogonal subspace of its rank exists then.
     """
 
     seed: int = 0
@@ -140,17 +142,17 @@ class DirectionSwap:
                 f"rank is {blocked.rank} of {blocked.d}"
             )
         basis = blocked.orthonormal().cpu().double()
-        generator = torch.Generator().manual_seed(self.seed + STREAM)
-        there, here = torch.randn(2, *basis.shape, generator=generator, dtype=torch.float64)
-        there = there - basis @ (basis.T @ there)
-        u, _, vh = torch.linalg.svd(there @ (here.T @ basis), full_matrices=False)  # nearest isometry
+        generator = torch.Generator().manual_seed(self.seed + SWAP_SEED_OFFSET)
+        target, source = torch.randn(2, *basis.shape, generator=generator, dtype=torch.float64)
+        target = target - basis @ (basis.T @ target)
+        u, _, vh = torch.linalg.svd(target @ (source.T @ basis), full_matrices=False)  # nearest isometry
         source, goal = (part.to(removed.device, removed.dtype) for part in (basis, u @ vh))
         return (removed @ source) @ goal.T
 
 
 @dataclass(frozen=True)
 class NoOp:
-    """The fill that puts back what was removed: all of the machinery, and no change beyond rounding."""
+    """The fill that puts back what was removed: the whole computation, with no change beyond rounding."""
 
     @property
     def address(self) -> str:
@@ -161,14 +163,15 @@ class NoOp:
 
 
 @dataclass(frozen=True, eq=False)
-class NormRestored:
-    """What a filter leaves of each token, scaled back to the norm that the token had.
+class NormRestored(Edit):
+    """A filter after which each token is scaled back to the norm that it had before.
 
-    A function of a tensor, `[..., tokens, d]`; a token of which nothing is left stays zero. Raises
-    InputError for a filter that fills the gap or selects tokens by a mask or by id.
+    It is a function of a tensor `[..., length, d]`. A token of which nothing is left stays zero. Raises
+    InputError for a filter whose fill is not `Zero`, or that selects tokens by a mask or by id.
     """
 
     filter: Filter
+    name: str = field(init=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.filter.fill, Zero) or not isinstance(self.filter.tokens, str):
@@ -176,10 +179,14 @@ class NormRestored:
                 f"{self.filter!r}: the norm is restored after a removal (fill Zero) at 'all', 'first' or "
                 "'all-but-first' tokens"
             )
+        object.__setattr__(self, "name", f"{self.filter.name}, norm restored")
 
     @property
-    def name(self) -> str:
-        return f"{self.filter.name}, norm restored"
+    def address(self) -> list[Any]:
+        return ["norm restored", self.filter.address]
+
+    def apply(self, x: Tensor, ids: Tensor | None = None) -> Tensor:
+        return self(x)
 
     def __call__(self, x: Float[Tensor, "*batch tokens d"]) -> Float[Tensor, "*batch tokens d"]:
         precise = torch.promote_types(x.dtype, torch.float32)

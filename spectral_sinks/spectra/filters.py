@@ -1,26 +1,32 @@
-"""Filters: what is blocked, what takes its place, at which tokens.
+"""Filters: the blocked subspace, the fill that takes its place, and the tokens on which the filter acts.
 
-A filter is a frozen value and a function of a tensor `[..., tokens, d]`, so it works alone, in a PyTorch
-hook, in anybody's nnsight trace, and at the sites of this package. A custom filter is any such function.
+A filter is a frozen value and a function of a tensor `[..., length, d]`. So it works alone, in a PyTorch
+hook, in any nnsight trace, and at the sites of this package. A custom filter is any function of a tensor.
 """
 
 # torch is typed only in part:
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from spectral_sinks.errors import InputError
+from spectral_sinks.spectra.cache import fingerprint
+from spectral_sinks.spectra.edits import Edit, energy_share, own_address
 from spectral_sinks.spectra.spectrum import Spectrum
 from spectral_sinks.spectra.subspace import Subspace, intersection, random_subspace
 
 Fill = Callable[[Tensor, Subspace], Tensor]
-"""From the removed component `[..., tokens, d]` and the blocked subspace to what takes its place."""
+"""From the removed component `[..., length, d]` and the blocked subspace to what takes its place.
+
+The results of a sweep are stored under an address that names the fill: a fill needs a string attribute
+`address` that changes whenever its results do.
+"""
 
 
 @dataclass(frozen=True, init=False)
@@ -38,12 +44,16 @@ class At:
 Tokens = Literal["all", "first", "all-but-first"] | At | Tensor | Collection[int]
 """Which tokens are filtered: by position, by a mask `[tokens]` or `[batch, tokens]`, or by token id."""
 
-Reading = Literal["u-e", "e-u", "intersection"]
+PsiReading = Literal["u-e", "e-u", "intersection"]
 
 
 @dataclass(frozen=True)
 class Zero:
-    """Nothing takes its place: projection out of the subspace."""
+    """Nothing takes the place of what is removed: zero ablation, a projection out of the subspace."""
+
+    @property
+    def address(self) -> str:
+        return type(self).__name__.lower()
 
     def __call__(self, removed: Tensor, blocked: Subspace) -> Tensor:
         return torch.zeros_like(removed)
@@ -51,12 +61,16 @@ class Zero:
 
 @dataclass(frozen=True, eq=False)
 class Mean:
-    """The same position's mean over reference documents takes its place."""
+    """The mean of the same position over reference documents takes its place: mean ablation."""
 
     reference: Float[Tensor, "*tokens d"]
     """Mean residual by position; `[d]` for one mean at every position."""
     source: str = ""
-    """What determines the mean: its numbers are rounded on each machine anew."""
+    """What determines the mean, for its address: each machine rounds the numbers differently."""
+
+    @property
+    def address(self) -> str:
+        return f"mean {self.source}" if self.source else fingerprint(self.reference, None, "mean")
 
     def __call__(self, removed: Tensor, blocked: Subspace) -> Tensor:
         mean = self.reference.to(removed.device, removed.dtype)
@@ -70,10 +84,15 @@ class Mean:
 
 @dataclass(frozen=True)
 class Swap:
-    """The same position of another document of the batch takes its place (Cancedda 2024, Fig. 10).
+    """The same position of another document of the batch takes its place: resample ablation.
 
-    Row i receives row i - 1. Position 0 is left as it is in effect when all documents begin with one token.
+    Row i receives row i - 1. Where all documents begin with the same token, position 0 does not change.
+    (Cancedda 2024, Fig. 10)
     """
+
+    @property
+    def address(self) -> str:
+        return type(self).__name__.lower()
 
     def __call__(self, removed: Tensor, blocked: Subspace) -> Tensor:
         if removed.ndim < 3 or removed.shape[0] < 2:
@@ -86,13 +105,17 @@ class Swap:
 
 @dataclass(frozen=True)
 class Noise:
-    """A random direction of the subspace with the norm of what was removed, token by token.
+    """A random direction of the subspace, with the norm of what was removed, takes its place at each token.
 
-    The direction is drawn by position and is the same in every document, so results do not depend on how
-    documents are batched; several seeds show what is due to the draw.
+    One direction is drawn for each position and used in every document, so the results do not depend on how
+    documents are batched. Several seeds show the effect of the draw.
     """
 
     seed: int = 0
+
+    @property
+    def address(self) -> str:
+        return f"noise {self.seed}"
 
     def __call__(self, removed: Tensor, blocked: Subspace) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed)
@@ -103,11 +126,11 @@ class Noise:
 
 
 @dataclass(frozen=True, eq=False)
-class Filter:
+class Filter(Edit):
     """Remove the component of the residual in `blocked` and put `fill` in its place.
 
-    With `through`, only what lies in `through` is looked at: removed is `P_blocked P_through x`, the
-    double projection of Psi. Tokens that are not selected come out bit for bit as they went in.
+    With `through`, the filter removes `P_blocked P_through x`, the double projection of Psi. Tokens that are
+    not selected stay the same bit for bit.
     """
 
     blocked: Subspace
@@ -131,13 +154,121 @@ class Filter:
         """Number of directions removed: the rank of the operator, an upper bound for Psi."""
         return min(self.blocked.rank, self.through.rank if self.through is not None else self.blocked.d)
 
+    @property
+    def per_window(self) -> bool:
+        return isinstance(self.fill, Zero | Mean | Noise)
+
+    @property
+    def swaps(self) -> bool:
+        return isinstance(self.fill, Swap)
+
+    @property
+    def positions(self) -> frozenset[int] | None:
+        if isinstance(self.tokens, At):
+            return frozenset(self.tokens.positions)
+        return frozenset({0}) if isinstance(self.tokens, str) and self.tokens == "first" else None
+
+    @property
+    def copies_from(self) -> int:
+        return int(getattr(self.fill, "copies_from", -1))
+
+    @property
+    def token_ids(self) -> Collection[int]:
+        return () if isinstance(self.tokens, str | At | Tensor) else self.tokens
+
+    @property
+    def labels(self) -> tuple[str, str]:
+        fill = "zero" if isinstance(self.fill, Zero) else type(self.fill).__name__.lower()
+        return fill, self.tokens if isinstance(self.tokens, str) else "some"
+
+    @property
+    def user_function(self) -> Fill:
+        return self.fill
+
+    @property
+    def address(self) -> list[Any]:
+        """The blocked subspace, `through`, the fill and the tokens, each by what determines its numbers."""
+        if isinstance(self.tokens, str):
+            tokens: object = self.tokens
+        elif isinstance(self.tokens, At):
+            tokens = f"positions {self.tokens.positions}"
+        elif isinstance(self.tokens, Tensor):
+            tokens = fingerprint(self.tokens, None, "mask")
+        else:
+            tokens = sorted(set(map(int, self.tokens)))
+        through = None if self.through is None else self.through.address
+        return [self.blocked.address, through, own_address(self.fill), tokens]
+
+    def apply(
+        self, x: Float[Tensor, "*batch length d"], ids: Int[Tensor, "*batch length"] | None = None
+    ) -> Float[Tensor, "*batch length d"]:
+        return self(x, ids)
+
+    def apply_and_measure(
+        self,
+        x: Float[Tensor, "batch length d"],
+        ids: Int[Tensor, "batch length"],
+        remover: Any = None,
+    ) -> tuple[Float[Tensor, "batch length d"], Float[Tensor, "batch"]]:
+        selected = self.selected(x, ids)
+        removed = self.removed(x) if remover is None else remover.removed(self)  # [batch, length, d]
+        out = x if self.rank == 0 else self.replaced(x, removed, ids)
+        return out, energy_share(removed, x, selected)
+
+    def acts_on_first(self, first_ids: Collection[int]) -> bool:
+        if isinstance(self.tokens, str):
+            return self.tokens != "all-but-first"
+        if isinstance(self.tokens, At):
+            return 0 in self.tokens.positions
+        if isinstance(self.tokens, Tensor):
+            return bool(self.tokens[..., 0].any())
+        return not set(self.tokens).isdisjoint(first_ids)
+
+    def for_windows(self, rows: Sequence[int], total: int) -> "Filter":
+        if not isinstance(self.tokens, Tensor) or self.tokens.ndim != 2:
+            return self
+        if self.tokens.shape[0] != total:
+            raise InputError(f"a mask of {self.tokens.shape[0]} rows for {total} windows or images")
+        return replace(self, tokens=self.tokens[list(rows)])
+
+    def at_position(self, position: int) -> "Filter":
+        return self.at(At(position))
+
+    def at_later_token(self, position: int) -> "Filter | None":
+        if isinstance(self.tokens, At) or (isinstance(self.tokens, str) and self.tokens == "first"):
+            return None  # positions beyond the prompt have been refused
+        mean = self.fill.reference if isinstance(self.fill, Mean) else None
+        edit = self
+        if mean is not None and mean.ndim == 2:
+            edit = self.filled(Mean(mean[position : position + 1]))
+        return edit.at("all") if isinstance(self.tokens, str) else edit
+
+    def check_width(self, d: int, site: object, model: str) -> None:
+        if self.blocked.d != d:
+            raise InputError(
+                f"{self.name!r} at {site} filters a residual stream of width {self.blocked.d}, "
+                f"{model} has width {d}"
+            )
+        if isinstance(self.fill, Mean) and self.fill.reference.shape[-1] != d:
+            raise InputError(f"a mean of width {self.fill.reference.shape[-1]} for a model of width {d}")
+
+    def check_continuation(self, length: int) -> None:
+        if isinstance(self.tokens, Tensor) or isinstance(self.fill, Noise | Swap):
+            raise InputError(
+                f"{self.name!r}: a mask, noise by position and a swap with another text are not defined for "
+                "tokens still to be generated"
+            )
+        mean = self.fill.reference if isinstance(self.fill, Mean) else torch.empty(0)
+        if mean.ndim == 2 and len(mean) < length - 1:
+            raise InputError(f"{self.name!r} has a mean of {len(mean)} positions, {length - 1} are read")
+
     def __call__(
         self, x: Float[Tensor, "*batch tokens d"], ids: Int[Tensor, "*batch tokens"] | None = None
     ) -> Float[Tensor, "*batch tokens d"]:
-        """Filter a residual stream; `ids` are the token ids, needed only to select by token id.
+        """Filter a residual stream; `ids` are the token ids, which only a selection by token id needs.
 
-        Computed in float32 at least, returned in the dtype of x. Raises InputError when the widths
-        differ, when ids are needed and missing, or when a mask does not fit.
+        The computation is in float32 at least, and the result has the dtype of x. Raises InputError where the
+        widths differ, where ids are needed and missing, and where a mask does not fit.
         """
         if x.ndim < 2:
             raise InputError(f"a filter takes [..., tokens, d], got shape {tuple(x.shape)}")
@@ -150,7 +281,7 @@ class Filter:
         return self.replaced(x, self.removed(x), ids)
 
     def removed(self, x: Float[Tensor, "*batch tokens d"]) -> Float[Tensor, "*batch tokens d"]:
-        """The component that leaves, at every token, in float32 at least."""
+        """Return the component that is removed, at every token, in float32 at least."""
         precise = x.to(torch.promote_types(x.dtype, torch.float32))
         return self.blocked.project(precise if self.through is None else self.through.project(precise))
 
@@ -160,10 +291,10 @@ class Filter:
         removed: Float[Tensor, "*batch tokens d"],
         ids: Int[Tensor, "*batch tokens"] | None = None,
     ) -> Float[Tensor, "*batch tokens d"]:
-        """Put the fill in the place of a component of x that `removed` found, at the selected tokens."""
+        """Replace the component `removed` of x by the fill, at the selected tokens."""
         out = x.to(removed.dtype) - removed
         if not isinstance(self.fill, Zero):
-            out = out + self.fill(removed.clone(), self.blocked)  # a fill of a user's own may write into it
+            out = out + self.fill(removed.clone(), self.blocked)  # a user's fill may write into its argument
         return self._at_selected(out.to(x.dtype), x, ids)
 
     def _at_selected(self, out: Tensor, x: Tensor, ids: Tensor | None) -> Tensor:
@@ -171,7 +302,7 @@ class Filter:
         return out if selected is None else torch.where(selected.unsqueeze(-1), out, x)
 
     def selected(self, x: Tensor, ids: Tensor | None) -> Bool[Tensor, "..."] | None:
-        """Which tokens of `x [..., tokens, d]` are filtered, broadcastable; None for all of them."""
+        """Return a broadcastable mask of the filtered tokens of `x [..., length, d]`; None for all."""
         count = x.shape[-2]
         if isinstance(self.tokens, str):
             if self.tokens == "all":
@@ -200,11 +331,14 @@ class Filter:
         return replace(self, tokens=tokens)
 
     def filled(self, fill: Fill) -> "Filter":
-        """The same filter with something else in the gap."""
+        """The same filter with another fill."""
         return replace(self, fill=fill)
 
     def complement(self) -> "Filter":
-        """Keeps what this one removes and removes what it keeps (for filters without `through`)."""
+        """Return the filter that removes what this one keeps.
+
+        Raises InputError for a filter with `through`.
+        """
         if self.through is not None:
             raise InputError("a double projection has no complementary filter")
         return replace(self, blocked=self.blocked.complement(), name=f"complement of {self.name}")
@@ -220,7 +354,7 @@ class Filter:
 
 
 def _fits(mask: Tensor, x: Tensor) -> bool:
-    """Whether a mask over tokens says something about each token of `x [..., tokens, d]` and no other."""
+    """Whether a mask covers each token of `x [..., length, d]`, and no others."""
     sizes = list(zip(reversed(mask.shape), reversed(x.shape[:-1]), strict=False))
     return 1 <= mask.ndim < x.ndim and mask.shape[-1] == x.shape[-2] and all(a in (1, b) for a, b in sizes)
 
@@ -240,15 +374,15 @@ def phi(spectrum: Spectrum, j: int, k: int) -> Filter:
     return replace(keep(spectrum.bands(j, k)), name=f"Phi {j}:{k}")
 
 
-def psi(u: Spectrum, e: Spectrum, j: int, reading: Reading = "u-e") -> Filter:
-    """Psi: keep bands 1 to j, suppressing only what lies in the tails of both spectra.
+def psi(u: Spectrum, e: Spectrum, j: int, reading: PsiReading = "u-e") -> Filter:
+    """Psi: keep bands 1 to j, and remove only what lies in the tails of both spectra.
 
-    With `P_u` and `P_e` the projectors on bands j + 1 onwards of the unembedding and the embedding:
-    `u-e` is `x - P_u P_e x`, `e-u` is `x - P_e P_u x`, `intersection` is `x - P_{E∩U} x`. The paper's text
-    does not fix which; results name the reading.
+    Let `P_u` and `P_e` project on bands j + 1 onwards of the unembedding and the embedding. The reading `u-e`
+    is `x - P_u P_e x`, `e-u` is `x - P_e P_u x`, and `intersection` is `x - P_{E∩U} x`. The text of the paper
+    admits all of them, so results name the reading. (Cancedda 2024, section 4)
     """
-    if reading not in get_args(Reading):
-        raise InputError(f"reading {reading!r} of Psi: choose from {', '.join(get_args(Reading))}")
+    if reading not in get_args(PsiReading):
+        raise InputError(f"reading {reading!r} of Psi: choose from {', '.join(get_args(PsiReading))}")
     if not 0 <= j <= u.count or u.count != e.count:
         raise InputError(
             f"Psi keeps bands 1 to {j} of {u.count} and {e.count}: expected equal numbers, 0 to all"

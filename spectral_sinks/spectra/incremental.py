@@ -1,4 +1,4 @@
-"""Many filters on one residual: nested blocks of a spectrum are reached from one another."""
+"""Many filters on one residual: the projection of each is computed from that of the previous one."""
 
 # torch is typed only in part:
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -11,10 +11,11 @@ from spectral_sinks.spectra.filters import Filter
 
 
 class Nested:
-    """The components of one residual that each of many filters removes.
+    """The components of one residual that many filters remove.
 
-    Between two filters that block directions of one spectrum, only the directions in which they differ are
-    projected: a ladder of bands costs one band a rung. Rounding adds up over a ladder, about 1e-7 a rung.
+    Between two filters that block directions of the same spectrum, only the directions in which they differ
+    are projected. So each further band of a ladder costs one band. Rounding errors add up over a ladder, by
+    about 1e-7 for each filter.
     """
 
     def __init__(self, x: Float[Tensor, "*batch tokens d"]) -> None:
@@ -22,7 +23,7 @@ class Nested:
         self._last: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
 
     def removed(self, edit: Filter) -> Float[Tensor, "*batch tokens d"]:
-        """The same as `edit.removed(x)`, up to rounding."""
+        """Return `edit.removed(x)`, up to rounding."""
         block = edit.blocked
         if edit.through is not None or block.members is None or block.spectrum is None:
             return edit.removed(self.x)
@@ -31,12 +32,12 @@ class Nested:
         last = self._last.get(key)
         changed = block.members if last is None else block.members ^ last[1]
         if last is None or int(changed.sum()) >= min(block.rank, block.d - block.rank):
-            found = edit.removed(self.x)
+            removed = edit.removed(self.x)
         else:
-            found = last[2] + self._part(vectors, changed & block.members)
-            found = found - self._part(vectors, changed & last[1])
-        self._last[key] = (vectors, block.members, found)  # the vectors too, lest others take their id
-        return found
+            removed = last[2] + self._part(vectors, changed & block.members)
+            removed = removed - self._part(vectors, changed & last[1])
+        self._last[key] = (vectors, block.members, removed)  # holding the vectors keeps their id unique
+        return removed
 
     def _part(self, vectors: Float[Tensor, "d d"], members: Bool[Tensor, "d"]) -> Tensor | float:
         if not members.any():

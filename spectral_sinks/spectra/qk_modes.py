@@ -22,7 +22,8 @@ class Modes:
     side and each key side has mean square 1, and sides of different modes are uncorrelated, so a mode's
     `strength` is the root mean square of its part of the scores. The sum is exact for every query and key of
     the data, whatever norms, biases, rotations and shared keys made them; a change of basis of the head's
-    space changes no side. (The SVD of `W_Q^T W_K` is the same for white inputs, without those parts.) [ours]
+    space changes no side. For white inputs, without biases and rotations, this is the SVD of `W_Q^T W_K`.
+    [ours]
     """
 
     strength: Float[Tensor, "*batch modes"]
@@ -39,11 +40,14 @@ class Modes:
         return cls(s, inverse_q @ u, inverse_k @ vt.mT)
 
     def parts(self, cross: Float[Tensor, "*batch size size"]) -> Float[Tensor, "*batch modes"]:
-        """Each mode's part of a mean of `q . k`, given the mean of `q k^T`; the parts add up to its trace."""
+        """Return the part of each mode in the mean of `q . k`; the parts add up to the trace of `cross`.
+
+        `cross` is the mean of `q k^T`.
+        """
         return self.strength * (self.query * (cross @ self.key)).sum(-2)
 
     def take(self, order: Int[Tensor, "*batch kept"]) -> "Modes":
-        """Some modes, in an order."""
+        """Return some modes, in the given order."""
         columns = order.unsqueeze(-2).expand(*self.query.shape[:-1], order.shape[-1])
         return Modes(
             self.strength.gather(-1, order), self.query.gather(-1, columns), self.key.gather(-1, columns)
@@ -53,7 +57,7 @@ class Modes:
 def random_parts(
     queries: Float[Tensor, "*batch size size"], cross: Float[Tensor, "*batch size size"], seed: int
 ) -> Float[Tensor, "*batch size"]:
-    """The parts that a random orthonormal basis of the whitened queries gives: the control of `parts`."""
+    """Return the parts for a random orthonormal basis of the whitened queries: the control of `parts`."""
     root, inverse = roots(queries)
     generator = torch.Generator().manual_seed(seed)
     normal = torch.randn(queries.shape[-1], queries.shape[-1], generator=generator, dtype=torch.float64)
@@ -62,7 +66,7 @@ def random_parts(
 
 
 def roots(moment: Float[Tensor, "*batch size size"]) -> tuple[Tensor, Tensor]:
-    """Symmetric square root of a second moment, and its pseudo-inverse."""
+    """Return the symmetric square root of a second moment, and its pseudo-inverse."""
     values, vectors = torch.linalg.eigh(moment.double())
     held = values > RANK * values[..., -1:].clamp_min(torch.finfo(torch.float64).tiny)
     root = torch.where(held, values, 0.0).sqrt()

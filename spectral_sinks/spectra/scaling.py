@@ -1,4 +1,4 @@
-"""Tokens scaled and channels singled out: filters of what makes a sink's residual stand out."""
+"""Filters that scale, amplify or copy the residual of a token, and subspaces of single channels."""
 
 # torch is typed only in part:
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -16,7 +16,7 @@ from spectral_sinks.spectra.subspace import Subspace
 
 @dataclass(frozen=True)
 class Scaled:
-    """What is removed comes back times a factor."""
+    """The fill that puts back what was removed, multiplied by a factor."""
 
     factor: float
 
@@ -30,7 +30,7 @@ class Scaled:
 
 @dataclass(frozen=True)
 class Amplified:
-    """What is removed comes back with its deviations from its mean over channels times a factor."""
+    """The fill that puts back what was removed, its deviations from the mean over channels multiplied."""
 
     factor: float
 
@@ -45,14 +45,18 @@ class Amplified:
 
 @dataclass(frozen=True)
 class Copied:
-    """What is removed comes back as that of one position of the same text, which should be an earlier one."""
+    """The fill that takes what was removed at one position of the same text, usually an earlier one."""
 
     source: int
 
     def __call__(self, removed: Tensor, blocked: Subspace) -> Tensor:
         if not 0 <= self.source < removed.shape[-2]:
-            raise InputError(f"position {self.source}: the text has {removed.shape[-2]} tokens here")
+            raise InputError(f"position {self.source}: the text has {removed.shape[-2]} tokens")
         return removed[..., self.source : self.source + 1, :].expand_as(removed)
+
+    @property
+    def copies_from(self) -> int:
+        return self.source
 
     @property
     def address(self) -> str:
@@ -60,33 +64,37 @@ class Copied:
 
 
 def scale(d: int, factor: float, tokens: Tokens = "all") -> Filter:
-    """Multiply residuals of width d: the norm alone changes. Factor 1 changes no bit.
+    """Return the filter that multiplies residuals of width d by a factor. Factor 1 changes no bit.
 
-    The negative control of a designated sink: a norm before attention or MLP takes it out again.
+    It is the negative control of a designated sink, since the norm before attention and MLP undoes it.
     """
     return Filter(_whole(d, factor), None, Scaled(factor), tokens, f"scale {factor:g}")
 
 
 def amplify(d: int, factor: float, tokens: Tokens = "all") -> Filter:
-    """Multiply the deviations of a residual from its mean over channels: its variance by `factor` squared.
+    """Return the filter that multiplies the deviations of a residual from its mean over channels.
 
-    At the site `attention` of an early layer it does to a token what averaging over values spares the first
-    one. Factor 1 changes no bit. (Li et al. 2026, arXiv 2605.06611; site and factor are ours)
+    The variance over channels grows by `factor` squared; factor 1 changes no bit. At the site `attention` of
+    an early layer this reverses the averaging over values, from which only the first token is exempt.
+    (Li et al. 2026, arXiv 2605.06611; site and factor are ours)
     """
     return Filter(_whole(d, factor), None, Amplified(factor), tokens, f"amplify {factor:g}")
 
 
 def carry(d: int, source: int, tokens: Tokens) -> Filter:
-    """Put the residual of one position in the place of others'; a part of it: `remove(part, Copied(0))`."""
+    """Return the filter that copies the residual of one position to others.
+
+    To copy only the part in a subspace, use `remove(subspace, Copied(source))`.
+    """
     return Filter(_whole(d), None, Copied(source), tokens, f"residual of position {source}")
 
 
 def channels(d: int, chosen: Sequence[int]) -> Subspace:
-    """The span of some channels of the residual stream, where massive activations live.
+    """Return the span of some channels of the residual stream, such as those of massive activations.
 
-    `remove(channels(d, ...), Mean(reference), At(0))` fixes them to their mean, which Sun et al. (2024) found
-    harmless; with the fill `Zero`, fatal. `massive_channels` finds them. Raises InputError for channels that
-    are not there.
+    `remove(channels(d, ...), Mean(reference), At(0))` sets them to their mean, which does no harm, while the
+    fill `Zero` destroys the model (Sun et al. 2024). `massive_channels` finds the channels. Raises InputError
+    for channels that do not exist.
     """
     wrong = [i for i in chosen if not 0 <= i < d]
     if wrong or not chosen or len(set(chosen)) < len(chosen):

@@ -25,7 +25,7 @@ Convention = Literal["raw", "folded", "centred"]
 DEGENERATE = 1e-6
 """Relative gap of singular values under which a band edge is reported as ill defined [ours]."""
 
-ROWS = 1024
+BLOCK_ROWS = 1024
 """Rows of the matrix that are held in float64 at once."""
 
 
@@ -51,7 +51,7 @@ class Spectrum:
     count: int = 20
     """Number of bands."""
     reads_through: str = ""
-    """What stands between the residual stream and what the matrix reads, beside one norm; "" for nothing."""
+    """Modules between the residual stream and the matrix, other than one norm; "" for none."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.count <= self.d:
@@ -72,8 +72,8 @@ class Spectrum:
         if within := [band for band, edge in enumerate(self.edges[:-1]) if edge > self.rank]:
             warnings.warn(
                 f"band edges of the {self.matrix} spectrum fall into its null space (rank {self.rank} of "
-                f"{self.d}): bands {within[0]} to {self.count} cut what is not read at all at arbitrary "
-                "places; null() is all of it",
+                f"{self.d}): bands {within[0]} to {self.count} divide what is not read at all at arbitrary "
+                "positions; null() is all of it",
                 SpectralWarning,
                 stacklevel=3,
             )
@@ -92,23 +92,35 @@ class Spectrum:
         bands: int = 20,
         use_cache: bool = True,
     ) -> "Spectrum":
-        """Decompose a matrix whose rows read the residual stream, in float64 whatever its dtype.
+        """Decompose a matrix whose rows read the residual stream, in float64 for any dtype.
 
-        `folded` multiplies the columns by `gain`, the gain of the norm before the matrix; `centred` also
-        removes the mean over the rows, which a softmax ignores, and, with `centre_residual` (a LayerNorm
-        before the matrix), the residual's own mean. Rows are read in blocks, on a GPU where the matrix
-        lies on one and else on the CPU; the memory beyond the matrix is four `d x d` and a few blocks. The
-        tail is as accurate as the head (`decompose.right_singular` says how, by condition number). The
-        result lies on the CPU and is cached on disk under a hash of the inputs (`use_cache`).
+        The matrix is read in blocks of rows on its own device, so the memory beyond it is four `d x d` and a
+        few blocks. The tail is as accurate as the head; `svd.right_singular` gives the error by condition
+        number. The result is on the CPU.
 
-        Raises InputError for a matrix that is not 2-d, is empty or holds NaN or Inf, for an unknown
-        convention, and for `folded` or `centred` without a gain of width d.
+        Args:
+            weight: the matrix.
+            name: its name, for reports.
+            convention: `raw` is the matrix itself; `folded` multiplies the columns by `gain`; `centred` also
+                subtracts the mean over the rows, which a softmax ignores.
+            gain: the gain of the norm before the matrix.
+            centre_residual: whether `centred` also removes the mean of the residual over channels, as a
+                LayerNorm before the matrix does.
+            tied: whether the model reads and writes tokens with this matrix.
+            reads_through: modules between the residual stream and the matrix, other than one norm.
+            bands: number of bands.
+            use_cache: whether the result is cached on disk under a hash of the inputs.
+
+        Raises:
+            InputError: for a matrix that is not 2-d, is empty or holds NaN or Inf, for an unknown convention,
+                and for `folded` or `centred` without a gain of width d.
+
         """
         if convention not in get_args(Convention):
             raise InputError(f"convention {convention!r}: choose from {', '.join(get_args(Convention))}")
         if weight.ndim != 2 or 0 in weight.shape:
             raise InputError(f"{name} has shape {tuple(weight.shape)}, expected rows x d")
-        if not torch.stack(torch.aminmax(weight.detach())).isfinite().all():  # without a mask of its size
+        if not torch.stack(torch.aminmax(weight.detach())).isfinite().all():  # without a large mask
             bad = int((~torch.isfinite(weight)).sum())
             raise InputError(f"{name} holds {bad} NaN or Inf of {weight.numel()} values: check the weights")
         if convention != "raw" and (gain is None or gain.shape != weight.shape[1:]):
@@ -136,7 +148,7 @@ class Spectrum:
 
     @property
     def _rounding(self) -> float:
-        """What rounding leaves of a singular value that is zero."""
+        """The rounding error of a singular value that is zero."""
         return self.d * torch.finfo(torch.float64).eps * float(self.values[0])
 
     @cached_property
@@ -150,7 +162,7 @@ class Spectrum:
         return tuple(round(self.d * j / self.count) for j in range(self.count + 1))
 
     def with_bands(self, count: int) -> "Spectrum":
-        """The same decomposition cut into another number of bands."""
+        """Return the same decomposition with another number of bands."""
         return Spectrum(
             self.vectors,
             self.values,
@@ -272,8 +284,8 @@ def _decompose(
     factor = None if gain is None else gain.detach().to(device, torch.float64)
 
     def plain() -> Iterator[Float[Tensor, "block d"]]:
-        buffer = torch.empty(min(rows, ROWS), d, dtype=torch.float64, device=device)
-        for part in weight.detach().split(ROWS):
+        buffer = torch.empty(min(rows, BLOCK_ROWS), d, dtype=torch.float64, device=device)
+        for part in weight.detach().split(BLOCK_ROWS):
             block = buffer[: len(part)].copy_(part)
             yield block if unit == 1 else block.div_(unit)
 

@@ -1,4 +1,4 @@
-"""A subspace of the residual stream: an orthonormal basis and what one does with it."""
+"""Subspaces of the residual stream: orthonormal bases, projections and combinations."""
 
 # torch is typed only in part:
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -10,13 +10,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from spectral_sinks.errors import InputError
+from spectral_sinks.spectra.cache import fingerprint
 
 
 @dataclass(frozen=True, eq=False)
 class Subspace:
-    """The span of an orthonormal `d x k` basis, or (`complemented`) all that is orthogonal to it.
+    """The span of an orthonormal `d x k` basis, or (`complemented`) its orthogonal complement.
 
-    Whichever of the two has fewer directions is stored, never a `d x d` projector.
+    The thinner of the two bases is stored, never a `d x d` projector.
     """
 
     basis: Float[Tensor, "d k"]
@@ -27,7 +28,7 @@ class Subspace:
     spectrum: tuple[str, Float[Tensor, "d d"]] | None = None
     """Fingerprint and right singular vectors of the spectrum that `members` refers to."""
     source: str = ""
-    """What determines a subspace of no spectrum, as a seed does: each machine rounds the basis anew."""
+    """What determines the basis, such as a seed; the basis itself is rounded differently on each machine."""
 
     def __post_init__(self) -> None:
         if self.basis.ndim != 2 or self.basis.shape[1] > self.basis.shape[0]:
@@ -67,6 +68,15 @@ class Subspace:
         stored = self.basis.shape[1]
         return self.d - stored if self.complemented else stored
 
+    @property
+    def address(self) -> str:
+        """What identifies the subspace: its source, its members in a spectrum, or the basis itself."""
+        if self.source:
+            return f"{self.source}, complemented: {self.complemented}"
+        if self.members is not None and self.spectrum is not None and self.spectrum[0]:
+            return fingerprint(self.members, None, f"members of {self.spectrum[0]}")
+        return fingerprint(self.basis, None, f"basis, complemented: {self.complemented}")
+
     def project(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
         """The component of each vector inside the subspace, in the dtype of x (at least float32 inside)."""
         precise, stored = self._stored_part(x)
@@ -83,7 +93,7 @@ class Subspace:
         return self.project(precise).square().sum(-1) / precise.square().sum(-1)
 
     def complement(self) -> "Subspace":
-        """All that is orthogonal to the subspace."""
+        """Return the orthogonal complement."""
         members = None if self.members is None else ~self.members
         return replace(self, complemented=not self.complemented, members=members, name=f"all but {self.name}")
 
@@ -113,7 +123,7 @@ class Subspace:
         return self._combined(a & b, f"{self.name} & {other.name}")
 
     def __sub__(self, other: "Subspace") -> "Subspace":
-        """What lies in this one and not in the other: exact, for subspaces of one spectrum."""
+        """The directions of this subspace that the other lacks: exact, for subspaces of one spectrum."""
         a, b = self._pair(other)
         return self._combined(a & ~b, f"{self.name} - {other.name}")
 
@@ -149,9 +159,10 @@ class Subspace:
 
 
 def random_subspace(d: int, rank: int, seed: int = 0) -> Subspace:
-    """A subspace of the given rank drawn uniformly (Haar), float64: the control for every other.
+    """Draw a subspace of the given rank uniformly (Haar), in float64: the control of equal rank.
 
-    The thinner of it and its complement is drawn, so it costs at most `d x d/2`.
+    The thinner of the subspace and its complement is drawn, so it takes at most `d x d/2` numbers. Raises
+    InputError for a rank outside 0 to d.
     """
     if not 0 <= rank <= d:
         raise InputError(f"a random subspace of rank {rank}: expected 0 to {d}")
@@ -165,18 +176,19 @@ def random_subspace(d: int, rank: int, seed: int = 0) -> Subspace:
 def principal_cosines(a: Subspace, b: Subspace) -> Float[Tensor, "min_rank"]:
     """Cosines of the principal angles between two subspaces of one residual stream, largest first."""
     if a.d != b.d:
-        raise InputError(f"subspaces of width {a.d} and {b.d} share no residual stream")
+        raise InputError(f"subspaces of width {a.d} and {b.d} do not belong to one residual stream")
     return torch.linalg.svdvals(a.orthonormal().double().T @ b.orthonormal().double()).clamp(max=1.0)
 
 
 def intersection(a: Subspace, b: Subspace, cosine: float = 0.5**0.5) -> Subspace:
-    """The directions of `a` that lie in `b` as well, up to a principal angle.
+    """Return the directions of `a` that also lie in `b`, up to a principal angle.
 
-    Two subspaces of floating-point numbers rarely intersect exactly; kept are the bisectors of the
-    principal vectors whose cosine is at least `cosine` (45 degrees by default [ours]).
+    Two subspaces in floating-point numbers rarely intersect exactly. The result is spanned by the bisectors
+    of the principal vectors whose cosine is at least `cosine` (45 degrees by default [ours]). Raises
+    InputError for subspaces of different widths.
     """
     if a.d != b.d:
-        raise InputError(f"subspaces of width {a.d} and {b.d} share no residual stream")
+        raise InputError(f"subspaces of width {a.d} and {b.d} do not belong to one residual stream")
     left, right = a.orthonormal().double(), b.orthonormal().double()
     u, s, vh = torch.linalg.svd(left.T @ right, full_matrices=False)
     near = s >= cosine

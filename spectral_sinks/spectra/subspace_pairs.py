@@ -1,4 +1,4 @@
-"""Two subspaces of one residual stream: what they share, what only one of them has, and chance."""
+"""Pairs of subspaces of one residual stream: near and far directions, union, and the level of chance."""
 
 # torch is typed only in part:
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -14,19 +14,19 @@ APART = 1e-6
 
 
 def nearest(a: Subspace, b: Subspace, rank: int) -> Subspace:
-    """The `rank` directions of `a` that make the smallest principal angles with `b`."""
+    """Return the `rank` directions of `a` that make the smallest principal angles with `b`."""
     return _ordered(a, b, 0, rank, f"{rank} of {a.name} nearest to {b.name}")
 
 
 def farthest(a: Subspace, b: Subspace, rank: int) -> Subspace:
-    """The `rank` directions of `a` that make the largest principal angles with `b`."""
+    """Return the `rank` directions of `a` that make the largest principal angles with `b`."""
     return _ordered(a, b, a.rank - rank, a.rank, f"{rank} of {a.name} farthest from {b.name}")
 
 
 def outside(a: Subspace, b: Subspace) -> Subspace:
-    """What the union of both has beyond `b`: `a` made orthogonal to `b`.
+    """Return the part of the union of both that is orthogonal to `b`.
 
-    Its rank is that of `a`, less the directions of `a` that lie in `b` (to an angle of 1e-6).
+    Its rank is the rank of `a` less the number of its directions that lie in `b`, to an angle of 1e-6.
     """
     _same_width(a, b)
     basis = a.orthonormal().double()
@@ -36,13 +36,13 @@ def outside(a: Subspace, b: Subspace) -> Subspace:
 
 
 def union(a: Subspace, b: Subspace) -> Subspace:
-    """The span of both: `b` and what `a` has outside it, whatever spectra they come from."""
+    """Return the span of both, which may come from different spectra."""
     both = torch.cat([b.orthonormal().double(), outside(a, b).basis], dim=1)
     return Subspace(both, f"{a.name} ∪ {b.name}")
 
 
 def share_deviation(d: int, rank: int, effective_rank: float) -> float:
-    """Standard deviation, over random (Haar) subspaces, of the share of a matrix's energy inside them.
+    """Return the standard deviation, over random (Haar) subspaces, of the share of a matrix's energy in them.
 
     The mean is `rank / d`. With `G = W^T W / |W|^2` the share is `tr(P G)`, whose variance is
     `2 r (d - r) (d tr G^2 - 1) / (d^2 (d - 1) (d + 2))`; `effective_rank` is `1 / tr G^2`, between 1 and d.
@@ -54,7 +54,7 @@ def share_deviation(d: int, rank: int, effective_rank: float) -> float:
 
 
 def random_spectrum(d: int, count: int = 20, seed: int = 0) -> Spectrum:
-    """A random (Haar) basis cut into bands: the control for an order of the residual stream."""
+    """Return a random (Haar) basis cut into bands: the control for an order of the residual stream."""
     generator = torch.Generator().manual_seed(seed)
     vectors = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64)).Q
     values = torch.arange(d, 0, -1, dtype=torch.float64)
@@ -72,4 +72,4 @@ def _ordered(a: Subspace, b: Subspace, start: int, stop: int, name: str) -> Subs
 
 def _same_width(a: Subspace, b: Subspace) -> None:
     if a.d != b.d:
-        raise InputError(f"subspaces of width {a.d} and {b.d} share no residual stream")
+        raise InputError(f"subspaces of width {a.d} and {b.d} do not belong to one residual stream")

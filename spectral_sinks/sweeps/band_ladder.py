@@ -26,16 +26,31 @@ def ladder(
     kept: Sequence[int] | None = None,
     random_at: Sequence[int] = RANDOM_AT,
     draws: int = 20,
-    batch_size: int = 24,
+    batch_size: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> pd.DataFrame:
-    """Phi, Psi (reading u-e) and Omega with 1 to all bands kept, and Rnd of Phi's rank, at one site.
+    """Evaluate Phi, Psi (reading u-e) and Omega with 1 to all bands kept, and Rnd of Phi's rank, at one site.
 
-    `kept` chooses some numbers of bands, `random_at` those at which random subspaces are drawn.
-    One row per `filter` and bands `kept`: `rank` removed, `removed_energy_share`, `mean`, `low`, `high` of
-    the NLL difference (nats; 95 % over documents), `sink` and `baseline_sink`, the mean attention received by
-    position 0 in the layers above the site. A Rnd row has the mean over `draws`, and `least`, `most`,
-    `sink_least`, `sink_most` over them. (Cancedda 2024, section 4)
+    Args:
+        model: a language model.
+        windows: the text.
+        site: where all filters act.
+        unembedding: the spectrum whose bands are kept.
+        embedding: the second spectrum of Psi.
+        kept: the numbers of bands kept; 1 to all by default.
+        random_at: the numbers of bands kept at which random subspaces are drawn.
+        draws: random subspaces at each of them.
+        batch_size: windows in a pass; None finds it by memory.
+        progress: is called with the number of cells just done.
+
+    Returns:
+        One row per `filter` and number of bands `kept`: the `rank` removed, `removed_energy_share`; `mean`,
+        `low` and `high` of the NLL difference in nats (95 % over documents); `sink` and `baseline_sink`, the
+        mean attention received by position 0 in the layers above the site. A row of Rnd has the mean over
+        the draws, and `least`, `most`, `sink_least` and `sink_most` over them.
+
+    Source: Cancedda (2024), section 4.
+
     """
     bands = unembedding.count
     steps = [k for k in random_at if k < bands]
@@ -58,12 +73,12 @@ def ladder(
             rows.append(
                 _row(kind, int(number), [effect], site.layer)
                 | {"mean": effect.delta_nll, "low": low, "high": high}
-                | {"sink": _sink(effect.sink_mass, site.layer)}
+                | {"sink": effect.mean_sink_mass(site.layer + 1)["sink"]}
             )
     for k in steps:
         drawn = [effects[f"Rnd {k} {seed}"] for seed in range(draws)]
         deltas = [effect.delta_nll for effect in drawn]
-        sinks = [_sink(effect.sink_mass, site.layer) for effect in drawn]
+        sinks = [effect.mean_sink_mass(site.layer + 1)["sink"] for effect in drawn]
         rows.append(
             _row("Rnd", k, drawn, site.layer)
             | {"mean": np.mean(deltas), "least": min(deltas), "most": max(deltas)}
@@ -76,18 +91,12 @@ def ladder(
 
 
 def _row(kind: str, kept: int, effects: list[Effect], layer: int) -> dict[str, object]:
-    energy = np.mean([effect.rows["removed_energy_share"].mean() for effect in effects])
+    energy = np.mean([effect.table["removed_energy_share"].mean() for effect in effects])
     return {
         "filter": kind,
         "kept": kept,
         "rank": effects[0].rank,
-        "n": len(effects[0].rows),
+        "n": len(effects[0].table),
         "removed_energy_share": energy,
-        "baseline_sink": _sink(effects[0].baseline_sink_mass, layer),
+        "baseline_sink": effects[0].mean_sink_mass(layer + 1)["baseline_sink"],
     }
-
-
-def _sink(masses: list[float] | None, layer: int) -> float:
-    """Mean sink mass of the layers above; NaN where there is none or it cannot be read."""
-    above = [] if masses is None else masses[layer + 1 :]
-    return float(np.mean(above)) if above else float("nan")

@@ -40,7 +40,7 @@ Rung = Literal["phi", "psi", "omega"]
 
 @dataclass(frozen=True, eq=False)
 class Cell:
-    """Interventions to measure, by a name that no other cell of the sweep has."""
+    """Interventions to measure, under a name that no other cell of the sweep has."""
 
     name: str
     edits: Interventions
@@ -64,35 +64,47 @@ def grid(
     tokens: Sequence[Tokens] = ("all",),
     controls: int = 0,
 ) -> list[Cell]:
-    """Every combination, as cells.
+    """Return every combination of sites, filters, fills and tokens as cells.
 
-    `sites` are kinds as `Site.parse` reads them, at each of the `layers` (all of them by default); several
-    layers in one entry are filtered at once. What is blocked: `keep` and `remove` are band specifications,
-    `ladder` names Phi, Psi (reading u-e, which needs `embedding`) and Omega with each number of bands in
-    `kept` (1 to all). `controls` random subspaces of the rank of each filter, seeds 0, 1, ..., stand beside
-    it with the same fill and tokens. Fills "mean" and "noise" take the position's mean over the windows and
-    seed 0. Raises InputError for what a site, a band or the model does not have, and for an empty grid.
+    Args:
+        model: a language model.
+        windows: the text, for the fill "mean".
+        spectrum: the spectrum whose bands are kept or removed.
+        embedding: the second spectrum of Psi.
+        sites: kinds of sites as `Site.parse` reads them.
+        layers: the layers of each kind, all by default; several layers in one entry are filtered at once.
+        keep: specifications of the bands to keep.
+        remove: specifications of the bands to remove.
+        ladder: names of filters ("phi", "psi", reading u-e, and "omega") with each number of bands in `kept`.
+        kept: the numbers of bands kept on the ladder; 1 to all by default.
+        fills: "zero", "mean" (by position, over the windows), "swap" or "noise" (seed 0).
+        tokens: which tokens the filters act on.
+        controls: random subspaces of the rank of each filter, seeds 0, 1, ..., with the same fill and tokens.
+
+    Raises:
+        InputError: for sites, bands and layers that do not exist, and for an empty grid.
+
     """
     filters = _filters(spectrum, embedding, keep, remove, ladder, kept)
     chosen_layers = range(model.layers) if layers is None else layers
     entries = [entry if isinstance(entry, Sequence) else (entry,) for entry in chosen_layers]
-    places: list[tuple[Site, ...]] = []
+    site_groups: list[tuple[Site, ...]] = []
     for kind in sites:
-        here = [(0,)] if kind == "embedding" else entries
-        places += [tuple(dict.fromkeys(Site.parse(kind, layer) for layer in entry)) for entry in here]
-    at_once = {site for place in places for site in place}
+        layered = [(0,)] if kind == "embedding" else entries
+        site_groups += [tuple(dict.fromkeys(Site.parse(kind, layer) for layer in entry)) for entry in layered]
+    at_once = {site for group in site_groups for site in group}
     for site in at_once:
         site.check(model)
     for name in fills:
         if name not in get_args(FillName):
             raise InputError(f"fill {name!r}: choose from {', '.join(get_args(FillName))}")
-    if not (places and all(places) and fills and tokens):
+    if not (site_groups and all(site_groups) and fills and tokens):
         raise InputError("an empty grid: give at least one site, layer, fill and choice of tokens")
     means: dict[Site, Fill] = {}
     if "mean" in fills:
-        found = mean_residuals(model, windows, sorted(at_once, key=lambda site: site.rank))
+        references = mean_residuals(model, windows, sorted(at_once, key=lambda site: site.rank))
         source = f"{model.fingerprint} {of_rows(windows)}"
-        means = {site: Mean(mean, digest(f"{source} {site}")) for site, mean in found.items()}
+        means = {site: Mean(mean, digest(f"{source} {site}")) for site, mean in references.items()}
     plain: dict[str, Callable[[], Fill]] = {"zero": Zero, "swap": Swap, "noise": Noise}
     random: dict[tuple[int, int], Filter] = {}
 
@@ -105,27 +117,27 @@ def grid(
             yield draw, random[key]
 
     cells: dict[str, Cell] = {}
-    for place, fill, which in itertools.product(places, fills, tokens):
+    for group, fill, which in itertools.product(site_groups, fills, tokens):
         for draw, block in itertools.chain.from_iterable(map(blocks, filters)):
-            name = f"{' + '.join(map(str, place))}: {block.name}{_suffix(fill, which)}"
+            name = f"{' + '.join(map(str, group))}: {block.name}{_suffix(fill, which)}"
             if name not in cells:
-                fillings = {site: means[site] if fill == "mean" else plain[fill]() for site in place}
+                fillings = {site: means[site] if fill == "mean" else plain[fill]() for site in group}
                 edits = {site: block.filled(filling).at(which) for site, filling in fillings.items()}
                 cells[name] = Cell(name, edits, draw)
     return list(cells.values())
 
 
 def named(cells: Mapping[str, Interventions] | Iterable[Cell]) -> list[Cell]:
-    """Cells from interventions by name, or as they are. Raises InputError for none, and for a name twice."""
+    """Return cells, made from interventions by name. Raises InputError for none, and for a name twice."""
     if isinstance(cells, Mapping):
-        found = [Cell(str(name), edits) for name, edits in cells.items()]
+        listed = [Cell(str(name), edits) for name, edits in cells.items()]
     else:
-        found = list(cells)
-    if not found:
+        listed = list(cells)
+    if not listed:
         raise InputError("a sweep without cells: give at least one")
-    if twice := [name for name, count in Counter(cell.name for cell in found).items() if count > 1]:
+    if twice := [name for name, count in Counter(cell.name for cell in listed).items() if count > 1]:
         raise InputError(f"{len(twice)} names of cells occur more than once, such as {twice[0]!r}")
-    return found
+    return listed
 
 
 def _filters(

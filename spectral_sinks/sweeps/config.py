@@ -21,7 +21,7 @@ from spectral_sinks.sweeps.content_address import digest
 from spectral_sinks.sweeps.definition import Sweep
 
 REMOTE: dict[str | None, To] = {None: False, "ndif": True, "local": "local"}
-"""How files and the command line write where a model runs."""
+"""The location of a model, as written in files and on the command line."""
 
 
 class _Table(BaseModel):
@@ -29,7 +29,7 @@ class _Table(BaseModel):
 
 
 class Texts(_Table):
-    """What is measured on; the shipped corpus by default."""
+    """The text of the measurement; the included corpus by default."""
 
     text: str | None = None
     """A file or a hub data set id."""
@@ -43,8 +43,8 @@ class Texts(_Table):
     bos: Bos = "auto"
 
 
-class Reading(_Table):
-    """Which spectrum the bands belong to."""
+class SpectrumTable(_Table):
+    """The spectrum that the bands belong to."""
 
     matrix: str = "unembedding"
     convention: Convention = "raw"
@@ -81,38 +81,41 @@ class SweepFile(_Table):
     """The embedded model's name, a Hugging Face id, or a folder."""
     device: str | None = None
     device_map: str | None = None
-    """"auto" spreads a model that is larger than one device over all."""
+    """"auto" distributes a model that is larger than one device over all devices."""
     dtype: str = "auto"
     remote: Literal["ndif", "local"] | None = None
-    """At the server that nnsight is configured for, or rehearsed here."""
+    """"ndif" for the server that nnsight is configured for, "local" for the same path within this machine."""
     factors: str | None = None
     """Dtype in which bases travel to a server; the model's own by default."""
     batch_size: int = Field(default=16, ge=1)
     texts: Texts = Texts()
-    spectrum: Reading = Reading()
+    spectrum: SpectrumTable = SpectrumTable()
     grid: list[Grid] = Field(min_length=1)
     _path: Path | None = PrivateAttr(None)
 
     @classmethod
     def read(cls, path: str | Path) -> "SweepFile":
-        """Raises InputError for a file that is missing, no TOML, or says what is not understood."""
+        """Read a sweep file.
+
+        Raises InputError for a file that is missing, is not TOML, or has unknown or wrong entries.
+        """
         path = Path(path)
         try:
-            found = cls.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+            file = cls.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
         except OSError as error:
             raise InputError(f"{path} cannot be read: {error.strerror}") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise InputError(f"{path} is no TOML: {error}") from error
+            raise InputError(f"{path} is not TOML: {error}") from error
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
             given = "" if first["type"] == "missing" else f" (given: {first['input']!r})"
             raise InputError(f"{path}: {where}: {first['msg']}{given}") from error
-        found._path = path
-        return found
+        file._path = path
+        return file
 
     def at(self, remote: Literal["ndif", "local"]) -> "SweepFile":
-        """The same sweep, run elsewhere."""
+        """Return the same sweep with its model at another location."""
         return self.model_copy(update={"remote": remote})
 
     @property
@@ -120,7 +123,7 @@ class SweepFile(_Table):
         return digest(self.model_dump(mode="json"))
 
     def prepare(self) -> Sweep:
-        """Load the model, cut the texts, make the cells. Raises InputError as each of these does."""
+        """Load the model, cut the texts and make the cells. Raises InputError as each of these does."""
         with self._at("model"):
             model = load(
                 self.model,
@@ -132,14 +135,14 @@ class SweepFile(_Table):
             )
         texts, reading = self.texts, self.spectrum
         with self._at("texts"):
-            found = documents(
+            text = documents(
                 texts.text,
                 split=texts.split,
                 column=texts.column,
                 limit=texts.documents,
                 separator=texts.separator,
             )
-            windows = cut(found, model, length=texts.length, per_document=texts.per_document, bos=texts.bos)
+            windows = cut(text, model, length=texts.length, per_document=texts.per_document, bos=texts.bos)
         embedding = None
         with self._at("spectrum"):
             spectrum = read_spectrum(
@@ -148,8 +151,8 @@ class SweepFile(_Table):
             if any("psi" in block.ladder for block in self.grid):
                 embedding = read_spectrum(model, "embedding", bands=reading.bands)
         cells: dict[str, Cell] = {}
-        for place, block in enumerate(self.grid):
-            with self._at(f"grid.{place}"):
+        for entry, block in enumerate(self.grid):
+            with self._at(f"grid.{entry}"):
                 for cell in grid(
                     model,
                     windows,
@@ -173,13 +176,13 @@ class SweepFile(_Table):
             return Sweep.of(model, windows, cells.values(), batch_size=self.batch_size, spectrum=label)
 
     @contextmanager
-    def _at(self, place: str) -> Iterator[None]:
-        """Errors name the file and the place in it."""
+    def _at(self, entry: str) -> Iterator[None]:
+        """Let errors name the file and the entry in it."""
         try:
             yield
         except InputError as error:
             file = "" if self._path is None else f"{self._path}: "
-            raise InputError(f"{file}{place}: {error}") from error
+            raise InputError(f"{file}{entry}: {error}") from error
 
 
 def _tokens(block: Grid) -> Sequence[Tokens]:

@@ -1,4 +1,4 @@
-"""What a sweep costs: before it starts, as a floor, and how near to the floor it came."""
+"""The cost of a sweep: a floor in seconds, estimated before the start."""
 
 import time
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ REPEATS = 2
 
 @dataclass(frozen=True)
 class Cost:
-    """Counts and seconds of a sweep's floor: the layers above each cell's exit, and the head, once each."""
+    """The floor of a sweep: for each cell, the layers above its exit and the head, once for each window."""
 
     cells: int
     windows: int
@@ -28,7 +28,7 @@ class Cost:
     layers: int
     """Layers of the model."""
     forwards: float
-    """Passes over all windows that the floor is worth, in whole passes of the model."""
+    """The floor in whole passes of the model over all windows."""
     floor: float
     """Seconds."""
     bytes: int
@@ -43,7 +43,7 @@ class Cost:
 
 
 def floor(sweep: Sweep, units: tuple[Unit, ...], layer: float, head: float) -> float:
-    """Seconds that the layers above the exits, and the head, take in some units."""
+    """Return the seconds that the layers above the exits, and the head, take in some units."""
     layers = sweep.model.layers
     total = 0.0
     for unit in units:
@@ -56,11 +56,11 @@ def floor(sweep: Sweep, units: tuple[Unit, ...], layer: float, head: float) -> f
 
 
 def estimate(sweep: Sweep, units: tuple[Unit, ...], workers: int = 0) -> Cost:
-    """Time a layer and the head on the first batch (its windows are the longest), and add up.
+    """Time a layer and the head on the first batch, whose windows are the longest, and add up.
 
-    A pass from the last exit is the head; a whole pass is that and all layers. The quickest of some repeats
-    counts, so the floor is not raised by what else the machine does. With `workers`, at the number of threads
-    that each of them will have.
+    A pass from the last exit costs the head; a whole pass costs the head and all layers. The fastest of some
+    repeats counts, so other work on the machine does not raise the floor. With `workers`, the passes run with
+    as many threads as each worker will have. The sweep keeps the batch for its first unit.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(share_of_threads(workers))
@@ -71,14 +71,15 @@ def estimate(sweep: Sweep, units: tuple[Unit, ...], workers: int = 0) -> Cost:
 
 
 def share_of_threads(workers: int) -> int:
-    """Threads of each of some processes that share the cores; all of them where there are none."""
+    """Return the number of threads of each of some processes that share the cores."""
     return max(1, torch.get_num_threads() // max(1, workers))
 
 
 def _estimate(sweep: Sweep, units: tuple[Unit, ...]) -> Cost:
     model = sweep.model
-    places, ids = sweep.batches[0]
-    batch = Batch(model, sweep.windows, places, ids, [model.layers - 1])
+    indices, ids = sweep.batches[0]
+    batch = sweep.batch(0, [model.layers - 1])  # kept for the first unit
+    assert isinstance(batch, Batch), "the cost of jobs at a server is not measured"
     last, first = Site("exit", model.layers - 1), Site("embedding")
 
     def seconds(site: Site) -> float:
@@ -87,7 +88,7 @@ def _estimate(sweep: Sweep, units: tuple[Unit, ...]) -> Cost:
             began = time.perf_counter()
             batch.measure([{site: lambda x: x}])
             taken.append(time.perf_counter() - began)
-        return min(taken) / len(places)
+        return min(taken) / len(indices)
 
     head = seconds(last)
     layer = max(0.0, seconds(first) - head) / model.layers
@@ -110,7 +111,7 @@ def _estimate(sweep: Sweep, units: tuple[Unit, ...]) -> Cost:
 
 
 def duration(seconds: float) -> str:
-    """A length of time in the largest unit that leaves two digits."""
+    """Format a length of time in the largest unit of which there are at least two."""
     for size, name in ((86400, "days"), (3600, "hours"), (60, "minutes")):
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {name}"

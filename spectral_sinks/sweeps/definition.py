@@ -1,7 +1,7 @@
-"""A sweep: a model, windows and cells, cut into units of work that any process can do."""
+"""A sweep: a model, windows and cells, divided into units of work that any process can do."""
 
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
@@ -16,30 +16,30 @@ from spectral_sinks.data.texts import Windows
 from spectral_sinks.errors import InputError
 from spectral_sinks.interventions.tracing import Interventions
 from spectral_sinks.measure.memory import Memory
-from spectral_sinks.measure.nll.effects import check
-from spectral_sinks.measure.nll.remote_batch import RemoteBatch, cells_per_job, opened
-from spectral_sinks.measure.nll.replay import VERSION, Batch, BatchResult, start
+from spectral_sinks.measure.nll.effects import check_edit
+from spectral_sinks.measure.nll.remote_batch import RemoteBatch, cells_per_job, open_batch
+from spectral_sinks.measure.nll.replay import VERSION, Batch, BatchResult, first_exit
 from spectral_sinks.models.language import LanguageModel
-from spectral_sinks.spectra.filters import Filter, Zero
+from spectral_sinks.spectra.edits import as_edit
 from spectral_sinks.sweeps.cells import Cell, named
 from spectral_sinks.sweeps.content_address import address, context, digest, swapping
 
 LIBRARIES = ("spectral-sinks", "nnsight", "torch", "transformers", "numpy", "scipy")
 
-UNIT = {"cpu": 5e11, "cuda": 5e15}
-"""Floating-point operations of a unit, some seconds of work: what a killed process can lose."""
+UNIT_OPERATIONS = {"cpu": 5e11, "cuda": 5e15}
+"""Floating-point operations in a unit: some seconds of work, which a killed process can lose."""
 
-CELLS = 20
+CELLS_PER_UNIT = 20
 """Cells in a unit, at most."""
 
 
 @dataclass(frozen=True)
 class Unit:
-    """Some cells that begin at one exit, on one batch: done as a whole or not at all."""
+    """Some cells that begin at one exit, on one batch; a unit is stored completely or not at all."""
 
     batch: int
     cells: tuple[int, ...]
-    """Their places in the sweep."""
+    """Their indices in the sweep."""
     name: str
     """Hash of the addresses of the cells and of the windows of the batch."""
 
@@ -66,14 +66,27 @@ class Sweep:
         batch_size: int = 16,
         spectrum: str = "",
     ) -> "Sweep":
-        """Raises InputError for no cells, names that are not unique, and cells that mean nothing here."""
-        found = tuple(named(cells))
-        for cell in found:
+        """Make a sweep.
+
+        Args:
+            model: a language model.
+            windows: the text.
+            cells: interventions by name, or cells.
+            batch_size: windows in a batch.
+            spectrum: convention of the spectrum that the cells were made from, for the manifest.
+
+        Raises:
+            InputError: without cells, for names that are not unique, and for edits that are not defined on
+                this model and these windows.
+
+        """
+        all_cells = tuple(named(cells))
+        for cell in all_cells:
             for site, edit in cell.edits.items():
-                check(site, edit, model, windows)
-        made = cls(model, windows, found, batch_size, spectrum)
-        swaps = [cell.name for cell in found if swapping(cell.edits)]
-        if swaps and (alone := [places[0] for places, _ in made.batches if len(places) == 1]):
+                check_edit(site, as_edit(edit), model, windows)
+        made = cls(model, windows, all_cells, batch_size, spectrum)
+        swaps = [cell.name for cell in all_cells if swapping(cell.edits)]
+        if swaps and (alone := [indices[0] for indices, _ in made.batches if len(indices) == 1]):
             raise InputError(
                 f"{swaps[0]!r} swaps within batches, and window {alone[0]} is alone in its batch: give "
                 "windows of one length and a batch_size of at least 3"
@@ -85,7 +98,7 @@ class Sweep:
         return Sweep, parts, {"addresses": self.addresses}  # a worker need not hash the weights again
 
     def manifest(self) -> dict[str, Any]:
-        """What is needed to repeat it."""
+        """Return what is needed to repeat the sweep."""
         return {
             "model": self.model.name,
             "family": self.model.family,
@@ -109,10 +122,10 @@ class Sweep:
 
     @cached_property
     def distinct(self) -> tuple[int, ...]:
-        """The first cell of each address: what does the same under several names is measured once."""
+        """Indices of the first cell of each address: equal cells under several names are measured once."""
         first: dict[str, int] = {}
-        for cell, found in enumerate(self.addresses):
-            first.setdefault(found, cell)
+        for cell, cell_address in enumerate(self.addresses):
+            first.setdefault(cell_address, cell)
         return tuple(first.values())
 
     @cached_property
@@ -126,22 +139,22 @@ class Sweep:
 
     @cached_property
     def starts(self) -> tuple[int | None, ...]:
-        """The exit from which each cell begins."""
-        return tuple(start(cell.edits) for cell in self.cells)
+        """The exit at which each cell begins."""
+        return tuple(first_exit(cell.edits) for cell in self.cells)
 
     @cached_property
     def units(self) -> tuple[Unit, ...]:
-        """All work, batch by batch, from the lowest exit up; the same on every machine of one kind."""
+        """All units, batch by batch, from the lowest exit up; the same on every machine of one kind."""
         order = sorted(self.distinct, key=self._first)
-        found: list[Unit] = []
+        units: list[Unit] = []
         for index, (_, ids) in enumerate(self.batches):
             for _, group in groupby(order, key=self._first):
                 members = list(group)
                 size = self._cells_per_unit(ids)
                 for first in range(0, len(members), size):
                     chosen = tuple(members[first : first + size])
-                    found.append(self.unit(index, chosen))
-        return tuple(found)
+                    units.append(self.unit(index, chosen))
+        return tuple(units)
 
     def unit(self, batch: int, cells: Iterable[int]) -> Unit:
         """The unit of some cells on a batch."""
@@ -149,25 +162,37 @@ class Sweep:
         return Unit(batch, chosen, digest([[self.addresses[i] for i in chosen], self.batches[batch][0]]))
 
     def has(self, unit: Unit) -> bool:
-        """Whether a unit means the same here as where it was made."""
+        """Whether a unit made by another process is the same unit in this sweep."""
         known = unit.batch < len(self.batches) and max(unit.cells) < len(self.cells)
         return known and self.unit(unit.batch, unit.cells) == unit
+
+    def missing(self, units: Iterable[Unit], finished: Collection[tuple[str, int]]) -> Iterator[Unit]:
+        """Yield what is left of some units where these cells, by address, and windows are finished."""
+        for unit in units:
+            windows = self.batches[unit.batch][0]
+            cells = [
+                cell
+                for cell in unit.cells
+                if any((self.addresses[cell], window) not in finished for window in windows)
+            ]
+            if cells:
+                yield unit if len(cells) == len(unit.cells) else self.unit(unit.batch, cells)
 
     def size(self, unit: Unit) -> int:
         """Cells x windows of a unit."""
         return len(unit.cells) * len(self.batches[unit.batch][0])
 
     def _first(self, cell: int) -> int:
-        """The exit from which a cell begins; -2 for one that changes nothing."""
-        found = self.starts[cell]
-        return -2 if found is None else found
+        """The exit at which a cell begins; -2 for a cell that changes nothing."""
+        exit = self.starts[cell]
+        return -2 if exit is None else exit
 
     def _cells_per_unit(self, ids: Tensor) -> int:
         if self.model.remote is not None:
             return cells_per_job(self.model, ids)
         weights = self.model.layers * 12 * self.model.d**2 + self.model.vocabulary * self.model.d
-        budget = UNIT.get(self.model.device.type, UNIT["cpu"])
-        return max(1, min(CELLS, int(budget / (2 * weights * ids.numel()))))
+        budget = UNIT_OPERATIONS.get(self.model.device.type, UNIT_OPERATIONS["cpu"])
+        return max(1, min(CELLS_PER_UNIT, int(budget / (2 * weights * ids.numel()))))
 
     def shard(self, i: int, n: int) -> tuple[Unit, ...]:
         """Every n-th unit from the i-th, i from 1 to n. Raises InputError outside of that."""
@@ -175,24 +200,36 @@ class Sweep:
             raise InputError(f"shard {i}/{n}: expected 1/{max(n, 1)} to {max(n, 1)}/{max(n, 1)}")
         return self.units[i - 1 :: n]
 
-    def measure(self, unit: Unit) -> pd.DataFrame:
-        """The rows of a unit for the store, a row per cell and window."""
-        if unit.batch not in self._held:
-            self._held.clear()  # one batch at a time: its residuals are large
-            places, ids = self.batches[unit.batch]
+    def batch(self, index: int, starts: Collection[int | None] = ()) -> Batch | RemoteBatch:
+        """Return a batch after its untouched pass, which is made once.
+
+        The last batch is kept. `starts` are exits at which residuals are kept besides those of the cells.
+        """
+        if index not in self._held:
+            self.release()
+            windows, ids = self.batches[index]
             memory = Memory(self.model, ids.shape[1])
-            self._held[unit.batch] = opened(self.model, self.windows, places, ids, self.starts, memory)
-        batch = self._held[unit.batch]
-        found = batch.measure([self.cells[i].edits for i in unit.cells])
+            exits = {*self.starts, *starts}
+            self._held[index] = open_batch(self.model, self.windows, windows, ids, exits, memory)
+        return self._held[index]
+
+    def release(self) -> None:
+        """Forget the batch that is kept: its residuals are large."""
+        self._held.clear()
+
+    def measure(self, unit: Unit) -> pd.DataFrame:
+        """Measure a unit; return one row per cell and window for the store."""
+        batch = self.batch(unit.batch)
+        result = batch.measure([self.cells[i].edits for i in unit.cells])
         cells = [described(self, index) for index in unit.cells]
-        documents = [self.windows.document[place] for place in batch.places]
-        return table_of(cells, documents, batch.places, batch.predicted, batch.baseline, found)
+        documents = [self.windows.document[index] for index in batch.indices]
+        return table_of(cells, documents, batch.indices, batch.predicted, batch.baseline, result)
 
 
 def described(sweep: Sweep, index: int) -> dict[str, Any]:
-    """The columns of a cell in the store that do not depend on a window."""
+    """Return the columns of a cell in the store that do not depend on a window."""
     cell = sweep.cells[index]
-    return {"cell": sweep.addresses[index], "model": sweep.model.name, **describe(cell)}
+    return {"cell": sweep.addresses[index], "model": sweep.model.name, **describe_cell(cell)}
 
 
 def table_of(
@@ -201,9 +238,19 @@ def table_of(
     windows: Sequence[int],
     tokens: int,
     base: BatchResult,
-    found: BatchResult,
+    result: BatchResult,
 ) -> pd.DataFrame:
-    """Rows for the store, one per cell and window, of windows that each predict so many tokens."""
+    """Return rows for the store, one per cell and window.
+
+    Args:
+        cells: the columns that describe each cell.
+        documents: the document of each window.
+        windows: the index of each window.
+        tokens: the predicted tokens of a window.
+        base: the untouched pass.
+        result: the cells.
+
+    """
     rows: list[dict[str, Any]] = []
     for row, cell in enumerate(cells):
         for column, (document, window) in enumerate(zip(documents, windows, strict=True)):
@@ -213,13 +260,13 @@ def table_of(
                     "document": document,
                     "window": window,
                     "tokens": tokens,
-                    "nll": found.nll[row, column],
+                    "nll": result.nll[row, column],
                     "baseline_nll": base.nll[0, column],
-                    "delta_nll": found.nll[row, column] - base.nll[0, column],
-                    "kl": found.kl[row, column],
-                    "top1_agreement": found.top1_agreement[row, column],
-                    "removed_energy_share": found.removed_energy_share[row, column],
-                    "sink_mass": _listed(found.sink_mass, row, column),
+                    "delta_nll": result.nll[row, column] - base.nll[0, column],
+                    "kl": result.kl[row, column],
+                    "top1_agreement": result.top1_agreement[row, column],
+                    "removed_energy_share": result.removed_energy_share[row, column],
+                    "sink_mass": _listed(result.sink_mass, row, column),
                     "baseline_sink_mass": _listed(base.sink_mass, 0, column),
                 }
             )
@@ -227,7 +274,7 @@ def table_of(
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of what numbers come from; None for a package that runs from its folder."""
+    """Return the versions of the libraries behind the numbers; None for a package that is not installed."""
 
     def installed(name: str) -> str | None:
         try:
@@ -238,26 +285,23 @@ def versions() -> dict[str, str | None]:
     return {name: installed(name) for name in LIBRARIES} | {"python": platform.python_version()}
 
 
-def describe(cell: Cell) -> dict[str, Any]:
-    """The columns of a cell that a reader needs: where, what, what fills the gap, at which tokens."""
+def describe_cell(cell: Cell) -> dict[str, Any]:
+    """Return the columns that describe a cell: its sites, filters, fills, tokens and draw."""
     sites = sorted(cell.edits, key=lambda site: site.rank)
-    edits = [cell.edits[site] for site in sites]
-    filters = [edit for edit in edits if isinstance(edit, Filter)]
+    edits = [as_edit(cell.edits[site]) for site in sites]
+    ranks = [edit.rank for edit in edits if edit.rank is not None]
+    labels = [edit.labels for edit in edits if edit.labels is not None]
     return {
         "name": cell.name,
         "site": " + ".join(site.kind for site in sites),
         "layer": sites[0].layer if sites else None,
         "head": sites[0].head if sites else None,
-        "filter": " + ".join(dict.fromkeys(getattr(edit, "name", "custom") for edit in edits)),
-        "rank": sum(edit.rank for edit in filters) if len(filters) == len(edits) else None,
-        "fill": " + ".join(dict.fromkeys(_fill(edit) for edit in filters)),
-        "at": " + ".join(dict.fromkeys(e.tokens if isinstance(e.tokens, str) else "some" for e in filters)),
+        "filter": " + ".join(dict.fromkeys(edit.name for edit in edits)),
+        "rank": sum(ranks) if len(ranks) == len(edits) else None,
+        "fill": " + ".join(dict.fromkeys(fill for fill, _ in labels)),
+        "at": " + ".join(dict.fromkeys(tokens for _, tokens in labels)),
         "draw": cell.draw,
     }
-
-
-def _fill(edit: Filter) -> str:
-    return "zero" if isinstance(edit.fill, Zero) else type(edit.fill).__name__.lower()
 
 
 def _listed(mass: Any, row: int, column: int) -> list[float] | None:

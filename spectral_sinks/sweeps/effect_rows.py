@@ -1,8 +1,7 @@
-"""Effects as a table: a row per intervention, with what it removed, its cost and what is left of the sink."""
+"""Effects as one table: per intervention what it removes, its cost in NLL, and the remaining sink mass."""
 
 from collections.abc import Mapping
 
-import numpy as np
 import pandas as pd
 
 from spectral_sinks.measure.nll.effects import Effect
@@ -12,11 +11,12 @@ BEFORE = ("embedding", "queries", "keys")
 
 
 def effect_table(effects: Mapping[str, Effect], above: int | None = None) -> pd.DataFrame:
-    """One row per effect: its `name`, `rank` and `removed_energy_share`, `mean`, `low`, `high` of the NLL
-    difference (nats; 95 % over `n` documents), `sink` and `baseline_sink`.
+    """Return one row per effect.
 
-    These are the mean attention received by position 0 in the layers that the lowest site comes before (or
-    above the exit `above`); NaN where there is none or it cannot be read. `rank` is None for a function.
+    The columns are `name`, `rank` (None for a function), `removed_energy_share`; `mean`, `low` and `high` of
+    the NLL difference in nats, a 95 % interval over `n` documents; `sink` and `baseline_sink`, the mean
+    attention received by position 0 in the layers that the lowest site can change, or in those above the exit
+    `above`. They are NaN where there is no such layer or where attention cannot be read.
     """
     rows: list[dict[str, object]] = []
     for name, effect in effects.items():
@@ -27,18 +27,12 @@ def effect_table(effects: Mapping[str, Effect], above: int | None = None) -> pd.
             {
                 "name": name,
                 "rank": effect.rank,
-                "removed_energy_share": effect.rows["removed_energy_share"].mean(),
+                "removed_energy_share": effect.table["removed_energy_share"].mean(),
                 "mean": effect.delta_nll,
                 "low": low,
                 "high": high,
-                "n": len(effect.rows),
-                "sink": _sink(effect.sink_mass, first),
-                "baseline_sink": _sink(effect.baseline_sink_mass, first),
+                "n": len(effect.table),
+                **effect.mean_sink_mass(first),
             }
         )
     return pd.DataFrame(rows)
-
-
-def _sink(masses: list[float] | None, first: int) -> float:
-    above = [] if masses is None else masses[first:]
-    return float(np.mean(above)) if above else float("nan")

@@ -66,13 +66,13 @@ def image_ladder(
         if name not in ("keep", "remove", *named):
             continue
         effect = effects[f"{name}|{band}"]
-        table = effect.summary([each for each in QUANTITIES if each in effect.rows]).drop(
+        table = effect.summary([each for each in QUANTITIES if each in effect.table]).drop(
             columns=["name", "site"]
         )
-        energy = float(effect.rows["removed_energy_share"].mean())
+        energy = float(effect.table["removed_energy_share"].mean())
         table = table.assign(filter=name, band=band or np.nan, removed_energy_share=energy)
         for control in ("rank", "energy") if name in named else ():
-            drawn = [effects[f"{name} {control}|{seed}"].rows for seed in range(draws)]
+            drawn = [effects[f"{name} {control}|{seed}"].table for seed in range(draws)]
             table = table.join(table.apply(_beside, axis=1, drawn=drawn).add_prefix(f"{control}_"))
         rows.append(table)
     table = pd.concat(rows, ignore_index=True)

@@ -1,11 +1,11 @@
-"""A sweep at a server: units of work as jobs that outlive this process, noted in the results folder.
+"""A sweep at a server: units of work as jobs that outlive this process, recorded in the results folder.
 
-jobs/UNIT.json    the job of a unit: its id, where it is, what its numbers are about, and how it ended
+jobs/UNIT.json    the job of a unit: its id and host, the cells and windows it measures, and its state
 """
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,20 +22,20 @@ from spectral_sinks.sweeps.definition import Sweep, Unit, described, table_of
 from spectral_sinks.sweeps.store import Store
 
 POLL = 2.0
-"""Seconds between questions after a job."""
+"""Seconds between two requests for the state of a job."""
 
 FORGOTTEN = 60.0
-"""Seconds after which a job that the server knows nothing of is taken for lost."""
+"""Seconds after which a job that the server does not know counts as lost."""
 
 STALE = 6 * 3600.0
-"""Seconds after which a job that has not ended is taken for lost, as after a crash of the server."""
+"""Seconds after which a job that has not ended counts as lost, as after a crash of the server."""
 
 State = Literal["waiting", "done", "failed", "lost"]
 
 
 @dataclass(frozen=True)
 class Note:
-    """A job as the folder has it."""
+    """The record of a job in the results folder."""
 
     unit: str
     run: str
@@ -43,19 +43,19 @@ class Note:
     model: str
     sent: Sent
     cells: list[dict[str, Any]]
-    """The columns that say what each cell is."""
+    """The columns that describe each cell."""
     documents: list[int]
     windows: list[int]
     tokens: int
     state: State = "waiting"
     said: str = ""
-    """Why it failed."""
+    """The reason why it failed."""
     server: dict[str, Any] = field(default_factory=dict)
-    """What the far end said of itself."""
+    """What the server reported about itself."""
 
 
 class Notes:
-    """The jobs of a results folder."""
+    """The records of all jobs of a results folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder / "jobs"
@@ -68,28 +68,28 @@ class Notes:
         return note
 
     def all(self) -> list[Note]:
-        """By the time they were sent. Raises InputError for a file that is damaged."""
-        found: list[Note] = []
+        """Read all records, ordered by the time of sending. Raises InputError for a damaged file."""
+        notes: list[Note] = []
         for path in self.folder.glob("*.json"):
             try:
                 read = json.loads(path.read_text("utf-8"))
-                found.append(Note(**{**read, "sent": Sent(**read["sent"])}))
+                notes.append(Note(**{**read, "sent": Sent(**read["sent"])}))
             except (ValueError, KeyError, TypeError) as error:
                 raise InputError(
                     f"{path} is damaged ({error}): delete it, its job will be sent again"
                 ) from error
-        return sorted(found, key=lambda note: note.sent.submitted)
+        return sorted(notes, key=lambda note: note.sent.submitted)
 
     def waiting(self) -> list[Note]:
         return [note for note in self.all() if note.state == "waiting"]
 
 
 def collect(folder: str | Path, give_up: float = STALE) -> list[Note]:
-    """Ask after the jobs of a results folder, once each, and put what has come into it; returns all its jobs.
+    """Ask once for the result of each job of a results folder, store what has arrived, and return all jobs.
 
-    A job that has not ended after `give_up` seconds counts as lost: running the sweep again sends it again.
-    Raises InputError for a folder that is no store, RemoteError where the server cannot be reached; the store
-    is then as it was.
+    A job that has not ended after `give_up` seconds counts as lost; another run of the sweep sends it again.
+    Raises InputError for a folder that is not a store, and RemoteError where the server cannot be reached;
+    the store is then unchanged.
     """
     store = Store(folder, create=False)
     notes = Notes(store.folder)
@@ -99,12 +99,12 @@ def collect(folder: str | Path, give_up: float = STALE) -> list[Note]:
 
 
 def jobs(folder: str | Path) -> list[Note]:
-    """The jobs of a results folder as it knows them; nobody is asked."""
+    """Return the jobs of a results folder as recorded there, without asking the server."""
     return Notes(Store(folder, create=False).folder).all()
 
 
 def settle(store: Store, notes: Notes, note: Note, give_up: float = STALE) -> Note:
-    """Ask after a job, and put its rows into the store if it is done."""
+    """Ask for the result of a job, and store its rows if it is done."""
     age = time.time() - note.sent.submitted
     try:
         answer, known = transport.fetch(note.sent.id, note.sent.host, note.model)
@@ -129,43 +129,43 @@ def settle(store: Store, notes: Notes, note: Note, give_up: float = STALE) -> No
 
 
 def _record(store: Store, notes: Notes, last: Note) -> None:
-    """Where the rows of a run come from, into the manifest."""
+    """Record in the manifest where the rows of a run come from."""
     done = [note for note in notes.all() if note.state == "done" and note.run == last.run]
-    found = {
+    origin = {
         "host": last.sent.host,
         "server": last.server,
         "jobs": [note.sent.id for note in done],
         "bytes_sent": sum(note.sent.payload for note in done),
         "bytes_received": sum(note.sent.received or 0 for note in done),
     }
-    store.record(last.run, {"remote": found})
+    store.record(last.run, {"remote": origin})
 
 
-def run_afar(
+def run_jobs(
     sweep: Sweep,
     store: Store,
-    missing: Callable[[set[tuple[str, int]]], Iterator[Unit]],
+    missing: Callable[[Collection[tuple[str, int]]], list[Unit]],
     *,
     in_flight: int = 8,
     wait: bool = True,
 ) -> int:
-    """Send what is missing of a sweep as jobs, and wait for them; returns cells x windows that came.
+    """Send what is missing of a sweep as jobs, wait for them, and return the cells x windows that came.
 
-    `missing` tells the units that are neither finished nor among the cells and windows given. Without `wait`
-    everything is sent and nothing waited for. Interrupted at any moment, it goes on from the
-    notes of the folder. Raises RemoteError for a job that fails at the server, with what it said.
+    `missing` returns the units that are neither finished nor among the cells and windows of its argument.
+    Without `wait` all jobs are sent, and none is waited for. A run that was interrupted goes on from the
+    notes of the folder. Raises RemoteError, with the server's message, for a job that fails there.
     """
     notes = Notes(store.folder)
     computed = 0
-    total = sum(map(sweep.size, missing(set())))
+    total = sum(map(sweep.size, missing(())))
     with tqdm(total=total, unit="cell", leave=False, disable=None) as bar:
-        while any(True for _ in missing(set())):
+        while missing(()):
             waiting = notes.waiting()
             sent = {
-                (cell["cell"], place) for note in waiting for cell in note.cells for place in note.windows
+                (cell["cell"], window) for note in waiting for cell in note.cells for window in note.windows
             }
             room = in_flight - len(waiting) if wait else None
-            for unit in list(missing(sent))[:room]:
+            for unit in missing(sent)[:room]:
                 for note in _sent(sweep, unit):
                     notes.write(note)
             if not wait:
@@ -183,9 +183,9 @@ def run_afar(
 
 
 def _sent(sweep: Sweep, unit: Unit) -> Iterable[Note]:
-    """The job of a unit; of its halves where it is too large."""
-    places, ids = sweep.batches[unit.batch]
-    batch = RemoteBatch(sweep.model, sweep.windows, places, ids)
+    """Send the job of a unit, or the jobs of its halves where it is too large."""
+    indices, ids = sweep.batches[unit.batch]
+    batch = RemoteBatch(sweep.model, sweep.windows, indices, ids)
     try:
         sent = client.submit(sweep.model, *batch.job([sweep.cells[i].edits for i in unit.cells]))
     except transport.TooLarge:
@@ -201,15 +201,15 @@ def _sent(sweep: Sweep, unit: Unit) -> Iterable[Note]:
         model=sweep.model.name,
         sent=sent,
         cells=[described(sweep, index) for index in unit.cells],
-        documents=[int(sweep.windows.document[place]) for place in places],
-        windows=list(places),
+        documents=[int(sweep.windows.document[index]) for index in indices],
+        windows=list(indices),
         tokens=batch.predicted,
     )
 
 
 @dataclass(frozen=True)
 class RemoteCost:
-    """What a sweep sends, before it starts."""
+    """The size of what a sweep will send."""
 
     cells: int
     windows: int
@@ -224,12 +224,12 @@ class RemoteCost:
         )
 
 
-def estimate_afar(sweep: Sweep, units: tuple[Unit, ...]) -> RemoteCost:
-    """Pack the jobs, send none."""
+def remote_cost(sweep: Sweep, units: tuple[Unit, ...]) -> RemoteCost:
+    """Pack the jobs of some units to count their bytes; none is sent."""
     total = 0
     for unit in units:
-        places, ids = sweep.batches[unit.batch]
-        batch = RemoteBatch(sweep.model, sweep.windows, places, ids)
+        indices, ids = sweep.batches[unit.batch]
+        batch = RemoteBatch(sweep.model, sweep.windows, indices, ids)
         total += len(transport.packed(sweep.model, *batch.job([sweep.cells[i].edits for i in unit.cells])))
     cells = len({cell for unit in units for cell in unit.cells})
     return RemoteCost(cells, len(sweep.windows), len(units), total)

@@ -1,13 +1,15 @@
-"""Run a sweep into a store: what is finished is found, what is missing is shared out and written at once."""
+"""Run a sweep into a store: finished units are read, missing ones are measured and written one by one."""
 
+import json
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, CancelledError, Executor, Future, wait
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from tqdm import tqdm
@@ -15,39 +17,39 @@ from tqdm import tqdm
 from spectral_sinks.errors import InputError
 from spectral_sinks.files import listing
 from spectral_sinks.remote import handshake
-from spectral_sinks.stats import mean_interval
+from spectral_sinks.stats import Estimate
 from spectral_sinks.sweeps.config import SweepFile
 from spectral_sinks.sweeps.cost import Cost, duration, estimate, floor
-from spectral_sinks.sweeps.definition import Sweep, Unit, describe
-from spectral_sinks.sweeps.remote_jobs import RemoteCost, estimate_afar, run_afar
+from spectral_sinks.sweeps.definition import Sweep, Unit, describe_cell
+from spectral_sinks.sweeps.remote_jobs import RemoteCost, remote_cost, run_jobs
 from spectral_sinks.sweeps.store import Store
-from spectral_sinks.sweeps.workers import Adopted, Held, Serial, Source, check, pool, work
+from spectral_sinks.sweeps.workers import Adopted, Held, Serial, SweepSource, check_workers, pool, work
 
 LOSSES = 3
-"""Times that a pool may break, with no unit finished in between, before the sweep gives up."""
+"""Number of times that a pool may break, with no unit finished in between, before the sweep gives up."""
 
-PATIENCE = 0.2
-"""Seconds between looks at what another process is doing."""
+CLAIM_POLL = 0.2
+"""Seconds between attempts to claim a unit that another process holds."""
 
 DESCRIBED = ("name", "site", "layer", "head", "filter", "rank", "fill", "at", "draw")
-"""Columns of a table that say what a cell is."""
+"""Columns of a table that describe a cell."""
 
 MakesExecutor = Callable[[], Executor]
 
 
 @dataclass(frozen=True)
 class Report:
-    """How a run went."""
+    """What a run computed, and how long it took."""
 
     computed: int
-    """Cells x windows done by this run."""
+    """Cells x windows computed by this run."""
     found: int
-    """Cells x windows that the store had, or that another process did meanwhile."""
+    """Cells x windows that were in the store, or that another process computed meanwhile."""
     seconds: float
     worker_seconds: float
-    """Spent on units, over all workers."""
+    """Seconds spent on units, summed over the workers."""
     of_floor: float | None
-    """Worker seconds over the floor of what was computed; None where no cost was estimated."""
+    """Worker seconds divided by the floor of the computed units; None where no cost was estimated."""
 
     def __str__(self) -> str:
         text = f"{self.computed} cells x windows in {duration(self.seconds)}, {self.found} were there"
@@ -56,33 +58,38 @@ class Report:
 
 @dataclass(frozen=True, eq=False)
 class Done:
-    """A sweep that has run: its store, and how it went."""
+    """The result of a sweep: its store, and the report of the run."""
 
     sweep: Sweep
     store: Store
     report: Report
 
+    @property
     def table(self) -> pd.DataFrame:
-        """One row per cell and document, for the cells of this sweep alone, by the names they have in it."""
-        found = self.store.table()
+        """One row per cell and document, for the cells of this sweep only, under their names in it."""
+        stored = self.store.table()
         addresses, cells = self.sweep.addresses, self.sweep.cells
         described = pd.DataFrame(
-            {"cell": address} | describe(cell) for address, cell in zip(addresses, cells, strict=True)
-        ).astype(found.dtypes[["cell", *DESCRIBED]])
-        return described.merge(found.drop(columns=[*DESCRIBED]), on="cell")[found.columns]
+            {"cell": address} | describe_cell(cell) for address, cell in zip(addresses, cells, strict=True)
+        ).astype(stored.dtypes[["cell", *DESCRIBED]])
+        return described.merge(stored.drop(columns=[*DESCRIBED]), on="cell")[stored.columns]
 
     def summary(self) -> pd.DataFrame:
-        """One row per cell: mean over documents of the NLL difference (nats), its 95 % interval, and more."""
+        """Return one row per cell: its description, the number of `documents`, and means over them.
+
+        `delta_nll` is the difference in nats, with its 95 % BCa interval `delta_nll_low` to `delta_nll_high`.
+        """
         rows: list[dict[str, object]] = []
-        for _, part in self.table().groupby("name", sort=False):
-            low, high = mean_interval(part["delta_nll"])
-            means = part[["kl", "top1_agreement", "removed_energy_share"]].mean().to_dict()
-            first = part.iloc[0]
-            rows.append(
-                {name: first[name] for name in DESCRIBED}
-                | {"delta_nll": part["delta_nll"].mean(), "low": low, "high": high, "n": len(part), **means}
-            )
+        for _, part in self.table.groupby("name", sort=False):
+            first, means = part.iloc[0], part[["kl", "top1_agreement", "removed_energy_share"]].mean()
+            described = {column: first[column] for column in DESCRIBED} | {"documents": len(part)}
+            rows.append(described | Estimate.of(part["delta_nll"]).columns("delta_nll") | means.to_dict())
         return pd.DataFrame(rows)
+
+    def record(self) -> dict[str, Any]:
+        """The report, and the rows of `summary` as `cells`, as a dictionary that JSON can hold."""
+        cells = json.loads(self.summary().to_json(orient="records"))
+        return {"out": str(self.store.folder), **asdict(self.report), "cells": cells}
 
 
 def sweep(
@@ -100,17 +107,30 @@ def sweep(
 ) -> Done:
     """Measure the cells of a sweep, or of a sweep file, into the results folder `out`.
 
-    It goes on where an earlier run stopped: cells whose content address the folder has are not computed
-    again; `fresh` empties it first. Several processes may run one sweep into one folder at once, or each a
-    `shard` (i, n) of it into a folder of its own, to be joined by `Store.merge`. Units of work run in this
-    process; in `workers` processes, which share the weights or hold them on `devices`; or on any
-    `concurrent.futures.Executor`, such as a Dask client's, whose workers make the sweep from the file, or are
-    sent it; `in_flight` is how many units it has in hand, two for each of its workers or more. Of a model at
-    a server they are jobs there, whose ids the folder keeps; without `wait` they are sent and not waited for
-    (`collect` asks after them). `say` is told what it will cost.
+    A run continues where an earlier one stopped: cells whose content address is in the folder are not
+    computed again. Several processes may run one sweep into the same folder at once. The units of a model at
+    a server are jobs there, whose ids the folder keeps.
 
-    Raises InputError, before the folder is touched, for a file that is not understood, cells that have no
-    content address and a shard that does not exist; and for a folder that is no store or cannot be written.
+    Args:
+        what: a sweep, or the path of a sweep file.
+        out: the results folder.
+        shard: `(i, n)` for every n-th unit from the i-th. Shards in folders of their own are joined by
+            `Store.merge`.
+        fresh: whether to empty the folder first.
+        executor: any `concurrent.futures.Executor`, such as that of a Dask client. Its workers make the sweep
+            from the file, or receive it.
+        workers: the number of processes on this machine that run the units; 0 for this process.
+        devices: the devices of these processes; without any, they share the weights.
+        in_flight: the number of units that an executor or a server has in hand. Give an executor two or more
+            for each of its workers.
+        wait: whether to wait for jobs at a server; if not, `collect` fetches their results later.
+        say: is called once with the cost as text.
+
+    Raises:
+        InputError: before the folder is touched, for a file that cannot be read, cells without a content
+            address and a shard that does not exist; and for a folder that is not a store or cannot be
+            written.
+
     """
     if isinstance(what, str | Path):
         what = SweepFile.read(what)
@@ -123,19 +143,19 @@ def sweep(
         made.shard(*shard)
     if made.model.remote is not None and (workers or executor is not None):
         raise InputError("a model that is elsewhere needs no workers or executor here")
-    if not wait and not _afar(made):
+    if not wait and not _at_server(made):
         raise InputError("only jobs at a server can be left alone: load the model with remote=True")
     if workers:
-        check(made, devices)
-    if _afar(made):
+        check_workers(made, devices)
+    if _at_server(made):
         handshake.require(made.model)  # addresses name the dtype that the server runs in
     _ = made.units
     store = Store(out)
     if fresh:
         store.clear()
-    if _afar(made):
-        return _run_afar(made, store, shard, in_flight, wait, say)
-    source = Adopted(made.key) if workers else Held(made) if isinstance(what, Sweep) else what
+    source = what if executor is not None and isinstance(what, SweepFile) else Held(made)
+    if workers:
+        source = Adopted(made.key)
     runner = partial(pool, made, workers, devices) if workers else executor
     return run(
         made,
@@ -146,6 +166,7 @@ def sweep(
         in_flight=max(in_flight, 2 * workers),
         processes=workers,
         say=say,
+        wait=wait,
     )
 
 
@@ -155,63 +176,99 @@ def plan(
     *,
     shard: tuple[int, int] | None = None,
 ) -> Cost | RemoteCost:
-    """What is still to be done of a sweep, as measured on its first batch; nothing is written.
+    """Return the cost of what is still to be done of a sweep, as measured on its first batch.
 
-    Raises InputError as `sweep` does.
+    Nothing is written. Raises InputError as `sweep` does.
     """
     if isinstance(what, str | Path):
         what = SweepFile.read(what)
     made = what if isinstance(what, Sweep) else what.prepare()
-    if _afar(made):
+    if _at_server(made):
         handshake.require(made.model)
     units = made.units if shard is None else made.shard(*shard)
     finished: set[tuple[str, int]] = set()
     if out is not None and listing(Path(out).expanduser()):
         finished = Store(out, create=False).finished()
-    left = tuple(_missing(made, units, finished))
-    return estimate(made, left) if made.model.remote is None else estimate_afar(made, left)
+    return _cost(made, tuple(made.missing(units, finished)))
 
 
 def run(
     sweep: Sweep,
     store: Store,
     executor: Executor | MakesExecutor | None = None,
-    source: Source | None = None,
+    source: SweepSource | None = None,
     *,
     shard: tuple[int, int] | None = None,
     say: Callable[[str], None] | None = None,
     in_flight: int = 8,
     processes: int = 0,
+    wait: bool = True,
 ) -> Done:
-    """Do what is missing of a sweep, `in_flight` units at a time where there is an executor.
+    """Measure what is missing of a sweep, in this process, on an executor, or as jobs at a server.
 
-    An executor given as a function that makes one is made again when it breaks, as a pool does when one of
-    its processes is killed. `source` is what workers make the sweep from. With `say`, the cost is estimated
-    for one of so many `processes` and told before the start.
+    Args:
+        sweep: what to measure; the location of its model decides whether units become jobs.
+        store: the results folder.
+        executor: where the units run. A function that makes an executor is called again when the executor
+            breaks, as a pool does when one of its processes is killed. None runs them in this process.
+        source: what the workers make the sweep from.
+        shard: `(i, n)` for every n-th unit from the i-th.
+        say: is called once, before the start, with the cost as text.
+        in_flight: the number of units that an executor or a server has in hand.
+        processes: the number of processes that share the cores, for the estimate of the cost.
+        wait: whether to wait for jobs at a server.
+
     """
     units = sweep.units if shard is None else sweep.shard(*shard)
     total = sum(map(sweep.size, units))
+
+    def missing(sent: Collection[tuple[str, int]] = ()) -> list[Unit]:
+        return list(sweep.missing(units, store.finished().union(sent)))
+
     store.record(sweep.key, sweep.manifest())
-    left = deque(_missing(sweep, units, store.finished()))
-    here = sweep.model.remote is None
-    cost = estimate(sweep, tuple(left), processes) if say is not None and left and here else None
+    left = missing()
+    cost = _cost(sweep, tuple(left), processes) if say is not None and left else None
     if say is not None:
-        there = f"all {total} cells x windows are in {store.folder}"
-        say(str(cost or (estimate_afar(sweep, tuple(left)) if left else there)))
+        say(f"all {total} cells x windows are in {store.folder}" if cost is None else str(cost))
+    if executor is not None:
+        sweep.release()  # the batch of the estimate: the workers make their own
     began = time.perf_counter()
+    if _at_server(sweep):
+        computed = run_jobs(sweep, store, missing, in_flight=in_flight, wait=wait)
+        worker_seconds, lowest = time.perf_counter() - began, 0.0
+    else:
+        local = cost if isinstance(cost, Cost) else None
+        workers = _Workers(executor, source or Held(sweep), in_flight if executor else 1)
+        computed, worker_seconds, lowest = _run_units(sweep, store, left, total, workers, local)
+    unfinished = 0 if wait else sum(map(sweep.size, missing()))
+    ratio = worker_seconds / lowest if lowest else None
+    seconds = time.perf_counter() - began
+    report = Report(computed, total - unfinished - computed, seconds, worker_seconds, ratio)
+    return Done(sweep, store, report)
+
+
+def _run_units(
+    sweep: Sweep, store: Store, missing: Iterable[Unit], total: int, workers: "_Workers", cost: Cost | None
+) -> tuple[int, float, float]:
+    """Measure units and store their rows.
+
+    Returns the cells x windows computed, the seconds that the workers took, and the floor of the cost in
+    seconds, 0 without an estimate.
+    """
+    left = deque(missing)
     computed, worker_seconds, lowest = 0, 0.0, 0.0
-    workers = _Workers(executor)
-    there = total - sum(map(sweep.size, left))
-    bar = tqdm(total=total, initial=there, unit="cell", leave=False, disable=None)
+    stored = total - sum(map(sweep.size, left))
+    bar = tqdm(total=total, initial=stored, unit="cell", leave=False, disable=None)
     with workers, bar:
         while left or workers.waiting:
             open_units = [*left, *workers.units]
             bar.update(total - sum(map(sweep.size, open_units)) - bar.n)
-            if len(workers.waiting) < (in_flight if executor else 1) and (mine := _claim(sweep, left, store)):
-                workers.submit(source or Held(sweep), *mine)
+            # Keep every worker busy before waiting for one of them
+            if workers.have_room and (mine := _claim(sweep, left, store)):
+                workers.submit(*mine)
                 continue
             if not workers.waiting:
-                time.sleep(PATIENCE)  # what is left is in the hands of another process
+                time.sleep(CLAIM_POLL)  # another process has claimed all units that are left
             for unit, claim, result in workers.done():
                 with claim:
                     if result is None:
@@ -223,51 +280,31 @@ def run(
                 worker_seconds += seconds
                 if cost is not None:
                     lowest += floor(sweep, (unit,), cost.layer_seconds, cost.head_seconds)
-    seconds = time.perf_counter() - began
-    ratio = worker_seconds / lowest if lowest else None
-    return Done(sweep, store, Report(computed, total - computed, seconds, worker_seconds, ratio))
+    return computed, worker_seconds, lowest
 
 
-def _afar(sweep: Sweep) -> bool:
-    """Whether units are jobs at a server."""
+def _at_server(sweep: Sweep) -> bool:
+    """Whether the units of a sweep are jobs at a server."""
     return sweep.model.remote is not None and sweep.model.remote.to != "local"
 
 
-def _run_afar(
-    sweep: Sweep,
-    store: Store,
-    shard: tuple[int, int] | None,
-    in_flight: int,
-    wait: bool,
-    say: Callable[[str], None] | None,
-) -> Done:
-    """Do what is missing of a sweep at a server."""
-    units = sweep.units if shard is None else sweep.shard(*shard)
-    total = sum(map(sweep.size, units))
-    store.record(sweep.key, sweep.manifest())
-    left = tuple(_missing(sweep, units, store.finished()))
-    if say is not None:
-        say(str(estimate_afar(sweep, left)) if left else f"all {total} cells x windows are in {store.folder}")
-    began = time.perf_counter()
-    computed = run_afar(
-        sweep,
-        store,
-        lambda sent: _missing(sweep, units, store.finished() | sent),
-        in_flight=in_flight,
-        wait=wait,
-    )
-    seconds = time.perf_counter() - began
-    found = total - sum(map(sweep.size, _missing(sweep, units, store.finished()))) - computed
-    return Done(sweep, store, Report(computed, found, seconds, seconds, None))
+def _cost(sweep: Sweep, units: tuple[Unit, ...], processes: int = 0) -> Cost | RemoteCost:
+    """The cost of some units: measured where the model is in this process, counted otherwise."""
+    if sweep.model.remote is not None:
+        return remote_cost(sweep, units)
+    return estimate(sweep, units, processes)
 
 
 Result = tuple[pd.DataFrame, float]
 
 
 class _Workers:
-    """An executor with the units it has in hand; made anew when it breaks, if there is a way to make one."""
+    """An executor and the units that it has in hand; it is made again when it breaks, where possible."""
 
-    def __init__(self, executor: Executor | MakesExecutor | None) -> None:
+    def __init__(
+        self, executor: Executor | MakesExecutor | None, source: SweepSource, in_flight: int
+    ) -> None:
+        self._source, self._in_flight = source, in_flight
         self._make = None if executor is None or isinstance(executor, Executor) else executor
         self._given = executor if isinstance(executor, Executor) else None
         self._current: Executor | None = None
@@ -288,13 +325,17 @@ class _Workers:
         if self._make is not None and self._current is not None:
             self._current.shutdown(cancel_futures=True)
 
-    def submit(self, source: Source, unit: Unit, claim: ExitStack) -> None:
+    @property
+    def have_room(self) -> bool:
+        return len(self.waiting) < self._in_flight
+
+    def submit(self, unit: Unit, claim: ExitStack) -> None:
         if self._current is None:
             self._current = self._make() if self._make else self._given or Serial()
         with ExitStack() as undo:
             undo.push(claim)
             try:
-                future: Future[Result] = self._current.submit(work, source, unit)
+                future: Future[Result] = self._current.submit(work, self._source, unit)
             except BrokenExecutor as error:
                 future = Future()
                 future.set_exception(error)
@@ -302,7 +343,7 @@ class _Workers:
         self.waiting[future] = unit, claim, self._current
 
     def done(self) -> Iterator[tuple[Unit, ExitStack, Result | None]]:
-        """Units that are finished, with their result; None for one whose worker died. Errors come last."""
+        """Yield finished units with their results, None for a unit whose worker died. Errors come last."""
 
         def failed(future: Future[Result]) -> bool:
             return future.cancelled() or future.exception() is not None
@@ -316,7 +357,7 @@ class _Workers:
                     self._losses = 0
                 except (BrokenExecutor, CancelledError) as error:  # Dask cancels when it loses its scheduler
                     result = None
-                    if executor is self._current:  # the first of its units to report the loss
+                    if executor is self._current:  # only the first of its units reports the loss
                         self._broke(error)
                 undo.pop_all()
             yield unit, claim, result
@@ -338,26 +379,15 @@ class _Workers:
             ) from error
 
 
-def _missing(sweep: Sweep, units: Iterable[Unit], finished: set[tuple[str, int]]) -> Iterator[Unit]:
-    """What is left of some units."""
-    for unit in units:
-        places = sweep.batches[unit.batch][0]
-        cells = [
-            i for i in unit.cells if any((sweep.addresses[i], place) not in finished for place in places)
-        ]
-        if cells:
-            yield unit if len(cells) == len(unit.cells) else sweep.unit(unit.batch, cells)
-
-
 def _claim(sweep: Sweep, left: deque[Unit], store: Store) -> tuple[Unit, ExitStack] | None:
-    """The next unit that no other process is at work on, what is still missing of it, and the hold on it."""
+    """Claim the next unit that no other process holds; return what is missing of it, and the claim."""
     for _ in range(len(left)):
         unit = left.popleft()
         claim = ExitStack()
         if not claim.enter_context(store.claim(unit.name)):
             left.append(unit)
             continue
-        for missing in _missing(sweep, [unit], store.finished()):
+        for missing in sweep.missing([unit], store.finished()):
             return missing, claim
         claim.close()
     return None

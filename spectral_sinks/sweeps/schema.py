@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from spectral_sinks.errors import InputError
+from spectral_sinks.stats import document_means
 
 FORMAT = 1
 """Raised when the layout of a store's folder or the meaning of a column changes."""
@@ -35,7 +36,7 @@ CELL = pa.schema(
         pa.field("draw", pa.int32()),
     ]
 )
-"""What a cell is."""
+"""The columns that describe a cell."""
 
 SCHEMA = pa.schema(
     [
@@ -59,7 +60,7 @@ MARK = b"spectral_sinks.format"
 
 
 class Damaged(Exception):
-    """The bytes are not those that were written; the message says how that is known."""
+    """The bytes of a part are not those that were written; the message gives the reason."""
 
 
 def encode(rows: pd.DataFrame) -> bytes:
@@ -76,7 +77,7 @@ def encode(rows: pd.DataFrame) -> bytes:
     except (pa.ArrowException, TypeError, ValueError) as error:
         raise InputError(f"rows of a sweep do not fit their columns: {error}") from error
     sink = pa.BufferOutputStream()
-    # without what pandas adds, which depends on how the frame was made
+    # without the metadata of pandas, which depends on how the frame was made
     pq.write_table(table.replace_schema_metadata({MARK: str(FORMAT)}), sink, compression="zstd")
     return sink.getvalue().to_pybytes()
 
@@ -99,24 +100,24 @@ def decode(data: bytes, name: str) -> pa.Table:
     try:
         table = pq.ParquetFile(pa.BufferReader(data)).read()
     except (pa.ArrowException, OSError) as error:
-        raise Damaged(f"it is no Parquet file: {error}") from error
+        raise Damaged(f"it is not a Parquet file: {error}") from error
     check_format((table.schema.metadata or {}).get(MARK, b"unknown").decode(), f"part {name}")
     if not table.schema.equals(SCHEMA):
         raise Damaged("its columns are not those of a sweep")
     return table
 
 
-def check_format(found: object, what: str) -> None:
+def check_format(version: object, what: str) -> None:
     """Raise InputError for any format but this version's."""
-    if str(found) != str(FORMAT):
+    if str(version) != str(FORMAT):
         raise InputError(
-            f"{what} has format {found} of sweep results, this version reads format {FORMAT}: "
+            f"{what} has format {version} of sweep results, this version reads format {FORMAT}: "
             "use the version of spectral_sinks that wrote it, or give another folder"
         )
 
 
 def canonical(tables: Sequence[pa.Table], cells: Sequence[str] = ()) -> pd.DataFrame:
-    """Each cell and window once, by the place in `cells` (others after them, by address), then by window.
+    """Return each cell and window once, in the order of `cells` (others follow by address), then by window.
 
     Of several rows for one cell and window the first in the order of their columns is taken, so that the
     result depends on the rows alone and not on the parts that held them.
@@ -135,38 +136,36 @@ def canonical(tables: Sequence[pa.Table], cells: Sequence[str] = ()) -> pd.DataF
 
 
 def by_document(rows: pd.DataFrame) -> pd.DataFrame:
-    """Token-weighted means over the windows of each cell and document, in the order of the cells.
+    """Return the token-weighted means over the windows of each cell and document, in the order of the cells.
 
-    `windows` counts the rows that went in and `tokens` sums theirs. A value that one window lacks is
-    missing in the mean.
+    `windows` is the number of rows, and `tokens` the sum of their tokens. A mean over rows of which one has
+    no value is missing.
     """
     place = rows.groupby("cell", sort=False).ngroup()
     rows = rows.iloc[np.lexsort((rows["window"], rows["document"], place))]
-    group = rows.groupby(["cell", "document"], sort=False).ngroup().to_numpy()
-    starts = np.flatnonzero(np.diff(group, prepend=-1))
-    stops = np.append(starts, len(rows))[1:]
-    weights = rows["tokens"].to_numpy(np.float64)
-    total = np.add.reduceat(weights, starts)
+    groups = rows.groupby(["cell", "document"], sort=False)
+    group, tokens = groups.ngroup().to_numpy(), rows["tokens"].to_numpy(np.float64)
 
+    starts = np.flatnonzero(np.diff(group, prepend=-1))
     table = rows.iloc[starts][[*CELL.names, "document"]].reset_index(drop=True)
-    table["windows"] = stops - starts
-    table["tokens"] = total.astype(np.int64)
-    for name in MEANS:
-        table[name] = np.add.reduceat(rows[name].to_numpy(np.float64) * weights, starts) / total
+    table["windows"] = np.bincount(group)
+    table["tokens"] = np.bincount(group, tokens).astype(np.int64)
+    _, means = document_means(rows[list(MEANS)].to_numpy(np.float64), group, tokens)
+    table[list(MEANS)] = means
     for name in BY_LAYER:
-        table[name] = pd.Series(_by_layer(list(rows[name]), weights, starts), dtype=object)
+        table[name] = pd.Series(_by_layer(list(rows[name]), group, tokens), dtype=object)
     return table
 
 
 def _by_layer(
-    values: list[np.ndarray | None], weights: np.ndarray, starts: np.ndarray
+    values: list[np.ndarray | None], group: np.ndarray, weights: np.ndarray
 ) -> list[np.ndarray | None]:
-    """Weighted means of the runs of rows that begin at `starts`; None where a row has none."""
+    """Weighted means by layer over the rows of each group; None where a row of the group has no values."""
     layers = np.array([0 if value is None else len(value) for value in values], dtype=int)
     padded = np.full((len(values), layers.max(initial=0)), np.nan)
     present = [value for value in values if value is not None]
     padded[np.arange(padded.shape[1]) < layers[:, None]] = np.concatenate([*present, []])
-    sums = np.add.reduceat(padded * weights[:, None], starts)
-    means = sums / np.add.reduceat(weights, starts)[:, None]
-    counts = np.minimum.reduceat(layers, starts)
+    _, means = document_means(padded, group, weights)
+    counts = np.full(len(means), padded.shape[1])
+    np.minimum.at(counts, group, layers)
     return [mean[:count] if count else None for mean, count in zip(means, counts, strict=True)]

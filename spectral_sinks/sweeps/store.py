@@ -1,12 +1,12 @@
-"""Sweep results in a folder: Parquet parts and a manifest, each written whole or not at all.
+"""Sweep results in a folder: Parquet parts and a manifest, each written completely or not at all.
 
     manifest.json                  the format, and what was run
     parts/UNIT-CHECKSUM.parquet    finished work; pandas.read_parquet("parts") reads it without this package
     jobs/UNIT.json                 what was sent to a server
-    .locks/                        who is at work; the operating system frees the locks of a dead process
+    .locks/                        claims of processes; the operating system frees those of a dead process
 
-Made for a local file system: the locks may not hold between machines on a network one. Give each machine a
-folder of its own and merge them.
+A store needs a local file system, since locks may not hold between machines on a network file system. Give
+each machine a folder of its own, and merge the folders.
 """
 
 import json
@@ -37,14 +37,15 @@ from spectral_sinks.sweeps.schema import (
 )
 
 KIND = "spectral_sinks sweep"
-"""Tells the manifest of a store from any other manifest.json."""
+"""The mark that distinguishes the manifest of a store from any other manifest.json."""
 
 
 class Store:
-    """The rows of a sweep on disk, one per cell and window, each unit of work all there or not there at all.
+    """The rows of a sweep on disk, one per cell and window; a unit is stored completely or not at all.
 
-    Any number of processes may read, write and be killed at once. `create=False` opens what is there only.
-    Raises InputError for a folder that holds something else or another format, or that cannot be written.
+    Any number of processes may read and write at once, and be killed at any time. `create=False` opens only
+    an existing store. Raises InputError for a folder with other contents or another format, and for one that
+    cannot be written.
     """
 
     def __init__(self, folder: str | Path, create: bool = True) -> None:
@@ -84,18 +85,18 @@ class Store:
     def manifest(self) -> dict[str, Any]:
         """`format`, and `runs` by key. Raises InputError if damaged, foreign or of another format."""
         try:
-            found = json.loads(self._manifest.read_bytes())
+            manifest = json.loads(self._manifest.read_bytes())
         except OSError as error:
             raise InputError(f"{self._manifest} cannot be read: {error.strerror}") from error
         except ValueError as error:
             raise self._damaged_manifest(str(error)) from error
-        if not isinstance(found, dict) or found.get("store") != KIND:
-            raise InputError(f"{self._manifest} belongs to something else than a sweep: give another folder")
-        check_format(found.get("format"), str(self.folder))
-        runs = found.get("runs")
+        if not isinstance(manifest, dict) or manifest.get("store") != KIND:
+            raise InputError(f"{self._manifest} does not belong to a sweep: give another folder")
+        check_format(manifest.get("format"), str(self.folder))
+        runs = manifest.get("runs")
         if not isinstance(runs, dict) or not all(isinstance(run, dict) for run in runs.values()):
             raise self._damaged_manifest("no runs")
-        return found
+        return manifest
 
     def _damaged_manifest(self, reason: str) -> InputError:
         return InputError(
@@ -104,9 +105,9 @@ class Store:
         )
 
     def record(self, run_key: str, run: dict[str, Any]) -> None:
-        """Merge what describes a run into the manifest.
+        """Merge the description of a run into the manifest.
 
-        `run["cells"]` lists addresses in the order that rows take; all shards of a sweep record the same.
+        `run["cells"]` lists the addresses in the order of the rows; all shards of a sweep record the same.
         """
         with self._alone():
             runs = self.manifest["runs"]
@@ -125,7 +126,7 @@ class Store:
         return self._put(f"{_unit(unit)}-{checksum(data)}.parquet", data)
 
     def finished(self) -> set[tuple[str, int]]:
-        """Cell and window of all sound rows; a part is read once. Damaged ones are reported and set aside."""
+        """Return cell and window of all sound rows. Damaged parts are reported and set aside."""
         names = self._names()
         self._keep(names)
         for name, _, table in self._sound(name for name in names if name not in self._finished):
@@ -135,7 +136,7 @@ class Store:
         return self._pairs
 
     def rows(self) -> pd.DataFrame:
-        """Each cell and window once, in the order of the cells recorded: equal rows give equal frames."""
+        """Return each cell and window once, in the recorded order of the cells."""
         tables = {name: table for name, _, table in self._sound(self._names())}
         self._keep(tables)
         runs = self.manifest["runs"]
@@ -143,14 +144,14 @@ class Store:
         return canonical(list(tables.values()), list(cells))
 
     def table(self) -> pd.DataFrame:
-        """One row per cell and document: token-weighted means over the windows that are there."""
+        """Return one row per cell and document: token-weighted means over the stored windows."""
         return by_document(self.rows())
 
     @contextmanager
     def claim(self, unit: str) -> Iterator[bool]:
-        """Whether the unit is this process's to compute until the block ends; does not wait.
+        """Claim a unit until the block ends, without waiting; the value is whether the claim succeeded.
 
-        Look at `finished` again inside: another process may have finished the unit just before.
+        Read `finished` again inside the block: another process may have finished the unit just before.
         """
         lock = self._lock(f"unit-{_unit(unit)}.lock")
         with clearly(self.folder), suppress(Timeout):
@@ -162,7 +163,7 @@ class Store:
             lock.release()
 
     def clear(self) -> None:
-        """Remove all rows and records, and no file that the store did not write.
+        """Remove all rows and records, but no file that the store did not write.
 
         Raises InputError while another process has claimed a unit.
         """
@@ -179,9 +180,9 @@ class Store:
 
     @staticmethod
     def merge(folders: Sequence[str | Path], out: str | Path) -> "Store":
-        """All sound rows and records of several stores in `out`, which may have rows of its own.
+        """Copy all sound rows and records of several stores into `out`, which may already have rows.
 
-        Raises InputError, before anything is written, for a folder that is no store of this format.
+        Raises InputError, before anything is written, for a folder that is not a store of this format.
         """
         stores = [Store(folder, create=False) for folder in folders]
         merged = Store(out)
@@ -204,8 +205,8 @@ class Store:
         return self.parts / name
 
     def _write_manifest(self, runs: dict[str, Any]) -> None:
-        found = {"store": KIND, "format": FORMAT, "runs": dict(sorted(runs.items()))}
-        text = json.dumps(found, indent=1, ensure_ascii=False) + "\n"
+        manifest = {"store": KIND, "format": FORMAT, "runs": dict(sorted(runs.items()))}
+        text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
         with atomic_write(self._manifest) as path:
             path.write_text(text, encoding="utf-8")
 
@@ -213,7 +214,7 @@ class Store:
         return sorted(name for name in listing(self.parts) if name.endswith(".parquet"))
 
     def _sound(self, names: Iterable[str]) -> Iterator[tuple[str, bytes, pa.Table]]:
-        """Name, bytes and rows of the sound parts; the others are reported."""
+        """Yield name, bytes and rows of the sound parts; report the others."""
         for name in names:
             try:
                 data = (self.parts / name).read_bytes()
@@ -231,7 +232,10 @@ class Store:
                 yield name, data, table
 
     def _set_aside(self, name: str) -> str | None:
-        """What became of a damaged part; None if another process just set it aside, or computed it anew."""
+        """Set a damaged part aside, and return what was done as text.
+
+        The result is None if another process has just set the part aside, or written it again.
+        """
         path = self.parts / name
         with suppress(InputError), self._alone():
             try:
@@ -258,7 +262,7 @@ class Store:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """No other process changes files meanwhile: a temporary file found on the way in is a dead one's."""
+        """Hold the lock under which files change; remove temporary files, which dead processes have left."""
         with clearly(self.folder):
             self._locks.mkdir(parents=True, exist_ok=True)
             with self._lock("store.lock"):
@@ -270,7 +274,7 @@ class Store:
 
 
 def _unit(name: str) -> str:
-    """The name, if it can be that of a file. Raises InputError."""
+    """Return the name of a unit. Raises InputError for one that cannot be the name of a file."""
     if not UNIT.fullmatch(name):
         raise InputError(
             f"unit {name!r}: give 1 to 150 letters, digits and . _ = -, beginning with a letter or digit"

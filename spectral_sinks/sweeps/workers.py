@@ -1,4 +1,4 @@
-"""Where units of work run: this process, a pool that shares the weights, or any other executor."""
+"""The executors of units of work: this process, a pool that shares the weights, or any other executor."""
 
 import pickle
 import threading
@@ -15,13 +15,13 @@ import pandas as pd
 import torch
 
 from spectral_sinks.errors import InputError
-from spectral_sinks.spectra.filters import Filter
+from spectral_sinks.spectra.edits import as_edit
 from spectral_sinks.sweeps.cost import share_of_threads
 from spectral_sinks.sweeps.definition import Sweep, Unit
 
 
-class Source(Protocol):
-    """What a worker makes the sweep from: the sweep itself, or the file that describes it."""
+class SweepSource(Protocol):
+    """What a worker makes a sweep from: the sweep itself, or the file that describes it."""
 
     @property
     def key(self) -> str: ...
@@ -30,13 +30,13 @@ class Source(Protocol):
 
 
 class Held:
-    """A sweep as its own source: it travels with each unit, packed once, and a worker unpacks it once.
+    """A sweep as its own source: it is packed once, travels with each unit, and is unpacked once by a worker.
 
-    A large model is better named in a file.
+    For a large model, use a sweep file, which names the model.
     """
 
     def __init__(self, sweep: Sweep) -> None:
-        self.key = f"{sweep.key} {uuid4()}"  # the same cells again may be on another device
+        self.key = f"{sweep.key} {uuid4()}"  # the same cells may later run on another device
         self._sweep = sweep
 
     @cached_property
@@ -52,7 +52,7 @@ class Held:
 
 @dataclass(frozen=True)
 class Packed:
-    """A sweep that was sent."""
+    """A sweep as a worker receives it."""
 
     key: str
     bytes: bytes
@@ -62,7 +62,7 @@ class Packed:
 
 
 class Adopted:
-    """A sweep that the workers of a pool were given when they started."""
+    """A sweep that the workers of a pool received when they started."""
 
     def __init__(self, key: str) -> None:
         self.key = key
@@ -75,22 +75,22 @@ _SWEEPS: dict[str, Sweep] = {}
 _ONE_AT_A_TIME = threading.Lock()  # a model runs one trace at a time, also where the executor has threads
 
 
-def work(source: Source, unit: Unit) -> tuple[pd.DataFrame, float]:
-    """The rows of a unit and the seconds they took; a worker prepares a sweep once."""
+def work(source: SweepSource, unit: Unit) -> tuple[pd.DataFrame, float]:
+    """Measure a unit; return its rows and the seconds they took. A worker prepares a sweep once."""
     with _ONE_AT_A_TIME:
         sweep = _prepared(source, unit)
         began = time.perf_counter()
         try:
             rows = sweep.measure(unit)
         except Exception as error:
-            vars(error).pop("__intervention_tb__", None)  # nnsight's, which cannot be sent back
+            vars(error).pop("__intervention_tb__", None)  # nnsight's traceback cannot be pickled
             raise
         return rows, time.perf_counter() - began
 
 
-def _prepared(source: Source, unit: Unit) -> Sweep:
+def _prepared(source: SweepSource, unit: Unit) -> Sweep:
     if source.key in _SWEEPS and not _SWEEPS[source.key].has(unit):
-        del _SWEEPS[source.key]  # made from files that are others by now
+        del _SWEEPS[source.key]  # its files have changed since
     if source.key not in _SWEEPS:
         _SWEEPS.clear()
         _SWEEPS[source.key] = source.prepare()
@@ -103,7 +103,7 @@ def _prepared(source: Source, unit: Unit) -> Sweep:
 
 
 class Serial(Executor):
-    """Work in this process, at once."""
+    """An executor that runs everything at once in this process."""
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         future: Future[Any] = Future()
@@ -114,11 +114,11 @@ class Serial(Executor):
         return future
 
 
-def check(sweep: Sweep, devices: Sequence[str]) -> None:
-    """Raise InputError for functions that cannot be sent to processes, and for devices that are not there."""
+def check_workers(sweep: Sweep, devices: Sequence[str]) -> None:
+    """Raise InputError for functions that cannot be sent to processes, and for devices that do not exist."""
     for cell in sweep.cells:
         try:
-            pickle.dumps([edit.fill if isinstance(edit, Filter) else edit for edit in cell.edits.values()])
+            pickle.dumps([as_edit(edit).user_function for edit in cell.edits.values()])
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             raise InputError(
                 f"cell {cell.name!r} cannot be sent to worker processes ({error}): define its functions in a "
@@ -132,10 +132,10 @@ def check(sweep: Sweep, devices: Sequence[str]) -> None:
 
 
 def pool(sweep: Sweep, workers: int, devices: Sequence[str] = ()) -> ProcessPoolExecutor:
-    """Processes that share the weights of a model in memory, or hold them on a device each.
+    """Return a pool of processes that share the weights in memory, or hold them on one device each.
 
-    `devices` are dealt to the workers in turn, such as cuda:0 and cuda:1 (then load the model on the CPU).
-    The processes share the cores: each has its part of torch's threads.
+    The workers take the `devices` in turn, such as cuda:0 and cuda:1; load the model on the CPU for that. The
+    processes share the cores: each has its part of torch's threads.
     """
     context = torch.multiprocessing.get_context("spawn")
     turns = context.Queue()

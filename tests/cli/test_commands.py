@@ -87,7 +87,7 @@ def agrees(found: dict[str, Any], effect: ss.Effect) -> None:
     assert found["baseline_nll"] == pytest.approx(effect.baseline_nll)
     assert found["delta_nll"] == pytest.approx(effect.delta_nll)
     assert found["delta_nll_interval"] == pytest.approx(list(effect.delta_nll_interval))
-    assert found["removed_energy_share"] == pytest.approx(effect.rows["removed_energy_share"].mean())
+    assert found["removed_energy_share"] == pytest.approx(effect.table["removed_energy_share"].mean())
     assert found["sink_mass"] == pytest.approx(effect.sink_mass)
     assert found["baseline_sink_mass"] == pytest.approx(effect.baseline_sink_mass)
     assert (found["documents"], found["tokens"]) == (5, 5 * 69)

@@ -105,7 +105,7 @@ def test_reads(family: str, tmp_path: Path) -> None:
     dark = ss.remove(given.unembedding.dark())
     direct = ss.evaluate(given.model, given.windows, {ss.Site("keys", 1): dark})
     assert rows.loc[("keys", "layer 1", "dark"), "mean"] == pytest.approx(direct.delta_nll, abs=1e-5)
-    left = (direct.rows["sink_mass_1"] / direct.rows["baseline_sink_mass_1"]).mean()
+    left = (direct.table["sink_mass_1"] / direct.table["baseline_sink_mass_1"]).mean()
     assert rows.loc[("keys", "layer 1", "dark"), "sink_left"] == pytest.approx(left, abs=1e-5)
     assert (tmp_path / "reads.png").stat().st_size > 10_000
 

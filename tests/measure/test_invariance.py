@@ -48,7 +48,7 @@ def test_rotating_the_residual_basis_changes_nothing() -> None:
     assert torch.allclose(u.values, v.values, rtol=1e-5)
     assert not torch.allclose(u.vectors.abs(), v.vectors.abs(), atol=0.1), "the basis did turn"
     for name, effect in effects.items():
-        np.testing.assert_allclose(effect.rows, others[name].rows, atol=1e-4, err_msg=name)
+        np.testing.assert_allclose(effect.table, others[name].table, atol=1e-4, err_msg=name)
         assert name == "no-op" or abs(effect.delta_nll) > 1e-3
     for column in ("share", "norm"):
         np.testing.assert_allclose(shares[column], other_shares[column], atol=1e-4)

@@ -104,12 +104,12 @@ def fail(model: ss.LanguageModel, monkeypatch: pytest.MonkeyPatch) -> Iterator[C
 
                     monkeypatch.setattr(replay, name, checked)
             else:
-                applied = replay.applied
+                applied = replay.apply_and_measure
 
                 def edited(edit: Any, x: Tensor, *rest: Any) -> Any:
                     return applied(edit, fault.check(x), *rest)
 
-                monkeypatch.setattr(replay, "applied", edited)
+                monkeypatch.setattr(replay, "apply_and_measure", edited)
             return fault
 
         yield at
@@ -139,8 +139,8 @@ def same(found: dict[str, ss.Effect], expected: dict[str, ss.Effect]) -> None:
     for name, effect in found.items():
         for column in COLUMNS:
             np.testing.assert_allclose(
-                effect.rows[column],
-                expected[name].rows[column],
+                effect.table[column],
+                expected[name].table[column],
                 atol=1e-6,
                 rtol=0,
                 err_msg=f"{name} {column}",
@@ -198,7 +198,7 @@ def test_the_limit_found_is_kept(
 def test_an_edit_at_the_exit_may_fail_too(
     model: ss.LanguageModel, windows: ss.Windows, ample: dict[str, ss.Effect], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    applied, calls = replay.applied, list[int]()
+    applied, calls = replay.apply_and_measure, list[int]()
 
     def once(*args: Any) -> Any:
         calls.append(1)
@@ -206,7 +206,7 @@ def test_an_edit_at_the_exit_may_fail_too(
             raise MemoryError
         return applied(*args)
 
-    monkeypatch.setattr(replay, "applied", once)
+    monkeypatch.setattr(replay, "apply_and_measure", once)
     same(ss.evaluate_all(model, windows, cells()), ample)
 
 

@@ -95,5 +95,5 @@ def test_nll_is_the_loss_of_transformers(family: str) -> None:
     effect = ss.evaluate(tiny_models.model(family), ss.Windows.of_ids(ids, tiny_models.model(family)), {})
     with torch.no_grad():
         expected = [tiny_models.plain(family)(row[None], labels=row[None]).loss for row in ids]
-    assert effect.rows["nll"].tolist() == pytest.approx([float(loss) for loss in expected], abs=1e-5)
+    assert effect.table["nll"].tolist() == pytest.approx([float(loss) for loss in expected], abs=1e-5)
     assert effect.baseline_nll == effect.nll and effect.delta_nll == 0.0

@@ -76,7 +76,7 @@ def test_nll_and_sink(server: Ndif, here: ss.LanguageModel) -> None:
     }
     for name, effect in ss.evaluate_all(here, windows, cells).items():
         found = ss.evaluate_all(there, windows, {name: cells[name]})[name]
-        assert difference(effect.rows, found.rows) < TOLERANCE
+        assert difference(effect.table, found.table) < TOLERANCE
     assert found.sink_mass is not None
     verdicts = [pd.DataFrame([ss.sink_verdict(m, windows, u, draws=3).row()]) for m in (here, there)]
     assert difference(*verdicts) < TOLERANCE and verdicts[0].verdict.equals(verdicts[1].verdict)
@@ -109,7 +109,7 @@ def test_sinks_circuits_and_moves(server: Ndif, here: ss.LanguageModel) -> None:
 
     def moved(model: ss.LanguageModel) -> pd.DataFrame:
         with ss.attending(model, ss.MaskKey(0)):
-            return ss.evaluate(model, w, {ss.Site("exit", 0): ss.remove(u.dark())}).rows
+            return ss.evaluate(model, w, {ss.Site("exit", 0): ss.remove(u.dark())}).table
 
     measures: dict[str, Callable[[ss.LanguageModel], pd.DataFrame]] = {
         "attending": moved,
@@ -135,7 +135,7 @@ def test_a_sweep_survives_the_death_of_the_server(server: Ndif, tmp_path: Path) 
     from spectral_sinks.measure.nll import remote_batch as distant
     from spectral_sinks.sweeps import remote_jobs as jobs
 
-    distant.CELLS = 8
+    distant.CELLS_PER_JOB = 8
     jobs.FORGOTTEN = 5.0
     out = tmp_path / "afar"
     sweep = ss.SweepFile.read(file).at("ndif")
@@ -162,7 +162,7 @@ def test_a_sweep_survives_the_death_of_the_server(server: Ndif, tmp_path: Path) 
     found = ss.sweep(sweep, out)
     assert done.items() <= {path.name: path.read_bytes() for path in out.glob("parts/*.parquet")}.items()
     by = ["name", "document"]
-    one, other = (each.table().drop(columns="cell").sort_values(by) for each in (local, found))
+    one, other = (each.table.drop(columns="cell").sort_values(by) for each in (local, found))
     assert not other.duplicated(by).any() and len(one) == len(other)
     one, other = one.reset_index(drop=True), other.reset_index(drop=True)
     assert (one[by] == other[by]).all().all()

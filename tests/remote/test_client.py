@@ -59,7 +59,7 @@ def cells(u: ss.Spectrum) -> dict[str, dict[ss.Site, Any]]:
 
 def tables(model: ss.LanguageModel, u: ss.Spectrum) -> pd.DataFrame:
     effects = ss.evaluate_all(model, windows(model), cells(u), batch_size=3)
-    return pd.concat([effect.frame() for effect in effects.values()])
+    return pd.concat([effect.table.assign(name=name) for name, effect in effects.items()])
 
 
 def difference(one: pd.DataFrame, other: pd.DataFrame) -> float:
@@ -152,7 +152,7 @@ def test_a_filter_alone_is_the_same_bit_for_bit() -> None:
     there = ss.load(model, remote="local")
     for edit in (ss.remove(u.dark()), ss.phi(u, 1, 1), ss.rnd(u.d, 3)):
         one, other = (ss.evaluate(m, windows(m), {ss.Site("exit", 0): edit}) for m in (model, there))
-        assert one.rows.equals(other.rows)
+        assert one.table.equals(other.table)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "gpt_neox parallel", "bert"])
@@ -283,7 +283,7 @@ def test_an_encoder_is_the_same_elsewhere(
     for there in (ss.load(here, remote="local"), ss.load(folder, remote=True)):
         assert not there.causal and there.weightless == (there.remote.to is True)
         one, other = (ss.evaluate(model, w, edits) for model in (here, there))
-        assert difference(one.rows, other.rows) < 1e-6 and abs(one.delta_nll) > 1e-3
+        assert difference(one.table, other.table) < 1e-6 and abs(one.delta_nll) > 1e-3
         one, other = (ss.find_sinks(model, w, u, epsilon=0.05, draws=2) for model in (here, there))
         assert difference(one.by_head(), other.by_head()) < 1e-6
         one, other = (ss.head_use(model, w, 3) for model in (here, there))
@@ -379,7 +379,7 @@ def test_too_large_a_job_is_cut_and_then_refused(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(transport, "PAYLOAD", 6_000)
     found = ss.evaluate_all(there, windows(model), edits)
     assert len(there.remote.jobs) > 1
-    assert all(difference(here[name].rows, found[name].rows) < 1e-6 for name in edits)
+    assert all(difference(here[name].table, found[name].table) < 1e-6 for name in edits)
     monkeypatch.setattr(transport, "PAYLOAD", 100)
     with pytest.raises(ss.InputError, match=r"a job of .* MB, .* at most"):
         ss.evaluate_all(there, windows(model), edits)

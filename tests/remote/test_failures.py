@@ -95,7 +95,7 @@ def test_a_server_gives_the_numbers_of_this_process(fake: fake_ndif.Fake, folder
     there = ss.load(folder, remote=True)
     assert all(weight.is_meta for weight in there.module.parameters()), "weights were loaded here"
     here, found = measured(ss.load(folder, attention="eager")), measured(there)
-    assert here.rows.equals(found.rows)
+    assert here.table.equals(found.table)
     assert there.remote is not None
     record = there.remote.record()
     assert record["host"] == fake_ndif.HOST and record["jobs"] == ["job0", "job1"]
@@ -125,7 +125,7 @@ def test_what_may_succeed_later_is_tried_again(fake: fake_ndif.Fake, folder: Pat
     there = ss.load(folder, remote=True)
     ss.examine(there)
     fake.trouble = [FAILURES["reconnecting"][0], FAILURES["refused"][0], None]
-    assert measured(there).rows.equals(measured(ss.load(folder, attention="eager")).rows)
+    assert measured(there).table.equals(measured(ss.load(folder, attention="eager")).table)
 
 
 def changed(monkeypatch: pytest.MonkeyPatch, **found: Any) -> None:
@@ -250,3 +250,20 @@ def test_the_key_is_in_no_payload_and_no_record(fake: fake_ndif.Fake, folder: Pa
     assert there.remote is not None and fake_ndif.without_key(
         json.dumps(there.remote.record()) + repr(there.remote)
     )
+
+
+def test_results_of_jobs_sent_before_a_class_was_renamed() -> None:
+    import pickle
+
+    import numpy as np
+
+    from spectral_sinks.measure.nll.replay import BatchResult
+    from spectral_sinks.remote.serialization import unpack
+
+    zero = np.zeros((1, 2))
+    current = pickle.dumps(BatchResult(zero, zero + 1, zero, zero, None), protocol=0)
+    new = b"cspectral_sinks.measure.nll.replay\nBatchResult"
+    assert new in current
+    old = current.replace(new, b"cspectral_sinks.measure.replay\nMeasured")
+    result = unpack(old)
+    assert isinstance(result, BatchResult) and result.kl.tolist() == [[1.0, 1.0]]

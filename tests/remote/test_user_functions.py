@@ -60,11 +60,11 @@ def test_attention_is_changed_elsewhere_as_it_is_here(name: str) -> None:
             for look in MOVES[name]:
                 stack.enter_context(ss.attending(each, look))
             found.append(ss.evaluate(each, windows(model), cell))
-    assert difference(found[0].rows, found[1].rows) < 1e-6
+    assert difference(found[0].table, found[1].table) < 1e-6
     plain = ss.evaluate(model, windows(model), cell)
     assert (abs(found[0].baseline_nll - plain.baseline_nll) > 1e-4) == (name != "none")
     after = ss.evaluate(there, windows(model), cell)
-    assert difference(after.rows, plain.rows) < 1e-6, "the moves outlive their block"
+    assert difference(after.table, plain.table) < 1e-6, "the moves outlive their block"
 
 
 def test_what_a_look_collects_elsewhere_would_be_lost_so_it_is_refused() -> None:
@@ -131,7 +131,7 @@ def test_classes_of_ones_own_are_made_from_those_of_the_far_end() -> None:
         for each in (model, there):
             with ss.attending(each, Halved(layers={1})):
                 found.append(ss.evaluate(each, w, cell))
-        assert difference(found[0].rows, found[1].rows) < 1e-6
+        assert difference(found[0].table, found[1].table) < 1e-6
     assert returned(there, "tally") == Tally(3) and isinstance(returned(there, "tally"), Tally)
 
 

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from support import tiny_models
 
 import spectral_sinks as ss
+from spectral_sinks.spectra.edits import as_edit
 from spectral_sinks.spectra.spectrum import Spectrum
-from spectral_sinks.sweeps.content_address import of_edit
 
 D = 40
 
@@ -134,9 +134,13 @@ def test_controls_have_addresses_of_their_own(u):
     dark = u.dark()
     fills = [ss.Zero(), ss.NoOp(), ss.DirectionSwap(0), ss.DirectionSwap(1)]
     edits = [*(ss.remove(dark, fill) for fill in fills), ss.NormRestored(ss.remove(dark))]
-    assert len({str(of_edit(edit)) for edit in edits}) == len(edits)
+    assert len({str(as_edit(edit).address) for edit in edits}) == len(edits)
     other = ss.NormRestored(ss.remove(u.band(3)))
-    assert of_edit(ss.NormRestored(ss.remove(dark))) == of_edit(edits[-1]) != of_edit(other)
+    assert (
+        as_edit(ss.NormRestored(ss.remove(dark))).address
+        == as_edit(edits[-1]).address
+        != as_edit(other).address
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])
@@ -155,14 +159,14 @@ def test_the_table_of_effects(family):
     effects = ss.evaluate_all(model, windows, cells)
     table = ss.effect_table(effects).set_index("name")
     assert table["n"].eq(4).all()
-    assert table.loc["exit", "mean"] == effects["exit"].rows["delta_nll"].mean()
-    low, high = ss.mean_interval(effects["exit"].rows["delta_nll"])
+    assert table.loc["exit", "mean"] == effects["exit"].table["delta_nll"].mean()
+    low, high = ss.mean_interval(effects["exit"].table["delta_nll"])
     assert (table.loc["exit", "low"], table.loc["exit", "high"]) == (low, high)
     assert table.loc["exit", "rank"] == dark.rank and table.loc["keys", "rank"] == 2 * dark.rank
     assert table.loc["no-op", "mean"] == pytest.approx(0, abs=1e-5)
-    masses = effects["exit"].rows
+    masses = effects["exit"].table
     assert table.loc["exit", "sink"] == pytest.approx(masses[["sink_mass_1", "sink_mass_2"]].mean().mean())
-    assert table.loc["keys", "sink"] == pytest.approx(effects["keys"].rows["sink_mass_2"].mean())
+    assert table.loc["keys", "sink"] == pytest.approx(effects["keys"].table["sink_mass_2"].mean())
     assert np.isnan(table.loc["mlp", "sink"]), "no attention reads it"
     assert np.isnan(table.loc["function", "rank"])
     above = ss.effect_table(effects, above=1).set_index("name")

@@ -48,9 +48,9 @@ def spectrum(planted):
     ("dtype", "condition"),
     [(torch.float32, 1e2), (torch.float32, 1e6), (torch.bfloat16, 1e2), (torch.float16, 1e2)],
 )
-@pytest.mark.parametrize("block", [module.ROWS, 97, 7])
+@pytest.mark.parametrize("block", [module.BLOCK_ROWS, 97, 7])
 def test_dark_subspace_agrees_with_scipy(planted, monkeypatch, dtype, condition, block):
-    monkeypatch.setattr(module, "ROWS", block)
+    monkeypatch.setattr(module, "BLOCK_ROWS", block)
     weight = planted(decaying(condition), ROWS).to(dtype)
     spectrum = Spectrum.from_matrix(weight)
     exact = weight.double().numpy()
@@ -80,10 +80,10 @@ def test_fewer_rows_than_directions(planted):
     assert (weight @ spectrum.vectors[:, 23:]).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("block", [module.ROWS, 60])
+@pytest.mark.parametrize("block", [module.BLOCK_ROWS, 60])
 @pytest.mark.parametrize("case", ["raw", "folded", "centred", "centred, LayerNorm"])
 def test_conventions(planted, monkeypatch, case, block):
-    monkeypatch.setattr(module, "ROWS", block)
+    monkeypatch.setattr(module, "BLOCK_ROWS", block)
     weight = planted(decaying(50.0), ROWS) + 0.3  # a mean that centring must remove
     read, gain = weight.numpy(), GAIN.double().numpy()
     if case != "raw":
@@ -216,7 +216,7 @@ def test_singular_values_that_are_rounding_alone_have_no_order():
     with pytest.warns(SpectralWarning) as caught:
         spectrum = Spectrum(torch.eye(40).double(), values)
     (warning,) = caught
-    assert "rank 5 of 40): bands 3 to 20 cut" in str(warning.message)
+    assert "rank 5 of 40): bands 3 to 20 divide" in str(warning.message)
     assert spectrum.rank == 5 and spectrum.null().rank == spectrum.subspace("null").rank == 35
     assert not spectrum.null().project(torch.eye(40).double())[:5].any()
 

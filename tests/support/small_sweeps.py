@@ -102,7 +102,7 @@ def fast() -> BaseContext:
 
 def run(out: Path, cells_per_unit: int = 1, seconds: float = 0) -> None:
     """Run the sweep in a process of its own, in small units: there are many moments to be killed at."""
-    sweeps.CELLS = cells_per_unit
+    sweeps.CELLS_PER_UNIT = cells_per_unit
     ss.sweep(sweep() if not seconds else sweep(scaled(20, seconds)), out)
 
 

@@ -113,7 +113,7 @@ def test_a_file_and_its_objects_share_a_folder(write: Any, tmp_path: Path) -> No
     assert done.report.computed == len(done.store.rows()) == 8 * 5
     again = ss.sweep(ss.SweepFile.read(str(path)).prepare(), tmp_path / "out")
     assert (again.report.computed, again.report.found) == (0, 8 * 5)
-    assert again.table().equals(done.table())
+    assert again.table.equals(done.table)
     assert [*done.store.manifest["runs"]] == [done.sweep.key]
 
 
@@ -158,7 +158,7 @@ GRID = '[[grid]]\nremove = "dark"\n'
     [
         ("", "grid: Field required"),
         ("grid = []", "grid: List should have at least 1 item"),
-        ("model = ", "is no TOML: Invalid value (at end of document)"),
+        ("model = ", "is not TOML: Invalid value (at end of document)"),
         (GRID + "layers = [1]", "grid.0.layers: Extra inputs are not permitted (given: [1])"),
         ("modle = 'x'\n" + GRID, "modle: Extra inputs are not permitted (given: 'x')"),
         ("[texts]\nlimit = 3\n" + GRID, "texts.limit: Extra inputs"),
@@ -223,7 +223,7 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     for name, message in (
         ("nowhere.toml", "cannot be read: No such file"),
         ("", "cannot be read: Is a directory"),
-        ("latin.toml", "is no TOML"),
+        ("latin.toml", "is not TOML"),
     ):
         with pytest.raises(ss.InputError, match=message) as refused:
             ss.sweep(tmp_path / name, tmp_path / "out")

@@ -42,6 +42,31 @@ def test_it_is_the_same_in_every_interpreter() -> None:
     assert at(ss.rnd(6, 2, 1).at([4, 2]).filled(ss.Noise(3))) == "5aa9f52de59c118ae76fd90a2c5cbdaf"
 
 
+def test_addresses_of_stored_cells_stay_the_same() -> None:
+    """Values computed before edits had a class of their own, on bases without rounding."""
+
+    def own(x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    own.address = "mine"  # pyright: ignore[reportFunctionMemberAccess]
+    three = ss.Subspace(torch.eye(8, dtype=torch.float64)[:, :3], "three")
+    mask = torch.tensor([True, False])
+    both = ss.Filter(three.complement(), three, ss.Noise(3), ss.At(4, 1))
+    expected: dict[str, dict[ss.Site, Any]] = {
+        "44917915a53a46ce9fc9a5d4a0dde624": {EXIT: ss.remove(three)},
+        "e917620f78e8d7ce07ebd510f3b87b4d": {EXIT: ss.remove(three, ss.Swap(), "all-but-first")},
+        "9a078cb36cad57d4fff998e9b409703b": {EXIT: both, ss.Site("embedding"): ss.rnd(8, 2, 7)},
+        "c00296b9adcd9afb06828660efde45eb": {EXIT: ss.remove(three, ss.Mean(torch.ones(8)), [5, 2, 5])},
+        "7d06b7eca965dc6090e50efbbbd4ec5b": {EXIT: ss.remove(three, ss.Mean(torch.ones(8), "texts"), mask)},
+        "e2a319a2b76b01fc8f086c4802dc7858": {EXIT: ss.NormRestored(ss.remove(three))},
+        "09ea1e62c692ccd486dbb092007485e2": {EXIT: ss.remove(three, ss.DirectionSwap(2))},
+        "a2de5f6faa392e682326d1c2a0956a12": {EXIT: ss.carry(8, 0, ss.At(3))},
+        "2105cf19dc427828770df863ee9016df": {EXIT: own},
+        "dda111674a2b31b8c2b5507203263750": {},
+    }
+    assert [of(edits, batch_size=4) for edits in expected.values()] == list(expected)
+
+
 @pytest.mark.parametrize("key", ["weights", "data", "metrics", "version"])
 def test_what_all_cells_share(key: str) -> None:
     assert of({EXIT: DARK}, **{key: "other"}) != at(DARK)
@@ -179,8 +204,8 @@ def test_the_same_under_two_names_is_measured_once_and_told_twice(tmp_path: Path
     done = ss.sweep(sweep, tmp_path / "out")
     assert (done.report.computed, done.report.found) == (2 * 5, 0)
     assert len(done.store.rows()) == 2 * 5
-    table, summary = done.table(), done.summary()
-    assert list(summary["name"]) == list(cells) and list(summary["n"]) == [4] * 3
+    table, summary = done.table, done.summary()
+    assert list(summary["name"]) == list(cells) and list(summary["documents"]) == [4] * 3
     assert list(summary["filter"]) == ["Phi 1:3", "remove band 4", "remove band 1"]
     assert list(table["name"]) == [name for name in cells for _ in range(4)]
     keep, remove = (
@@ -206,8 +231,8 @@ def test_custom_functions_say_what_they_are(tmp_path: Path) -> None:
     half.address = "half"  # pyright: ignore[reportFunctionMemberAccess]
     done = ss.sweep(small_sweeps.sweep({"half": {EXIT: half}}), tmp_path / "out")
     effect = ss.evaluate(tiny_models.model(), small_sweeps.windows(), {EXIT: half})
-    assert done.table()["nll"].to_numpy() == pytest.approx(effect.rows["nll"].to_numpy())
-    assert done.table()["rank"].isna().all() and set(done.table()["filter"]) == {"custom"}
+    assert done.table["nll"].to_numpy() == pytest.approx(effect.table["nll"].to_numpy())
+    assert done.table["rank"].isna().all() and set(done.table["filter"]) == {"custom"}
 
 
 def test_distinct_cells_are_the_first_of_each_address() -> None:

@@ -44,7 +44,7 @@ def test_rows_are_single_effects(model: ss.VisionModel, given: ss.Pixels) -> Non
         ("dark", None): ss.remove(spectrum.dark()),
     }
     for (name, band), edit in cells.items():
-        rows = ss.evaluate_images(model, given, {"x": {SITE: edit}}, labels=LABELS)["x"].rows
+        rows = ss.evaluate_images(model, given, {"x": {SITE: edit}}, labels=LABELS)["x"].table
         part = table[
             (table["filter"] == name) & (table["band"].isna() if band is None else table["band"] == band)
         ]
@@ -74,16 +74,16 @@ def test_controls_have_the_rank_or_the_energy(model: ss.VisionModel, given: ss.P
         effects = ss.evaluate_images(model, given, cells, labels=LABELS)
         row = table.loc[(name, "kl")]
         for control in ("rank", "energy"):
-            drawn = [effects[f"{control} {seed}"].rows["kl"].mean() for seed in range(DRAWS)]
+            drawn = [effects[f"{control} {seed}"].table["kl"].mean() for seed in range(DRAWS)]
             assert row[f"{control}_mean"] == pytest.approx(np.mean(drawn), rel=1e-3)
             assert row[f"{control}_least"] == pytest.approx(min(drawn), rel=1e-3)
             assert row[f"{control}_most"] == pytest.approx(max(drawn), rel=1e-3)
             assert row[f"{control}_as_bad"] == sum(value >= row["mean"] for value in drawn)
-            cosines = [effects[f"{control} {seed}"].rows["cls_cosine"].mean() for seed in range(DRAWS)]
+            cosines = [effects[f"{control} {seed}"].table["cls_cosine"].mean() for seed in range(DRAWS)]
             other = table.loc[(name, "cls_cosine")]
             assert other[f"{control}_as_bad"] == sum(value <= other["mean"] for value in cosines)
         for effect in (effects[f"energy {seed}"] for seed in range(DRAWS)):
-            removed = effect.rows["removed_energy_share"].mean()
+            removed = effect.table["removed_energy_share"].mean()
             assert removed == pytest.approx(row["removed_energy_share"], rel=0.02)
 
 

@@ -38,7 +38,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def fake(file: Path, monkeypatch: pytest.MonkeyPatch) -> fake_ndif.Fake:
-    monkeypatch.setattr(remote_batch, "CELLS", 3)
+    monkeypatch.setattr(remote_batch, "CELLS_PER_JOB", 3)
     monkeypatch.setattr(remote_jobs, "POLL", 0.0)
     return fake_ndif.serve(file.parent / "model", monkeypatch)
 
@@ -58,7 +58,7 @@ def afar(file: Path) -> ss.SweepFile:
 
 
 def agree(done: ss.Done, local: ss.Done) -> None:
-    one, other = (each.table().drop(columns=["cell", "model"]) for each in (done, local))
+    one, other = (each.table.drop(columns=["cell", "model"]) for each in (done, local))
     by = ["name", "document"]
     one, other = (each.sort_values(by).reset_index(drop=True) for each in (one, other))
     assert len(one) == len(other) and not one.duplicated(by).any()

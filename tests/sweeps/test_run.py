@@ -65,27 +65,28 @@ def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
 def test_it_is_evaluate_all(whole: ss.Done) -> None:
     cells = {cell.name: cell.edits for cell in whole.sweep.cells}
     effects = ss.evaluate_all(tiny_models.model(), small_sweeps.windows(), cells, batch_size=3)
-    table, summary = whole.table(), whole.summary().set_index("name")
+    table, summary = whole.table, whole.summary().set_index("name")
     assert list(table["name"]) == [name for name in cells for _ in range(4)]
     for name, effect in effects.items():
         found = table[table["name"] == name]
         assert list(found["document"]) == [0, 1, 2, 3] and list(found["windows"]) == [2, 1, 1, 1]
-        assert list(found["tokens"]) == list(effect.rows["tokens"])
+        assert list(found["tokens"]) == list(effect.table["tokens"])
         for number in small_sweeps.NUMBERS:
-            assert np.abs(found[number].to_numpy() - effect.rows[number].to_numpy()).max() < 1e-6
+            assert np.abs(found[number].to_numpy() - effect.table[number].to_numpy()).max() < 1e-6
         for prefix in ("sink_mass", "baseline_sink_mass"):
-            mass = effect.rows[[f"{prefix}_{layer}" for layer in range(3)]].to_numpy()
+            mass = effect.table[[f"{prefix}_{layer}" for layer in range(3)]].to_numpy()
             assert np.abs(np.stack(list(found[prefix])) - mass).max() < 1e-6
         row = summary.loc[name]
         assert row["delta_nll"] == pytest.approx(effect.delta_nll, abs=1e-6)
-        assert (row["low"], row["high"]) == pytest.approx(effect.delta_nll_interval, abs=1e-6)
-        assert (row["rank"], row["n"]) == (effect.rank, 4)
+        interval = row["delta_nll_low"], row["delta_nll_high"]
+        assert interval == pytest.approx(effect.delta_nll_interval, abs=1e-6)
+        assert (row["rank"], row["documents"]) == (effect.rank, 4)
 
 
 def test_what_a_row_says_of_its_cell() -> None:
     s = small_sweeps.spectrum()
     described = {
-        name: definition.describe(ss.Cell(name, edits, draw))
+        name: definition.describe_cell(ss.Cell(name, edits, draw))
         for name, draw, edits in (
             ("none", None, {}),
             ("head", 3, {ss.Site("head", 2, 1): ss.remove(s.band(4)).at("first")}),
@@ -122,7 +123,7 @@ def test_a_second_run_finds_all(whole: ss.Done, measured: list[Any]) -> None:
     before = snapshot(whole.store.folder)
     done = ss.sweep(small_sweeps.sweep(), whole.store.folder)
     assert measured == [] and (done.report.computed, done.report.found) == (0, 36 * 5)
-    assert done.table().equals(whole.table()) and done.report.of_floor is None
+    assert done.table.equals(whole.table) and done.report.of_floor is None
     after = snapshot(whole.store.folder)
     assert {name: data for name, (_, data) in after.items()} == {n: data for n, (_, data) in before.items()}
 
@@ -207,11 +208,11 @@ def test_an_extended_sweep_computes_what_is_new(out: Path, measured: list[Any]) 
     assert {cell for cell, _ in measured} == {done.sweep.addresses[0], done.sweep.addresses[4]}
     assert (done.report.computed, done.report.found) == (2 * 5, 3 * 5)
     assert list(done.summary()["name"]) == list(more)
-    table = done.table()
+    table = done.table
     same = table[table["name"].isin([*cells])].reset_index(drop=True)
-    assert same.equals(first.table()), "rows of before, bit for bit"
+    assert same.equals(first.table), "rows of before, bit for bit"
     old = ss.sweep(small_sweeps.sweep(cells), out)
-    assert old.table().equals(first.table()), "a sweep shows its own cells alone"
+    assert old.table.equals(first.table), "a sweep shows its own cells alone"
     assert len(old.store.manifest["runs"]) == 2
 
 
@@ -232,7 +233,7 @@ def test_a_swap_is_computed_again_for_other_batches(out: Path) -> None:
     ss.sweep(small_sweeps.sweep(cells), out)
     done = ss.sweep(small_sweeps.sweep(cells, batch_size=5), out)
     assert (done.report.computed, done.report.found) == (5, 5)
-    assert len(done.store.rows()) == 15 and len(done.table()) == 8
+    assert len(done.store.rows()) == 15 and len(done.table) == 8
 
 
 def test_shards_merged_are_the_whole(whole: ss.Done, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,14 +247,14 @@ def test_shards_merged_are_the_whole(whole: ss.Done, out: Path, monkeypatch: pyt
     assert merged.rows().equals(whole.store.rows()), "bit for bit"
     assert merged.manifest == whole.store.manifest
     found = ss.sweep(made, merged.folder)
-    assert found.report.computed == 0 and found.table().equals(whole.table())
+    assert found.report.computed == 0 and found.table.equals(whole.table)
 
 
 def test_a_shard_may_be_empty(out: Path) -> None:
     made = small_sweeps.sweep({"one": {EXIT: ss.rnd(32, 3)}})
     done = ss.sweep(made, out, shard=(5, 5))
     assert (done.report.computed, done.report.found) == (0, 0)
-    assert len(done.table()) == len(done.summary()) == 0
+    assert len(done.table) == len(done.summary()) == 0
 
 
 def test_a_damaged_part_is_computed_again(whole: ss.Done, out: Path, measured: list[Any]) -> None:
@@ -380,7 +381,7 @@ def test_progress_begins_with_what_is_there(out: Path, monkeypatch: pytest.Monke
 
     ss.sweep(small_sweeps.sweep(small_sweeps.scaled(4)), out)
     monkeypatch.setattr(run, "tqdm", Bar)
-    monkeypatch.setattr(definition, "CELLS", 1)
+    monkeypatch.setattr(definition, "CELLS_PER_UNIT", 1)
     ss.sweep(small_sweeps.sweep(small_sweeps.scaled(6)), out)
     assert shown[0] == (20, 30) and shown[-1][0] in (27, 28)
     assert [n for n, _ in shown] == sorted(n for n, _ in shown)
@@ -416,8 +417,11 @@ def test_what_it_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
 
     class Clocked:
-        def __init__(self, model: Any, windows: Any, places: list[int], ids: Any, starts: Any) -> None:
-            self.places, self.memory = places, definition.Memory(model, ids.shape[1])
+        def __init__(
+            self, model: Any, windows: Any, places: list[int], ids: Any, starts: Any, memory: Any
+        ) -> None:
+            self.places, self.memory = places, memory
+            assert starts == {-1, 0, 2, None}, "residuals for the cells and for the head"
 
         def measure(self, cells: list[dict[ss.Site, Any]]) -> None:
             (cell,) = cells
@@ -426,6 +430,7 @@ def test_what_it_costs(monkeypatch: pytest.MonkeyPatch) -> None:
             now[0] += len(self.places) * (2 * layers + 3)
 
     monkeypatch.setattr(cost, "Batch", Clocked)
+    monkeypatch.setattr(definition, "open_batch", Clocked)
     monkeypatch.setattr(cost.time, "perf_counter", lambda: now[0])
     s = small_sweeps.spectrum()
     cells = {
@@ -450,6 +455,27 @@ def test_what_it_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.bytes > 4 * 198 * 32 * 4, "the residuals of four exits"
 
 
+def test_the_batch_of_the_estimate_serves_the_first_unit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One untouched pass for each batch, whether or not the cost is estimated first."""
+    opened: list[tuple[int, ...]] = []
+    original = definition.open_batch
+
+    def counted(model: Any, windows: Any, indices: Any, *rest: Any) -> Any:
+        opened.append(tuple(indices))
+        return original(model, windows, indices, *rest)
+
+    monkeypatch.setattr(definition, "open_batch", counted)
+    said: list[str] = []
+    made = small_sweeps.sweep()
+    done = ss.sweep(made, tmp_path / "out", say=said.append)
+    assert len(said) == 1 and done.report.of_floor is not None
+    assert opened == [tuple(indices) for indices, _ in made.batches]
+    again = ss.sweep(small_sweeps.sweep(), tmp_path / "again")
+    small_sweeps.rows_agree(done.store.rows(), again.store.rows())
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [(0.04, "0.0 seconds"), (119, "119.0 seconds"), (120, "2.0 minutes"), (9000, "2.5 hours")],
@@ -462,12 +488,15 @@ def test_units_begin_low_and_hold_cells_of_one_beginning(monkeypatch: pytest.Mon
     made = small_sweeps.sweep()
     assert len({unit.name for unit in made.units}) == len(made.units)
     for unit in made.units:
-        assert len({made.starts[cell] for cell in unit.cells}) == 1 and len(unit.cells) <= definition.CELLS
+        assert (
+            len({made.starts[cell] for cell in unit.cells}) == 1
+            and len(unit.cells) <= definition.CELLS_PER_UNIT
+        )
     measured = [(unit.batch, cell) for unit in made.units for cell in unit.cells]
     assert sorted(measured) == sorted((b, cell) for b in (0, 1) for cell in made.distinct)
     order = [(unit.batch, made.starts[unit.cells[0]]) for unit in made.units]
     assert order == sorted(order)  # pyright: ignore[reportArgumentType]
-    monkeypatch.setattr(definition, "UNIT", {"cpu": 1.0})
+    monkeypatch.setattr(definition, "UNIT_OPERATIONS", {"cpu": 1.0})
     assert all(len(unit.cells) == 1 for unit in small_sweeps.sweep().units), "a large model has small units"
 
 

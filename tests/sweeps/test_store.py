@@ -241,7 +241,7 @@ def no_parquet(path):
         (lambda path: path.write_bytes(b"PAR1" + path.read_bytes()), "checksum"),
         (renamed, "name holds no checksum"),
         (exchanged, "checksum does not match"),
-        (no_parquet, "no Parquet"),
+        (no_parquet, "not a Parquet"),
         (overwritten(pa.table({"cell": ["a"]})), "columns"),
         (overwritten(SCHEMA.empty_table().cast(SCHEMA.set(11, SCHEMA.field(11).with_nullable(True)))), "col"),
     ],
@@ -355,7 +355,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
         Store(tmp_path / "thesis.tex")
     assert named(tmp_path) == [".hidden", "thesis.tex"]
     (tmp_path / "manifest.json").write_text('{"model": "another"}')
-    with pytest.raises(InputError, match="something else"):
+    with pytest.raises(InputError, match="does not belong to a sweep"):
         Store(tmp_path)
     with pytest.raises(InputError, match="no sweep results"):
         Store(tmp_path / "none", create=False)
@@ -374,7 +374,7 @@ def test_a_damaged_manifest_says_what_to_do(filled, text):
     path = filled.folder / "manifest.json"
     rows = filled.rows().sort_values(["cell", "window"], ignore_index=True)
     path.write_text(text)
-    with pytest.raises(InputError, match=r"damaged.*delete it|something else"):
+    with pytest.raises(InputError, match=r"damaged.*delete it|does not belong to a sweep"):
         Store(filled.folder)
     path.unlink()
     with pytest.warns(SpectralWarning, match=r"manifest\.json was gone"):

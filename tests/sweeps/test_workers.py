@@ -61,7 +61,7 @@ def test_a_pool_of_spawned_processes(whole: ss.Done, out: Path) -> None:
     done = ss.sweep(small_sweeps.sweep(), out, workers=1)
     assert done.report.computed == 36 * 5
     assert done.store.rows().equals(whole.store.rows())
-    assert done.table().equals(whole.table())
+    assert done.table.equals(whole.table)
 
 
 def test_weights_are_shared(quick: Any) -> None:
@@ -125,7 +125,7 @@ def test_a_killed_worker_costs_its_unfinished_units(quick: Any, out: Path) -> No
     killer = threading.Thread(target=kill)
     killer.start()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(definition, "CELLS", 1)
+        patch.setattr(definition, "CELLS_PER_UNIT", 1)
         done = run.run(made, ss.Store(out), make, workers.Adopted(made.key), in_flight=4)
     killer.join()
     assert len(pools) == 2, "made again once"
@@ -204,7 +204,7 @@ def test_a_pool_of_ones_own(whole: ss.Done, out: Path) -> None:
         half.address = "scaled by 0.5"  # pyright: ignore[reportFunctionMemberAccess]
         found = ss.sweep(small_sweeps.sweep({"half": {EXIT: half}}), out, executor=executor)
         fixed = ss.sweep(small_sweeps.sweep({"half": {EXIT: small_sweeps.Fixed(0.5)}}), out.parent / "fixed")
-        assert found.table().equals(fixed.table())
+        assert found.table.equals(fixed.table)
         for edits in ({EXIT: half}, {EXIT: ss.rnd(32, 2).filled(half)}):  # pyright: ignore
             with pytest.raises(ss.InputError, match="'half' cannot be sent to worker processes"):
                 ss.sweep(small_sweeps.sweep({"half": edits}), out, workers=1)

@@ -1,4 +1,4 @@
-"""A first-order screen: what removing each band at each exit would cost, all at once, to first order."""
+"""Attribution patching by band: the cost of removing each band at each exit, to first order."""
 
 from collections.abc import Sequence
 
@@ -13,10 +13,12 @@ from spectral_sinks.data.texts import Windows
 from spectral_sinks.errors import InputError
 from spectral_sinks.interventions.sites import Site
 from spectral_sinks.interventions.tracing import trace
+from spectral_sinks.measure.memory import batch_size_for
 from spectral_sinks.measure.nll.scoring import chunk, predicted, predictions
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.models.masked_lm import masked_ids
 from spectral_sinks.spectra.spectrum import Spectrum
+from spectral_sinks.stats import document_means
 
 
 def first_order(
@@ -25,17 +27,31 @@ def first_order(
     spectrum: Spectrum,
     layers: Sequence[int] | None = None,
     *,
-    batch_size: int = 16,
+    batch_size: int | None = None,
 ) -> pd.DataFrame:
-    """A screen, never a result: the change of NLL per band and exit, extrapolated from the untouched model.
+    """Estimate the change of NLL for each band and exit, to first order around the untouched model.
 
-    One row per (layer, band): `estimate`, nats per token, mean over documents as in `evaluate`, is
-    `-sum_t g_t P_b x_t` with x the residual at the exit and g the gradient of the mean NLL there, from one
-    forward and one backward pass per batch for all layers and bands. The estimate of a filter that removes
-    several bands is the sum of theirs. It is exact for a vanishing part of a band; removing a whole band is
-    far from that, so it may order candidates, and what it selects is to be measured with `evaluate_all`.
-    Raises InputError for a spectrum of another width and layers that the model does not have. (Attribution
-    patching: Nanda 2023; Syed et al. 2023)
+    The estimate is `-sum_t g_t P_b x_t`, with x the residual at the exit and g the gradient of the mean NLL
+    there. One forward and one backward pass per batch serve all layers and bands. The estimate for a filter
+    that removes several bands is the sum over the bands. It is exact for a vanishing part of a band. Removing
+    a whole band is far from that limit: use the estimate to rank candidates, and measure the selected ones
+    with `evaluate_all`.
+
+    Args:
+        model: a language model whose weights are in this process.
+        windows: the text.
+        spectrum: the spectrum whose bands are removed.
+        layers: the exits; all layers by default.
+        batch_size: windows in a pass; None finds it by memory.
+
+    Returns:
+        One row per `layer` and `band` with its `estimate`, nats per token, mean over documents.
+
+    Raises:
+        InputError: for a spectrum of another width and layers that the model does not have.
+
+    Source: attribution patching, Nanda (2023) and Syed et al. (2023).
+
     """
     if spectrum.d != model.d:
         raise InputError(f"a spectrum of width {spectrum.d} for a model of width {model.d}")
@@ -45,7 +61,7 @@ def first_order(
     sizes = np.diff(spectrum.edges).tolist()
     estimates = np.zeros((len(windows), len(exits), spectrum.count))
     tokens = np.zeros(len(windows))
-    for places, ids in windows.batches(batch_size):
+    for indices, ids in windows.batches(batch_size_for(model, windows.length, batch_size)):
         ids = ids.to(model.device)
 
         def readout(final: Tensor, read: dict[Site, Tensor], _: list[Tensor], ids: Tensor = ids) -> Tensor:
@@ -58,7 +74,7 @@ def first_order(
             products = (g.to(vectors.dtype) @ vectors) * (x.to(vectors.dtype) @ vectors)
             return torch.stack([-part.sum((1, 2)) for part in products.split(sizes, dim=-1)], -1).cpu()
 
-        found = trace(
+        products = trace(
             model,
             ids if model.causal else masked_ids(model, ids),
             {entry: lambda x: x.detach().requires_grad_()},  # whether or not the weights want gradients
@@ -66,10 +82,9 @@ def first_order(
             readout=readout,
             gradients=True,
         )
-        estimates[places] = found.double().numpy()
-        tokens[places] = predicted(model, ids.shape[1])
-    weight = tokens / pd.Series(tokens).groupby(list(windows.document)).transform("sum").to_numpy()
-    mean = np.tensordot(weight, estimates, 1) / len(set(windows.document))
+        estimates[indices] = products.double().numpy()
+        tokens[indices] = predicted(model, ids.shape[1])
+    mean = document_means(estimates, windows.document, tokens)[1].mean(0)  # [layers, bands]
     return pd.DataFrame(
         [
             {"layer": site.layer, "band": band + 1, "estimate": mean[index, band]}
@@ -82,7 +97,7 @@ def first_order(
 def _gradient(
     model: LanguageModel, final: Float[Tensor, "batch tokens d"], ids: Int[Tensor, "batch tokens"]
 ) -> Float[Tensor, "batch tokens d"]:
-    """Of each window's mean NLL by the output of the final norm, a chunk of logits at a time."""
+    """Gradient of each window's mean NLL by the output of the final norm, one chunk of logits at a time."""
     final = final.detach().requires_grad_()
     rows, targets = predictions(model, final, ids)
     step = chunk(model, final.device)

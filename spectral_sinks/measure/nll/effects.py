@@ -1,4 +1,4 @@
-"""What an intervention does: NLL, divergence from the untouched model, and the sink, by document."""
+"""The effect of an intervention on a text: NLL, divergence from the untouched model, and the sink."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -8,57 +8,68 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 from numpy.typing import NDArray
-from torch import Tensor
 
 from spectral_sinks.data.texts import Windows
 from spectral_sinks.errors import InputError
 from spectral_sinks.interventions.sites import Site
-from spectral_sinks.interventions.tracing import Edit, Interventions
-from spectral_sinks.measure.memory import Memory
-from spectral_sinks.measure.nll.remote_batch import RemoteBatch, opened
-from spectral_sinks.measure.nll.replay import Batch, BatchResult, start
+from spectral_sinks.interventions.tracing import Interventions
+from spectral_sinks.measure.memory import Memory, batch_size_for
+from spectral_sinks.measure.nll.remote_batch import RemoteBatch, open_batch
+from spectral_sinks.measure.nll.replay import Batch, BatchResult, first_exit
 from spectral_sinks.measure.nll.scoring import predicted
 from spectral_sinks.models.language import LanguageModel
-from spectral_sinks.spectra.filters import At, Filter, Mean, Swap
-from spectral_sinks.stats import mean_interval
+from spectral_sinks.spectra.edits import Edit, as_edit, as_edits
+from spectral_sinks.stats import Estimate, document_means, mean_interval
 
-COLUMNS = ("nll", "baseline_nll", "delta_nll", "kl", "top1_agreement", "removed_energy_share")
+EFFECT_COLUMNS = ("nll", "baseline_nll", "delta_nll", "kl", "top1_agreement", "removed_energy_share")
 
 
 @dataclass(frozen=True, eq=False)
-class Effect:
-    """One intervention on one set of windows: a row per document, and the means over documents."""
+class InterventionEffect:
+    """One intervention, its sites, and a table with one row per document or image."""
 
     name: str
     sites: tuple[Site, ...]
     ranks: tuple[int | None, ...]
-    """Directions removed at each site; None for a custom function."""
-    rows: pd.DataFrame
-    """One row per document: windows, tokens (those predicted), the columns named above, sink_mass_L,
-    baseline_sink_mass_L."""
+    """Directions removed at each site; None for a function."""
+    table: pd.DataFrame
+
+    @property
+    def rank(self) -> int | None:
+        """Number of directions removed, the sum over the sites; None where one edit is a function."""
+        return None if None in self.ranks else sum(rank for rank in self.ranks if rank is not None)
+
+    @property
+    def where(self) -> str:
+        """The sites as text."""
+        return ", ".join(map(str, self.sites))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Effect(InterventionEffect):
+    """The effect of one intervention on the NLL of a text, and on the attention sink.
+
+    `table` has one row per document: `document`, `windows`, `tokens` (the predicted ones), the columns named
+    in `EFFECT_COLUMNS`, and by layer L `sink_mass_L` and `baseline_sink_mass_L` where attention was read.
+    """
 
     @property
     def nll(self) -> float:
         """Nats per token (of an encoder: per masked token), mean over documents."""
-        return float(self.rows["nll"].mean())
+        return float(self.table["nll"].mean())
 
     @property
     def baseline_nll(self) -> float:
-        return float(self.rows["baseline_nll"].mean())
+        return float(self.table["baseline_nll"].mean())
 
     @property
     def delta_nll(self) -> float:
-        return float(self.rows["delta_nll"].mean())
+        return float(self.table["delta_nll"].mean())
 
     @property
     def delta_nll_interval(self) -> tuple[float, float]:
         """95 % BCa interval of the paired difference over documents."""
-        return mean_interval(self.rows["delta_nll"])
-
-    @property
-    def rank(self) -> int | None:
-        """Directions removed; the sum over sites, None with a custom function."""
-        return None if None in self.ranks else sum(rank for rank in self.ranks if rank is not None)
+        return mean_interval(self.table["delta_nll"])
 
     @property
     def sink_mass(self) -> list[float] | None:
@@ -72,34 +83,39 @@ class Effect:
     def baseline_sink_mass(self) -> list[float] | None:
         return self._by_layer("baseline_sink_mass_")
 
+    def mean_sink_mass(self, first: int) -> dict[str, float]:
+        """Return `sink` and `baseline_sink`: the mean sink mass over layer `first` and the layers above it.
+
+        NaN where there is no such layer or where attention cannot be read.
+        """
+        above = {"sink": (self.sink_mass or [])[first:]}
+        above["baseline_sink"] = (self.baseline_sink_mass or [])[first:]
+        return {name: float(np.mean(part)) if part else float("nan") for name, part in above.items()}
+
     def _by_layer(self, prefix: str) -> list[float] | None:
-        names = [name for name in self.rows.columns if name.startswith(prefix)]
-        values = [float(self.rows[name].mean()) for name in names]
+        names = [name for name in self.table.columns if name.startswith(prefix)]
+        values = [float(self.table[name].mean()) for name in names]
         return values if values and np.isfinite(values).all() else None
 
-    def frame(self) -> pd.DataFrame:
-        """The table by document, with the name of the intervention."""
-        return self.rows.assign(name=self.name)
+    def summary(self) -> pd.DataFrame:
+        """One row: `name`, `site`, `rank`, `documents`, and the means over documents of `EFFECT_COLUMNS`.
 
-    def summary(self) -> dict[str, Any]:
-        """Means over documents, the interval, and what was removed."""
-        low, high = self.delta_nll_interval
-        return {
-            "name": self.name,
-            "site": ", ".join(map(str, self.sites)),
-            "rank": self.rank,
-            **{column: float(self.rows[column].mean()) for column in COLUMNS},
-            "delta_nll_low": low,
-            "delta_nll_high": high,
-            "documents": len(self.rows),
-        }
+        Each mean has its 95 % BCa interval beside it, under `_low` and `_high`.
+        """
+        return pd.DataFrame([self.record()])
+
+    def record(self) -> dict[str, Any]:
+        """The row of `summary` as a dictionary that JSON can hold."""
+        means = [Estimate.of(self.table[number]).columns(number) for number in EFFECT_COLUMNS]
+        fixed = {"name": self.name, "site": self.where, "rank": self.rank, "documents": len(self.table)}
+        return fixed | {column: value for columns in means for column, value in columns.items()}
 
     def __repr__(self) -> str:
         """Two tables: the means over documents, and the sink mass by layer where it was read."""
-        shown = {key: value for key, value in self.summary().items() if key not in ("name", "site")}
+        columns = ["rank", *EFFECT_COLUMNS, "delta_nll_low", "delta_nll_high", "documents"]
         lines = [
-            f"{self.name} at {', '.join(map(str, self.sites)) or 'no site'} (nats per token)",
-            pd.DataFrame([shown]).to_string(index=False, float_format="%.4f"),
+            f"{self.name} at {self.where or 'no site'} (nats per token)",
+            self.summary()[columns].to_string(index=False, float_format="%.4f"),
         ]
         if self.sink_mass is not None:
             masses = pd.DataFrame([self.baseline_sink_mass, self.sink_mass], ["untouched", self.name])
@@ -113,14 +129,23 @@ def evaluate(
     interventions: Interventions,
     *,
     name: str | None = None,
-    batch_size: int = 16,
+    batch_size: int | None = None,
 ) -> Effect:
-    """The effect of a filter, or any function `[batch, tokens, d] -> [batch, tokens, d]`, at each site given.
+    """Return the effect of one intervention: a filter, or a function, at each of its sites.
 
-    Raises InputError for sites the model does not have, filters of another width, and a swap between
-    windows that open with different tokens.
+    Args:
+        model: a language model.
+        windows: the text.
+        interventions: the edit at each site; a function maps `[batch, length, d]` to the same shape.
+        name: the name of the effect; by default the names of the edits.
+        batch_size: windows in a pass; None finds it by memory.
+
+    Raises:
+        InputError: for sites that the model does not have, filters of another width, and a swap between
+            windows that open with different tokens.
+
     """
-    label = name or ", ".join(getattr(edit, "name", "custom") for edit in interventions.values()) or "no-op"
+    label = name or ", ".join(as_edit(edit).name for edit in interventions.values()) or "no-op"
     return evaluate_all(model, windows, {label: interventions}, batch_size=batch_size)[label]
 
 
@@ -129,49 +154,60 @@ def evaluate_all(
     windows: Windows,
     cells: Mapping[str, Interventions],
     *,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Effect]:
-    """The effects of several interventions, each compared with one untouched pass per batch.
+    """Return the effects of several interventions, each compared with one untouched pass per batch.
 
-    A pass begins at its lowest site: what lies below is taken from the untouched pass, bit for bit. Sink
-    mass is read where attention weights can be read and all windows have 64 tokens. `progress` is called
-    with the number of cells just done, for each batch anew.
+    A pass begins at the lowest site of its cell; the layers below come from the untouched pass, bit for bit.
+    Sink mass is measured where attention weights can be read and all windows have 64 tokens.
 
-    The NLL of an encoder is that of masked tokens, in nats per masked token: each window is read with the
-    mask token at its `masked_positions` (15 %, special tokens never, chosen by the window's own ids), and
-    the tokens that stood there are predicted. KL and agreement are taken at these positions too, and sink
-    mass is that of the masked window.
+    The NLL of an encoder is the mean over masked tokens, in nats per masked token. Each window is read with
+    the mask token at its `masked_positions` (15 % of the tokens, never special ones, chosen by the token ids
+    of the window), and the model predicts the original tokens there. KL and agreement are measured at the
+    same positions, and sink mass on the masked window.
+
+    Args:
+        model: a language model.
+        windows: the text.
+        cells: interventions by name.
+        batch_size: windows in a pass; None finds it by memory.
+        progress: is called with the number of cells just done, starting again for each batch.
+
+    Raises:
+        InputError: as `evaluate` does, and for an image encoder.
+
     """
     if not isinstance(model, LanguageModel):
         raise InputError(f"{model.name} reads images: evaluate_images(model, pixels, cells)")
+    cells = {name: as_edits(interventions) for name, interventions in cells.items()}
     for edits in cells.values():
         for site, edit in edits.items():
-            check(site, edit, model, windows)
-    starts = {start(edits) for edits in cells.values()}
+            check_edit(site, edit, model, windows)
+    starts = {first_exit(edits) for edits in cells.values()}
     memory = Memory(model, windows.length)
-    places: list[int] = []
+    batch_size = batch_size_for(model, windows.length, batch_size)
+    indices: list[int] = []
     tokens: list[int] = []
     parts: list[Table] = []
     for chosen, ids in windows.batches(batch_size):
-        batch = opened(model, windows, chosen, ids, starts, memory)
+        batch = open_batch(model, windows, chosen, ids, starts, memory)
         parts.append(_columns(batch, batch.measure(list(cells.values()), progress)))
-        places += chosen
+        indices += chosen
         tokens += [predicted(model, ids.shape[1])] * len(chosen)
     names, _ = parts[0]
     values = np.concatenate([part for _, part in parts], axis=1)
-    owners = np.array([windows.document[place] for place in places])
-    documents, owner, counts = np.unique(owners, return_inverse=True, return_counts=True)
-    weights = np.zeros((len(documents), len(places)))
-    weights[owner, np.arange(len(places))] = tokens
-    described = {"document": documents, "windows": counts, "tokens": weights.sum(1).astype(np.int64)}
-    means = (weights / weights.sum(1, keepdims=True)) @ values
+    owners = np.array([windows.document[index] for index in indices])
+    _, owner, counts = np.unique(owners, return_inverse=True, return_counts=True)
+    documents, means = document_means(values.swapaxes(0, 1), owners, tokens)  # [documents, cells, columns]
+    summed = np.bincount(owner, tokens).astype(np.int64)
+    described = {"document": documents, "windows": counts, "tokens": summed}
     return {
         name: Effect(
             name,
             tuple(edits),
-            tuple(edit.rank if isinstance(edit, Filter) else None for edit in edits.values()),
-            pd.DataFrame(described | dict(zip(names, means[index].T, strict=True))),
+            tuple(edit.rank for edit in edits.values()),
+            pd.DataFrame(described | dict(zip(names, means[:, index].T, strict=True))),
         )
         for index, (name, edits) in enumerate(cells.items())
     }
@@ -180,59 +216,41 @@ def evaluate_all(
 Table = tuple[list[str], Float[NDArray[np.float64], "cells windows columns"]]
 
 
-def _columns(batch: Batch | RemoteBatch, found: BatchResult) -> Table:
-    """Everything measured on a batch side by side, and the names of the columns."""
+def _columns(batch: Batch | RemoteBatch, result: BatchResult) -> Table:
+    """Return the names of all columns, and their values `[cells, windows, columns]`, for one batch."""
     base = batch.baseline
     columns = {
-        "nll": found.nll,
+        "nll": result.nll,
         "baseline_nll": base.nll,
-        "delta_nll": found.nll - base.nll,
-        "kl": found.kl,
-        "top1_agreement": found.top1_agreement,
-        "removed_energy_share": found.removed_energy_share,
+        "delta_nll": result.nll - base.nll,
+        "kl": result.kl,
+        "top1_agreement": result.top1_agreement,
+        "removed_energy_share": result.removed_energy_share,
     }
-    for prefix, mass in (("sink_mass_", found.sink_mass), ("baseline_sink_mass_", base.sink_mass)):
+    for prefix, mass in (("sink_mass_", result.sink_mass), ("baseline_sink_mass_", base.sink_mass)):
         if mass is not None:
             columns |= {f"{prefix}{layer}": mass[..., layer] for layer in range(mass.shape[-1])}
-    shape = found.nll.shape
+    shape = result.nll.shape
     return list(columns), np.stack([np.broadcast_to(column, shape) for column in columns.values()], axis=-1)
 
 
-def check(site: Site, edit: Edit, model: LanguageModel, windows: Windows) -> None:
-    """Raise InputError for a filter that means nothing at a site of this model or on these windows."""
+def check_edit(site: Site, edit: Edit, model: LanguageModel, windows: Windows) -> None:
+    """Raise InputError for an edit that is not defined at a site of this model or on these windows."""
     site.check(model)
-    if not isinstance(edit, Filter):
+    edit.check_width(model.d, site, model.name)
+    if wrong := [i for i in sorted(edit.token_ids) if not 0 <= i < model.vocabulary]:
+        raise InputError(f"token id {wrong[0]} lies outside the vocabulary of {model.vocabulary}")
+    first_ids = windows.first_token_ids
+    if not edit.swaps or not edit.acts_on_first(first_ids):
         return
-    if edit.blocked.d != model.d:
+    if len(first_ids) > 1:
         raise InputError(
-            f"{edit.name!r} at {site} filters a residual stream of width {edit.blocked.d}, "
-            f"{model.name} has width {model.d}"
-        )
-    if not isinstance(edit.tokens, (str, At, Tensor)) and edit.tokens:
-        wrong = [i for i in sorted(edit.tokens) if not 0 <= i < model.vocabulary]
-        if wrong:
-            raise InputError(f"token id {wrong[0]} lies outside the vocabulary of {model.vocabulary}")
-    if isinstance(edit.fill, Swap) and len(windows.first_token_ids) > 1 and _touches_first(edit, windows):
-        raise InputError(
-            f"fill 'swap' between windows that open with {len(windows.first_token_ids)} different tokens "
+            f"fill 'swap' between windows that open with {len(first_ids)} different tokens "
             "would move the sink itself: exempt position 0 with tokens='all-but-first', or open windows "
             "with BOS"
         )
-    if isinstance(edit.fill, Swap) and not model.causal and _touches_first(edit, windows):
+    if not model.causal:
         raise InputError(
             "fill 'swap' in an encoder, whose first token reads the whole window, would move the sink "
             "itself: exempt position 0 with tokens='all-but-first'"
         )
-    if isinstance(edit.fill, Mean) and edit.fill.reference.shape[-1] != model.d:
-        raise InputError(f"a mean of width {edit.fill.reference.shape[-1]} for a model of width {model.d}")
-
-
-def _touches_first(edit: Filter, windows: Windows) -> bool:
-    """Whether a filter acts at position 0 of some window."""
-    if isinstance(edit.tokens, str):
-        return edit.tokens != "all-but-first"
-    if isinstance(edit.tokens, At):
-        return 0 in edit.tokens.positions
-    if isinstance(edit.tokens, Tensor):
-        return bool(edit.tokens[..., 0].any())
-    return not set(edit.tokens).isdisjoint(windows.first_token_ids)

@@ -1,12 +1,11 @@
-"""Continuations under interventions, greedy or sampled, with a cache that agrees with them.
+"""Continuations under interventions, greedy or sampled, with a cache of edited keys and values.
 
-Each step is one trace that goes on from the cache, rather than one traced `model.generate` with
-`tracer.iter`: the steps then share the sites of every other measurement, rows of several interventions share
-passes, and the draws are ours, so that a text depends on nothing but its own prompt, draw and intervention.
+Each step is one trace that continues from the cache, not one traced `model.generate` with `tracer.iter`. So
+the steps use the same sites as every other measurement, several interventions share passes, and a text
+depends only on its own prompt, draw and intervention.
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,14 +16,14 @@ from transformers import DynamicCache
 
 from spectral_sinks.errors import InputError
 from spectral_sinks.interventions.sites import Site
-from spectral_sinks.interventions.tracing import Edit, Interventions, trace
+from spectral_sinks.interventions.tracing import Interventions, trace
 from spectral_sinks.measure.nll.scoring import score
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.remote.client import remotely
-from spectral_sinks.spectra.filters import At, Filter, Mean, Noise, Swap
+from spectral_sinks.spectra.edits import Edit, EditFunction, as_edit, as_edits
 
-ROWS = 128
-"""Continuations that grow at once."""
+CONTINUATIONS = 128
+"""Continuations that are generated at once."""
 
 
 def generate(
@@ -33,7 +32,7 @@ def generate(
     interventions: Interventions | None = None,
     **options: Any,
 ) -> Int[Tensor, "prompts draws new"]:
-    """`generate_all` for one intervention, or none."""
+    """Run `generate_all` for one intervention, or for the untouched model."""
     return generate_all(model, prompts, {"": interventions or {}}, **options)[""]
 
 
@@ -48,34 +47,50 @@ def generate_all(
     draws: int = 1,
     seed: int = 0,
     cached: bool = True,
-    rows: int = ROWS,
+    rows: int = CONTINUATIONS,
 ) -> dict[str, Int[Tensor, "prompts draws new"]]:
-    """Continue prompts of one length by `new` tokens, `draws` times, under each of several interventions.
+    """Continue prompts of one length under each of several interventions.
 
-    The interventions act on the prompt and on every new token as it is read, so cached keys and values come
-    from edited residuals, as they would without a cache. `temperature` 0 is greedy. The draw of a token
-    depends on `seed`, prompt, draw and step alone: the same for every intervention, and not on how rows share
-    passes. At a server that runs functions apart from the weights there is no cache, and the same texts. The
-    end-of-sequence token is never drawn: all continuations have one length. A custom function
-    sees the tokens that are new to the cache, and no others.
+    The interventions act on the prompt and on every new token when it is read. So cached keys and values come
+    from edited residuals, as they would without a cache. A function receives only the tokens that are new to
+    the cache. The end-of-sequence token is never drawn, so all continuations have the same length.
 
-    Raises InputError for an encoder, a continuation longer than the context, several greedy draws, and
-    filters that choose tokens by a mask, or fill with noise by position or another text: tokens to come have
-    neither.
+    Args:
+        model: a causal language model.
+        prompts: token ids.
+        cells: interventions by name.
+        new: tokens to generate.
+        temperature: of the softmax; 0 is greedy.
+        draws: continuations of each prompt.
+        seed: a draw depends on the seed, prompt, draw and step only, so it is the same for every intervention
+            and does not depend on which continuations share a pass.
+        cached: whether to use a cache. A server that runs functions apart from the weights uses none; the
+            texts are the same.
+        rows: continuations that are generated at once.
+
+    Returns:
+        The new token ids, by name of the cell.
+
+    Raises:
+        InputError: for an encoder, a continuation longer than the context, several greedy draws, and filters
+            that are not defined for tokens still to be generated: those that select tokens by a mask, and
+            those with fill `Noise` or `Swap`.
+
     """
     for interventions in cells.values():
         _check(model, prompts, interventions, new, temperature, draws)
-    places = [(name, p, draw) for name in cells for p in range(len(prompts)) for draw in range(draws)]
-    cached = cached and not model.weightless  # a cache would grow in the other process alone
+    texts = [(name, p, draw) for name in cells for p in range(len(prompts)) for draw in range(draws)]
+    cached = cached and not model.weightless  # the cache would be in the other process
     grown: list[Tensor] = []
-    for start in range(0, len(places), rows):
-        part = places[start : start + rows]
+    for start in range(0, len(texts), rows):
+        part = texts[start : start + rows]
         names = [name for name, _, _ in part]
         spans = {name: slice(names.index(name), names.index(name) + names.count(name)) for name in names}
         random = [_generator(seed, p, draw) for _, p, draw in part] if temperature else []
         ids = prompts[[p for _, p, _ in part]].to(model.device)
         cache = DynamicCache(config=model.config) if cached else None
         for _ in range(new):
+            # The first pass reads the whole prompt, every later one a single new token
             known = ids.shape[1] - 1 if cached and ids.shape[1] > prompts.shape[1] else 0
             logits = trace(
                 model,
@@ -85,13 +100,13 @@ def generate_all(
                 cache=cache,
             )
             logits[:, _ends(model)] = -torch.inf
-            if temperature:
+            if temperature:  # the largest of log p + Gumbel noise is a draw from p
                 drawn = torch.stack([torch.empty(logits.shape[1]).exponential_(generator=g) for g in random])
                 logits = logits / temperature - drawn.clamp_min(1e-30).log().to(logits.device)
             ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], dim=1)
         grown.append(ids[:, prompts.shape[1] :].cpu())
-    texts = torch.cat(grown).view(len(cells), len(prompts), draws, new)
-    return dict(zip(cells, texts, strict=True))
+    generated = torch.cat(grown).view(len(cells), len(prompts), draws, new)
+    return dict(zip(cells, generated, strict=True))
 
 
 def continuation_nll(
@@ -100,57 +115,49 @@ def continuation_nll(
     continuations: Int[Tensor, "prompts draws new"],
     interventions: Interventions | None = None,
     *,
-    rows: int = ROWS,
+    rows: int = CONTINUATIONS,
 ) -> Float[Tensor, "prompts draws"]:
-    """Nats per token of continuations, given their prompts, whose own tokens do not count.
+    """Return the NLL of continuations after their prompts, in nats per token of the continuation.
 
-    A text that loops is easy to predict: a low value is no sign of a good continuation. Raises InputError for
-    an encoder.
+    A text that loops is easy to predict, so a low value does not mean a good continuation. Raises InputError
+    for an encoder.
     """
     _require_causal(model)
     count, draws, new = continuations.shape
     texts = torch.cat([prompts.repeat_interleave(draws, 0), continuations.flatten(0, 1)], dim=1)
-    found: list[Tensor] = []
+    losses: list[Tensor] = []
     for part in texts.split(rows):
 
         def readout(final: Tensor, *_: Any, ids: Tensor = part) -> Tensor:
             return score(model, final, ids).nll[:, -new:].double().mean(1).cpu()
 
-        found.append(trace(model, part.to(model.device), interventions or {}, readout=readout))
-    return torch.cat(found).view(count, draws)
-
-
-def later(edit: Edit, position: int) -> Edit | None:
-    """What an edit does to a single token at a position after the first; None for nothing."""
-    if not isinstance(edit, Filter):
-        return edit
-    if edit.tokens == "first" or isinstance(edit.tokens, At):  # positions beyond a prompt are refused
-        return None
-    if isinstance(edit.fill, Mean) and edit.fill.reference.ndim == 2:
-        edit = replace(edit, fill=Mean(edit.fill.reference[position : position + 1]))
-    return edit.at("all") if edit.tokens == "all-but-first" else edit
+        losses.append(trace(model, part.to(model.device), interventions or {}, readout=readout))
+    return torch.cat(losses).view(count, draws)
 
 
 def _shared(
     cells: Mapping[str, Interventions], spans: Mapping[str, slice], ids: Tensor, known: int
-) -> dict[Site, Edit]:
-    """One function per site, which gives the rows of each cell what its own edit makes of them."""
-    parts: dict[Site, list[tuple[slice, Edit]]] = {}
-    for name, interventions in cells.items():
-        for site, edit in interventions.items():
-            if (chosen := later(edit, known) if known else edit) is not None:
-                parts.setdefault(site, []).append((spans[name], chosen))
+) -> dict[Site, EditFunction]:
+    """Return one function per site, which applies the edit of each cell to that cell's own rows.
 
-    def together(here: list[tuple[slice, Edit]]) -> Edit:
-        def edit(x: Tensor) -> Tensor:
+    `known` is the number of tokens in the cache; after the first step a pass reads a single new token.
+    """
+    by_site: dict[Site, list[tuple[slice, Edit]]] = {}
+    for name, interventions in cells.items():
+        for site, edit in as_edits(interventions).items():
+            if (acting := edit.at_later_token(known) if known else edit) is not None:
+                by_site.setdefault(site, []).append((spans[name], acting))
+
+    def together(edits: list[tuple[slice, Edit]]) -> EditFunction:
+        def apply(x: Tensor) -> Tensor:
             out = x.clone()
-            for span, each in here:
-                out[span] = each(x[span], ids[span]) if isinstance(each, Filter) else each(x[span])
+            for span, edit in edits:
+                out[span] = edit.apply(x[span], ids[span])
             return out
 
-        return edit
+        return apply
 
-    return {site: together(here) for site, here in parts.items()}
+    return {site: together(edits) for site, edits in by_site.items()}
 
 
 def _generator(seed: int, prompt: int, draw: int) -> torch.Generator:
@@ -159,8 +166,8 @@ def _generator(seed: int, prompt: int, draw: int) -> torch.Generator:
 
 
 def _ends(model: LanguageModel) -> list[int]:
-    found: Any = getattr(model.module.config, "eos_token_id", None)
-    return [] if found is None else ([found] if isinstance(found, int) else list(found))
+    ends: Any = getattr(model.module.config, "eos_token_id", None)
+    return [] if ends is None else ([ends] if isinstance(ends, int) else list(ends))
 
 
 def _require_causal(model: LanguageModel) -> None:
@@ -182,12 +189,4 @@ def _check(
     if model.context is not None and length > model.context:
         raise InputError(f"{length} tokens with the prompt: {model.name} has a context of {model.context}")
     for edit in edits.values():
-        if not isinstance(edit, Filter):
-            continue
-        if isinstance(edit.tokens, Tensor) or isinstance(edit.fill, Noise | Swap):
-            raise InputError(
-                f"{edit.name!r}: a mask, noise by position or another text says nothing of tokens to come"
-            )
-        mean = edit.fill.reference if isinstance(edit.fill, Mean) else torch.empty(0)
-        if mean.ndim == 2 and len(mean) < length - 1:
-            raise InputError(f"{edit.name!r} has a mean of {len(mean)} positions, {length - 1} are read")
+        as_edit(edit).check_continuation(length)

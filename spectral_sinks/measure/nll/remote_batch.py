@@ -1,4 +1,4 @@
-"""A batch whose untouched pass and cells are measured where the model is, as many cells to a job as fit."""
+"""A batch that is measured in another process or at a server, as many cells to a job as fit."""
 
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, TypeVar
@@ -10,7 +10,7 @@ from torch import Tensor
 from spectral_sinks.data.texts import Windows
 from spectral_sinks.interventions.tracing import Interventions
 from spectral_sinks.measure.memory import Memory
-from spectral_sinks.measure.nll.replay import Batch, BatchResult, cut_mask, reads_sink, start
+from spectral_sinks.measure.nll.replay import Batch, BatchResult, first_exit, for_batch, reads_sink
 from spectral_sinks.measure.nll.scoring import predicted
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.remote.client import remotely, send
@@ -19,73 +19,77 @@ from spectral_sinks.remote.transport import TooLarge
 T = TypeVar("T")
 R = TypeVar("R")
 
-WORK = 2e16
-"""Floating-point operations of a job: a minute or so of the hardware that serves large models."""
+JOB_OPERATIONS = 2e16
+"""Floating-point operations in a job: about a minute on hardware that serves large models."""
 
-CELLS = 256
+CELLS_PER_JOB = 256
 """Cells in a job, at most."""
 
-COLUMNS = ("nll", "kl", "top1_agreement", "removed_energy_share")
+RESULT_COLUMNS = ("nll", "kl", "top1_agreement", "removed_energy_share")
 
 Pair = tuple[BatchResult, BatchResult]
 """The untouched pass and the cells."""
 
 
 class RemoteBatch:
-    """What `Batch` is, for a model that is elsewhere: nothing but numbers by window comes back."""
+    """A batch whose model is in another process or at a server: only numbers by window come back."""
 
     def __init__(
-        self, model: LanguageModel, windows: Windows, places: Sequence[int], ids: Int[Tensor, "batch tokens"]
+        self, model: LanguageModel, windows: Windows, indices: Sequence[int], ids: Int[Tensor, "batch tokens"]
     ) -> None:
-        self.model, self.windows, self.places, self.ids = model, windows, list(places), ids
+        self.model, self.windows, self.indices, self.ids = model, windows, list(indices), ids
         self.attention = reads_sink(model, windows)
         self.predicted = predicted(model, ids.shape[1])
+        self._baseline: BatchResult | None = None
 
     @property
     def baseline(self) -> BatchResult:
-        """Of the untouched pass, once something was measured."""
-        return self._baseline
+        """The untouched pass. The first `measure` brings it along; without one a job of its own is sent."""
+        if self._baseline is not None:
+            return self._baseline
+        baseline: BatchResult
+        baseline, _ = send(self.model, *self.job([]))
+        self._baseline = baseline
+        return baseline
 
     def measure(
         self, cells: Sequence[Interventions], progress: Callable[[int], None] | None = None
     ) -> BatchResult:
-        """What each of some cells does, a job or more; `progress` is told of the cells of each."""
-        found: list[BatchResult] = []
+        """Measure cells in one job or several; `progress` is called with the number of cells of each."""
+        results: list[BatchResult] = []
         for part in in_jobs(self.model, self.ids, cells):
             for baseline, measured in in_halves(part, lambda cells: [send(self.model, *self.job(cells))]):
                 self._baseline = baseline
-                found.append(measured)
+                results.append(measured)
             if progress is not None:
                 progress(len(part))
-        return joined(found)
+        return joined(results)
 
     def job(self, cells: Sequence[Interventions]) -> tuple[Any, ...]:
-        """Function and arguments of the job that measures some cells."""
-        cut = [
-            {site: cut_mask(edit, self.windows, self.places) for site, edit in cell.items()} for cell in cells
-        ]
-        return measure_batch, self.ids, cut, self.attention
+        """Return the function and the arguments of the job that measures some cells."""
+        own = [for_batch(cell, self.indices, len(self.windows)) for cell in cells]
+        return measure_batch, self.ids, own, self.attention
 
 
-def opened(
+def open_batch(
     model: LanguageModel,
     windows: Windows,
-    places: Sequence[int],
+    indices: Sequence[int],
     ids: Int[Tensor, "batch tokens"],
     starts: Collection[int | None] = (),
     memory: Memory | None = None,
 ) -> Batch | RemoteBatch:
-    """A batch of windows, here or where the model is."""
+    """Return a batch of windows for a model in this process, or for one that is elsewhere."""
     if model.remote is not None:
-        return RemoteBatch(model, windows, places, ids)
-    return Batch(model, windows, places, ids, starts, memory)
+        return RemoteBatch(model, windows, indices, ids)
+    return Batch(model, windows, indices, ids, starts, memory)
 
 
 @remotely
 def measure_batch(model: LanguageModel, ids: Tensor, cells: Sequence[Interventions], attention: bool) -> Pair:
-    """What `Batch` measures of some cells on windows of one length; sink mass only with `attention`."""
+    """Measure cells with a `Batch` on windows of one length; sink mass only with `attention`."""
     windows = Windows(tuple(ids), tuple(range(len(ids))))
-    starts = {start(cell) for cell in cells}
+    starts = {first_exit(cell) for cell in cells}
     batch = Batch(model, windows, range(len(ids)), ids, starts, attention=attention)
     return batch.baseline, batch.measure(cells)
 
@@ -96,12 +100,15 @@ def by_job(
     cells: Sequence[T],
     run: Callable[[Sequence[T]], list[R]],
 ) -> list[R]:
-    """What `run` makes of each of some cells, as many to a job as fit. Raises TooLarge for one too large."""
-    return [found for part in in_jobs(model, ids, cells) for found in in_halves(part, run)]
+    """Apply `run` to cells, as many to a job as fit, and return one result per cell.
+
+    Raises TooLarge for a single cell that does not fit into a job.
+    """
+    return [result for part in in_jobs(model, ids, cells) for result in in_halves(part, run)]
 
 
 def in_halves(cells: Sequence[T], run: Callable[[Sequence[T]], list[R]]) -> list[R]:
-    """What `run` makes of some cells, of each half where they are too large for a job."""
+    """Apply `run` to cells, or to each half of them where they are too large for a job."""
     try:
         return run(cells)
     except TooLarge:
@@ -112,19 +119,21 @@ def in_halves(cells: Sequence[T], run: Callable[[Sequence[T]], list[R]]) -> list
 
 
 def in_jobs(model: LanguageModel, ids: Int[Tensor, "batch tokens"], cells: Sequence[T]) -> list[Sequence[T]]:
-    """Cells by the job: all in one here, elsewhere as many as fit its time budget."""
+    """Divide cells into jobs: one for a model in this process, else as many as the time budget demands."""
     size = len(cells) if model.remote is None else cells_per_job(model, ids)
     return [cells[first : first + size] for first in range(0, len(cells), max(size, 1))]
 
 
 def cells_per_job(model: LanguageModel, ids: Tensor) -> int:
-    """Cells that take no more than the time budget of a job."""
+    """Return the number of cells that the time budget of a job allows."""
     weights = model.layers * 12 * model.d**2 + model.vocabulary * model.d
-    return max(1, min(CELLS, int(WORK / (2 * weights * ids.numel()))))
+    return max(1, min(CELLS_PER_JOB, int(JOB_OPERATIONS / (2 * weights * ids.numel()))))
 
 
 def joined(parts: Sequence[BatchResult]) -> BatchResult:
-    """The cells of several jobs one after the other."""
+    """Join the results of several jobs, one after the other."""
     masses = [part.sink_mass for part in parts if part.sink_mass is not None]
-    nll, kl, agrees, removed = (np.concatenate([getattr(part, name) for part in parts]) for name in COLUMNS)
+    nll, kl, agrees, removed = (
+        np.concatenate([getattr(part, name) for part in parts]) for name in RESULT_COLUMNS
+    )
     return BatchResult(nll, kl, agrees, removed, np.concatenate(masses) if masses else None)

@@ -1,4 +1,4 @@
-"""How much a text repeats itself: shares of repeated n-grams, and where a loop begins."""
+"""Repetition of texts: shares of repeated n-grams, and the onset of loops."""
 
 from collections.abc import Sequence
 
@@ -10,10 +10,10 @@ from torch import Tensor
 from spectral_sinks.errors import InputError
 
 SHORTEST = 12
-"""Tokens at least in a loop [ours]."""
+"""Minimum number of tokens in a loop [ours]."""
 
 TIMES = 3
-"""Passes through its period at least in a loop [ours]."""
+"""Minimum number of periods in a loop [ours]."""
 
 
 def ngrams(tokens: Sequence[int], n: int) -> list[tuple[int, ...]]:
@@ -26,28 +26,29 @@ def repeated(tokens: Sequence[int], n: int) -> float:
 
     Raises InputError for fewer than n tokens.
     """
-    found = ngrams(tokens, n)
-    if not found:
+    grams = ngrams(tokens, n)
+    if not grams:
         raise InputError(f"rep-{n} of {len(tokens)} tokens: give {n} at least")
-    return 1 - len(set(found)) / len(found)
+    return 1 - len(set(grams)) / len(grams)
 
 
 def distinct(texts: Sequence[Sequence[int]], n: int) -> float:
     """distinct-n: distinct n-grams / n-grams over several texts together (Li et al. 2016).
 
-    It also falls where different prompts are continued alike.
+    It also decreases where the continuations of different prompts are alike. Raises InputError for texts of
+    fewer than n tokens.
     """
-    found = [gram for tokens in texts for gram in ngrams(tokens, n)]
-    if not found:
+    grams = [gram for tokens in texts for gram in ngrams(tokens, n)]
+    if not grams:
         raise InputError(f"distinct-{n} of texts of fewer than {n} tokens")
-    return len(set(found)) / len(found)
+    return len(set(grams)) / len(grams)
 
 
 def loop_onset(tokens: Sequence[int]) -> int | None:
-    """Where a text begins to repeat one period to its end; None where it does not.
+    """Return the position from which a text repeats one period to its end; None where it does not.
 
-    A loop goes through its period three times and lasts twelve tokens at least, of any period [ours]. Tokens
-    0 to onset - 1 come before it.
+    A loop has a period of any length, and at least three periods and twelve tokens [ours]. Tokens 0 to
+    onset - 1 come before it.
     """
     ids = np.asarray(tokens)
     best: int | None = None
@@ -62,10 +63,11 @@ def loop_onset(tokens: Sequence[int]) -> int | None:
 def repetition(
     continuations: Int[Tensor, "prompts draws new"], prompts: Int[Tensor, "prompts tokens"]
 ) -> pd.DataFrame:
-    """A row per continuation: `document` (the prompt's place), `draw`, and how it repeats itself.
+    """Return one row per continuation: `document` (the index of the prompt), `draw`, and its repetition.
 
-    Columns: `rep_1` to `rep_3`, `seq_rep_4`; `loops`, 0 or 1; `onset`, the tokens before the loop, all of
-    them where there is none; `copied_4`, the share of its 4-grams that the prompt has.
+    The columns are `rep_1` to `rep_3` and `seq_rep_4`; `loops`, 0 or 1; `onset`, the number of tokens before
+    the loop, or all tokens where there is none; `copied_4`, the share of its 4-grams that the prompt
+    contains.
     """
     rows: list[dict[str, float]] = []
     for document, (prompt, drawn) in enumerate(zip(prompts.tolist(), continuations.tolist(), strict=True)):

@@ -1,7 +1,12 @@
-"""Suffix replay: what cells do to a batch of windows, each begun at its lowest site, many in one pass."""
+"""Suffix replay: the effects of many cells on one batch of windows.
 
-from collections.abc import Callable, Collection, Sequence, Sized
-from dataclasses import dataclass, replace
+The layers below the lowest site of a cell compute what they compute in the untouched model. So a pass for a
+cell begins at the exit below that site, with the residual of one untouched pass. Cells that begin at the same
+exit are stacked along the batch axis and share passes, as many as fit into memory.
+"""
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -13,38 +18,42 @@ from torch import Tensor
 from spectral_sinks.data.texts import Windows
 from spectral_sinks.errors import InputError
 from spectral_sinks.interventions.sites import Site
-from spectral_sinks.interventions.tracing import Edit, Interventions, Resume, trace
+from spectral_sinks.interventions.tracing import Interventions, Resume, trace
 from spectral_sinks.measure.attention.received import attention_received, from_others
 from spectral_sinks.measure.memory import SHARE, Memory, free, out_of_memory
 from spectral_sinks.measure.nll.scoring import Reference, predicted, score, untouched
 from spectral_sinks.models.attention_sdpa import TOKENS
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.models.masked_lm import masked_ids
-from spectral_sinks.spectra.filters import Filter, Mean, Noise, Zero
+from spectral_sinks.spectra.edits import Edit, EditFunction, as_edit, as_edits
 from spectral_sinks.spectra.incremental import Nested
 
 VERSION = 1
-"""Raised when a number that comes out of here changes its meaning or its value beyond rounding."""
+"""To be raised when a number of this module changes its meaning, or its value beyond rounding."""
 
 Column = Float[NDArray[np.float64], "cells windows"]
 
 
 @dataclass(frozen=True)
 class BatchResult:
-    """Numbers by cell and window: means over the predicted tokens of a window, in nats where they are NLL."""
+    """Numbers by cell and window, `[cells, windows]`: means over the predicted tokens; NLL and KL in nats."""
 
     nll: Column
     kl: Column
     top1_agreement: Column
     removed_energy_share: Column
-    """Share of the energy that the filters take out, mean over the tokens and sites they touch."""
+    """Share of the energy that the edits remove, mean over the tokens and sites on which they act."""
     sink_mass: Float[NDArray[np.float64], "cells windows layers"] | None
-    """Attention received by position 0, mean over heads: at T = 64; by an encoder over its whole windows."""
+    """Attention received by position 0, mean over heads, among the first 64 tokens (in an encoder, over the
+    whole window)."""
 
 
 @dataclass(frozen=True)
 class PassResult:
-    """One part of a pass, reduced: `[rows]` each, and `[rows]` per layer that ran."""
+    """The numbers of one pass: `[rows]` each, where rows are cells x windows.
+
+    `received` has one `[rows]` for each layer that ran.
+    """
 
     nll: Tensor
     kl: Tensor
@@ -52,39 +61,50 @@ class PassResult:
     received: list[Tensor]
 
 
-def start(edits: Interventions) -> int | None:
-    """The layer from whose exit a pass can begin, -1 for the beginning; None where nothing is changed."""
-    if all(isinstance(edit, Filter) and edit.rank == 0 for edit in edits.values()):
+def first_exit(edits: Interventions) -> int | None:
+    """The layer from whose exit a pass can begin, -1 for the beginning; None where nothing changes."""
+    if all(as_edit(edit).rank == 0 for edit in edits.values()):
         return None
     lowest = min(edits, key=lambda site: site.rank)
     return lowest.layer if lowest.kind == "exit" else lowest.layer - 1
 
 
 def reads_sink(model: LanguageModel, windows: Windows) -> bool:
-    """Whether sink mass is read: the weights can be, and all windows have 64 tokens."""
+    """Whether sink mass is measured: attention weights can be read, and all windows have 64 tokens."""
     return model.reads_attention and all(len(row) >= TOKENS for row in windows.rows)
 
 
 class Batch:
-    """One batch of windows: its untouched pass, made once, and what cells do to it.
+    """One batch of windows, its untouched pass, and the measurement of cells on it.
 
-    An encoder reads them masked: `ids` are what the model reads, `truth` is what the windows hold.
+    `truth` holds the token ids of the windows, and `ids` those that the model reads: an encoder reads some of
+    them masked.
     """
 
     def __init__(
         self,
         model: LanguageModel,
         windows: Windows,
-        places: Sequence[int],
+        indices: Sequence[int],
         ids: Int[Tensor, "batch tokens"],
         starts: Collection[int | None] = (),
         memory: Memory | None = None,
         attention: bool | None = None,
     ) -> None:
-        """`starts` are the exits from which cells will begin: their residuals are kept from the one pass, as
-        many as fit; one that was not named costs another pass.
+        """Make the untouched pass.
+
+        Args:
+            model: a language model in this process.
+            windows: all windows of the measurement; masks of filters refer to them.
+            indices: which of the windows the batch holds.
+            ids: their token ids.
+            starts: the exits at which cells will begin. The untouched pass keeps the residuals there, as many
+                as fit into memory; any other exit costs another pass.
+            memory: how many rows fit; shared between the batches of a measurement.
+            attention: whether to measure sink mass; by default where it can be measured.
+
         """
-        self.model, self.places, self.truth = model, list(places), ids.to(model.device)
+        self.model, self.indices, self.truth = model, list(indices), ids.to(model.device)
         self.ids = self.truth if model.causal else masked_ids(model, self.truth)
         self.windows = windows
         reads = reads_sink(model, windows) if attention is None else attention
@@ -95,23 +115,21 @@ class Batch:
         self.baseline, self._reference, self._residuals = self._untouched()
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.indices)
 
     def measure(
         self, cells: Sequence[Interventions], progress: Callable[[int], None] | None = None
     ) -> BatchResult:
-        """What each of some cells does: those that begin at one exit share passes, as many as fit.
+        """Measure cells; those that begin at the same exit share passes, as many as fit into memory.
 
-        `progress` is called with the number of cells just done. Raises InputError where memory is short and
-        a cell needs the whole batch at once, as a swap does, and a function of a user's own may.
+        `progress` is called with the number of cells just done. Raises InputError where memory is too short
+        for a cell that needs the whole batch at once: a swap does, and a user's function may.
         """
-        bound = [
-            {site: cut_mask(edit, self.windows, self.places) for site, edit in edits.items()}
-            for edits in cells
-        ]
+        bound = [for_batch(edits, self.indices, len(self.windows)) for edits in cells]
+        # Group the cells by the exit at which they begin
         by_start: dict[int | None, list[int]] = {}
         for index, edits in enumerate(bound):
-            by_start.setdefault(start(edits), []).append(index)
+            by_start.setdefault(first_exit(edits), []).append(index)
         shape = (len(cells), len(self))
         base = self.baseline
         layers = 0 if base.sink_mass is None else base.sink_mass.shape[-1]
@@ -119,7 +137,7 @@ class Batch:
         mass = np.zeros((*shape, layers))
         for first in sorted(by_start, key=lambda layer: -1 if layer is None else layer):
             indices = by_start[first]
-            if first is None:
+            if first is None:  # nothing changes: the numbers of the untouched pass
                 nll[indices], agrees[indices] = base.nll, 1.0
                 if base.sink_mass is not None:
                     mass[indices] = base.sink_mass
@@ -131,18 +149,19 @@ class Batch:
                 first, chosen, progress
             )
             if base.sink_mass is not None:
+                # The layers below the exit did not run: theirs is the sink mass of the untouched pass
                 below = np.broadcast_to(base.sink_mass[0], (len(indices), len(self), layers))
                 mass[indices] = np.concatenate([below[..., : layers - above.shape[-1]], above], axis=-1)
         return BatchResult(nll, kl, agrees, removed, mass if layers else None)
 
     def _fitting(self, layers: Sequence[int]) -> list[Site]:
-        """The first of some exits: as many as their residuals fit into memory."""
+        """Return the first of some exits, as many as have residuals that fit into memory together."""
         each = self.ids.numel() * self.model.d * self.model.dtype.itemsize
         fit = max(1, int(SHARE * free(self.model.device) / 2 / each))
         return [Site("exit", layer) for layer in layers[:fit]]
 
     def _untouched(self) -> tuple[BatchResult, Reference, dict[int, Tensor]]:
-        """The untouched pass: the baseline, the reference, and residuals at as many exits as fit."""
+        """Make the untouched pass: the baseline, the reference, and the residuals `[batch, length, d]`."""
         model, exits = self.model, self._fitting(self._starts)
 
         def run(a: int, b: int) -> tuple[Tensor, Reference, dict[Site, Tensor], list[Tensor]]:
@@ -165,7 +184,10 @@ class Batch:
         return baseline, Reference.joined([part[1] for part in parts]), _joined([part[2] for part in parts])
 
     def _residual(self, layer: int) -> Tensor:
-        """What leaves an exit in the untouched pass: kept, or computed again with others that fit."""
+        """Return the residual `[batch, length, d]` at an exit of the untouched pass.
+
+        Where it was not kept, another pass computes it, together with those of higher exits that fit.
+        """
         if layer not in self._residuals:
             self._residuals.clear()
             exits = self._fitting([layer, *(other for other in self._starts if other > layer)])
@@ -179,7 +201,11 @@ class Batch:
     def _suffix(
         self, first: int, cells: list[dict[Site, Edit]], progress: Callable[[int], None] | None
     ) -> tuple[NDArray[np.float64], ...]:
-        """The layers above an exit (-1: all of them) under each cell."""
+        """Run the layers above an exit (-1: all of them) under each cell.
+
+        Returns NLL, KL, agreement and removed energy, `[cells, windows]`, and the sink mass of the layers
+        that ran, `[cells, windows, layers]`.
+        """
         size = len(self)
         exit = Site("exit", first)
         nest = Nested(self._residual(first)) if first >= 0 else None
@@ -187,76 +213,78 @@ class Batch:
 
         def run(a: int, b: int) -> PassResult:
             for share in shares[a:b]:
-                share.clear()
+                share.clear()  # an attempt that ran out of memory may have left some
+            # Edit the residual at the exit itself, once for each cell, and stack the cells
             residuals = None
             if nest is not None:
                 entries = [self._entry(first, nest, cells[i], shares[i]) for i in range(a, b)]
-                residuals = torch.cat(entries) if len(entries) > 1 else entries[0]
+                residuals = torch.cat(entries) if len(entries) > 1 else entries[0]  # [cells x batch, T, d]
             inner = [{s: e for s, e in cell.items() if s != exit} for cell in cells[a:b]]
-            if b - a == 1 and self.memory.rows < size and all(map(_by_window, inner[0].values())):
-                found = self._by_rows(first, residuals, inner[0], shares[a])
+            # A single cell whose batch does not fit is cut by windows where its edits allow it
+            if b - a == 1 and self.memory.rows < size and all(edit.per_window for edit in inner[0].values()):
+                result = self._by_rows(first, residuals, inner[0], shares[a])
             elif b - a == 1 and self.memory.rows < size:
-                found = self._whole(first, residuals, inner[0], shares[a])
+                result = self._whole(first, residuals, inner[0], shares[a])
             else:
-                found = self._run(first, residuals, inner, shares[a:b], slice(0, size))
+                result = self._run(first, residuals, inner, shares[a:b], slice(0, size))
             if progress is not None:
                 progress(b - a)
-            return found
+            return result
 
         parts = self.memory.parts(len(cells), size, run)
-        shape = len(cells)
+        count = len(cells)
         columns = [
-            _columns([getattr(part, name) for part in parts], shape) for name in ("nll", "kl", "agrees")
+            _columns([getattr(part, name) for part in parts], count) for name in ("nll", "kl", "agrees")
         ]
         removed = np.stack([torch.stack(share).mean(0).double().numpy() for share in shares])
         above = [
-            torch.cat(layer).view(shape, size) for layer in zip(*(p.received for p in parts), strict=True)
+            torch.cat(layer).view(count, size) for layer in zip(*(p.received for p in parts), strict=True)
         ]
-        mass = torch.stack(above, -1).numpy() if above else np.zeros((shape, size, 0))
+        mass = torch.stack(above, -1).numpy() if above else np.zeros((count, size, 0))
         return (*columns, removed, mass)
 
     def _entry(self, first: int, nest: Nested, cell: dict[Site, Edit], shares: list[Tensor]) -> Tensor:
-        """What leaves the exit in a cell: filtered there or not."""
+        """Return the residual `[batch, length, d]` at the exit in a cell, edited if the cell acts there."""
         residual = self._residual(first)
         edit = cell.get(Site("exit", first))
         if edit is None:
             return residual
-        out, share = applied(edit, residual, self.ids, nest)
+        out, share = apply_and_measure(edit, residual, self.ids, nest)
         shares.append(share)
         return out
 
     def _by_rows(
         self, first: int, residuals: Tensor | None, edits: dict[Site, Edit], shares: list[Tensor]
     ) -> PassResult:
-        """One cell whose batch does not fit: some rows of it at a time."""
+        """Run one cell whose batch does not fit, some of its windows at a time."""
 
         def run(a: int, b: int) -> tuple[PassResult, list[Tensor]]:
-            here: list[Tensor] = []
-            part = {site: _rows_of(edit, slice(a, b)) for site, edit in edits.items()}
+            own: list[Tensor] = []
+            part = for_batch(edits, range(a, b), len(self))
             cut = None if residuals is None else residuals[a:b]
-            return self._run(first, cut, [part], [here], slice(a, b)), here
+            return self._run(first, cut, [part], [own], slice(a, b)), own
 
         parts = self.memory.parts(len(self), 1, run)
-        shares.extend(torch.cat(site) for site in zip(*(here for _, here in parts), strict=True))
-        found = [part for part, _ in parts]
-        received = [torch.cat(layer) for layer in zip(*(part.received for part in found), strict=True)]
+        shares.extend(torch.cat(site) for site in zip(*(own for _, own in parts), strict=True))
+        results = [result for result, _ in parts]
+        received = [torch.cat(layer) for layer in zip(*(part.received for part in results), strict=True)]
         nll, kl, agrees = (
-            torch.cat([getattr(part, name) for part in found]) for name in ("nll", "kl", "agrees")
+            torch.cat([getattr(part, name) for part in results]) for name in ("nll", "kl", "agrees")
         )
         return PassResult(nll, kl, agrees, received)
 
     def _whole(
         self, first: int, residuals: Tensor | None, edits: dict[Site, Edit], shares: list[Tensor]
     ) -> PassResult:
-        """One cell that needs the whole batch at once, though it may not fit."""
+        """Run one cell that needs the whole batch at once, though the batch may not fit."""
         try:
             return self._run(first, residuals, [edits], [shares], slice(0, len(self)))
         except Exception as error:
             if not out_of_memory(error):
                 raise
-            site, edit = next((site, edit) for site, edit in edits.items() if not _by_window(edit))
+            site, edit = next((site, edit) for site, edit in edits.items() if not edit.per_window)
             raise InputError(
-                f"{getattr(edit, 'name', 'a function')!r} at {site} acts on whole batches, and a batch of "
+                f"{edit.name!r} at {site} acts on whole batches, and a batch of "
                 f"{len(self)} windows does not fit into memory: give a smaller batch_size"
             ) from None
 
@@ -268,19 +296,22 @@ class Batch:
         shares: list[list[Tensor]],
         rows: slice,
     ) -> PassResult:
-        """One pass: cells side by side along the batch axis, each edit acting on its own rows."""
+        """Run one pass with the cells side by side along the batch axis, each edit acting on its own rows.
+
+        `residuals` is `[cells x windows, length, d]`, and `rows` selects windows of the batch.
+        """
         model, ids = self.model, self.ids[rows]
         size = len(ids)
         reference = self._reference
         if size < len(self):
             reference = reference.windows(rows.start, rows.stop, self.predicted)
 
-        def stacked(site: Site) -> Edit:
-            def edit(x: Tensor) -> Tensor:
+        def stacked(site: Site) -> EditFunction:
+            def edit(x: Tensor) -> Tensor:  # [cells x windows, length, d]
                 pieces = list(x.split(size))
                 for index, edits in enumerate(cells):
                     if site in edits:
-                        pieces[index], share = applied(edits[site], pieces[index], ids)
+                        pieces[index], share = apply_and_measure(edits[site], pieces[index], ids)
                         shares[index].append(share)
                 return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
 
@@ -305,57 +336,30 @@ class Batch:
         )
 
 
-def cut_mask(edit: Edit, windows: Sized, places: Sequence[int]) -> Edit:
-    """A filter whose mask has a row per window, or image, cut to those at some places."""
-    if isinstance(edit, Filter) and isinstance(edit.tokens, Tensor) and edit.tokens.ndim == 2:
-        if edit.tokens.shape[0] != len(windows):
-            raise InputError(f"a mask of {edit.tokens.shape[0]} rows for {len(windows)} windows or images")
-        return replace(edit, tokens=edit.tokens[list(places)])
-    return edit
+def for_batch(edits: Interventions, rows: Sequence[int], total: int) -> dict[Site, Edit]:
+    """Return the edits of a cell for some windows, or images, out of `total`; masks are cut to them."""
+    return {site: edit.for_windows(rows, total) for site, edit in as_edits(edits).items()}
 
 
-def applied(
+def apply_and_measure(
     edit: Edit,
-    x: Float[Tensor, "batch tokens d"],
-    ids: Int[Tensor, "batch tokens"],
+    x: Float[Tensor, "batch length d"],
+    ids: Int[Tensor, "batch length"],
     nest: Nested | None = None,
-) -> tuple[Float[Tensor, "batch tokens d"], Float[Tensor, "batch"]]:
-    """The edited residual, and the share of energy taken out, mean over the tokens touched, by window."""
-    touched = None
-    if isinstance(edit, Filter):
-        touched = edit.selected(x, ids)
-        removed = edit.removed(x) if nest is None else nest.removed(edit)
-        out = x if edit.rank == 0 else edit.replaced(x, removed, ids)
-        lost = removed.square().sum(-1)
-    else:
-        out = edit(x.clone())  # a function of a user's own may write into what it is given
-        lost = (x - out).to(torch.promote_types(x.dtype, torch.float32)).square().sum(-1)
-    energy = x.to(lost.dtype).square().sum(-1)
-    share = lost / energy.clamp_min(torch.finfo(lost.dtype).tiny)
-    weight = torch.ones_like(share) if touched is None else touched.expand_as(share).to(share.dtype)
-    return out, ((share * weight).sum(-1) / weight.sum(-1).clamp_min(1)).cpu()
-
-
-def _by_window(edit: Edit) -> bool:
-    """Whether what an edit does to a window is known not to depend on the others of the batch."""
-    return isinstance(edit, Filter) and isinstance(edit.fill, Zero | Mean | Noise)
-
-
-def _rows_of(edit: Edit, rows: slice) -> Edit:
-    if isinstance(edit, Filter) and isinstance(edit.tokens, Tensor) and edit.tokens.ndim == 2:
-        return replace(edit, tokens=edit.tokens[rows])
-    return edit
+) -> tuple[Float[Tensor, "batch length d"], Float[Tensor, "batch"]]:
+    """Return the edited residual, and the share of energy removed, mean over the edited tokens, by window."""
+    return edit.apply_and_measure(x, ids, nest)
 
 
 def _joined(parts: list[dict[Site, Tensor]]) -> dict[int, Tensor]:
-    """Residuals by layer, from those of consecutive windows."""
+    """Residuals `[batch, length, d]` by layer, from those of consecutive windows."""
     return {site.layer: torch.cat([part[site] for part in parts]) for site in parts[0]}
 
 
 def _received(
     model: LanguageModel, weights: Float[Tensor, "batch heads tokens tokens"]
 ) -> Float[Tensor, "batch"]:
-    """Attention received by position 0, mean over heads."""
+    """Attention received by position 0, mean over heads, `[batch]`."""
     return attention_received([from_others(model, weights)], causal=model.causal)[:, 0].double().mean(-1)
 
 

@@ -1,4 +1,4 @@
-"""Negative log-likelihood per token, and how far a filtered model has moved from the untouched one."""
+"""Negative log-likelihood per token, and the divergence of an edited model from the untouched one."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,32 +10,33 @@ from torch import Tensor
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.models.masked_lm import masked_count, masked_positions
 
-ROWS = 256
-"""Predictions unembedded at once, at least: with fewer, reading the unembedding costs more than products."""
+MIN_PREDICTIONS = 256
+"""Minimum number of predictions that are unembedded at once: with fewer, memory traffic dominates."""
 
 LOGITS = {"cpu": 2**19, "cuda": 2**26}
-"""Logits held at once where more than `ROWS` predictions fit: what stays in a processor's cache, or keeps a
-GPU busy."""
+"""Logits held at once where more than `MIN_PREDICTIONS` fit: as many as stay in a processor's cache, or as
+keep a GPU busy."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Per predicted token, `[batch, predicted]`; `kl` and `agrees` compare with a reference pass."""
+    """Numbers by predicted token; `kl` and `agrees` compare with the untouched pass."""
 
     nll: Float[Tensor, "batch predicted"]
     """Nats."""
     kl: Float[Tensor, "batch predicted"] | None = None
     """KL(untouched || filtered) of the predicted distributions, nats."""
     agrees: Bool[Tensor, "batch predicted"] | None = None
-    """Whether the untouched pass's most likely token is one of this pass's."""
+    """Whether the most likely token of the untouched pass is among the most likely ones of this pass."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What of the untouched pass a filtered one is compared with: nothing in it is as wide as the vocabulary.
+    """The part of the untouched pass that an edited pass is compared with, without any logits.
 
-    With `z = W f + b` and `p = softmax(z)` of the untouched pass and z', f' of another, `KL(p || q)` is
-    `lse(z') - lse(z) - p W (f' - f)`: the expected unembedding row `p W` makes it a product of width d.
+    Let `z = W f + b` and `p = softmax(z)` in the untouched pass, and z' and f' the same in another. Then
+    `KL(p || q) = lse(z') - lse(z) - p W (f' - f)`. The expected unembedding row `p W` makes the last term a
+    product of width d.
     """
 
     final: Float[Tensor, "rows d"]
@@ -45,19 +46,19 @@ class Reference:
     top: Int[Tensor, "rows"]
     """Most likely token."""
     expected: Float[Tensor, "rows d"] | None
-    """`p W`; None where logits are capped or rounded to half precision, or the weights are in another
-    process; they are computed anew."""
+    """`p W`. It is None where logits are capped or rounded to half precision, or where the weights are in
+    another process; the logits are then computed again."""
 
     def to(self, device: torch.device) -> "Reference":
         return self._each(lambda x: x.to(device))
 
     def windows(self, start: int, stop: int, predicted: int) -> "Reference":
-        """The reference for some windows of the batch, of `predicted` predictions each."""
+        """Return the reference for some windows of the batch, with `predicted` predictions each."""
         return self._each(lambda x: x[start * predicted : stop * predicted])
 
     @classmethod
     def joined(cls, parts: Sequence["Reference"]) -> "Reference":
-        """One reference from those of consecutive windows."""
+        """Join the references of consecutive windows."""
         expected = [part.expected for part in parts if part.expected is not None]
         return cls(
             torch.cat([part.final for part in parts]),
@@ -71,30 +72,30 @@ class Reference:
         return Reference(change(self.final), change(self.total), change(self.top), expected)
 
 
-def predicted(model: LanguageModel, tokens: int) -> int:
-    """How many tokens of a window are predicted: all but the first, or those that an encoder has masked."""
-    return tokens - 1 if model.causal else masked_count(tokens)
+def predicted(model: LanguageModel, length: int) -> int:
+    """Return the number of predicted tokens in a window: all but the first, or an encoder's masked ones."""
+    return length - 1 if model.causal else masked_count(length)
 
 
 def predictions(
     model: LanguageModel, final: Float[Tensor, "batch tokens d"], ids: Int[Tensor, "batch tokens"]
 ) -> tuple[Float[Tensor, "rows d"], Int[Tensor, "rows"]]:
-    """What the unembedding reads where something is predicted, and what is to be predicted.
+    """Return the final residuals from which tokens are predicted, and these tokens.
 
-    Token t + 1 from position t; by an encoder, whose pass has read `masked_ids`, the tokens of `ids` at the
-    masked positions from where they stood.
+    A causal model predicts token t + 1 at position t. An encoder, whose pass has read `masked_ids`, predicts
+    the tokens of `ids` at the masked positions.
     """
     if model.causal:
         return final[:, :-1].flatten(0, 1), ids[:, 1:].to(final.device).flatten()
-    places = masked_positions(model, ids).to(final.device)
-    rows = final.gather(1, places[..., None].expand(-1, -1, final.shape[-1]))
-    return rows.flatten(0, 1), ids.to(final.device).gather(1, places).flatten()
+    positions = masked_positions(model, ids).to(final.device)  # [batch, predicted]
+    rows = final.gather(1, positions[..., None].expand(-1, -1, final.shape[-1]))
+    return rows.flatten(0, 1), ids.to(final.device).gather(1, positions).flatten()
 
 
 def untouched(
     model: LanguageModel, final: Float[Tensor, "batch tokens d"], ids: Int[Tensor, "batch tokens"]
 ) -> tuple[Scores, Reference]:
-    """Score the untouched pass and keep what others are compared with."""
+    """Score the untouched pass, and keep the reference for others."""
     rows, targets = predictions(model, final, ids)
     linear = getattr(model.config, "final_logit_softcapping", None) is None
     linear = linear and torch.finfo(final.dtype).bits >= 32 and not model.weightless
@@ -120,11 +121,11 @@ def score(
     ids: Int[Tensor, "batch tokens"],
     reference: Reference | None = None,
 ) -> Scores:
-    """Score token ids from the output of the final norm, a chunk of predictions at a time.
+    """Score token ids from the output of the final norm, one chunk of predictions at a time.
 
-    What is predicted from where says `predictions`: T tokens give T - 1 values, in float32 at least, or an
-    encoder's 15 % of T (`ids` are the true ones). The batch may be several times that of the `reference`,
-    whose rows then repeat. Runs inside a trace or outside.
+    A window of T tokens gives T - 1 values, in float32 at least; an encoder gives values for 15 % of the
+    tokens, whose original `ids` are given. The batch may be several times the batch of the `reference`, which
+    then repeats. The function works inside a trace and outside.
     """
     if reference is None:
         return untouched(model, final, ids)[0]
@@ -140,28 +141,28 @@ def score(
             theirs = model.unembed(reference.final[part])
             p = (theirs - reference.total[part, None]).exp()
         for start in range(0, len(rows), period):
-            here = slice(start + part.start, start + part.stop)
-            logits = model.unembed(rows[here])
-            hit = logits.gather(-1, targets[here, None])[:, 0]
+            own = slice(start + part.start, start + part.stop)
+            logits = model.unembed(rows[own])  # [chunk, vocabulary]
+            hit = logits.gather(-1, targets[own, None])[:, 0]
             at_top = logits.gather(-1, reference.top[part, None])[:, 0]
             if reference.expected is not None:
-                moved = (rows[here] - reference.final[part]).to(reference.expected.dtype)
+                moved = (rows[own] - reference.final[part]).to(reference.expected.dtype)
                 gained = (reference.expected[part] * moved).sum(-1)
             else:
                 assert theirs is not None and p is not None
                 gained = (p * (logits - theirs)).sum(-1)
             most, sums, _ = _exponentials(logits)
             total = most + sums.log()
-            nll[here] = total - hit
-            agrees[here] = (at_top >= most).to(agrees.dtype)
-            kl[here] = total - reference.total[part] - gained
+            nll[own] = total - hit
+            agrees[own] = (at_top >= most).to(agrees.dtype)
+            kl[own] = total - reference.total[part] - gained
     shape = (len(ids), -1)
     return Scores(nll.view(shape), kl.view(shape), agrees.view(shape).bool())
 
 
 def chunk(model: LanguageModel, device: torch.device) -> int:
-    """Predictions unembedded at once."""
-    return max(ROWS, LOGITS.get(device.type, LOGITS["cpu"]) // model.vocabulary)
+    """Return the number of predictions that are unembedded at once."""
+    return max(MIN_PREDICTIONS, LOGITS.get(device.type, LOGITS["cpu"]) // model.vocabulary)
 
 
 def _chunks(model: LanguageModel, rows: Tensor) -> list[slice]:
@@ -170,7 +171,10 @@ def _chunks(model: LanguageModel, rows: Tensor) -> list[slice]:
 
 
 def _exponentials(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Largest logit, sum of exponentials relative to it, and these in place of the logits."""
+    """Return the largest logit, the sum of exponentials relative to it, and the exponentials.
+
+    The logits are overwritten.
+    """
     most = logits.amax(-1)
     exponentials = logits.sub_(most[:, None]).exp_()
     return most, exponentials.sum(-1), exponentials

@@ -12,13 +12,13 @@ from torch import Tensor
 from spectral_sinks.data.pixels import Pixels
 from spectral_sinks.data.texts import Windows
 from spectral_sinks.interventions.sites import Site
-from spectral_sinks.interventions.tracing import Edit
 from spectral_sinks.measure.attention.by_position import Inputs, PositionAttention, opened, watch
 from spectral_sinks.measure.residual.band_energy import residual_sites
 from spectral_sinks.models.attention_sdpa import TOKENS
 from spectral_sinks.models.base import Transformer
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.remote.client import remotely
+from spectral_sinks.spectra.edits import EditFunction
 
 ACTIVATION, TIMES = 100.0, 1000.0
 """Massive: above the first, and from this many medians of its hidden state on (Sun et al. 2024)."""
@@ -76,7 +76,7 @@ def observe(model: Transformer, windows: Inputs, batch_size: int = 16) -> tuple[
     dimension, median = np.zeros(shape, dtype=np.int64), np.zeros(shape[:2], dtype=np.float32)
     found: dict[int, list[tuple[Tensor, ...]]] = {}
 
-    def recorder(index: int) -> Edit:
+    def recorder(index: int) -> EditFunction:
         def record(x: Tensor) -> Tensor:
             found[index] = [_sizes(row) for row in x]
             return x
@@ -91,7 +91,7 @@ def observe(model: Transformer, windows: Inputs, batch_size: int = 16) -> tuple[
                 median[place, index] = middle
         found.clear()
 
-    edits: dict[Site, Edit] = {site: recorder(index) for index, site in enumerate(sites)}
+    edits: dict[Site, EditFunction] = {site: recorder(index) for index, site in enumerate(sites)}
     attention = watch(model, windows, batch_size, edits, after)
     return attention, Residuals(norm, peak, dimension, median)
 

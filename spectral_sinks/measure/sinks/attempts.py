@@ -14,7 +14,6 @@ from spectral_sinks.data.texts import Windows
 from spectral_sinks.errors import InputError
 from spectral_sinks.interventions.attention_edits import CopyKey, MaskKey, Restrict
 from spectral_sinks.interventions.sites import Site
-from spectral_sinks.interventions.tracing import Edit
 from spectral_sinks.measure.attention.received import EPSILON
 from spectral_sinks.measure.nll.remote_batch import by_job
 from spectral_sinks.measure.sinks.comparison import other_positions
@@ -22,10 +21,11 @@ from spectral_sinks.measure.sinks.edit_effects import CombinedEdit, observe
 from spectral_sinks.models.attention_capture import AttentionHook
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.remote.client import remotely
+from spectral_sinks.spectra.edits import Edit
 from spectral_sinks.spectra.filters import At, Tokens, remove
 from spectral_sinks.spectra.scaling import Copied, carry, scale
 from spectral_sinks.spectra.subspace import Subspace, random_subspace
-from spectral_sinks.stats import Estimate
+from spectral_sinks.stats import Estimate, document_means
 
 MASK = "mask the old sink"
 
@@ -205,10 +205,11 @@ class Attempts:
             for into, part in zip(found, by_job(self.model, ids, several, passes), strict=True):
                 for name, value in part.items():
                     into.setdefault(name, []).append(value)
-        owner = self.document == np.unique(self.document)[:, None]
-        means = owner / owner.sum(1, keepdims=True)
         return [
-            {name: np.tensordot(means, torch.cat(values).numpy(), 1) for name, values in one.items()}
+            {
+                name: document_means(torch.cat(values).numpy(), self.document)[1]
+                for name, values in one.items()
+            }
             for one in found
         ]
 

@@ -173,7 +173,7 @@ def removal(
         }
         for name, effect in evaluate_all(model, here, edits).items():
             layer, kind, draw = name.split("|")
-            found = effect.rows[["document", "delta_nll"]]
+            found = effect.table[["document", "delta_nll"]]
             rows.append(found.assign(layer=int(layer), kind=kind, draw=int(draw)))
     return pd.concat(rows).groupby(["layer", "kind", "draw", "document"], as_index=False)["delta_nll"].mean()
 

@@ -14,17 +14,16 @@ from torch import Tensor
 from spectral_sinks.data.texts import Windows
 from spectral_sinks.errors import InputError
 from spectral_sinks.interventions.sites import Site
-from spectral_sinks.measure.nll.effects import check
+from spectral_sinks.measure.nll.effects import check_edit
 from spectral_sinks.measure.nll.remote_batch import by_job
 from spectral_sinks.measure.sinks.edit_effects import Changes, CombinedEdit, EditEffect, observe
 from spectral_sinks.models.attention_capture import attending
 from spectral_sinks.models.attention_sdpa import TOKENS
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.remote.client import remotely
-from spectral_sinks.spectra.filters import Filter, Swap
 from spectral_sinks.spectra.spectrum import Spectrum
 from spectral_sinks.spectra.subspace import Subspace
-from spectral_sinks.stats import Estimate
+from spectral_sinks.stats import Estimate, document_means
 
 UNTOUCHED = "untouched"
 
@@ -129,14 +128,16 @@ def compare(
 
         for name, values in zip(cells, by_job(model, ids, list(cells.values()), run), strict=True):
             found[name].append(values)
-    documents, weights = _weights(windows, places)
+    owners = [windows.document[place] for place in places]
+    weights = [len(windows.rows[place]) - 1 for place in places]  # predicted tokens
+    documents = np.unique(owners)
     rows: list[pd.DataFrame] = []
     attention: list[pd.DataFrame] = []
     residuals: list[pd.DataFrame] = []
     sites = ["embedding", *(str(Site("exit", layer)) for layer in range(model.layers))]
     for name, parts in found.items():
         mean = {
-            key: np.tensordot(weights, torch.cat([part[key] for part in parts]).numpy(), 1)
+            key: document_means(torch.cat([part[key] for part in parts]).numpy(), owners, weights)[1]
             for key in parts[0]
         }
         scalars = {key: mean[key] for key in ("nll", "delta_nll", "kl", "mass", "unspent")}
@@ -156,8 +157,8 @@ def check_parts(parts: CombinedEdit, model: LanguageModel, windows: Windows) -> 
     """Raise InputError for parts that mean nothing on this model and these windows."""
     parts.prefix.check(model)
     for site, edit in parts.edits.items():
-        check(site, edit, model, windows)
-        if isinstance(edit, Filter) and isinstance(edit.fill, Swap) and len(windows) < 2:
+        check_edit(site, edit, model, windows)
+        if edit.swaps and len(windows) < 2:
             raise InputError("fill 'swap' takes another document: give at least two windows")
     for look in parts.looks:
         with attending(model, look):
@@ -208,15 +209,6 @@ def _reduced(seen: EditEffect, positions: list[int], untouched_nll: Tensor) -> d
         "dark": seen.shares[:, :, positions].sum(-1),
         "other_dark": together["other_shares"].sum(-1)[..., None].expand(-1, -1, len(positions)),
     }
-
-
-def _weights(windows: Windows, places: list[int]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Documents, and the matrix that takes means over their windows, weighted by predicted tokens."""
-    owners = np.array([windows.document[place] for place in places])
-    documents, owner = np.unique(owners, return_inverse=True)
-    weights = np.zeros((len(documents), len(places)))
-    weights[owner, np.arange(len(places))] = [len(windows.rows[place]) - 1 for place in places]
-    return documents, weights / weights.sum(1, keepdims=True)
 
 
 def _long(

@@ -14,13 +14,12 @@ from spectral_sinks.interventions.attention_base import AtToken
 from spectral_sinks.interventions.attention_edits import CopyKey
 from spectral_sinks.interventions.extra_keys import Prefix
 from spectral_sinks.interventions.sites import Site
-from spectral_sinks.interventions.tracing import Edit, Interventions, trace
+from spectral_sinks.interventions.tracing import Interventions, trace
 from spectral_sinks.measure.nll.scoring import Reference, score, untouched
 from spectral_sinks.measure.residual.band_energy import residual_sites
 from spectral_sinks.models.attention_capture import AttentionCall, AttentionHook, attending
 from spectral_sinks.models.language import LanguageModel
-from spectral_sinks.spectra.filters import At, Filter
-from spectral_sinks.spectra.scaling import Copied
+from spectral_sinks.spectra.edits import Edit, as_edits
 from spectral_sinks.spectra.subspace import Subspace
 
 Change = AttentionHook | Interventions | Prefix
@@ -35,7 +34,7 @@ class CombinedEdit:
     """Changes sorted by what they act on."""
 
     looks: tuple[AttentionHook, ...] = ()
-    edits: Interventions = field(default_factory=dict[Site, Edit])
+    edits: Mapping[Site, Edit] = field(default_factory=dict[Site, Edit])
     prefix: Prefix = field(default_factory=lambda: Prefix(()))
 
     @classmethod
@@ -51,7 +50,7 @@ class CombinedEdit:
             elif isinstance(change, Mapping):
                 if twice := [site for site in change if site in edits]:
                     raise InputError(f"two edits at {twice[0]}: make them one function")
-                edits |= change
+                edits |= as_edits(change)
             elif callable(change):
                 looks.append(cast(AttentionHook, change))
             else:
@@ -71,21 +70,19 @@ class CombinedEdit:
         """The one position that the changes act at; None where there is none, or several."""
         found = {look.position for look in self.looks if isinstance(look, AtToken)}
         for edit in self.edits.values():
-            tokens = edit.tokens if isinstance(edit, Filter) else None
-            found |= set(tokens.positions) if isinstance(tokens, At) else {0 if tokens == "first" else None}
+            found |= {None} if edit.positions is None else edit.positions
         return found.pop() if len(found) == 1 else None
 
     @property
     def source(self) -> int:
         """The last position that the changes copy from; -1 where they copy nothing."""
-        fills = [edit.fill for edit in self.edits.values() if isinstance(edit, Filter)]
-        copied = [fill.source for fill in fills if isinstance(fill, Copied)]
+        copied = [edit.copies_from for edit in self.edits.values()]
         return max([-1, *copied, *(look.source for look in self.looks if isinstance(look, CopyKey))])
 
     def moved_to(self, position: int) -> "CombinedEdit":
         """The same changes at another position."""
         looks = [replace(k, position=position) if isinstance(k, AtToken) else k for k in self.looks]
-        edits = {s: e.at(At(position)) if isinstance(e, Filter) else e for s, e in self.edits.items()}
+        edits = {site: edit.at_position(position) for site, edit in self.edits.items()}
         return CombinedEdit(tuple(looks), edits, self.prefix)
 
 

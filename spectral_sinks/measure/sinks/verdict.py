@@ -115,7 +115,7 @@ def sink_verdict(
     effects = evaluate_all(model, windows, cells, batch_size=batch_size)
 
     def cut(effect: Effect) -> pd.Series:
-        return 1 - effect.rows[f"sink_mass_{layer}"] / effect.rows[f"baseline_sink_mass_{layer}"]
+        return 1 - effect.table[f"sink_mass_{layer}"] / effect.table[f"baseline_sink_mass_{layer}"]
 
     controls = [effect for name, effect in effects.items() if name != "dark"]
     deltas = [effect.delta_nll for effect in controls]
@@ -137,10 +137,10 @@ def sink_verdict(
         windows.record["documents"],
         windows.opens_with_bos,
         draws,
-        nll=Estimate.of(effects["dark"].rows["baseline_nll"]),
+        nll=Estimate.of(effects["dark"].table["baseline_nll"]),
         rate=Estimate.of((heads["attention"] > EPSILON).groupby(heads["document"]).mean()),
         mass=Estimate.of(by_layer.loc[layer]),
-        delta=Estimate.of(effects["dark"].rows["delta_nll"], deltas),
+        delta=Estimate.of(effects["dark"].table["delta_nll"], deltas),
         reached=null_rank(effects["dark"].delta_nll, deltas),
         **found,
     )

@@ -13,47 +13,41 @@ from spectral_sinks.data.pixels import Pixels
 from spectral_sinks.errors import InputError
 from spectral_sinks.interventions.sites import Site
 from spectral_sinks.interventions.tracing import Interventions, Resume
-from spectral_sinks.measure.nll.replay import applied, cut_mask, start
+from spectral_sinks.measure.nll.effects import InterventionEffect
+from spectral_sinks.measure.nll.replay import apply_and_measure, first_exit, for_batch
 from spectral_sinks.measure.vision.features import Given, features, given, neighbours, token_kinds
 from spectral_sinks.measure.vision.ridge import LinearProbe, split
 from spectral_sinks.models.vision import VisionModel
-from spectral_sinks.spectra.filters import Filter, Mean, Swap
+from spectral_sinks.spectra.edits import Edit, EditFunction, as_edits
 from spectral_sinks.stats import mean_interval
 
 
-@dataclass(frozen=True, eq=False)
-class ImageEffect:
-    """One intervention on one set of images: a row per image, and the means over images."""
+@dataclass(frozen=True, eq=False, repr=False)
+class ImageEffect(InterventionEffect):
+    """The effect of one intervention on what an image encoder computes.
 
-    name: str
-    sites: tuple[Site, ...]
-    ranks: tuple[int | None, ...]
-    """Directions removed at each site; None for a custom function."""
-    rows: pd.DataFrame
-    """One row per image; NaN where it has no such number (a probe says nothing of what it was fitted on)."""
-
-    @property
-    def rank(self) -> int | None:
-        """Directions removed; the sum over sites, None with a custom function."""
-        return None if None in self.ranks else sum(rank for rank in self.ranks if rank is not None)
+    `table` has one row per image. A number is NaN where an image has none: a probe is not tested on the
+    images that it was fitted on.
+    """
 
     def summary(self, quantities: Sequence[str] | None = None) -> pd.DataFrame:
         """A row per quantity (all by default): `mean`, `low`, `high` (95 % BCa) over `n` images."""
         rows: list[dict[str, object]] = []
-        for quantity in quantities or self.rows.columns.drop(["document", "image"], errors="ignore"):
-            values = self.rows[quantity].dropna()
+        for quantity in quantities or self.table.columns.drop(["document", "image"], errors="ignore"):
+            values = self.table[quantity].dropna()
             low, high = mean_interval(values)
             rows.append({"quantity": quantity, "mean": values.mean(), "low": low, "high": high})
             rows[-1]["n"] = len(values)
         table = pd.DataFrame(rows)
-        where = ", ".join(map(str, self.sites))
-        for place, (column, value) in enumerate((("name", self.name), ("site", where), ("rank", self.rank))):
-            table.insert(place, column, value)
+        for index, (column, value) in enumerate(
+            (("name", self.name), ("site", self.where), ("rank", self.rank))
+        ):
+            table.insert(index, column, value)
         return table
 
     def __repr__(self) -> str:
         shown = self.summary().drop(columns=["name", "site", "rank"])
-        title = f"{self.name} at {', '.join(map(str, self.sites)) or 'no site'} (rank {self.rank})"
+        title = f"{self.name} at {self.where or 'no site'} (rank {self.rank})"
         return f"{title}\n{shown.to_string(index=False, float_format='%.4f')}"
 
 
@@ -81,6 +75,7 @@ def evaluate_images(
     head; for a probe alone they may be any. Raises InputError for sites or widths that the model does not
     have, a probe without labels, and a swap in a batch of one.
     """
+    cells = {name: as_edits(interventions) for name, interventions in cells.items()}
     for edits in cells.values():
         for site, edit in edits.items():
             check_image_edit(site, edit, model, pixels, batch_size)
@@ -92,7 +87,7 @@ def evaluate_images(
     if probe == "cls" and model.cls is None:
         raise InputError(f"{model.name} has no [CLS] token: probe its 'patches'")
     classes = classes_of(model, pixels, truth) if labels is None else _in_range(model, truth)
-    starts = {start(edits) for edits in cells.values()}
+    starts = {first_exit(edits) for edits in cells.values()}
     exits = [Site("exit", layer) for layer in sorted(s for s in starts if s is not None and s >= 0)]
     base: list[dict[str, Tensor]] = []
     columns: dict[str, list[dict[str, Tensor]]] = {name: [] for name in cells}
@@ -102,8 +97,8 @@ def evaluate_images(
         untouched, residuals = given(model, batch, {}, exits)
         base.append(features(model, untouched))
         for name, edits in cells.items():
-            here = {site: cut_mask(edit, pixels, places) for site, edit in edits.items()}
-            found, removed = _edited(model, batch, here, residuals)
+            own = for_batch(edits, places, len(pixels))
+            found, removed = _edited(model, batch, own, residuals)
             found = untouched if found is None else found
             right = None if classes is None else classes[places]
             columns[name].append({"removed_energy_share": removed} | _moved(model, untouched, found, right))
@@ -120,31 +115,23 @@ def evaluate_images(
             found |= {f"{kind}_nearest": first, f"{kind}_nearest5": five}
         found |= reads(after)
         rows = pd.DataFrame(described | {column: values.numpy() for column, values in found.items()})
-        ranks = tuple(edit.rank if isinstance(edit, Filter) else None for edit in edits.values())
+        ranks = tuple(edit.rank for edit in edits.values())
         effects[name] = ImageEffect(name, tuple(edits), ranks, rows)
     return effects
 
 
-def check_image_edit(site: Site, edit: Any, model: VisionModel, pixels: Pixels, batch_size: int) -> None:
+def check_image_edit(site: Site, edit: Edit, model: VisionModel, pixels: Pixels, batch_size: int) -> None:
     """Raise InputError for a filter that means nothing at a site of this model or on these images."""
     site.check(model)
-    if not isinstance(edit, Filter):
-        return
-    if edit.blocked.d != model.d:
-        raise InputError(
-            f"{edit.name!r} at {site} filters a residual stream of width {edit.blocked.d}, "
-            f"{model.name} has width {model.d}"
-        )
-    if isinstance(edit.fill, Mean) and edit.fill.reference.shape[-1] != model.d:
-        raise InputError(f"a mean of width {edit.fill.reference.shape[-1]} for a model of width {model.d}")
-    if isinstance(edit.fill, Swap) and len(pixels) % batch_size == 1:
+    edit.check_width(model.d, site, model.name)
+    if edit.swaps and len(pixels) % batch_size == 1:
         raise InputError(
             f"fill 'swap' takes another image of the batch, and {len(pixels)} images in batches of "
             f"{batch_size} leave one alone: give another batch_size"
         )
-    if isinstance(edit.tokens, frozenset | set | tuple | list) and max(edit.tokens) > len(model.prefix):
+    if max(edit.token_ids, default=0) > len(model.prefix):
         raise InputError(
-            f"{edit.name!r} selects tokens of kind {max(edit.tokens)}: {model.name} has kinds 0 to "
+            f"{edit.name!r} selects tokens of kind {max(edit.token_ids)}: {model.name} has kinds 0 to "
             f"{len(model.prefix)}, which model.at(...) names"
         )
 
@@ -171,17 +158,17 @@ def _in_range(model: VisionModel, labels: Tensor | None) -> Tensor | None:
 
 
 def _edited(
-    model: VisionModel, batch: Tensor, edits: Interventions, residuals: dict[Site, Tensor]
+    model: VisionModel, batch: Tensor, edits: dict[Site, Edit], residuals: dict[Site, Tensor]
 ) -> tuple[Given | None, Tensor]:
     """A pass begun at the lowest site (None where nothing changes), and the share of energy taken out."""
-    first, kinds = start(edits), model.kinds(batch)
+    first, kinds = first_exit(edits), model.kinds(batch)
     if first is None:
         return None, torch.zeros(len(batch), dtype=torch.float64)
     shares: list[Tensor] = []
 
-    def act(edit: Any) -> Any:
+    def act(edit: Edit) -> EditFunction:
         def acting(x: Tensor) -> Tensor:
-            out, share = applied(edit, x, kinds)
+            out, share = apply_and_measure(edit, x, kinds)
             shares.append(share.double())
             return out
 

@@ -16,10 +16,11 @@ from spectral_sinks.data.pixels import Pixels
 from spectral_sinks.errors import InputError
 from spectral_sinks.interventions.registers import mlp_output
 from spectral_sinks.interventions.sites import Site
-from spectral_sinks.interventions.tracing import Edit, Interventions, trace
+from spectral_sinks.interventions.tracing import Interventions, trace
 from spectral_sinks.measure.vision.outlier_tokens import outliers
 from spectral_sinks.models.attention_capture import AttentionCall, attending
 from spectral_sinks.models.vision import VisionModel
+from spectral_sinks.spectra.edits import EditFunction, as_edits
 from spectral_sinks.stats import mean_interval
 
 DINOV2_LARGE: dict[str, Any] = {"layer": -2, "cutoff": 150.0, "top_layer": 17, "count": 50}
@@ -121,12 +122,12 @@ def look(
 ) -> Looked:
     """One pass over a batch of pixels, with functions at sites; with `attention` that of [CLS] as well."""
     sites = [Site("exit", layer) for layer in range(model.layers)]
-    start, given = len(model.prefix), dict(edits or {})
+    start, given = len(model.prefix), as_edits(edits or {})
     sizes, weights = list[Tensor](), list[Tensor]()
 
-    def sized(site: Site) -> Edit:
+    def sized(site: Site) -> EditFunction:
         def run(x: Tensor) -> Tensor:
-            x = given[site](x) if site in given else x
+            x = given[site].apply(x) if site in given else x
             sizes.append(x.float().norm(dim=-1).cpu())
             return x
 

@@ -15,10 +15,11 @@ from spectral_sinks.data.pixels import Pixels
 from spectral_sinks.errors import InputError
 from spectral_sinks.interventions.registers import require_registers, without_registers
 from spectral_sinks.interventions.sites import Site
-from spectral_sinks.interventions.tracing import Edit, trace
+from spectral_sinks.interventions.tracing import trace
 from spectral_sinks.measure.vision.neurons import Looked, likeness, look, tabled
 from spectral_sinks.measure.vision.outlier_tokens import outliers
 from spectral_sinks.models.vision import VisionModel
+from spectral_sinks.spectra.edits import EditFunction
 
 RegisterEdit = Literal["removed", "zero", "mean", "noise", "swapped", "shuffled"]
 
@@ -120,11 +121,11 @@ def replaced(
 
 def _put(
     model: VisionModel, sites: list[Site], values: Float[Tensor, "batch sites registers d"]
-) -> dict[Site, Edit]:
+) -> dict[Site, EditFunction]:
     """Edits that give registers these values."""
     here = list(model.registers)
 
-    def edit(index: int) -> Edit:
+    def edit(index: int) -> EditFunction:
         def change(x: Tensor) -> Tensor:
             x = x.clone()
             x[:, here] = values[:, index].to(x.device, x.dtype)

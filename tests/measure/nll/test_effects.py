@@ -1,6 +1,7 @@
 """Effects recomputed by hand from hooked models: NLL, KL, agreement, removed energy; batches and windows."""
 
 import copy
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -80,13 +81,13 @@ def test_everything_recomputed_by_hand(
 ) -> None:
     effect = ss.evaluate(model, windows, {ss.Site("exit", layer): dark})
     expected = by_hand(IDS, dark, layer)
-    close(effect.rows, expected)
-    assert effect.rows["document"].tolist() == list(range(5)) and set(effect.rows["tokens"]) == {69}
+    close(effect.table, expected)
+    assert effect.table["document"].tolist() == list(range(5)) and set(effect.table["tokens"]) == {69}
     assert effect.nll == pytest.approx(expected["nll"].mean(), abs=1e-5)
     assert effect.delta_nll == pytest.approx(expected["delta_nll"].mean(), abs=1e-5)
-    assert abs(effect.delta_nll) > 1e-3 and (effect.rows["kl"] > 0).all() and effect.rank == 4
+    assert abs(effect.delta_nll) > 1e-3 and (effect.table["kl"] > 0).all() and effect.rank == 4
     low, high = effect.delta_nll_interval
-    assert effect.rows["delta_nll"].min() <= low < effect.delta_nll < high <= effect.rows["delta_nll"].max()
+    assert effect.table["delta_nll"].min() <= low < effect.delta_nll < high <= effect.table["delta_nll"].max()
 
 
 def test_a_custom_function_is_a_filter(model: ss.LanguageModel, windows: ss.Windows) -> None:
@@ -94,14 +95,14 @@ def test_a_custom_function_is_a_filter(model: ss.LanguageModel, windows: ss.Wind
         return x * torch.linspace(0.2, 1, 32)
 
     effect = ss.evaluate(model, windows, {EXIT: shrink})
-    close(effect.rows, by_hand(IDS, shrink))
+    close(effect.table, by_hand(IDS, shrink))
     assert effect.rank is None and effect.name == "custom"
 
 
 def test_without_an_intervention_nothing_differs(model: ss.LanguageModel, windows: ss.Windows) -> None:
     effect = ss.evaluate(model, windows, {})
-    assert (effect.rows[["delta_nll", "kl", "removed_energy_share"]] == 0).all(axis=None)
-    assert (effect.rows["top1_agreement"] == 1).all()
+    assert (effect.table[["delta_nll", "kl", "removed_energy_share"]] == 0).all(axis=None)
+    assert (effect.table["top1_agreement"] == 1).all()
     assert effect.rank == 0 and effect.sink_mass == effect.baseline_sink_mass
 
 
@@ -118,7 +119,7 @@ def test_a_batch_equals_singles(family: str, dark: ss.Filter) -> None:
     }
     one, four = (ss.evaluate_all(model, windows, cells, batch_size=size) for size in (1, 4))
     for name in cells:
-        close(four[name].rows, one[name].rows, 2e-6)
+        close(four[name].table, one[name].table, 2e-6)
         assert abs(one[name].delta_nll) > 1e-4
 
 
@@ -135,7 +136,7 @@ def test_cells_do_not_influence_each_other(
     assert calls == [1] * 9, "three cells on three batches"
     for name, edits in cells.items():
         alone = ss.evaluate(model, windows, edits, batch_size=2)
-        pd.testing.assert_frame_equal(together[name].rows, alone.rows)
+        pd.testing.assert_frame_equal(together[name].table, alone.table)
 
 
 def test_several_sites_at_once(model: ss.LanguageModel, windows: ss.Windows, dark: ss.Filter) -> None:
@@ -144,7 +145,7 @@ def test_several_sites_at_once(model: ss.LanguageModel, windows: ss.Windows, dar
     effect = ss.evaluate(model, windows, sites)
     whole = ss.evaluate(model, windows, {ss.Site("embedding"): lambda x: x, **sites})
     columns = ["nll", "kl", "top1_agreement", "sink_mass_2"]
-    pd.testing.assert_frame_equal(effect.rows[columns], whole.rows[columns])
+    pd.testing.assert_frame_equal(effect.table[columns], whole.table[columns])
     assert effect.rank == 8 and effect.sites == tuple(sites)
 
 
@@ -163,7 +164,7 @@ def test_selected_tokens(model: ss.LanguageModel, windows: ss.Windows, dark: ss.
     touched = (
         expected["removed_energy_share"] * 70 / mask.sum(1).clamp_min(1).numpy()
     )  # mean over those it touches
-    close(effect.rows, expected.assign(removed_energy_share=touched))
+    close(effect.table, expected.assign(removed_energy_share=touched))
 
 
 def test_fills_are_weighed_by_what_they_remove(
@@ -172,11 +173,11 @@ def test_fills_are_weighed_by_what_they_remove(
     reference = ss.mean_residual(model, windows, EXIT, batch_size=2)
     states = tiny_models.plain()(IDS, output_hidden_states=True).hidden_states[2]
     assert torch.allclose(reference, states.double().mean(0), atol=1e-6)
-    removed = ss.evaluate(model, windows, {EXIT: dark}).rows["removed_energy_share"]
+    removed = ss.evaluate(model, windows, {EXIT: dark}).table["removed_energy_share"]
     for fill in (ss.Mean(reference), ss.Swap(), ss.Noise(3)):
         effect = ss.evaluate(model, windows, {EXIT: dark.filled(fill)})
-        close(effect.rows, by_hand(IDS, dark.filled(fill)).drop(columns="removed_energy_share"))
-        np.testing.assert_allclose(effect.rows["removed_energy_share"], removed, atol=1e-6)
+        close(effect.table, by_hand(IDS, dark.filled(fill)).drop(columns="removed_energy_share"))
+        np.testing.assert_allclose(effect.table["removed_energy_share"], removed, atol=1e-6)
 
 
 def test_windows_of_different_lengths(model: ss.LanguageModel, dark: ss.Filter) -> None:
@@ -184,14 +185,14 @@ def test_windows_of_different_lengths(model: ss.LanguageModel, dark: ss.Filter) 
     owner = [0, 0, 1, 2, 2]
     effect = ss.evaluate(model, ss.Windows.of_ids(rows, model, owner), {EXIT: dark}, batch_size=2)
     assert effect.sink_mass is None, "windows are shorter than 64 tokens"
-    assert effect.rows["windows"].tolist() == [2, 1, 2] and effect.rows["tokens"].tolist() == [27, 19, 40]
+    assert effect.table["windows"].tolist() == [2, 1, 2] and effect.table["tokens"].tolist() == [27, 19, 40]
     single = [by_hand(row[None], dark)["nll"][0] for row in rows]
     weights = [len(row) - 1 for row in rows]
     expected = [
         np.average([single[i] for i in places], weights=[weights[i] for i in places])
         for places in ([0, 1], [2], [3, 4])
     ]
-    np.testing.assert_allclose(effect.rows["nll"], expected, atol=1e-5)
+    np.testing.assert_allclose(effect.table["nll"], expected, atol=1e-5)
 
 
 def test_half_precision_is_accumulated_in_float32(dark: ss.Filter) -> None:
@@ -203,9 +204,9 @@ def test_half_precision_is_accumulated_in_float32(dark: ss.Filter) -> None:
     rough = [float(cross_entropy(a[:-1], row[1:])) for a, row in zip(logits, IDS, strict=True)]
     model = ss.load(copy.deepcopy(twin))
     effect = ss.evaluate(model, ss.Windows.of_ids(IDS, model), {EXIT: dark})
-    np.testing.assert_allclose(effect.rows["baseline_nll"], exact, atol=1e-6)
+    np.testing.assert_allclose(effect.table["baseline_nll"], exact, atol=1e-6)
     assert max(abs(np.subtract(rough, exact))) > 1e-3, "which would show here"
-    assert 0 < effect.rows["removed_energy_share"].mean() < 1
+    assert 0 < effect.table["removed_energy_share"].mean() < 1
 
 
 def test_what_is_refused(model: ss.LanguageModel, windows: ss.Windows, dark: ss.Filter) -> None:
@@ -232,15 +233,16 @@ def test_what_is_refused(model: ss.LanguageModel, windows: ss.Windows, dark: ss.
 
 def test_the_tables(model: ss.LanguageModel, windows: ss.Windows, dark: ss.Filter) -> None:
     effect = ss.evaluate(model, windows, {EXIT: dark}, name="mine")
-    assert effect.frame()["name"].unique().tolist() == ["mine"] and len(effect.frame()) == 5
+    assert len(effect.table) == 5
     summary = effect.summary()
-    assert (summary["name"], summary["site"], summary["rank"], summary["documents"]) == (
-        "mine",
-        "exit 1",
-        4,
-        5,
-    )
-    assert (summary["delta_nll_low"], summary["delta_nll_high"]) == effect.delta_nll_interval
+    assert len(summary) == 1
+    row = summary.iloc[0]
+    assert (row["name"], row["site"], row["rank"], row["documents"]) == ("mine", "exit 1", 4, 5)
+    assert (row["delta_nll_low"], row["delta_nll_high"]) == effect.delta_nll_interval
+    for number in ("nll", "kl", "removed_energy_share"):
+        assert row[number] == pytest.approx(effect.table[number].mean())
+        assert row[f"{number}_low"] <= row[number] <= row[f"{number}_high"]
+    assert json.loads(json.dumps(effect.record())) == row.to_dict()
     head, names, values, *rest = repr(effect).splitlines()
     assert head == "mine at exit 1 (nats per token)"
     printed = dict(zip(names.split(), values.split(), strict=True))

@@ -56,9 +56,9 @@ def test_nll_is_the_loss_of_transformers(family: str) -> None:
     effect = ss.evaluate(tiny_models.model(family), windows, {}, batch_size=4)
     losses = by_transformers(tiny_models.plain(family), rows_of(windows), tiny_models.model(family))
     expected = np.array(losses).reshape(5, 2).mean(1)
-    assert effect.rows["nll"].to_numpy() == pytest.approx(expected, abs=1e-5)
+    assert effect.table["nll"].to_numpy() == pytest.approx(expected, abs=1e-5)
     assert effect.baseline_nll == effect.nll and effect.delta_nll == 0.0
-    assert effect.rows["tokens"].tolist() == [2 * round(0.15 * 24)] * 5
+    assert effect.table["tokens"].tolist() == [2 * round(0.15 * 24)] * 5
     with torch.no_grad():
         whole = tiny_models.plain(family)(rows_of(windows), labels=rows_of(windows)).loss
     assert abs(float(whole) - effect.nll) > 0.003, "the NLL of tokens that are seen is another"
@@ -80,9 +80,9 @@ def test_a_filter_is_scored_at_the_masked_positions(family: str) -> None:
     kl = (np.exp(base) * (base - filtered)).sum(-1).mean(1).reshape(5, 2).mean(1)
     agrees = (base.argmax(-1) == filtered.argmax(-1)).mean(1).reshape(5, 2).mean(1)
     effect = ss.evaluate(model, windows, edits, batch_size=3)
-    assert effect.rows["nll"].to_numpy() == pytest.approx(nll, abs=1e-5)
-    assert effect.rows["kl"].to_numpy() == pytest.approx(kl, abs=1e-5) and kl.min() > 1e-3
-    assert effect.rows["top1_agreement"].to_numpy() == pytest.approx(agrees)
+    assert effect.table["nll"].to_numpy() == pytest.approx(nll, abs=1e-5)
+    assert effect.table["kl"].to_numpy() == pytest.approx(kl, abs=1e-5) and kl.min() > 1e-3
+    assert effect.table["top1_agreement"].to_numpy() == pytest.approx(agrees)
 
 
 def test_cells_in_batches_equal_cells_alone(family: str) -> None:
@@ -93,11 +93,11 @@ def test_cells_in_batches_equal_cells_alone(family: str) -> None:
         cells[kind] = {ss.Site(kind, 0 if kind == "embedding" else 2): ss.remove(spectrum.band(4))}
     together = ss.evaluate_all(model, windows, cells, batch_size=16)
     for name, edits in cells.items():
-        alone = ss.evaluate(model, windows, edits, batch_size=1).rows
+        alone = ss.evaluate(model, windows, edits, batch_size=1).table
         columns = [c for c in alone.columns if c != "top1_agreement"]
-        np.testing.assert_allclose(together[name].rows[columns], alone[columns], atol=2e-5)
+        np.testing.assert_allclose(together[name].table[columns], alone[columns], atol=2e-5)
     for name in ("no-op", "keep all"):
-        assert (together[name].rows["delta_nll"] == 0).all()
+        assert (together[name].table["delta_nll"] == 0).all()
         assert together[name].sink_mass == together[name].baseline_sink_mass
 
 
@@ -109,7 +109,7 @@ def test_the_mean_that_fills_is_of_masked_windows(family: str) -> None:
     assert (mean - read.double().mean(0)).abs().max() <= 1e-6
     edits = {SITE: ss.remove(ss.read_spectrum(model, bands=4).subspace("1-4"), ss.Mean(mean))}
     same = {SITE: lambda x: mean.float().expand_as(x)}
-    found, expected = (ss.evaluate(model, windows, e).rows["nll"] for e in (edits, same))
+    found, expected = (ss.evaluate(model, windows, e).table["nll"] for e in (edits, same))
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
@@ -121,7 +121,7 @@ def test_rows_of_a_batch_that_is_halved_stay_the_same(monkeypatch: pytest.Monkey
     monkeypatch.setattr("spectral_sinks.measure.memory.TOKENS", {"cpu": 3 * 24})
     few = ss.evaluate_all(model, windows, cells)
     for name in cells:
-        np.testing.assert_allclose(whole[name].rows, few[name].rows, atol=1e-5)
+        np.testing.assert_allclose(whole[name].table, few[name].table, atol=1e-5)
 
 
 @settings(max_examples=60, deadline=None)
@@ -328,11 +328,11 @@ def test_a_sweep_stores_what_evaluate_finds(tmp_path: Path) -> None:
     model, windows = tiny_models.model("roberta"), cut("roberta")
     cells = ss.grid(model, windows, ss.read_spectrum(model, bands=4), layers=[0, 2], remove=["4"], controls=1)
     sweep = ss.Sweep.of(model, windows, cells)
-    table = ss.sweep(sweep, tmp_path / "out").table()
+    table = ss.sweep(sweep, tmp_path / "out").table
     effects = ss.evaluate_all(model, windows, {cell.name: cell.edits for cell in cells})
     for name, effect in effects.items():
         rows = table[table["name"] == name].sort_values("document")
-        np.testing.assert_allclose(rows["nll"], effect.rows["nll"], atol=2e-5)
+        np.testing.assert_allclose(rows["nll"], effect.table["nll"], atol=2e-5)
     other = replace(model, tokenizer=tiny_models.encoder_tokenizer())
     assert ss.Sweep.of(other, windows, cells).addresses == sweep.addresses
     seen = [sweep.addresses]

@@ -242,8 +242,8 @@ def test_together_alone_and_by_hooks(family: str, data: st.DataObject) -> None:
     together = ss.evaluate_all(model, windows, cells, batch_size=size)
     for name, edits in cells.items():
         alone = ss.evaluate(model, windows, edits, batch_size=size)
-        close(together[name].rows, alone.rows[[*VALUES, "sink_mass_0", "sink_mass_1", "sink_mass_2"]])
-        close(together[name].rows, by_hooks(family, windows, edits, size))
+        close(together[name].table, alone.table[[*VALUES, "sink_mass_0", "sink_mass_1", "sink_mass_2"]])
+        close(together[name].table, by_hooks(family, windows, edits, size))
 
 
 @pytest.mark.parametrize("rows", [1, 3, 7, 12])
@@ -264,7 +264,7 @@ def test_how_many_go_in_a_pass_does_not_matter(
     assert max(tall) == max(5, rows // 5 * 5)
     assert rows >= 5 or tall.count(5) == 3, "what acts on whole batches inside a layer is given them"
     for name in cells:
-        close(found[name].rows, mixed_by_hooks[name])
+        close(found[name].table, mixed_by_hooks[name])
 
 
 def mixed(spectrum: ss.Spectrum) -> Cells:
@@ -301,7 +301,7 @@ def test_stacked_cells_that_select_by_token_id(
         for k in range(1, 6)
     }
     for name, effect in ss.evaluate_all(model, windows, cells).items():
-        close(effect.rows, by_hooks("llama", windows, cells[name], 5))
+        close(effect.table, by_hooks("llama", windows, cells[name], 5))
 
 
 @pytest.mark.parametrize("site", [ss.Site("exit", 0), ss.Site("mlp", 1), ss.Site("queries", 1)], ids=str)
@@ -316,8 +316,8 @@ def test_a_function_that_writes_in_place_spoils_nothing(
     }
     found = ss.evaluate_all(model, windows, cells)
     for name, edits in cells.items():
-        close(found[name].rows, by_hooks("llama", windows, edits, 5))
-    assert (found["in place"].rows["removed_energy_share"] > 1e-3).all()
+        close(found[name].table, by_hooks("llama", windows, edits, 5))
+    assert (found["in place"].table["removed_energy_share"] > 1e-3).all()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -328,7 +328,7 @@ def test_below_the_start_not_one_bit_differs(family: str, spectrum: ss.Spectrum)
     for name, effect in ss.evaluate_all(model, windows, cells).items():
         kind, layer = name.split()
         lowest = int(layer) + (kind == "exit")
-        rows = effect.rows
+        rows = effect.table
         for index in range(3):
             same = rows[f"sink_mass_{index}"] == rows[f"baseline_sink_mass_{index}"]
             if index < lowest:
@@ -350,7 +350,7 @@ def test_nothing_removed_changes_not_one_bit(
     for name, effect in ss.evaluate_all(model, windows, cells, batch_size=3).items():
         if name == "some":
             continue
-        rows = effect.rows
+        rows = effect.table
         assert (rows[["delta_nll", "kl", "removed_energy_share"]] == 0).all(axis=None)
         assert (rows["nll"] == rows["baseline_nll"]).all() and (rows["top1_agreement"] == 1).all()
         assert effect.sink_mass == effect.baseline_sink_mass
@@ -438,7 +438,7 @@ def test_exits_that_do_not_fit_are_computed_again(
         found = ss.evaluate_all(model, windows, cells)
         assert Counter(passes) == Counter([(0, 5)] * (1 + again) + [(1, 15), (2, 15), (3, 15)])
         for name, effect in found.items():
-            pd.testing.assert_frame_equal(effect.rows, fitting[name].rows)
+            pd.testing.assert_frame_equal(effect.table, fitting[name].table)
 
 
 def test_exits_are_computed_again_together_with_others_that_fit(
@@ -487,8 +487,8 @@ def test_massive_activations(spectrum: ss.Spectrum) -> None:
     found = ss.evaluate_all(model, windows, cells)
     for name, edits in cells.items():
         expected = by_hooks("llama", windows, edits, 5)
-        close(found[name].rows, expected.drop(columns="removed_energy_share"), 5e-5)
-        shares = found[name].rows["removed_energy_share"]
+        close(found[name].table, expected.drop(columns="removed_energy_share"), 5e-5)
+        shares = found[name].table["removed_energy_share"]
         np.testing.assert_allclose(shares, expected["removed_energy_share"], rtol=1e-6)
 
 
@@ -512,7 +512,7 @@ def test_masks_are_cut_to_the_windows_of_a_batch(model: ss.LanguageModel, spectr
 
 def test_where_a_pass_begins(spectrum: ss.Spectrum) -> None:
     def begins(*sites: ss.Site, edit: Any = dampen) -> int | None:
-        return replay.start(dict.fromkeys(sites, edit))
+        return replay.first_exit(dict.fromkeys(sites, edit))
 
     assert begins() is None and begins(*SITES, edit=ss.phi(spectrum, 1, 8)) is None
     assert [begins(site) for site in EXITS] == [0, 1, 2]
@@ -537,5 +537,5 @@ def test_sites_that_move_into_another_order(
     one = ss.evaluate(model, windows, edits)
     found = ss.evaluate_all(model, windows, {"b": backwards, "a": edits})
     for effect in (one, *found.values()):
-        close(effect.rows, by_hooks("llama", windows, edits, 5))
+        close(effect.table, by_hooks("llama", windows, edits, 5))
     assert found["b"].sites == tuple(reversed(sites))

@@ -132,7 +132,7 @@ def test_chunks(model: ss.LanguageModel, rows: int, monkeypatch: pytest.MonkeyPa
     """Wherever 88 predictions are divided, a batch alone and a stack of three come out the same."""
     base, final = finals(model)
     stack = torch.cat([final, base, final.flip(0)])
-    monkeypatch.setattr(nll, "ROWS", rows)
+    monkeypatch.setattr(nll, "MIN_PREDICTIONS", rows)
     monkeypatch.setattr(nll, "LOGITS", {"cpu": 1})
     assert nll.chunk(model, torch.device("cpu")) == rows
     plain, reference = untouched(model, base, IDS)
@@ -197,13 +197,13 @@ def test_the_size_of_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     assert nll.chunk(model, torch.device("cuda")) == nll.LOGITS["cuda"] // tiny_models.VOCABULARY
     assert nll.chunk(model, torch.device("mps")) == nll.LOGITS["cpu"] // tiny_models.VOCABULARY
     monkeypatch.setattr(nll, "LOGITS", {"cpu": 5})
-    assert nll.chunk(model, torch.device("cpu")) == nll.ROWS
+    assert nll.chunk(model, torch.device("cpu")) == nll.MIN_PREDICTIONS
 
 
 def test_an_identity_has_no_effect_through_a_whole_pass(model: ss.LanguageModel) -> None:
     windows = ss.Windows.of_ids(IDS, model)
     for site in (ss.Site("exit", 1), ss.Site("embedding")):
-        rows = ss.evaluate(model, windows, {site: lambda x: x}).rows
+        rows = ss.evaluate(model, windows, {site: lambda x: x}).table
         assert (rows["delta_nll"] == 0).all() and (rows["top1_agreement"] == 1).all()
         assert rows["kl"].abs().max() <= 1e-6
         cells = {str(k): {site: lambda x: x} for k in range(3)}
@@ -211,7 +211,7 @@ def test_an_identity_has_no_effect_through_a_whole_pass(model: ss.LanguageModel)
             tolerance = (
                 1e-6 if torch.finfo(model.dtype).bits >= 32 else 2e-2
             )  # products of other heights round
-            assert effect.rows[["delta_nll", "kl"]].abs().to_numpy().max() <= tolerance
+            assert effect.table[["delta_nll", "kl"]].abs().to_numpy().max() <= tolerance
 
 
 PEAK = """
@@ -234,7 +234,7 @@ forward = peak()
 ss.evaluate(model, windows, edits)
 chunked = peak()
 chunk = nll.chunk(model, model.device) * model.vocabulary * 4
-nll.ROWS = 10**9
+nll.MIN_PREDICTIONS = 10**9
 ss.evaluate(model, windows, edits)
 print(json.dumps([forward, chunked, peak(), chunk]))
 """

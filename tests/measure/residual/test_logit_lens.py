@@ -73,7 +73,7 @@ def test_all_bands_at_the_last_exit_are_the_model(family: str) -> None:
     windows = ss.Windows.of_ids(IDS, model)
     table = ss.band_lens(model, windows, {"r": ss.random_spectrum(32, 4)}, [ss.Site("exit", 2)], bands=[4])
     table = table[table["reading"] == ss.TOGETHER]
-    nll = ss.evaluate(model, windows, {}).rows["nll"]
+    nll = ss.evaluate(model, windows, {}).table["nll"]
     assert np.allclose(table["nll"], nll, atol=1e-5)
     assert np.allclose(table["kl"], 0, atol=1e-5) and (table["top1"] == 1).all()
 

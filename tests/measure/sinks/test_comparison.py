@@ -13,7 +13,7 @@ from support.planted_sinks import sinking
 from torch import Tensor
 
 import spectral_sinks as ss
-from spectral_sinks.sweeps.content_address import of_edit
+from spectral_sinks.spectra.edits import as_edit
 
 LENGTH = 24
 
@@ -104,7 +104,7 @@ def test_filters_are_compared_as_they_are_evaluated() -> None:
     for name, effect in effects.items():
         rows = found[found["move"] == name]
         for column in ("nll", "delta_nll", "kl"):
-            assert rows[column].to_numpy() == pytest.approx(effect.rows[column].to_numpy(), abs=3e-6)
+            assert rows[column].to_numpy() == pytest.approx(effect.table[column].to_numpy(), abs=3e-6)
     assert abs(effects["fixed"].delta_nll) < 1e-6, "position 0 is its own mean where all texts open with BOS"
     assert abs(effects["norm"].delta_nll) > 1e-5
     look = ss.Streaming(0, 10)
@@ -112,9 +112,9 @@ def test_filters_are_compared_as_they_are_evaluated() -> None:
         effect = ss.evaluate(loaded, given, cells["dark"])
     both = ss.compare(loaded, given, {"look": look, "both": [look, cells["dark"]]}).rows.set_index("move")
     assert both.loc["look", "nll"].to_numpy() == pytest.approx(
-        effect.rows["baseline_nll"].to_numpy(), abs=3e-6
+        effect.table["baseline_nll"].to_numpy(), abs=3e-6
     )
-    assert both.loc["both", "nll"].to_numpy() == pytest.approx(effect.rows["nll"].to_numpy(), abs=3e-6)
+    assert both.loc["both", "nll"].to_numpy() == pytest.approx(effect.table["nll"].to_numpy(), abs=3e-6)
 
 
 def test_a_prefix_is_before_the_text_and_not_scored() -> None:
@@ -279,14 +279,16 @@ def test_positions_have_an_address_and_a_name() -> None:
     addresses: set[str] = set()
     for tokens in (ss.At(1), ss.At(2), "first"):
         for edit in (ss.scale(loaded.d, 2.0, tokens), ss.carry(loaded.d, 0, tokens)):
-            addresses.add(json.dumps(of_edit(edit)))
+            addresses.add(json.dumps(as_edit(edit).address))
     assert len(addresses) == 6
     fills = [
         *(ss.scale(4, factor) for factor in (1.0, 2.0)),
         *(ss.amplify(4, factor) for factor in (1.0, 2.0)),
         *(ss.carry(4, source, "all") for source in (1, 2)),
     ]
-    assert len({json.dumps(of_edit(edit)) for edit in fills}) == 6, "factors and sources are told apart"
+    assert len({json.dumps(as_edit(edit).address) for edit in fills}) == 6, (
+        "factors and sources are told apart"
+    )
     cells = ss.grid(loaded, given, spectrum, layers=[0], remove=["dark"], tokens=[ss.At(1, 4)])
     assert any("at 1 4" in cell.name for cell in cells)
 

@@ -87,7 +87,7 @@ def test_its_numbers_recomputed(family: str) -> None:
 
     effects = [ss.evaluate(model, windows, {site: ss.remove(space)}) for space in (spectrum.dark(), *drawn)]
     cuts = [
-        float(np.mean(1 - e.rows[f"sink_mass_{found.layer}"] / e.rows[f"baseline_sink_mass_{found.layer}"]))
+        float(np.mean(1 - e.table[f"sink_mass_{found.layer}"] / e.table[f"baseline_sink_mass_{found.layer}"]))
         for e in effects
     ]
     assert (found.cut.value, found.cut.least, found.cut.most) == pytest.approx(

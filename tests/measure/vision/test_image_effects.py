@@ -192,7 +192,7 @@ def test_effects_by_hand(family: str) -> None:
     edit = ss.remove(spectrum().dark(0.4), tokens=model.at("patches"))
     cells = {"dark": {ss.Site("exit", 0): edit}}
     given = LABELS if model.classes else None
-    rows = ss.evaluate_images(model, ss.pixels(x, model), cells, labels=given, batch_size=3)["dark"].rows
+    rows = ss.evaluate_images(model, ss.pixels(x, model), cells, labels=given, batch_size=3)["dark"].table
     first, basis = len(model.prefix), edit.blocked.orthonormal().float()
 
     def cut(_: Any, __: Any, out: Tensor) -> Tensor:
@@ -276,14 +276,14 @@ def test_batches_equal_singles_and_nothing_done_changes_nothing() -> None:
     whole = ss.evaluate_images(model, pixels, cells, batch_size=5)
     singles = ss.evaluate_images(model, pixels, cells, batch_size=1)
     for name in cells:
-        np.testing.assert_allclose(whole[name].rows, singles[name].rows, atol=2e-5, rtol=1e-4)
-    same = whole["all bands"].rows
+        np.testing.assert_allclose(whole[name].table, singles[name].table, atol=2e-5, rtol=1e-4)
+    same = whole["all bands"].table
     assert not same[["kl", "cls_error", "patches_error", "removed_energy_share"]].to_numpy().any()
     assert (same[["top1_agreement", "cls_nearest", "patches_nearest5"]] == 1).all(axis=None)
-    assert whole["put back"].rows["cls_error"].max() < 1e-5 < whole["mask"].rows["cls_error"].min()
-    assert whole["put back"].rows["removed_energy_share"].min() > 0.05
+    assert whole["put back"].table["cls_error"].max() < 1e-5 < whole["mask"].table["cls_error"].min()
+    assert whole["put back"].table["removed_energy_share"].min() > 0.05
     table = whole["mean"].summary().set_index("quantity")
-    values = whole["mean"].rows["kl"]
+    values = whole["mean"].table["kl"]
     assert table.loc["kl", "mean"] == pytest.approx(values.mean()) and table.loc["kl", "n"] == 5
     assert table.loc["kl", "low"] < values.mean() < table.loc["kl", "high"]
     assert whole["restored"].rank is None and whole["mask"].rank == bands.dark(0.3).rank
@@ -295,7 +295,7 @@ def test_removed_energy_at_an_exit_by_hand() -> None:
     site, edit = ss.Site("exit", 1), ss.remove(spectrum().dark(0.3), tokens=ss.At(0, 3))
     whole = residual(model, torch.stack([pixels[i] for i in range(3)]), site).double()
     share = (whole @ edit.blocked.orthonormal()).square().sum(-1) / whole.square().sum(-1)
-    rows = ss.evaluate_images(model, pixels, {"x": {site: edit}})["x"].rows
+    rows = ss.evaluate_images(model, pixels, {"x": {site: edit}})["x"].table
     np.testing.assert_allclose(rows["removed_energy_share"], share[:, [0, 3]].mean(1), rtol=1e-4)
 
 
@@ -340,10 +340,10 @@ def test_planted_what_a_head_reads_is_all_that_its_logits_need(family: str) -> N
             "random": {last: ss.rnd(model.d, null.rank, 1)},
         },
     )
-    assert effects["null"].rows["kl"].max() < 1e-8
-    assert effects["null"].rows["patches_error"].min() > 0.1
-    assert effects["read"].rows["kl"].min() > 1e3 * effects["null"].rows["kl"].max()
-    assert effects["random"].rows["kl"].mean() > 1e3 * effects["null"].rows["kl"].max()
+    assert effects["null"].table["kl"].max() < 1e-8
+    assert effects["null"].table["patches_error"].min() > 0.1
+    assert effects["read"].table["kl"].min() > 1e3 * effects["null"].table["kl"].max()
+    assert effects["random"].table["kl"].mean() > 1e3 * effects["null"].table["kl"].max()
     bias = sum(head.bias for head in heads) / len(heads)
     logits = ss.trace(
         model,
@@ -388,10 +388,12 @@ def test_planted_labels_are_probed_until_their_direction_goes() -> None:
         "random": {last: ss.rnd(model.d, told.rank, 3)},
     }
     found = ss.evaluate_images(model, pixels, cells, labels=labels, probe="cls")
-    rows = found["nothing"].rows
+    rows = found["nothing"].table
     assert rows["probe_accuracy"].notna().sum() == 20
     assert rows["probe_accuracy"].dropna().eq(1).all() and rows["delta_probe_accuracy"].dropna().eq(0).all()
-    assert found["told"].rows["probe_accuracy"].mean() < 0.75 < found["random"].rows["probe_accuracy"].mean()
+    assert (
+        found["told"].table["probe_accuracy"].mean() < 0.75 < found["random"].table["probe_accuracy"].mean()
+    )
     assert found["told"].summary().set_index("quantity").loc["probe_accuracy", "n"] == 20
 
 
