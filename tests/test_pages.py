@@ -47,3 +47,11 @@ def test_links_lead_to_files_and_headings(page: Path) -> None:
         path = (page.parent / target) if target else page
         assert path.exists() or path.name == "api.md", f"{page.name} links to {target}"
         assert not heading or heading in anchors(path.read_text()), f"{page.name} links to {target}#{heading}"
+
+
+def test_files_that_the_architecture_names_exist() -> None:
+    named = re.findall(r"`([\w/]+(?:\.py|\.toml|/))`", (ROOT / "docs" / "architecture.md").read_text())
+    package = ROOT / "spectral_sinks"
+    folders = (ROOT, package, package / "measure", ROOT / "experiments")
+    missing = [name for name in named if not any((folder / name).exists() for folder in folders)]
+    assert len(named) > 40 and not missing
