@@ -1,7 +1,5 @@
-"""The embedded model is what its card says, and README's examples run."""
+"""The embedded model is what its card says."""
 
-import re
-import runpy
 from pathlib import Path
 
 import pytest
@@ -87,16 +85,3 @@ def test_removing_the_dark_band_removes_the_sink_and_no_random_one_does(model, w
 def test_no_training_text_is_in_the_corpus_twice():
     texts = ss.documents()
     assert len(texts) == len(set(texts)) == 96
-
-
-def test_readme_examples_run(capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 4
-    script = tmp_path / "readme.py"  # a file, since nnsight reads the source of a trace
-    script.write_text("\n".join(blocks))
-    runpy.run_path(str(script))
-    printed = capsys.readouterr().out
-    assert "remove dark at exit 0" in printed
-    assert "Rnd 6" in printed
-    assert "position 4 as the sink of sinklet, in place of position 0: old sink's key and value" in printed
