@@ -1,12 +1,12 @@
 """Spectral filtering of the residual stream: what a model keeps where its vocabulary cannot read."""
 
-from spectral_sinks import figures
+from spectral_sinks import claims, experiments, figures, remote, spectra, stats, sweeps
 from spectral_sinks.claims.claims import Claims
 from spectral_sinks.claims.verify import Check, uncovered, verify
 from spectral_sinks.data.images import Images, images
 from spectral_sinks.data.pixels import Pixels, pixels
 from spectral_sinks.data.texts import Windows, cut, documents
-from spectral_sinks.errors import InputError, RemoteError, SpectralWarning
+from spectral_sinks.errors import InputError, RemoteError, SpectralError, SpectralWarning
 from spectral_sinks.experiments import Finding, Study, answer, reproduce, without_last_band
 from spectral_sinks.interventions.attention_base import AttentionEdit
 from spectral_sinks.interventions.attention_edits import CopyKey, MaskKey, Restrict, SetValue, Streaming
@@ -14,6 +14,7 @@ from spectral_sinks.interventions.extra_keys import KeyBias, Prefix, SinkLogit
 from spectral_sinks.interventions.registers import install_registers, with_registers, without_registers
 from spectral_sinks.interventions.sites import Site
 from spectral_sinks.interventions.tracing import trace
+from spectral_sinks.measure import attention, circuits, nll, residual, sinks, vision
 from spectral_sinks.measure.attention.by_position import PositionAttention, attention_by_position
 from spectral_sinks.measure.attention.received import (
     attention_by_head,
@@ -121,6 +122,19 @@ from spectral_sinks.sweeps.run import Done, Report, plan, sweep
 from spectral_sinks.sweeps.store import Store
 
 __all__ = [
+    "attention",
+    "circuits",
+    "claims",
+    "experiments",
+    "nll",
+    "remote",
+    "residual",
+    "sinks",
+    "spectra",
+    "SpectralError",
+    "stats",
+    "sweeps",
+    "vision",
     "ALONE",
     "Amplified",
     "amplify",

@@ -1,1 +1,15 @@
-"""A function of a model, called where the model is: at an NDIF server, or in a rehearsal of one."""
+"""A function of a model, called where the model is: at an NDIF server, or in a rehearsal of one.
+
+The checks that come before a run stand here too.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    "spectral_sinks",
+    submod_attrs={
+        "remote.client": ["remotely"],
+        "remote.handshake": ["examine"],
+        "remote.server_check": ["preflight"],
+    },
+)

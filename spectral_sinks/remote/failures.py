@@ -66,7 +66,7 @@ ANSWERS: tuple[tuple[str, str, bool], ...] = (
 """What a server or the way to it says, by pattern; whether another try may go better. The first that fits."""
 
 
-def explained(error: BaseException, model: str) -> InputError:
+def explained(error: BaseException, model: str) -> InputError | RemoteError:
     """One sentence for a failure on the way to a server or at it; the key is never in it.
 
     What the package itself refused comes back as it is.

@@ -9,6 +9,7 @@ column once for all subspaces of the job, or as the seed it was drawn from.
 import ast
 import hashlib
 import importlib
+import inspect
 import io
 import json
 import pickle
@@ -23,6 +24,7 @@ from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any, TypeVar
 
+import lazy_loader
 import torch
 from nnsight.intervention.serialization import CustomCloudPickler
 from torch import Tensor
@@ -61,7 +63,10 @@ ROOMS = {rooms}
 
 def __getattr__(name):
     if name in WHERE:
-        return getattr(importlib.import_module(WHERE[name]), name)
+        module = importlib.import_module(WHERE[name])
+        if hasattr(module, name):
+            return getattr(module, name)
+        return importlib.import_module(f"{{WHERE[name]}}.{{name}}")  # a room that nothing has imported yet
     if name in ROOMS:
         return importlib.import_module(f"spectral_sinks.{{name}}")
     raise AttributeError(f"spectral_sinks.{{name}} is not had where the model runs: call it here")
@@ -93,6 +98,9 @@ def sources() -> tuple[bytes, str]:
         for name, file in zip(names, files, strict=True)
     }
     texts["spectral_sinks"] = _front(texts)
+    texts["lazy_loader"] = inspect.getsource(
+        lazy_loader
+    )  # the faces of the rooms need it, and a server lacks it
     raw = json.dumps(texts, sort_keys=True).encode()
     return zlib.compress(raw, 9), hashlib.sha256(raw).hexdigest()[:12]
 

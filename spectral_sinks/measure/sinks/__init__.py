@@ -1,1 +1,19 @@
-"""Which tokens are attention sinks and whether they are dark. How to move them."""
+"""Which tokens are attention sinks, and whether they are dark.
+
+Also how a sink is edited, compared and designated.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    "spectral_sinks",
+    submod_attrs={
+        "measure.sinks.attended_tokens": ["attended", "attended_cost", "attended_darkness", "most_attended"],
+        "measure.sinks.attention_bars": ["candidates", "mark_bars", "matched", "received", "strata"],
+        "measure.sinks.comparison": ["Comparison", "compare"],
+        "measure.sinks.designation": ["Designation", "designate"],
+        "measure.sinks.find": ["Sinks", "find_sinks"],
+        "measure.sinks.sink": ["Sink"],
+        "measure.sinks.verdict": ["SinkVerdict", "sink_verdict"],
+    },
+)
