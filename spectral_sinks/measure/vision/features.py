@@ -9,6 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from spectral_sinks.data.pixels import Pixels
+from spectral_sinks.errors import InputError
 from spectral_sinks.interventions.sites import Site
 from spectral_sinks.interventions.tracing import Interventions, Resume, trace
 from spectral_sinks.models.vision import VisionModel
@@ -59,6 +61,28 @@ def features(model: VisionModel, found: Given) -> dict[str, Tensor]:
     """The vectors that stand for an image, `[batch, d]`: [CLS], where there is one, and the mean patch."""
     vectors = {} if model.cls is None else {"cls": found.tokens[:, model.cls]}
     return vectors | {"patches": found.tokens[:, len(model.prefix) :].mean(1)}
+
+
+def classes_of(model: VisionModel, pixels: Pixels, labels: Tensor | None) -> Tensor | None:
+    """Labels as classes of the head, matched by name where they have names; None where they are others."""
+    names = getattr(pixels.images, "label_names", None)
+    if labels is None or not model.classes or not names:
+        return classes_in_range(model, labels)
+    if not set(names) <= set(model.labels):
+        return None
+    return torch.tensor([model.labels.index(names[int(label)]) for label in labels])
+
+
+def classes_in_range(model: VisionModel, labels: Tensor | None) -> Tensor | None:
+    """Labels that are numbers of the head's classes. Raises InputError for others."""
+    if labels is None or not model.classes:
+        return None
+    if int(labels.min()) < 0 or int(labels.max()) >= model.classes:
+        raise InputError(
+            f"labels {int(labels.min())} to {int(labels.max())}: the head of {model.name} has classes 0 to "
+            f"{model.classes - 1}"
+        )
+    return labels
 
 
 def neighbours(

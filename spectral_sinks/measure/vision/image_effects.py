@@ -15,7 +15,15 @@ from spectral_sinks.interventions.sites import Site
 from spectral_sinks.interventions.tracing import Interventions, Resume
 from spectral_sinks.measure.nll.effects import InterventionEffect
 from spectral_sinks.measure.nll.replay import apply_and_measure, first_exit, for_batch
-from spectral_sinks.measure.vision.features import Given, features, given, neighbours, token_kinds
+from spectral_sinks.measure.vision.features import (
+    Given,
+    classes_in_range,
+    classes_of,
+    features,
+    given,
+    neighbours,
+    token_kinds,
+)
 from spectral_sinks.measure.vision.ridge import LinearProbe, split
 from spectral_sinks.models.vision import VisionModel
 from spectral_sinks.spectra.edits import Edit, EditFunction, as_edits
@@ -86,7 +94,7 @@ def evaluate_images(
         raise InputError("a probe learns labels: give labels=, or images with one folder per class")
     if probe == "cls" and model.cls is None:
         raise InputError(f"{model.name} has no [CLS] token: probe its 'patches'")
-    classes = classes_of(model, pixels, truth) if labels is None else _in_range(model, truth)
+    classes = classes_of(model, pixels, truth) if labels is None else classes_in_range(model, truth)
     starts = {first_exit(edits) for edits in cells.values()}
     exits = [Site("exit", layer) for layer in sorted(s for s in starts if s is not None and s >= 0)]
     base: list[dict[str, Tensor]] = []
@@ -134,27 +142,6 @@ def check_image_edit(site: Site, edit: Edit, model: VisionModel, pixels: Pixels,
             f"{edit.name!r} selects tokens of kind {max(edit.token_ids)}: {model.name} has kinds 0 to "
             f"{len(model.prefix)}, which model.at(...) names"
         )
-
-
-def classes_of(model: VisionModel, pixels: Pixels, labels: Tensor | None) -> Tensor | None:
-    """Labels as classes of the head, matched by name where they have names; None where they are others."""
-    names = getattr(pixels.images, "label_names", None)
-    if labels is None or not model.classes or not names:
-        return _in_range(model, labels)
-    if not set(names) <= set(model.labels):
-        return None
-    return torch.tensor([model.labels.index(names[int(label)]) for label in labels])
-
-
-def _in_range(model: VisionModel, labels: Tensor | None) -> Tensor | None:
-    if labels is None or not model.classes:
-        return None
-    if int(labels.min()) < 0 or int(labels.max()) >= model.classes:
-        raise InputError(
-            f"labels {int(labels.min())} to {int(labels.max())}: the head of {model.name} has classes 0 to "
-            f"{model.classes - 1}"
-        )
-    return labels
 
 
 def _edited(

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from spectral_sinks.data.pixels import Pixels
 from spectral_sinks.errors import InputError
 from spectral_sinks.interventions.registers import Neurons, by_layer, install_registers, mlp_output
+from spectral_sinks.measure.vision.features import classes_of
 from spectral_sinks.measure.vision.neurons import Looked, likeness, look, tabled
 from spectral_sinks.measure.vision.outlier_tokens import outliers
 from spectral_sinks.models.vision import VisionModel
@@ -60,9 +61,10 @@ def register_repair(
     known = outliers(model, pixels, batch_size=batch_size)
     marked, cuts = known.member[:, 1:][:, layer], known.cutoff[1:]
     values: dict[tuple[Any, ...], list[NDArray[Any]]] = defaultdict(list)
+    classes = classes_of(model, pixels, pixels.labels)
     for places, batch in pixels.batches(batch_size):
         marks = marked[places]
-        labels = None if pixels.labels is None else pixels.labels[places]
+        labels = None if classes is None else classes[places]
         base: Looked | None = None
         for state, edit in states.items():
             with install_registers(model, *edit):

@@ -16,6 +16,7 @@ from spectral_sinks.errors import InputError
 from spectral_sinks.interventions.registers import require_registers, without_registers
 from spectral_sinks.interventions.sites import Site
 from spectral_sinks.interventions.tracing import trace
+from spectral_sinks.measure.vision.features import classes_of
 from spectral_sinks.measure.vision.neurons import Looked, likeness, look, tabled
 from spectral_sinks.measure.vision.outlier_tokens import outliers
 from spectral_sinks.models.vision import VisionModel
@@ -67,8 +68,9 @@ def register_ablation(
     given = {edit: replaced(held, edit, seed) for edit in edits if edit != "removed"}
     cut = float(outliers(model, pixels, batch_size=batch_size).cutoff[1:][layer])
     values: dict[tuple[Any, ...], list[NDArray[Any]]] = defaultdict(list)
+    classes = classes_of(model, pixels, pixels.labels)
     for places, batch in pixels.batches(batch_size):
-        labels = None if pixels.labels is None else pixels.labels[places]
+        labels = None if classes is None else classes[places]
         base: Looked | None = None
         for edit in ("none", *edits):
             with without_registers(model) if edit == "removed" else nullcontext():
