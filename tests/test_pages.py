@@ -13,7 +13,7 @@ PRINTED = {
     "filters-and-spectra.md": "at exit 0 (nats per token)",
     "moving-the-sink.md": "position 4 as the sink of sinklet, in place of position 0",
     "circuits.md": "layer",
-    "sweeps.md": "delta_nll",
+    "sweeps.md": "removed_energy_share",
 }
 """Part of what the examples of each page print."""
 

@@ -43,7 +43,10 @@ def test_other_ways_to_load_it_give_the_same(model, windows, form):
         wrapped = TransformersModel(folder, **options, dispatch=form == "nnsight")
         other = ss.load(wrapped)
         assert other.nn is wrapped
-    assert ss.evaluate(other, windows, {}).nll == ss.evaluate(model, windows, {}).nll
+    nll = ss.evaluate(model, windows, {}).nll
+    assert ss.evaluate(other, windows, {}).nll == pytest.approx(
+        nll, abs=1e-6
+    )  # another kernel rounds otherwise
 
 
 def test_the_sink_is_strong_and_dark(model, windows):

@@ -48,7 +48,7 @@ def row_of(model: ss.VisionModel, pixels: ss.Pixels, batch: int) -> dict[str, An
     """One model: outliers, sinks, verdict."""
     found = ss.outliers(model, pixels, batch_size=batch)
     published = ss.outliers(model, pixels, rule="published", batch_size=batch)
-    shares = found.shares()
+    shares = found.summary()
     peak = shares.loc[shares["share"].idxmax()]
     sinks = ss.vision_sinks(model, pixels, batch_size=batch)
     kinds = sinks.by_kind().set_index("kind")

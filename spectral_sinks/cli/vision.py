@@ -80,7 +80,7 @@ def run_vision(options: Vision) -> None:
         "family": model.family,
         "pixels": pixels.record,
         "reads": None if spectrum is None else f"{spectrum.matrix}, rank {spectrum.rank} of {spectrum.d}",
-        "outliers": found.record() | {"layers": found.shares().to_dict("records")},
+        "outliers": found.record() | {"layers": found.summary().to_dict("records")},
         "sinks": sinks.record(),
         "circuits": {},
     }
@@ -159,7 +159,7 @@ def draw(found: ss.Outliers, sinks: Any, images: ss.Images, folder: Path) -> Non
         1 / sinks.tokens,
         folder / "attention_maps.png",
     )
-    ss.figures.outlier_shares(found.shares(), found.pixels.model.prefix, folder / "outliers.png")
+    ss.figures.outlier_shares(found.summary(), found.pixels.model.prefix, folder / "outliers.png")
 
 
 def outlier_table(found: ss.Outliers) -> Any:
@@ -179,7 +179,7 @@ def outlier_table(found: ss.Outliers) -> Any:
             f"{row['largest'] / row['median']:.2f}",
             *(f"{row[name]:.2f}" for name in prefix),
         )
-        for row in found.shares().to_dict("records")
+        for row in found.summary().to_dict("records")
     ]
     return table(title + "; norms in medians of patches", columns, rows)
 

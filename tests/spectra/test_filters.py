@@ -155,7 +155,9 @@ def test_fill_by_noise(u, x, bands):
     assert torch.cosine_similarity(noise, removed, dim=-1).abs().max() < 0.95
     assert torch.equal(out, remove(dark, Noise(11))(x))
     assert (out - remove(dark, Noise(12))(x)).norm(dim=-1).min() > 0.1 * noise.norm(dim=-1).min()
-    assert torch.equal(out[1:], remove(dark, Noise(11))(x[1:]))  # batch equals singles
+    close(
+        out[1:], remove(dark, Noise(11))(x[1:])
+    )  # a BLAS product may round a batch and a single differently
     kept_only = x - x @ p
     close(remove(dark, Noise())(kept_only), kept_only)
 

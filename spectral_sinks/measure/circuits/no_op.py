@@ -81,6 +81,10 @@ class Circuits:
         table = self.heads[self.heads["circuit"]]
         return list(zip(table["layer"].tolist(), table["head"].tolist(), strict=True))
 
+    def summary(self) -> pd.DataFrame:
+        """One row for each layer and head: the table `heads`."""
+        return self.heads
+
     def by_layer(self) -> pd.DataFrame:
         """How much of each layer's attention goes to a sink that writes nothing: a row per `layer`.
 

@@ -74,7 +74,7 @@ class Outliers:
         kept = (self.member & there[:, None]).sum((0, 2)) / there.sum()
         return int(np.flatnonzero(kept >= 0.5)[0]) - 1
 
-    def shares(self) -> pd.DataFrame:
+    def summary(self) -> pd.DataFrame:
         """A row per layer (-1: the embedding): `share` of patches that are outliers, with its interval.
 
         Beside it `images` that have any, `cutoff`, `median` and `largest` norm of patches, and the mean norm
@@ -92,6 +92,7 @@ class Outliers:
             rows.append(row)
         return pd.DataFrame(rows)
 
+    @property
     def table(self) -> pd.DataFrame:
         """A row per outlier: `image`, `layer`, `row`, `column`, `norm`, `ratio` to the median, robust `z`."""
         image, site, patch = np.nonzero(self.member)
@@ -111,7 +112,7 @@ class Outliers:
 
     def record(self) -> dict[str, Any]:
         """The findings as JSON holds them."""
-        peak = None if self.strongest is None else self.shares().iloc[self.strongest + 1]
+        peak = None if self.strongest is None else self.summary().iloc[self.strongest + 1]
         return {
             "model": self.model,
             "rule": self.rule,
@@ -194,7 +195,7 @@ def outlier_onset(
     tables: list[pd.DataFrame] = []
     for step, model in checkpoints:
         found = outliers(model, pixels(given.images, model), rule=rule, batch_size=batch_size)
-        tables.append(found.shares().assign(step=step))
+        tables.append(found.summary().assign(step=step))
     if not tables:
         raise InputError("no checkpoints: give pairs of a step and a model")
     return pd.concat(tables, ignore_index=True)

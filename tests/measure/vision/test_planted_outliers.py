@@ -30,11 +30,11 @@ def test_exactly_the_marked_patches_are_found(family: str, layer: int, rule: Any
     for site in range(model.layers + 1):
         assert np.array_equal(found.member[:, site], marks & (site > layer))
     assert found.onset_layer == layer and found.strongest == layer
-    shares = found.shares().set_index("layer")
+    shares = found.summary().set_index("layer")
     assert shares.loc[layer, "share"] == pytest.approx(marks.mean())
     assert shares.loc[layer, "low"] <= marks.mean() <= shares.loc[layer, "high"]
     assert (shares["images"] == [0] * (layer + 1) + [5] * (model.layers - layer)).all()
-    rows = found.table()
+    rows = found.table
     assert set(rows["layer"]) == set(range(layer, model.layers))
     here = rows[rows["layer"] == layer]
     assert here[["image", "row", "column"]].to_numpy().tolist() == MARKS.nonzero().tolist()
@@ -47,7 +47,7 @@ def test_the_random_twin_has_none(family: str) -> None:
     model = ss.load_vision(planted_outliers.random_twin(family))
     found = ss.outliers(model, ss.pixels(IMAGES, model))
     assert not found.member.any() and found.onset_layer is None and found.strongest is None
-    assert found.table().empty
+    assert found.table.empty
     record = found.record()
     assert record["outlier_share"] == 0 and record["outlier_share_interval"] is None
 
@@ -108,7 +108,7 @@ def test_images_of_one_colour_and_one_image() -> None:
     assert not flat.member.any()
     one = ss.outliers(model, ss.pixels(IMAGES[:1], model))
     assert np.array_equal(one.member[0, 2], MARKS[0].flatten().numpy())
-    assert np.isnan(one.shares()["low"]).all()
+    assert np.isnan(one.summary()["low"]).all()
 
 
 @pytest.mark.parametrize("rule", ["best", -1.0, 0])
