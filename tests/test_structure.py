@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -145,3 +146,50 @@ def test_what_experiments_may_not_import_is_seen() -> None:
     assert found("from spectral_sinks.data.images import Images", {"images"}) and found(
         "from spectral_sinks import pixels", {"load"}
     )
+
+
+def runtime_imports(path: Path) -> set[str]:
+    """Find the modules of the package that a file imports when it runs, not those for type checkers alone."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            node.body = [ast.Pass()]
+    names = imported(ast.unparse(tree))
+    modules = {module_name(other) for other in MODULES}
+    return {name for full in names for name in (full, full.rpartition(".")[0]) if name in modules}
+
+
+def module_name(path: Path) -> str:
+    """Give the dotted name of a file of the package."""
+    parts = ("spectral_sinks", *path.relative_to(PACKAGE).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FACES = {path for path in MODULES if path.name == "__init__.py"}
+
+
+@pytest.mark.parametrize(
+    "path",
+    sorted(set((PACKAGE / "measure").rglob("*.py")) - FACES),
+    ids=lambda path: str(path.relative_to(PACKAGE)),
+)
+def test_rooms_of_measure_import_lower_rooms_only(path: Path) -> None:
+    floor = path.relative_to(PACKAGE / "measure").with_suffix("").parts[0]
+    inside = {
+        name.split(".")[2] for name in runtime_imports(path) if name.startswith("spectral_sinks.measure.")
+    }
+    allowed = set(FLOORS[: FLOORS.index(floor) + 1])
+    if floor == "circuits":  # circuits and nll stand side by side
+        allowed -= {"nll"}
+    assert inside <= allowed
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    graph = {module_name(path): runtime_imports(path) for path in MODULES if path not in FACES}
+    order = TopologicalSorter({name: others & graph.keys() for name, others in graph.items()})
+    order.prepare()  # raises CycleError, which names the circle
+
+
+def test_a_circle_is_seen() -> None:
+    with pytest.raises(CycleError):
+        TopologicalSorter({"a": {"b"}, "b": {"a"}}).prepare()
