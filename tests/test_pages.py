@@ -33,6 +33,19 @@ def test_examples_run(
     assert PRINTED[page] in capsys.readouterr().out
 
 
+def test_the_readme_prints_what_it_says(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    blocks = re.findall(r"```(\w*)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    languages = [language for language, _ in blocks]
+    first = languages.index("python")
+    script = tmp_path / "quick_start.py"
+    script.write_text(blocks[first][1])
+    capsys.readouterr()
+    runpy.run_path(str(script))
+    printed, stated = capsys.readouterr().out.split(), blocks[first + 1][1].split()
+    assert len(printed) == len(stated) == 2
+    assert [float(x) for x in printed] == pytest.approx([float(x) for x in stated], abs=0.0011)
+
+
 def anchors(text: str) -> set[str]:
     """The names under which GitHub links to the headings of a page."""
     headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
