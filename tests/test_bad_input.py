@@ -3,7 +3,6 @@
 import functools
 import json
 import socket
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -225,9 +224,7 @@ def test_what_only_the_library_can_be_given() -> None:
 
 
 def test_names_that_no_hub_knows(refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
-    began = time.monotonic()
     assert "no-such-owner/no-such-model" in refused("info", "no-such-owner/no-such-model-1")
-    assert time.monotonic() - began < 15
     assert "neither a folder nor a valid hub id" in refused("info", "./no/such/folder")
     with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts, and never answers
         monkeypatch.setattr(
@@ -235,9 +232,7 @@ def test_names_that_no_hub_knows(refused: Callable[..., str], monkeypatch: pytes
         )
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(source, "TIMEOUT", 0.3)
-        began = time.monotonic()
         assert "the hub cannot be reached" in refused("nll", "no-such-owner/no-such-model-1")
-        assert time.monotonic() - began < 5
 
 
 @pytest.mark.filterwarnings("default")

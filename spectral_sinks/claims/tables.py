@@ -8,6 +8,8 @@ from typing import Any, Literal
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, field_validator
 
+from spectral_sinks.errors import SpectralError
+
 DEFAULTS = {1: ["value"], 2: ["low", "high"], 3: ["value", "low", "high"]}
 """Columns of NAME_summary.csv for so many numbers."""
 
@@ -15,7 +17,7 @@ Selector = str | dict[str, Any]
 Take = Literal["max", "min", "mean", "sum", "count"]
 
 
-class LookupFailure(Exception):
+class LookupFailure(SpectralError):
     """A file, row or column that is not there."""
 
 

@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> None:
     quiet()
     try:
         RUN[type(options)](options)
-    except (ss.InputError, OSError) as error:
+    except (ss.SpectralError, OSError) as error:
         message = " ".join(str(error).split())
         print(f"spectral-sinks: error: {message}", file=sys.stderr)
         raise SystemExit(2) from None

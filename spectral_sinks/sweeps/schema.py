@@ -9,7 +9,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from spectral_sinks.errors import InputError
+from spectral_sinks.errors import InputError, SpectralError
 from spectral_sinks.stats import document_means
 
 FORMAT = 1
@@ -59,7 +59,7 @@ PART = re.compile(rf"{UNIT.pattern}-(?P<checksum>[0-9a-f]{{32}})\.parquet", re.A
 MARK = b"spectral_sinks.format"
 
 
-class Damaged(Exception):
+class Damaged(SpectralError):
     """The bytes of a part are not those that were written; the message gives the reason."""
 
 
