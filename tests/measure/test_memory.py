@@ -252,7 +252,7 @@ def test_what_acts_on_whole_batches_asks_for_smaller_ones(
         match=r"'Rnd 4 \(seed 0\)' at mlp 2 acts on whole batches, and a batch of 5 .* batch_size",
     ):
         ss.evaluate(model, windows, swap, batch_size=5)
-    with pytest.raises(ss.InputError, match="'a function' at mlp 2 acts on whole batches"):
+    with pytest.raises(ss.InputError, match="'custom' at mlp 2 acts on whole batches"):
         ss.evaluate(model, windows, {MLP: lambda x: x.roll(1, 0)}, batch_size=5)
     ss.evaluate(model, windows, {EXIT: ss.rnd(32, 4).filled(ss.Swap())}, batch_size=5)  # swaps beforehand
 
