@@ -42,7 +42,7 @@ def norm_maps(
 def outlier_shares(shares: pd.DataFrame, prefix: Sequence[str], path: Path) -> None:
     """Share of outliers among patches by layer with its interval; norms of patches and prefix tokens.
 
-    `shares` is what `Outliers.shares` gives, `prefix` the names of the tokens whose norms it has.
+    `shares` is what `Outliers.summary` gives, `prefix` the names of the tokens whose norms it has.
     """
     with saved_figure(path, 1, 2, (7.5, 2.8)) as axes:
         axis = axes[0, 0]

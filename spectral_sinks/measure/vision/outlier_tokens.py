@@ -191,7 +191,7 @@ def outlier_onset(
     rule: Rule = "robust",
     batch_size: int = 16,
 ) -> pd.DataFrame:
-    """The outliers of a training run's checkpoints: a row per `step` and layer, as in `Outliers.shares`."""
+    """The outliers of a training run's checkpoints: a row per `step` and layer, as in `Outliers.summary`."""
     tables: list[pd.DataFrame] = []
     for step, model in checkpoints:
         found = outliers(model, pixels(given.images, model), rule=rule, batch_size=batch_size)
