@@ -1,5 +1,8 @@
 """Spectral filtering of the residual stream: what a model keeps where its vocabulary cannot read."""
 
+import warnings
+from typing import Any
+
 from spectral_sinks import claims, experiments, figures, remote, spectra, stats, sweeps
 from spectral_sinks.claims.claims import Claims
 from spectral_sinks.claims.verify import Check, uncovered, verify
@@ -317,3 +320,18 @@ __all__ = [
     "without_registers",
     "Zero",
 ]
+
+_RENAMED = {
+    "Measured": "stats.Estimate",
+    "Move": "attention.AttentionEdit",
+    "test_time_registers": "vision.install_registers",
+}
+"""Public names of the version before, which keep working for one version."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _RENAMED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn(f"ss.{name} is now ss.{_RENAMED[name]}", DeprecationWarning, stacklevel=2)
+    room, _, new = _RENAMED[name].partition(".")
+    return getattr(globals()[room], new)
