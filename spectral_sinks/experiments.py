@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from spectral_sinks.data.texts import Windows, cut
 from spectral_sinks.data.texts import documents as read_documents
-from spectral_sinks.errors import InputError, RemoteError, SpectralWarning
+from spectral_sinks.errors import InputError, SpectralWarning
 from spectral_sinks.files import atomic_write
 from spectral_sinks.interventions.sites import Site
 from spectral_sinks.interventions.tracing import Interventions
@@ -226,7 +226,7 @@ def reproduce(
         try:
             found = run(study)
         except InputError as error:
-            if loaded.remote is None or only is not None or isinstance(error, RemoteError):
+            if loaded.remote is None or only is not None:
                 raise
             warnings.warn(f"experiment {name!r} is left out: {error}", SpectralWarning, stacklevel=2)
             continue
