@@ -24,7 +24,7 @@ from tyro.conf import Positional
 import spectral_sinks as ss
 
 
-def run(study: ss.Study) -> ss.Finding:
+def run(study: ss.experiments.Study) -> ss.experiments.Finding:
     model, windows = study.model, study.windows
     cases = {model.name: windows}
     if windows.opens_with_bos:
@@ -38,27 +38,29 @@ def run(study: ss.Study) -> ss.Finding:
     return finish(found, study)
 
 
-def finish(found: list[ss.SinkVerdict], study: ss.Study) -> ss.Finding:
+def finish(found: list[ss.sinks.SinkVerdict], study: ss.experiments.Study) -> ss.experiments.Finding:
     """Write the table and its figure; a few answers per model."""
     table = study.save(pd.DataFrame([verdict.row() for verdict in found]), "across")
     ss.figures.across(table, study.figure("across"))
     answers = []
     for v in found:
         answers += [
-            ss.answer(f"{v.model}: Sink^0.3 at T = 64", v.rate.value, v.verdict, (v.rate.low, v.rate.high)),
-            ss.answer(
+            ss.experiments.answer(
+                f"{v.model}: Sink^0.3 at T = 64", v.rate.value, v.verdict, (v.rate.low, v.rate.high)
+            ),
+            ss.experiments.answer(
                 f"{v.model}: dark share of the carrier ({v.site})",
                 v.share.value,
                 f"random: {v.share.least:.3f} to {v.share.most:.3f}, other tokens {v.others.value:.3f}",
                 (v.share.low, v.share.high),
             ),
-            ss.answer(
+            ss.experiments.answer(
                 f"{v.model}: sink of layer {v.layer} cut by removing the dark band",
                 v.cut.value,
                 f"random: {v.cut.least:.3f} to {v.cut.most:.3f}",
                 (v.cut.low, v.cut.high),
             ),
-            ss.answer(
+            ss.experiments.answer(
                 f"{v.model}: NLL difference without the dark band",
                 v.delta.value,
                 f"random: {v.delta.least:+.4f} to {v.delta.most:+.4f}",
@@ -67,7 +69,7 @@ def finish(found: list[ss.SinkVerdict], study: ss.Study) -> ss.Finding:
         ]
     words = {"dark": "holds", "not dark": "does not hold here", "no sink": "no sink to judge"}
     verdict = ". ".join(f"{v.model}: {words[v.verdict]} ({v.verdict}: {v.reason})" for v in found)
-    return ss.Finding(answers, verdict=verdict)
+    return ss.experiments.Finding(answers, verdict=verdict)
 
 
 @dataclass(frozen=True)

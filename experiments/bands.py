@@ -13,7 +13,7 @@ import pandas as pd
 import spectral_sinks as ss
 
 
-def run(study: ss.Study) -> ss.Finding:
+def run(study: ss.experiments.Study) -> ss.experiments.Finding:
     layers = range(study.model.layers)
     table = pd.concat([study.ladder(ss.Site("exit", layer)) for layer in layers], ignore_index=True)
     study.save(table, "bands")
@@ -21,18 +21,19 @@ def run(study: ss.Study) -> ss.Finding:
 
     last = study.unembedding.count - 1
     answers = [
-        ss.without_last_band(table[table["layer"] == layer], f"exit {layer}", last) for layer in layers
+        ss.experiments.without_last_band(table[table["layer"] == layer], f"exit {layer}", last)
+        for layer in layers
     ]
     layer = max(layers[:-1], key=lambda index: answers[index]["value"])
     rows = table[table["layer"] == layer].set_index(["filter", "kept"])
     for k in (8, 12, 16):
         omega, phi = rows.loc[("Omega", k)], rows.loc[("Phi", k)]
         answers.append(
-            ss.answer(
+            ss.experiments.answer(
                 f"exit {layer}: NLL difference, Omega {k}",
                 float(omega["mean"]),
                 f"Phi 1:{k} {phi['mean']:+.4f} [{phi['low']:+.4f}, {phi['high']:+.4f}]",
                 (omega["low"], omega["high"]),
             )
         )
-    return ss.Finding(answers)
+    return ss.experiments.Finding(answers)

@@ -18,23 +18,24 @@ GIVEN = ("position", "usual", "count")
 """Position, the mean attention that its position receives over the texts, and the token's count."""
 
 
-def run(study: ss.Study) -> ss.Finding:
+def run(study: ss.experiments.Study) -> ss.experiments.Finding:
     model, dark = study.model, study.unembedding.dark()
     spaces = {"dark": dark}
     spaces |= {f"random {seed}": ss.random_subspace(dark.d, dark.rank, seed) for seed in range(study.draws)}
-    table = ss.candidates(ss.received(model, study.windows, spaces), model)
+    table = ss.sinks.candidates(ss.sinks.received(model, study.windows, spaces), model)
     table = table.assign(
         count=table.groupby(["layer", "token"])["token"].transform("size"),
         usual=table.groupby(["layer", "position"])["attention"].transform("mean"),
     )
-    marked = ss.mark_bars(table)
-    bars = ss.matched(table, marked, "dark")
+    marked = ss.sinks.mark_bars(table)
+    bars = ss.sinks.matched(table, marked, "dark")
     excess = bars.assign(excess=bars["dark"] - bars["control"])
-    null = [_excess(ss.matched(table, marked, name), name) for name in list(spaces)[1:]]
+    null = [_excess(ss.sinks.matched(table, marked, name), name) for name in list(spaces)[1:]]
 
     classes = {"bars": (bars, "dark"), "matched": (bars, "control"), "rest": (table[~marked], "dark")}
     levels = pd.concat(
-        ss.summarise(rows, ["layer"], column).assign(tokens=name) for name, (rows, column) in classes.items()
+        ss.stats.summarise(rows, ["layer"], column).assign(tokens=name)
+        for name, (rows, column) in classes.items()
     )
     random = table.groupby("layer")[list(spaces)[1:]].mean()
     levels = levels.merge(
@@ -43,7 +44,7 @@ def run(study: ss.Study) -> ss.Finding:
     links = pd.concat(_correlations(table, name) for name in spaces)
     own = links[links["subspace"] == "dark"]
     correlation = pd.concat(
-        ss.summarise(own, ["layer"], kind).assign(kind=kind) for kind in ("plain", "given both")
+        ss.stats.summarise(own, ["layer"], kind).assign(kind=kind) for kind in ("plain", "given both")
     )
     drawn = links[links["subspace"] != "dark"].groupby(["layer", "subspace"])[["plain", "given both"]].mean()
     spread = drawn.groupby("layer").agg(["min", "max"])
@@ -66,39 +67,39 @@ def run(study: ss.Study) -> ss.Finding:
     over = drawn.groupby("subspace").mean()
     ten = tokens.head(10)
     chance = float(np.sqrt(dark.rank / dark.d))
-    return ss.Finding(
+    return ss.experiments.Finding(
         [
-            ss.answer(
+            ss.experiments.answer(
                 "dark ratio of bars",
                 bars.groupby("document")["dark"].mean(),
                 f"matched {bars.groupby('document')['control'].mean().mean():.4f}, "
                 f"rest {table[~marked].groupby('document')['dark'].mean().mean():.4f}, chance {chance:.4f}",
             ),
-            ss.answer(
+            ss.experiments.answer(
                 "dark ratio of bars above tokens matched in position and frequency",
                 excess.groupby("document")["excess"].mean(),
                 f"{study.draws} random: {min(null):+.4f} to {max(null):+.4f}",
             ),
-            ss.answer(
+            ss.experiments.answer(
                 "bars among (token, layer) pairs",
                 float(marked.mean()),
                 f"{int(marked.sum())} of {len(table)}, by quantile; with a match {len(bars)}; "
                 f"layers {table['layer'].min()} to {table['layer'].max()}",
             ),
-            ss.answer(
+            ss.experiments.answer(
                 "median position of bars",
                 float(table[marked]["position"].median()),
                 f"all candidates {table['position'].median():.0f}",
             ),
             *(
-                ss.answer(
+                ss.experiments.answer(
                     f"rank correlation of attention received with dark ratio, {label}",
                     by[kind],
                     f"{study.draws} random: {over[kind].min():+.3f} to {over[kind].max():+.3f}",
                 )
                 for kind, label in (("plain", "plain"), ("given both", "given position and frequency"))
             ),
-            ss.answer(
+            ss.experiments.answer(
                 f"share of bars on ten tokens ({', '.join(ten['text'].map(repr))})",
                 float(ten["bars"].sum() / tokens["bars"].sum()),
                 f"their share of all candidates {ten['pairs'].sum() / tokens['pairs'].sum():.3f}",
@@ -114,9 +115,9 @@ def _excess(bars: pd.DataFrame, column: str) -> float:
 
 def _step(table: pd.DataFrame, most: float) -> dict[str, object]:
     """The excess at another quantile of attention."""
-    found = ss.matched(table, ss.mark_bars(table, most), "dark")
+    found = ss.sinks.matched(table, ss.sinks.mark_bars(table, most), "dark")
     by = (found["dark"] - found["control"]).groupby(found["document"]).mean()
-    low, high = ss.mean_interval(by)
+    low, high = ss.stats.mean_interval(by)
     return {"most": most, "bars": len(found), "excess": float(by.mean()), "low": low, "high": high}
 
 
@@ -127,7 +128,10 @@ def _correlations(table: pd.DataFrame, column: str) -> pd.DataFrame:
         pair = part["attention"], part[column]
         given = [part[name] for name in GIVEN]
         row: dict[str, object] = {"document": document, "layer": layer, "subspace": column}
-        row |= {"plain": ss.rank_correlation(*pair), "given both": ss.rank_correlation(*pair, given)}
+        row |= {
+            "plain": ss.stats.rank_correlation(*pair),
+            "given both": ss.stats.rank_correlation(*pair, given),
+        }
         rows.append(row)
     return pd.DataFrame(rows)
 

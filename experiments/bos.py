@@ -13,7 +13,7 @@ import pandas as pd
 import spectral_sinks as ss
 
 
-def run(study: ss.Study) -> ss.Finding:
+def run(study: ss.experiments.Study) -> ss.experiments.Finding:
     model, u = study.model, study.unembedding
     sites = [ss.Site("embedding")]
     for layer in range(model.layers):
@@ -28,7 +28,7 @@ def run(study: ss.Study) -> ss.Finding:
     )
     keys = ["site", "layer", "position_class"]
     table = pd.concat(
-        ss.summarise(dark, keys, quantity).assign(quantity=quantity)
+        ss.stats.summarise(dark, keys, quantity).assign(quantity=quantity)
         for quantity in ("norm", "dark share", "dark norm", "light norm")
     )
     by_band = shares.groupby([*keys, "band"], sort=False, as_index=False)["share"].mean()
@@ -50,24 +50,24 @@ def run(study: ss.Study) -> ss.Finding:
 
     stream = others[others["site"] == "exit"]
     share = written[(written["site"] == writer)]
-    return ss.Finding(
+    return ss.experiments.Finding(
         [
-            ss.answer(
+            ss.experiments.answer(
                 f"dark share of the first token, exit {strongest} (largest dark norm)",
                 one(exits, strongest, "dark share"),
                 f"others {one(stream, strongest, 'dark share').mean():.3f}, chance {chance:.3f}",
             ),
-            ss.answer(
+            ss.experiments.answer(
                 f"norm of the first token, exit {strongest}",
                 one(exits, strongest, "norm"),
                 f"others {one(stream, strongest, 'norm').mean():.3g}",
             ),
-            ss.answer(
+            ss.experiments.answer(
                 f"dark norm written by {writer} {layer} (the largest writer)",
                 one(share, layer, "dark norm"),
                 f"its light norm {one(share, layer, 'light norm').mean():.3g}",
             ),
-            ss.answer(
+            ss.experiments.answer(
                 f"dark share of the first token, exit {last} (the last)",
                 one(exits, last, "dark share"),
                 f"others {one(stream, last, 'dark share').mean():.3f}",

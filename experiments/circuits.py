@@ -16,14 +16,16 @@ import spectral_sinks as ss
 TWIN = "sinklet-nobos"
 
 
-def run(study: ss.Study) -> ss.Finding:
+def run(study: ss.experiments.Study) -> ss.experiments.Finding:
     found = ss.no_op_circuits(study.model, study.windows, study.unembedding)
     tables = [found.heads.assign(model=study.model.name)]
     heads = found.heads.set_index(["layer", "head"])
     chance = study.unembedding.dark().rank / study.unembedding.d
     answers = [
-        ss.answer(f"heads of {len(heads)} with a no-op circuit at position 0", len(found.found)),
-        ss.answer("heads that are dormant by the published sink event", int((heads["dormant"] > 0.5).sum())),
+        ss.experiments.answer(f"heads of {len(heads)} with a no-op circuit at position 0", len(found.found)),
+        ss.experiments.answer(
+            "heads that are dormant by the published sink event", int((heads["dormant"] > 0.5).sum())
+        ),
     ]
     for layer, head in found.found:
         row = heads.loc[(layer, head)]
@@ -37,14 +39,18 @@ def run(study: ss.Study) -> ss.Finding:
             ),
         ):
             interval = (row[f"{column}_low"], row[f"{column}_high"])
-            answers.append(ss.answer(f"head {layer}.{head}: {name}", row[column], control, interval))
+            answers.append(
+                ss.experiments.answer(f"head {layer}.{head}: {name}", row[column], control, interval)
+            )
         for column, name in (
             ("key_dark", "the direction that the key side reads"),
             ("reading_dark", "what it reads at the sink"),
             ("value_dark", "what the sink's value writes"),
         ):
             answers.append(
-                ss.answer(f"head {layer}.{head}: dark share of {name}", row[column], f"chance {chance:.3f}")
+                ss.experiments.answer(
+                    f"head {layer}.{head}: dark share of {name}", row[column], f"chance {chance:.3f}"
+                )
             )
     said = f"{len(found.found)} heads of {len(heads)}"
     if study.model.name == ss.DEFAULT:
@@ -55,7 +61,9 @@ def run(study: ss.Study) -> ss.Finding:
         tables.append(other.heads.assign(model=TWIN))
         most = f"largest attention on position 0: {other.heads['attention'].max():.3f}"
         answers.append(
-            ss.answer(f"heads of {TWIN} with a no-op circuit at position 0", len(other.found), most)
+            ss.experiments.answer(
+                f"heads of {TWIN} with a no-op circuit at position 0", len(other.found), most
+            )
         )
         said += f", {len(other.found)} of its twin without BOS"
     table = pd.concat(tables, ignore_index=True).drop(columns="ranks")
@@ -78,4 +86,4 @@ def run(study: ss.Study) -> ss.Finding:
         "does not hold here" if not found.found else "holds" if dark == len(found.found) else "holds partly"
     )
     verdict = f"{word}: a no-op circuit in {said}; {dark} read the sink mostly in the dark band"
-    return ss.Finding(answers, verdict=verdict)
+    return ss.experiments.Finding(answers, verdict=verdict)

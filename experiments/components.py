@@ -11,7 +11,7 @@ import pandas as pd
 import spectral_sinks as ss
 
 
-def run(study: ss.Study) -> ss.Finding:
+def run(study: ss.experiments.Study) -> ss.experiments.Finding:
     sites = [ss.Site(kind, layer) for kind in ("mlp", "attention") for layer in range(study.model.layers)]
     steps = {"kept": (1, 4, 8, 12, 16, 19, 20), "random_at": (8, 19)}
     tables = {site: study.ladder(site, **steps) for site in sites}
@@ -21,4 +21,6 @@ def run(study: ss.Study) -> ss.Finding:
         part = table[table["site"] == kind]
         ss.figures.ladder(part, study.figure(f"components_{kind}"), "layer", kind)
     last = study.unembedding.count - 1
-    return ss.Finding([ss.without_last_band(rows, str(site), last) for site, rows in tables.items()])
+    return ss.experiments.Finding(
+        [ss.experiments.without_last_band(rows, str(site), last) for site, rows in tables.items()]
+    )

@@ -21,7 +21,7 @@ import spectral_sinks as ss
 TOKENS = ("all", "first")
 
 
-def residuals(study: ss.Study) -> dict[ss.Site, torch.Tensor]:
+def residuals(study: ss.experiments.Study) -> dict[ss.Site, torch.Tensor]:
     """The residual stream at every exit, `[windows, tokens, d]`, of one batch of the longest windows."""
     sites = [ss.Site("exit", layer) for layer in range(study.model.layers)]
     _, ids = next(study.windows.batches(16))
@@ -34,24 +34,24 @@ def residuals(study: ss.Study) -> dict[ss.Site, torch.Tensor]:
     )
 
 
-def cells(study: ss.Study, layer: int, x: torch.Tensor) -> dict[str, dict[ss.Site, Any]]:
+def cells(study: ss.experiments.Study, layer: int, x: torch.Tensor) -> dict[str, dict[ss.Site, Any]]:
     """The dark band and its controls at one exit; names are tokens|control|draw."""
     u, site = study.unembedding, ss.Site("exit", layer)
     dark = ss.remove(u.dark())
     made: dict[str, Any] = {}
     for tokens in TOKENS if layer == study.below_sink else TOKENS[:1]:
         here = dark.at(tokens)
-        made |= {f"{tokens}|dark|": here, f"{tokens}|dark, norm restored|": ss.NormRestored(here)}
-        made[f"{tokens}|no-op|"] = here.filled(ss.NoOp())
+        made |= {f"{tokens}|dark|": here, f"{tokens}|dark, norm restored|": ss.spectra.NormRestored(here)}
+        made[f"{tokens}|no-op|"] = here.filled(ss.spectra.NoOp())
         reference = x if tokens == "all" else x[:, :1]
         for seed in range(study.draws):
             random = ss.rnd(u.d, dark.rank, seed).at(tokens)
-            matched = ss.energy_matched(dark.blocked, reference, seed)
+            matched = ss.spectra.energy_matched(dark.blocked, reference, seed)
             made[f"{tokens}|same rank|{seed}"] = random
             made[f"{tokens}|same energy|{seed}"] = ss.remove(matched).at(tokens)
             if layer == study.below_sink:
-                made[f"{tokens}|other directions|{seed}"] = here.filled(ss.DirectionSwap(seed))
-                made[f"{tokens}|same rank, norm restored|{seed}"] = ss.NormRestored(random)
+                made[f"{tokens}|other directions|{seed}"] = here.filled(ss.spectra.DirectionSwap(seed))
+                made[f"{tokens}|same rank, norm restored|{seed}"] = ss.spectra.NormRestored(random)
     return {name: {site: edit} for name, edit in made.items()}
 
 
@@ -64,7 +64,7 @@ def compare(
     table = pd.concat([e.table.set_index("document")["delta_nll"] for e in drawn], axis=1)
     null, effect = [e.delta_nll for e in drawn], float(values.mean())
     excess = values - table.mean(axis=1)
-    low, high = ss.mean_interval(excess)
+    low, high = ss.stats.mean_interval(excess)
     return {
         "layer": layer,
         "tokens": tokens,
@@ -74,21 +74,21 @@ def compare(
         "least": min(null),
         "most": max(null),
         "draws": len(null),
-        "reached_by": ss.null_rank(effect, null),
-        "p_null": ss.null_p(effect, null),
+        "reached_by": ss.stats.null_rank(effect, null),
+        "p_null": ss.stats.null_p(effect, null),
         "excess": float(excess.mean()),
         "low": low,
         "high": high,
-        "p_sign_flip": ss.sign_flip(excess),
+        "p_sign_flip": ss.stats.sign_flip(excess),
         "n": len(excess),
     }
 
 
-def run(study: ss.Study) -> ss.Finding:
+def run(study: ss.experiments.Study) -> ss.experiments.Finding:
     tables, tests = [], []
     for site, x in residuals(study).items():
         effects = study.evaluate(cells(study, site.layer, x), str(site))
-        table = ss.effect_table(effects).assign(layer=site.layer)
+        table = ss.sweeps.effect_table(effects).assign(layer=site.layer)
         table[["tokens", "control", "draw"]] = [name.split("|") for name in table["name"]]
         tables.append(table.drop(columns="name"))
         pairs, which = [("dark", "same rank"), ("dark", "same energy")], TOKENS[:1]
@@ -99,11 +99,11 @@ def run(study: ss.Study) -> ss.Finding:
     table, test = pd.concat(tables, ignore_index=True), pd.DataFrame(tests)
     family = test.groupby(["tokens", "observed", "control"])
     for column in ("p_null", "p_sign_flip"):
-        test[f"{column}_holm"] = family[column].transform(ss.holm)
+        test[f"{column}_holm"] = family[column].transform(ss.stats.holm)
     study.save(table, "controls")
     study.save(test, "controls_tests")
     ss.figures.controls(table, test, study.below_sink, study.figure("controls"))
-    return ss.Finding(answers(study, table, test), verdict=verdict(test))
+    return ss.experiments.Finding(answers(study, table, test), verdict=verdict(test))
 
 
 def verdict(test: pd.DataFrame) -> str:
@@ -118,13 +118,13 @@ def verdict(test: pd.DataFrame) -> str:
     return f"{word}: the dark band costs more {', '.join(said)} (Holm, 5 %)"
 
 
-def answers(study: ss.Study, table: pd.DataFrame, test: pd.DataFrame) -> list[dict[str, Any]]:
+def answers(study: ss.experiments.Study, table: pd.DataFrame, test: pd.DataFrame) -> list[dict[str, Any]]:
     layer, found = study.below_sink, []
     here = table[table["layer"] == layer]
     for row in test[test["layer"] == layer].to_dict("records"):
         drawn = here[(here["tokens"] == row["tokens"]) & (here["control"] == row["control"])]
         found.append(
-            ss.answer(
+            ss.experiments.answer(
                 f"exit {layer}, {row['tokens']}: {row['observed']} minus the mean of {row['control']} (nats)",
                 row["excess"],
                 f"{row['effect']:+.4f} against {row['least']:+.4f} to {row['most']:+.4f}; reached by "
@@ -140,13 +140,13 @@ def answers(study: ss.Study, table: pd.DataFrame, test: pd.DataFrame) -> list[di
             shown = f"dark: {single.loc['dark', 'mean']:+.4f}; sink above {row['sink']:.3f}"
             shown += f" of {row['baseline_sink']:.3f}"
             name = f"exit {layer}, {tokens}: NLL difference, {control}"
-            found.append(ss.answer(name, float(row["mean"]), shown, (row["low"], row["high"])))
+            found.append(ss.experiments.answer(name, float(row["mean"]), shown, (row["low"], row["high"])))
     for control in ("same rank", "same energy"):
         rows = test[(test["tokens"] == "all") & (test["control"] == control)]
         passed = rows["p_sign_flip_holm"] <= 0.05
         more, less = (int((passed & (sign * rows["excess"] > 0)).sum()) for sign in (1, -1))
         found.append(
-            ss.answer(
+            ss.experiments.answer(
                 f"exits of {len(rows)} where dark costs more than {control} (Holm, 5 %)",
                 more,
                 f"less at {less}; beyond all draws at {int((rows['reached_by'] == 0).sum())}; smallest p of "

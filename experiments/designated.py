@@ -34,7 +34,7 @@ LEAST = 16
 COLUMNS = ["heldout_nll", "sink_rate", "mass", "to_sink_logit", "norm_ratio", "share", "others"]
 
 
-def run(study: ss.Study) -> ss.Finding:
+def run(study: ss.experiments.Study) -> ss.experiments.Finding:
     """The part after training, on any model."""
     found = ss.designate(
         study.model, study.windows, POSITION, spectrum=study.unembedding, controls=5, draws=study.draws
@@ -45,7 +45,9 @@ def run(study: ss.Study) -> ss.Finding:
     others = f"at other positions {found.nll.least:.4f} to {found.nll.most:.4f}"
     share = f"random {found.share.least:.3f} to {found.share.most:.3f}; others {found.others.value:.3f}"
     answers = [
-        ss.answer("moves tried, lightest first", len(found.tried), f"the lightest that works: {found.move}"),
+        ss.experiments.answer(
+            "moves tried, lightest first", len(found.tried), f"the lightest that works: {found.move}"
+        ),
         measured("NLL before", found.baseline_nll, "nats per token"),
         measured("NLL after", found.nll, others),
         measured("NLL difference", found.delta_nll, f"of {found.move}"),
@@ -57,13 +59,13 @@ def run(study: ss.Study) -> ss.Finding:
         measured("dark share of the position, after", found.share, share),
     ]
     word = "holds partly" if found.works else "does not hold here"
-    return ss.Finding(
+    return ss.experiments.Finding(
         answers, verdict=f"{word}: after training, {found.move}; the new sink is {found.verdict}"
     )
 
 
-def measured(name: str, value: ss.Estimate, control: str) -> dict[str, object]:
-    return ss.answer(name, value.value, control, (value.low, value.high))
+def measured(name: str, value: ss.stats.Estimate, control: str) -> dict[str, object]:
+    return ss.experiments.answer(name, value.value, control, (value.low, value.high))
 
 
 @dataclass(frozen=True)
@@ -92,12 +94,12 @@ def variant(folder: Path, options: Options) -> dict[str, object]:
         rows = [[*row[:place], 0, *row[place:]] for row in rows]
     windows = ss.Windows.of_ids(rows, model, list(range(len(rows))))
     sinks = folder / "sinks.safetensors"
-    logit = ss.SinkLogit(load_file(sinks)["sink_logits"]) if sinks.exists() else None
+    logit = ss.attention.SinkLogit(load_file(sinks)["sink_logits"]) if sinks.exists() else None
     u = ss.read_spectrum(model)
     dark, sites = u.dark(), [ss.Site("embedding"), *(ss.Site("exit", i) for i in range(model.layers - 1))]
     draws = [ss.random_subspace(model.d, dark.rank, seed) for seed in range(options.draws)]
     with ss.attending(model, logit) if logit else nullcontext():
-        seen = ss.attention_by_position(model, windows)
+        seen = ss.attention.attention_by_position(model, windows)
         x = ss.trace(
             model, torch.stack(list(windows.rows)), {}, sites,
             readout=lambda final, read, weights: torch.stack([read[site] for site in sites]),
@@ -116,7 +118,7 @@ def variant(folder: Path, options: Options) -> dict[str, object]:
         "layer": layer,
         "sink_rate": float((seen.alpha[..., place] > 0.3).mean()),
         "mass": float(alpha[layer, :, place].mean()),
-        "uniform": ss.uniform_attention(place),
+        "uniform": ss.attention.uniform_attention(place),
         "to_sink_logit": float(np.mean(seen.to_sink_logit)),
         "strongest_other": float(alpha[:, :, other][strongest]),
         "strongest_other_position": int(other[strongest[-1]]),
@@ -133,7 +135,7 @@ def main(options: Options) -> None:
     over = []
     for kind, rows in table.groupby("kind"):
         for column in COLUMNS:
-            low, high = ss.t_interval(rows[column])
+            low, high = ss.stats.t_interval(rows[column])
             part = {"kind": kind, "quantity": column, "mean": rows[column].mean(), "low": low, "high": high}
             over.append(part | {"least": rows[column].min(), "most": rows[column].max(), "seeds": len(rows)})
     options.out.mkdir(parents=True, exist_ok=True)

@@ -15,14 +15,16 @@ import pandas as pd
 import spectral_sinks as ss
 
 
-def run(study: ss.Study) -> ss.Finding:
+def run(study: ss.experiments.Study) -> ss.experiments.Finding:
     model, u, e = study.model, study.unembedding.dark(), study.embedding.dark()
-    cosines = ss.principal_cosines(e, u)
+    cosines = ss.spectra.principal_cosines(e, u)
     if model.tied:
-        return ss.Finding([ss.answer("tied model: E-dark is U-dark, smallest cosine", float(cosines.min()))])
+        return ss.experiments.Finding(
+            [ss.experiments.answer("tied model: E-dark is U-dark, smallest cosine", float(cosines.min()))]
+        )
     overlap, alignment = _overlap(study, u, e)
     u, e = u.named("U-dark"), e.named("E-dark")
-    main = {"U-dark": u, "E-dark": e, "union": ss.union(u, e)}
+    main = {"U-dark": u, "E-dark": e, "union": ss.spectra.union(u, e)}
     exits = [ss.Site("exit", layer) for layer in range(model.layers)]
     cells = {f"{name}/{site.layer}": {site: ss.remove(s)} for site in exits for name, s in main.items()}
     cells |= {
@@ -35,10 +37,16 @@ def run(study: ss.Study) -> ss.Finding:
     layer = 0 if mass is None or model.layers < 2 else max(range(1, model.layers), key=lambda k: mass[k]) - 1
 
     half = u.rank // 2
-    shared = ss.intersection(u, e).named("intersection")
-    parts = {"U outside E": ss.outside(u, e), "E outside U": ss.outside(e, u)}
-    parts |= {"U nearest E": ss.nearest(u, e, half), "U farthest from E": ss.farthest(u, e, half)}
-    parts |= {"E nearest U": ss.nearest(e, u, half), "E farthest from U": ss.farthest(e, u, half)}
+    shared = ss.spectra.intersection(u, e).named("intersection")
+    parts = {"U outside E": ss.spectra.outside(u, e), "E outside U": ss.spectra.outside(e, u)}
+    parts |= {
+        "U nearest E": ss.spectra.nearest(u, e, half),
+        "U farthest from E": ss.spectra.farthest(u, e, half),
+    }
+    parts |= {
+        "E nearest U": ss.spectra.nearest(e, u, half),
+        "E farthest from U": ss.spectra.farthest(e, u, half),
+    }
     parts |= {"intersection": shared} if shared.rank else {}
     ranks = {s.rank for s in [*main.values(), *parts.values()]} - {0, u.rank}
     here = ss.Site("exit", layer)
@@ -58,12 +66,12 @@ def run(study: ss.Study) -> ss.Finding:
 
     largest = overlap.iloc[0]
     answers = [
-        ss.answer(
+        ss.experiments.answer(
             "largest cosine between E-dark and U-dark",
             float(largest["cosine"]),
             f"{study.draws} random: {largest['random_low']:.3f} to {largest['random_high']:.3f}",
         ),
-        ss.answer("rank of the intersection (45 degrees)", shared.rank),
+        ss.experiments.answer("rank of the intersection (45 degrees)", shared.rank),
     ]
     at = table[table["layer"] == layer]
     drawn = at[at["random"]]
@@ -74,7 +82,7 @@ def run(study: ss.Study) -> ss.Finding:
         row = at[at["name"] == name].iloc[0]
         null = at[(at["rank"] == row["rank"]) & at["random"]]
         answers.append(
-            ss.answer(
+            ss.experiments.answer(
                 f"exit {layer}: NLL difference without {name} (rank {row['rank']})",
                 found[f"{name}/{layer}"].table["delta_nll"],
                 f"random: {null['delta_nll'].min():+.4f} to {null['delta_nll'].max():+.4f}; "
@@ -83,7 +91,7 @@ def run(study: ss.Study) -> ss.Finding:
         )
         if name in main:
             answers.append(
-                ss.answer(
+                ss.experiments.answer(
                     f"exit {layer}: NLL difference without {name}, beyond the line of random ones by energy",
                     float(beyond[row.name]),
                     f"{len(drawn)} random: {chance.min():+.4f} to {chance.max():+.4f}",
@@ -92,24 +100,26 @@ def run(study: ss.Study) -> ss.Finding:
             )
         if not np.isnan(row["sink_next"]):
             answers.append(
-                ss.answer(
+                ss.experiments.answer(
                     f"exit {layer}: share of the next layer's sink mass cut without {name}",
                     float(row["sink_cut"]),
                     f"random: {null['sink_cut'].min():+.3f} to {null['sink_cut'].max():+.3f}",
                     (row["sink_cut_low"], row["sink_cut_high"]),
                 )
             )
-    return ss.Finding(answers)
+    return ss.experiments.Finding(answers)
 
 
-def _overlap(study: ss.Study, u: ss.Subspace, e: ss.Subspace) -> tuple[pd.DataFrame, pd.DataFrame]:
+def _overlap(
+    study: ss.experiments.Study, u: ss.Subspace, e: ss.Subspace
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Principal cosines, and each tail's share in every band of the other's spectrum, with random ranges."""
     drawn = [ss.random_subspace(u.d, u.rank, seed) for seed in range(study.draws)]
-    null = pd.DataFrame([ss.principal_cosines(s, u).numpy() for s in drawn])
+    null = pd.DataFrame([ss.spectra.principal_cosines(s, u).numpy() for s in drawn])
     overlap = pd.DataFrame(
         {
             "pair": range(1, len(null.columns) + 1),
-            "cosine": ss.principal_cosines(e, u).numpy(),
+            "cosine": ss.spectra.principal_cosines(e, u).numpy(),
             "random_low": null.min().to_numpy(),
             "random_high": null.max().to_numpy(),
         }
@@ -142,7 +152,7 @@ def _row(name: str, effect: ss.Effect) -> dict[str, object]:
         after, before = effect.table[column], effect.table[f"baseline_{column}"]
         lost = 1 - after / before
         masses = {"sink_next": float(after.mean()), "sink_before": float(before.mean())}
-    cut_low, cut_high = ss.mean_interval(lost)
+    cut_low, cut_high = ss.stats.mean_interval(lost)
     return {
         "name": label,
         "layer": int(layer),

@@ -13,7 +13,7 @@ import pandas as pd
 import spectral_sinks as ss
 
 
-def at(study: ss.Study, layer: int) -> tuple[pd.DataFrame, dict[str, ss.Effect]]:
+def at(study: ss.experiments.Study, layer: int) -> tuple[pd.DataFrame, dict[str, ss.Effect]]:
     """The ladder and its controls at one exit."""
     u, site = study.unembedding, ss.Site("exit", layer)
     tokens = "all" if len(study.windows.first_token_ids) == 1 else "all-but-first"
@@ -31,12 +31,12 @@ def at(study: ss.Study, layer: int) -> tuple[pd.DataFrame, dict[str, ss.Effect]]
         for name, fill in fills.items():
             cells[f"{name}|random {seed}|{last}"] = {site: random.filled(fill).at(tokens)}
     effects = study.evaluate(cells, str(site))
-    table = ss.effect_table(effects)
+    table = ss.sweeps.effect_table(effects)
     table[["fill", "filter", "kept"]] = [name.split("|") for name in table["name"]]
     return table.drop(columns="name").astype({"kept": int}).assign(layer=layer, tokens=tokens), effects
 
 
-def run(study: ss.Study) -> ss.Finding:
+def run(study: ss.experiments.Study) -> ss.experiments.Finding:
     sink = study.below_sink
     layers = [sink, (sink + study.model.layers) // 2]
     tables, answers, beyond = [], [], {}
@@ -56,18 +56,18 @@ def run(study: ss.Study) -> ss.Finding:
                 control += f"; seeds: {seeds.min():+.4f} to {seeds.max():+.4f}"
             beyond[layer, fill] = row["mean"] > draws.max()
             values = delta[f"{fill}|Phi|{n - 1}"]
-            answers.append(ss.answer(f"exit {layer}: last band, fill {fill}", values, control))
+            answers.append(ss.experiments.answer(f"exit {layer}: last band, fill {fill}", values, control))
         for k in (n - 1, round(0.7 * n)):
             for fill in ("mean", "swap", "noise"):
                 saved = delta[f"zero|Phi|{k}"] - delta[f"{fill}|Phi|{k}"]
-                low, high = ss.mean_interval(saved)
+                low, high = ss.stats.mean_interval(saved)
                 shown = "excludes 0" if low > 0 or high < 0 else "includes 0"
                 name = f"exit {layer}, {k} of {n} bands kept: cost of zero above {fill}"
-                answers.append(ss.answer(name, saved, shown, (low, high)))
+                answers.append(ss.experiments.answer(name, saved, shown, (low, high)))
     table = pd.concat(tables, ignore_index=True)
     study.save(table, "fills")
     ss.figures.fills(table, study.figure("fills"), n)
-    return ss.Finding(answers, verdict=verdict(beyond))
+    return ss.experiments.Finding(answers, verdict=verdict(beyond))
 
 
 def verdict(beyond: dict[tuple[int, str], bool]) -> str:

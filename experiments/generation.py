@@ -36,7 +36,7 @@ on the embedded model; the temperature was lowered from 1, where 4 texts hardly 
 filter. So the verdict there is exploratory. The table has every measure."""
 
 
-def run(study: ss.Study) -> ss.Finding:
+def run(study: ss.experiments.Study) -> ss.experiments.Finding:
     model = study.model
     mass = ss.attention_by_head(model, study.windows).groupby("layer")["attention"].mean()
     site = ss.Site("exit", max(int(mass.iloc[1:].idxmax()) - 1, 0))
@@ -53,14 +53,14 @@ def run(study: ss.Study) -> ss.Finding:
         ("sampled", random, TEMPERATURE, 1),
     ):
         cells = {str(key): {} if f is None else {site: f} for key, f in part.items()}
-        texts = ss.generate_all(model, prompts, cells, new=new, temperature=heat, draws=draws)
+        texts = ss.nll.generate_all(model, prompts, cells, new=new, temperature=heat, draws=draws)
         for (name, removed, seed), f in part.items():
             text = texts[str((name, removed, seed))]
             keys = {"filter": name, "removed": removed, "decoding": decoding, "seed": seed}
             keys |= {"rank": 0 if f is None else f.rank}
-            rows = ss.repetition(text, prompts)
-            rows = rows.assign(nll_untouched=ss.continuation_nll(model, prompts, text).flatten().numpy())
-            distinct = ss.distinct(text.flatten(0, 1).tolist(), 2)
+            rows = ss.nll.repetition(text, prompts)
+            rows = rows.assign(nll_untouched=ss.nll.continuation_nll(model, prompts, text).flatten().numpy())
+            distinct = ss.nll.distinct(text.flatten(0, 1).tolist(), 2)
             tables.append(rows.groupby("document", as_index=False).mean().assign(**keys, distinct_2=distinct))
             if seed == 0 and model.tokenizer is not None:
                 words = [model.tokenizer.decode(ids) for ids in (prompts[0], text[0, 0])]
@@ -70,10 +70,10 @@ def run(study: ss.Study) -> ss.Finding:
     study.save(table.assign(site=str(site), new=new), "generation")
     study.save(pd.DataFrame(samples), "generation_samples")
     ss.figures.generation(table, study.figure("generation"), new)
-    return ss.Finding(answers(table, found), verdict=judged(table))
+    return ss.experiments.Finding(answers(table, found), verdict=judged(table))
 
 
-def filters(study: ss.Study) -> dict[tuple[str, float, int], ss.Filter | None]:
+def filters(study: ss.experiments.Study) -> dict[tuple[str, float, int], ss.Filter | None]:
     """By name, share removed and seed; None for the untouched model."""
     u = study.unembedding
     chosen: dict[tuple[str, float, int], ss.Filter | None] = {("untouched", 0.0, 0): None}
@@ -97,9 +97,11 @@ def summary(found: pd.DataFrame) -> pd.DataFrame:
             values = part.groupby("document")[measure].mean()
             row = keys | {"measure": measure, "mean": values.mean()}
             if measure in MEASURES:  # the others are of all texts together
-                row |= dict(zip(("low", "high"), ss.mean_interval(values), strict=True))
+                row |= dict(zip(("low", "high"), ss.stats.mean_interval(values), strict=True))
                 difference = values - base[measure]
-                ends = zip(("difference_low", "difference_high"), ss.mean_interval(difference), strict=True)
+                ends = zip(
+                    ("difference_low", "difference_high"), ss.stats.mean_interval(difference), strict=True
+                )
                 row |= {"difference": difference.mean()} | dict(ends)
             if name == "Rnd":
                 drawn = part.groupby("seed")[measure].mean()
@@ -118,7 +120,7 @@ def answers(table: pd.DataFrame, found: pd.DataFrame) -> list[dict[str, Any]]:
                 phi, random = (by.loc[(measure, decoding, name, dose)] for name in ("Phi", "Rnd"))
                 ends = f"[{phi['difference_low']:+.3f}, {phi['difference_high']:+.3f}]"
                 rows.append(
-                    ss.answer(
+                    ss.experiments.answer(
                         f"{decoding}: {label}, last {100 * dose:.0f} % removed",
                         float(phi["mean"]),
                         f"untouched {base:.3f}, difference {phi['difference']:+.3f} {ends}, "
@@ -128,7 +130,11 @@ def answers(table: pd.DataFrame, found: pd.DataFrame) -> list[dict[str, Any]]:
                 )
     greedy = found[found["decoding"] == "greedy"]
     looped, free = (greedy[greedy["loops"] == which]["nll_untouched"].mean() for which in (1, 0))
-    rows.append(ss.answer("untouched NLL of greedy texts that loop", float(looped), f"the others {free:.3f}"))
+    rows.append(
+        ss.experiments.answer(
+            "untouched NLL of greedy texts that loop", float(looped), f"the others {free:.3f}"
+        )
+    )
     return rows
 
 

@@ -15,17 +15,19 @@ import spectral_sinks as ss
 SCORES = ("nll", "kl", "top1")
 
 
-def run(study: ss.Study) -> ss.Finding:
+def run(study: ss.experiments.Study) -> ss.experiments.Finding:
     model, windows, u = study.model, study.windows, study.unembedding
     count, last = u.count, model.layers - 1
-    own = ss.band_lens(model, windows, {"U": u})
+    own = ss.residual.band_lens(model, windows, {"U": u})
     steps = sorted({max(1, round(count * part)) for part in (0.25, 0.5, 0.75)} | {max(1, count - 1), count})
     random = pd.concat(
-        ss.band_lens(model, windows, {f"random {seed}": ss.random_spectrum(u.d, count, seed)}, bands=steps)
+        ss.residual.band_lens(
+            model, windows, {f"random {seed}": ss.spectra.random_spectrum(u.d, count, seed)}, bands=steps
+        )
         for seed in range(study.draws)
     )
     keys = ["reading", "layer", "band"]
-    table = pd.concat(ss.summarise(own, keys, score).assign(score=score) for score in SCORES)
+    table = pd.concat(ss.stats.summarise(own, keys, score).assign(score=score) for score in SCORES)
     draws = random.groupby(["basis", *keys], as_index=False)[list(SCORES)].mean()
     draws = draws.melt(["basis", *keys], list(SCORES), var_name="score")
     spread = draws.groupby([*keys, "score"], as_index=False)["value"].agg(["mean", "min", "max"])
@@ -42,27 +44,33 @@ def run(study: ss.Study) -> ss.Finding:
 
     answers: list[dict[str, object]] = []
     for layer in range(-1, last + 1):
-        nll = at(own, ss.TOGETHER, layer, count, "document", "nll")
+        nll = at(own, ss.residual.TOGETHER, layer, count, "document", "nll")
         place = "embedding" if layer < 0 else f"exit {layer}"
-        answers.append(ss.answer(f"{place}: NLL of the logit lens, all bands", nll))
+        answers.append(ss.experiments.answer(f"{place}: NLL of the logit lens, all bands", nll))
     for layer in dict.fromkeys([max(0, last // 2), last]):
-        step = at(own, ss.TOGETHER, layer, count - 1, "document", "nll") - at(
-            own, ss.TOGETHER, layer, count, "document", "nll"
+        step = at(own, ss.residual.TOGETHER, layer, count - 1, "document", "nll") - at(
+            own, ss.residual.TOGETHER, layer, count, "document", "nll"
         )
-        other = at(random, ss.TOGETHER, layer, count - 1, "basis", "nll") - at(
-            random, ss.TOGETHER, layer, count, "basis", "nll"
+        other = at(random, ss.residual.TOGETHER, layer, count - 1, "basis", "nll") - at(
+            random, ss.residual.TOGETHER, layer, count, "basis", "nll"
         )
         answers.append(
-            ss.answer(f"exit {layer}: NLL that the last band takes off the lens", step, random_range(other))
+            ss.experiments.answer(
+                f"exit {layer}: NLL that the last band takes off the lens", step, random_range(other)
+            )
         )
     for band in (steps[1], count - 1):
-        agree = at(own, ss.TOGETHER, last, band, "document", "top1")
-        other = at(random, ss.TOGETHER, last, band, "basis", "top1")
+        agree = at(own, ss.residual.TOGETHER, last, band, "document", "top1")
+        other = at(random, ss.residual.TOGETHER, last, band, "basis", "top1")
         answers.append(
-            ss.answer(f"exit {last}: top-1 agreement from bands 1 to {band}", agree, random_range(other))
+            ss.experiments.answer(
+                f"exit {last}: top-1 agreement from bands 1 to {band}", agree, random_range(other)
+            )
         )
     for band in (1, count):
-        alone = at(own, ss.ALONE, last, band, "document", "kl")
-        other = at(random, ss.ALONE, last, count, "basis", "kl")
-        answers.append(ss.answer(f"exit {last}: KL from band {band} alone", alone, random_range(other)))
-    return ss.Finding(answers)
+        alone = at(own, ss.residual.ALONE, last, band, "document", "kl")
+        other = at(random, ss.residual.ALONE, last, count, "basis", "kl")
+        answers.append(
+            ss.experiments.answer(f"exit {last}: KL from band {band} alone", alone, random_range(other))
+        )
+    return ss.experiments.Finding(answers)

@@ -31,7 +31,7 @@ MASKS = 5
 """Draws of each control of the NLL."""
 
 
-def cases(study: ss.Study) -> dict[str, ss.Study]:
+def cases(study: ss.experiments.Study) -> dict[str, ss.experiments.Study]:
     """The model without BOS first; the study's own windows, where they have one, for comparison."""
     model, windows = study.model, study.windows
     rows = [row[1:] for row in windows.rows] if windows.opens_with_bos else windows.rows
@@ -69,10 +69,10 @@ def by_token(inner: pd.DataFrame) -> pd.DataFrame:
 
 def by_position(table: pd.DataFrame) -> pd.DataFrame:
     """Relative attention by position, mean over layers and documents, of the first half."""
-    return ss.summarise(table[~table["late"]], ["position"], "relative")
+    return ss.stats.summarise(table[~table["late"]], ["position"], "relative")
 
 
-def sinks_of(name: str, study: ss.Study) -> dict[str, object]:
+def sinks_of(name: str, study: ss.experiments.Study) -> dict[str, object]:
     """How many sinks `find_sinks` lists, and which."""
     tokens = min(64, *(len(row) for row in study.windows.rows))
     found = ss.find_sinks(study.model, study.windows, study.unembedding, tokens=tokens, draws=study.draws)
@@ -82,7 +82,7 @@ def sinks_of(name: str, study: ss.Study) -> dict[str, object]:
         for s in found.sinks
     ]
     rate, most = found.attention.rate(), float(np.nanmax(found.attention.alpha.mean(0)[..., : tokens // 2]))
-    return ss.answer(
+    return ss.experiments.answer(
         f"{name}: sinks by the rule of find_sinks, T = {tokens}",
         len(found.sinks),
         f"largest mean alpha of a head {most:.3f}; Sink^0.3 at position 0 {rate[:, 0].mean():.3f}, at others "
@@ -90,20 +90,20 @@ def sinks_of(name: str, study: ss.Study) -> dict[str, object]:
     )
 
 
-def measure(study: ss.Study) -> tuple[pd.DataFrame, pd.DataFrame]:
+def measure(study: ss.experiments.Study) -> tuple[pd.DataFrame, pd.DataFrame]:
     """All tokens, and the described candidates."""
-    table = ss.attended(study.model, study.windows, study.unembedding, draws=study.draws)
-    return table, described(ss.most_attended(table), study.model)
+    table = ss.sinks.attended(study.model, study.windows, study.unembedding, draws=study.draws)
+    return table, described(ss.sinks.most_attended(table), study.model)
 
 
-def run(study: ss.Study) -> ss.Finding:
+def run(study: ss.experiments.Study) -> ss.experiments.Finding:
     layers, places, tokens, inners, darker, found = [], [], [], [], [], []
     measured = cases(study)
     for name, case in measured.items():
         table, inner = measure(case)
-        layer, excess = ss.attended_darkness(inner)
+        layer, excess = ss.sinks.attended_darkness(inner)
         darker.append(excess)
-        first = ss.summarise(table[table["position"] == 0], ["layer"], "dark")
+        first = ss.stats.summarise(table[table["position"] == 0], ["layer"], "dark")
         layer["first"], layer["first_low"], layer["first_high"] = first["mean"], first["low"], first["high"]
         layers.append(layer.assign(model=name))
         places.append(by_position(table).assign(model=name))
@@ -113,17 +113,17 @@ def run(study: ss.Study) -> ss.Finding:
     if len(darker) == 2:
         pair = (darker[1] - darker[0]).dropna()
         quantity = "excess of dark share with BOS minus without, paired by document"
-        found.append(ss.answer(quantity, pair, f"sign flips {ss.sign_flip(pair):.4f}"))
+        found.append(ss.experiments.answer(quantity, pair, f"sign flips {ss.stats.sign_flip(pair):.4f}"))
     bare = next(iter(measured.values()))
     draws = min(MASKS, bare.draws)
-    cost = ss.attended_cost(bare.model, bare.windows, bare.unembedding, inners[0], draws=draws)
+    cost = ss.sinks.attended_cost(bare.model, bare.windows, bare.unembedding, inners[0], draws=draws)
     for column, control in (
         ("above_matched", "as many matched tokens"),
         ("above_random", "random subspaces"),
     ):
         worst = cost.loc[cost[column].idxmax()]
         found.append(
-            ss.answer(
+            ss.experiments.answer(
                 f"NLL without the dark band at the most attended, above {control}, largest of the layers",
                 float(worst[column]),
                 f"layer {worst['layer']:.0f}: {worst['most attended']:+.4f} against "
@@ -136,7 +136,7 @@ def run(study: ss.Study) -> ss.Finding:
     for rows, suffix in ((layer, ""), (place, "_positions"), (token, "_tokens"), (cost, "_nll")):
         study.save(rows, f"no_bos{suffix}")
     ss.figures.no_bos(layer, place, token, cost, study.figure("no_bos"))
-    return ss.Finding(found, verdict=verdict(int(found[0]["value"]), layers[0], cost))
+    return ss.experiments.Finding(found, verdict=verdict(int(found[0]["value"]), layers[0], cost))
 
 
 def answers(
@@ -147,7 +147,7 @@ def answers(
     first = table[table["position"] == 0].groupby("document")["relative"].mean()
     links = {
         column: [
-            ss.rank_correlation(part["relative"], part[column])
+            ss.stats.rank_correlation(part["relative"], part[column])
             for _, part in inner.groupby(["document", "layer"])
         ]
         for column in ("count", "position")
@@ -157,36 +157,38 @@ def answers(
     darker = (layer["p_holm"] <= 0.05) & (layer["low"] > 0)
     beyond = darker & (layer["low"] > layer["random_high"])
     return [
-        ss.answer(f"{name}: attention to position 0 over uniform", first),
-        ss.answer(
+        ss.experiments.answer(f"{name}: attention to position 0 over uniform", first),
+        ss.experiments.answer(
             f"{name}: attention to the most attended 5 % over uniform",
             top.groupby("document")["relative"].mean(),
             f"all candidates {inner['relative'].mean():.2f}; above 2: {(inner['relative'] > 2).mean():.4f}",
         ),
-        ss.answer(
+        ss.experiments.answer(
             f"{name}: share of punctuation among the most attended",
             top.groupby("document")["punctuation"].mean(),
             f"all candidates {inner['punctuation'].mean():.3f}",
         ),
-        ss.answer(
+        ss.experiments.answer(
             f"{name}: share of the most attended on ten tokens ({', '.join(ten['text'].map(repr))})",
             float(ten["top"].sum() / len(top)),
             f"their share of all candidates {ten['pairs'].sum() / len(inner):.3f}",
         ),
-        ss.answer(
+        ss.experiments.answer(
             f"{name}: median position of the most attended",
             float(top["position"].median()),
             f"all candidates {inner['position'].median():.0f}",
         ),
-        ss.answer(f"{name}: rank correlation of attention with the count of the token", link["count"]),
-        ss.answer(f"{name}: rank correlation of attention with position", link["position"]),
-        ss.answer(
+        ss.experiments.answer(
+            f"{name}: rank correlation of attention with the count of the token", link["count"]
+        ),
+        ss.experiments.answer(f"{name}: rank correlation of attention with position", link["position"]),
+        ss.experiments.answer(
             f"{name}: dark share of the most attended above their matches, mean over layers",
             excess,
             f"most attended {layer['top'].mean():.3f}, matched {layer['matched'].mean():.3f}, "
             f"position 0 {layer['first'].mean():.3f}",
         ),
-        ss.answer(
+        ss.experiments.answer(
             f"{name}: layers where the most attended are darker than their matches (Holm, 5 %)",
             int(darker.sum()),
             f"of {len(layer)}; and beyond random subspaces {int(beyond.sum())}; "
@@ -227,8 +229,10 @@ def main(options: Options) -> None:
         model = ss.load(name)
         spectra = [ss.read_spectrum(model, matrix) for matrix in ("unembedding", "embedding")]
         windows = ss.cut(texts, model, per_document=1, bos="never")
-        table, inner = measure(ss.Study(model, windows, spectra[0], spectra[1], options.out, options.draws))
-        layer, excess = ss.attended_darkness(inner)
+        table, inner = measure(
+            ss.experiments.Study(model, windows, spectra[0], spectra[1], options.out, options.draws)
+        )
+        layer, excess = ss.sinks.attended_darkness(inner)
         label = Path(name).parent.name if Path(name).is_dir() else name
         top = inner[inner["top"]]
         rows.append(

@@ -23,7 +23,7 @@ READS = ("queries", "keys", "values", "mlp-input")
 SOME = {"first token": "first", "all but first": "all-but-first"}
 
 
-def run(study: ss.Study) -> ss.Finding:
+def run(study: ss.experiments.Study) -> ss.experiments.Finding:
     model, u, below = study.model, study.unembedding, study.below_sink
     dark = ss.remove(u.dark())
     above = list(range(below + 1, model.layers))
@@ -42,13 +42,13 @@ def run(study: ss.Study) -> ss.Finding:
         for seed in range(study.draws if place in beside else min(FEW, study.draws)):
             cells[f"{name}|{seed}"] = dict.fromkeys(sites, ss.rnd(u.d, dark.rank, seed).at(tokens))
     effects = study.evaluate(cells, "reads")
-    table = ss.effect_table(effects, below)
+    table = ss.sweeps.effect_table(effects, below)
     table[["site", "place", "draw"]] = [name.split("|") for name in table["name"]]
     table["sink_left"] = [sink_left(effects[name], below).mean() for name in table["name"]]
     table = table.drop(columns="name")
     study.save(table, "reads")
     ss.figures.reads(table, below, study.figure("reads"))
-    return ss.Finding(answers(study, effects, table), verdict=verdict(table))
+    return ss.experiments.Finding(answers(study, effects, table), verdict=verdict(table))
 
 
 def verdict(table: pd.DataFrame) -> str:
@@ -86,7 +86,9 @@ def sink_left(effect: ss.Effect, below: int) -> pd.Series:
     return effect.table[after].mean(axis=1) / effect.table[before].mean(axis=1)
 
 
-def answers(study: ss.Study, effects: dict[str, ss.Effect], table: pd.DataFrame) -> list[dict[str, Any]]:
+def answers(
+    study: ss.experiments.Study, effects: dict[str, ss.Effect], table: pd.DataFrame
+) -> list[dict[str, Any]]:
     below = study.below_sink
     named = [f"{kind}|{place}" for place in (f"layer {below + 1}", "above", "all layers") for kind in READS]
     named += [f"{kind}|above, {some}" for kind in READS[1:3] for some in SOME]
@@ -98,9 +100,9 @@ def answers(study: ss.Study, effects: dict[str, ss.Effect], table: pd.DataFrame)
         shown = f"exit {below} (reference)" if site == "exit" else f"{site}, {place}"
         shown = shown.replace("above", f"layers above exit {below}")
         random = f"{len(drawn)} random: {drawn['mean'].min():+.4f} to {drawn['mean'].max():+.4f}"
-        found.append(ss.answer(f"NLL difference, {shown}", effect.table["delta_nll"], random))
+        found.append(ss.experiments.answer(f"NLL difference, {shown}", effect.table["delta_nll"], random))
         left = sink_left(effect, below)
         if left.notna().all():
             random = f"random: {drawn['sink_left'].min():.3f} to {drawn['sink_left'].max():.3f}"
-            found.append(ss.answer(f"share of the sink left, {shown}", left, random))
+            found.append(ss.experiments.answer(f"share of the sink left, {shown}", left, random))
     return found

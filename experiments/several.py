@@ -67,7 +67,7 @@ def observe(model: ss.LanguageModel, windows: ss.Windows, cell: Cell = ((), {}))
     for places, ids in windows.batches(BATCH):
         seen: dict[int, tuple[torch.Tensor, ...]] = {}
 
-        def look(call: ss.AttentionCall, seen: dict[int, tuple[torch.Tensor, ...]] = seen) -> None:
+        def look(call: ss.attention.AttentionCall, seen: dict[int, tuple[torch.Tensor, ...]] = seen) -> None:
             weights = call.weights(slice(0, size))[..., :size].cpu()
             visible = call.visible(slice(0, size))[..., :size].cpu().float().expand_as(weights)
             even = (visible / visible.sum(-1, keepdim=True)).sum(2) / queries
@@ -106,8 +106,8 @@ def moves(
     cells: dict[tuple[str, str], Cell] = {("untouched", OBSERVED): ((), {})}
     for place in (0, *sorted(drawn.tolist())):
         draw = f"at {place}" if place else OBSERVED
-        cells["key masked", draw] = ([ss.MaskKey(place)], {})
-        cells["weight dropped", draw] = ([ss.MaskKey(place, renormalise=False)], {})
+        cells["key masked", draw] = ([ss.attention.MaskKey(place)], {})
+        cells["weight dropped", draw] = ([ss.attention.MaskKey(place, renormalise=False)], {})
         cells["dark removed, BOS alone", draw] = ((), {site: dark.at(ss.At(place))})
     cells["dark removed, all tokens", OBSERVED] = ((), {site: dark})
     for seed in range(draws):
@@ -190,7 +190,7 @@ def dark_tokens(
         "loud": np.full(draws, np.nan),
     }.items():
         by = table.groupby("document")[quantity].mean()
-        low, high = ss.mean_interval(by)
+        low, high = ss.stats.mean_interval(by)
         limits = {"random_low": drawn.min(), "random_high": drawn.max()}
         counts = {"tokens": int(table[quantity].sum()), "of": len(table)}
         rows.append({"quantity": quantity, "mean": by.mean(), "low": low, "high": high} | counts | limits)
@@ -228,7 +228,7 @@ def streaming(model: ss.LanguageModel, windows: ss.Windows) -> pd.DataFrame:
             if kept > 1:
                 sets["0 and others", draw] = [0, *chosen[1:]]
         for (which, draw), first in sets.items():
-            seen = observe(model, windows, ([ss.Streaming(first, recent)], {}))
+            seen = observe(model, windows, ([ss.attention.Streaming(first, recent)], {}))
             found[kept, which, draw] = seen["late"] - base
     rows = [
         {"kept": kept, "which": which, "draw": draw, "recent": recent} | interval(windows, values)
@@ -256,7 +256,7 @@ def by_document(windows: ss.Windows, values: np.ndarray) -> np.ndarray:
 def interval(windows: ss.Windows, values: np.ndarray) -> dict[str, float]:
     """Mean over documents and its 95 % interval."""
     sample = by_document(windows, values)
-    low, high = ss.mean_interval(sample)
+    low, high = ss.stats.mean_interval(sample)
     return {"mean": float(sample.mean()), "low": low, "high": high}
 
 
@@ -265,7 +265,7 @@ def text(model: ss.LanguageModel, token: int) -> str:
     return str(token) if model.tokenizer is None else repr(model.tokenizer.decode([token]))
 
 
-def run(study: ss.Study) -> ss.Finding:
+def run(study: ss.experiments.Study) -> ss.experiments.Finding:
     model, u, below = study.model, study.unembedding, study.below_sink
     sinks = ss.find_sinks(model, study.windows, u, tokens=TOKENS, draws=study.draws).sinks
     tables = measure(model, study.windows, u, below, study.draws)
@@ -275,8 +275,8 @@ def run(study: ss.Study) -> ss.Finding:
     path = study.figure("several")
     ss.figures.several(moved, positions, tables["_dark"], tables["_curve"], stream, path)
     named = ", ".join(f"{sink.token or 'any token'} at {sink.position}" for sink in sinks) or "none"
-    found = [ss.answer("sinks of the untouched model", len(sinks), named)]
-    return ss.Finding(found + answers(tables, below), verdict=verdict(tables, len(sinks)))
+    found = [ss.experiments.answer("sinks of the untouched model", len(sinks), named)]
+    return ss.experiments.Finding(found + answers(tables, below), verdict=verdict(tables, len(sinks)))
 
 
 def verdict(tables: dict[str, pd.DataFrame], sinks: int) -> str:
@@ -305,7 +305,7 @@ def answers(tables: dict[str, pd.DataFrame], below: int) -> list[dict[str, Any]]
         control = f"{len(drawn)} controls: {drawn.min():.4f} to {drawn.max():.4f}" if len(drawn) else ""
         at = f"position {row['position']}; " if quantity.startswith("strongest") else ""
         limits = (row["low"], row["high"])
-        found.append(ss.answer(f"{name}: {quantity}", float(row["mean"]), at + control, limits))
+        found.append(ss.experiments.answer(f"{name}: {quantity}", float(row["mean"]), at + control, limits))
     names = {
         "like_bos": "a dark share above half of BOS's",
         "beyond_random": "more in the dark than in any random subspace",
@@ -317,7 +317,7 @@ def answers(tables: dict[str, pd.DataFrame], below: int) -> list[dict[str, Any]]
         if row["random_high"] == row["random_high"]:
             control += f"; the same of random subspaces: {row['random_low']:.4f} to {row['random_high']:.4f}"
         quantity = f"exit {below}: share of tokens with {names[row['quantity']]}"
-        found.append(ss.answer(quantity, float(row["mean"]), control, (row["low"], row["high"])))
+        found.append(ss.experiments.answer(quantity, float(row["mean"]), control, (row["low"], row["high"])))
     stream = tables["_streaming"]
     for row in stream[~stream["which"].isin(["others", "0 and others"])].to_dict("records"):
         drawn = stream[(stream["kept"] == row["kept"]) & stream["which"].isin(["others", "0 and others"])]
@@ -326,5 +326,5 @@ def answers(tables: dict[str, pd.DataFrame], below: int) -> list[dict[str, Any]]
         what = "NLL difference" if what == "first" else what
         name = f"streaming, {which} {row['kept']} and {row['recent']} recent: {what}"
         control = "; ".join(shown) if row["which"] == "first" else ""
-        found.append(ss.answer(name, row["mean"], control, (row["low"], row["high"])))
+        found.append(ss.experiments.answer(name, row["mean"], control, (row["low"], row["high"])))
     return found

@@ -13,7 +13,7 @@ import pandas as pd
 import spectral_sinks as ss
 
 
-def run(study: ss.Study) -> ss.Finding:
+def run(study: ss.experiments.Study) -> ss.experiments.Finding:
     model, u = study.model, study.unembedding
     heads = ss.attention_by_head(model, study.windows)
     rate = (heads["attention"] > 0.3).groupby(heads["document"]).mean()
@@ -54,7 +54,7 @@ def run(study: ss.Study) -> ss.Finding:
     removal = pd.DataFrame(rows)
     study.save(heads.groupby(["layer", "head"], as_index=False)["attention"].mean(), "sink_heads")
     study.save(removal.assign(layer=layer, rank=dark.rank), "sink_removal")
-    ss.figures.sink(ss.summarise(heads, ["layer", "head"], "attention"), removal, study.figure("sink"))
+    ss.figures.sink(ss.stats.summarise(heads, ["layer", "head"], "attention"), removal, study.figure("sink"))
 
     masses = {name: effect.table.set_index("document") for name, effect in effects.items()}
     column = f"sink_mass_{layer + 1}"
@@ -68,40 +68,42 @@ def run(study: ss.Study) -> ss.Finding:
     rest = masses["dark, all others"]["delta_nll"]
     swapped = effects["dark, swapped"]
     omega, phi = masses[f"Omega {kept}"]["delta_nll"], masses[f"Phi 1:{kept}"]["delta_nll"]
-    return ss.Finding(
+    return ss.experiments.Finding(
         [
-            ss.answer("NLL, untouched (nats per token)", masses["dark"]["baseline_nll"]),
-            ss.answer("share of (text, head) with attention received > 0.3 at T = 64", rate),
-            ss.answer(f"norm of position 0 / median of others, exit {top}", ratio[top]),
-            ss.answer(
+            ss.experiments.answer("NLL, untouched (nats per token)", masses["dark"]["baseline_nll"]),
+            ss.experiments.answer("share of (text, head) with attention received > 0.3 at T = 64", rate),
+            ss.experiments.answer(f"norm of position 0 / median of others, exit {top}", ratio[top]),
+            ss.experiments.answer(
                 f"dark share of position 0, exit {layer}",
                 bos["share"][layer],
                 f"others {other['share'][layer].mean():.3f}, chance {dark.rank / u.d:.3f}",
             ),
-            ss.answer(
+            ss.experiments.answer(
                 f"sink mass of layer {layer + 1}, untouched",
                 heads[heads["layer"] == layer + 1].groupby("document")["attention"].mean(),
-                f"uniform {ss.uniform_attention():.4f}",
+                f"uniform {ss.attention.uniform_attention():.4f}",
             ),
-            ss.answer(
+            ss.experiments.answer(
                 f"sink mass of layer {layer + 1} cut by removing dark at exit {layer}",
                 cut,
                 f"{study.draws} random: {min(random_cut):.3f} to {max(random_cut):.3f}",
             ),
-            ss.answer("NLL difference, dark removed, all tokens", masses["dark"]["delta_nll"], spread),
-            ss.answer(
+            ss.experiments.answer(
+                "NLL difference, dark removed, all tokens", masses["dark"]["delta_nll"], spread
+            ),
+            ss.experiments.answer(
                 "NLL difference, dark removed, first token alone",
                 masses["dark, first token"]["delta_nll"],
                 f"all others: {rest.mean():+.4f}",
             ),
-            ss.answer(
+            ss.experiments.answer(
                 "NLL difference due to the first token (alone, and saved by sparing it: mean of both)",
                 (masses["dark, first token"]["delta_nll"] + masses["dark"]["delta_nll"] - rest) / 2,
                 f"saved by sparing it: {(masses['dark']['delta_nll'] - rest).mean():+.4f}",
             ),
-            ss.answer("NLL difference, dark swapped between texts", swapped.table["delta_nll"]),
-            ss.answer(f"NLL difference, Omega {kept} (sink-preserving)", omega),
-            ss.answer(f"NLL difference, Phi 1:{kept} (same, tail dropped)", phi),
-            ss.answer(f"Phi 1:{kept} minus Omega {kept}", phi - omega),
+            ss.experiments.answer("NLL difference, dark swapped between texts", swapped.table["delta_nll"]),
+            ss.experiments.answer(f"NLL difference, Omega {kept} (sink-preserving)", omega),
+            ss.experiments.answer(f"NLL difference, Phi 1:{kept} (same, tail dropped)", phi),
+            ss.experiments.answer(f"Phi 1:{kept} minus Omega {kept}", phi - omega),
         ]
     )

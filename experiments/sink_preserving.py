@@ -47,10 +47,10 @@ def deleting(u: ss.Spectrum, kind: str, rank: int) -> ss.Filter:
 def random_kept(u: ss.Spectrum, rank: int, seed: int) -> ss.Filter:
     """Delete from the same directions and the tail; random ones are kept, as many as the tail has."""
     low = u.directions(u.d - u.dark().rank - rank, u.d, "low end")
-    return ss.remove(ss.random_within(low, rank, seed))
+    return ss.remove(ss.spectra.random_within(low, rank, seed))
 
 
-def measure(study: ss.Study, layers: list[int], random: list[int]) -> tuple[pd.DataFrame, ...]:
+def measure(study: ss.experiments.Study, layers: list[int], random: list[int]) -> tuple[pd.DataFrame, ...]:
     """What deleting costs at some exits at once; the largest share within each budget, of each kind; and what
     keeping the tail saves, where random directions were kept too.
     """
@@ -62,7 +62,7 @@ def measure(study: ss.Study, layers: list[int], random: list[int]) -> tuple[pd.D
             cells[f"random {seed} kept|{k}"] = dict.fromkeys(sites, random_kept(u, k, seed))
     where = "all exits" if len(layers) > 1 else f"exit {layers[0]}"
     effects = study.evaluate(cells, where)
-    table = ss.effect_table(effects, layers[0])
+    table = ss.sweeps.effect_table(effects, layers[0])
     table[["kind", "deleted"]] = [name.split("|") for name in table["name"]]
     table = table.astype({"deleted": int}).assign(where=where)
     table["share"] = table["rank"] / (u.d * len(layers))
@@ -70,7 +70,7 @@ def measure(study: ss.Study, layers: list[int], random: list[int]) -> tuple[pd.D
     for kind in KINDS:
         costs = np.stack([effects[f"{kind}|{k}"].table["delta_nll"] for k in steps], axis=1)
         for budget in BUDGETS:
-            value, low, high = ss.largest_within(costs, [k / u.d for k in steps], budget)
+            value, low, high = ss.stats.largest_within(costs, [k / u.d for k in steps], budget)
             within.append(
                 {"where": where, "kind": kind, "budget": budget, "mean": value, "low": low, "high": high}
             )
@@ -83,7 +83,7 @@ def measure(study: ss.Study, layers: list[int], random: list[int]) -> tuple[pd.D
         }
         for kind, cost in others.items():
             values = cost - costs[f"{next(iter(KINDS))}|{k}"]
-            low, high = ss.mean_interval(values)
+            low, high = ss.stats.mean_interval(values)
             row = {
                 "where": where,
                 "deleted": k,
@@ -92,11 +92,11 @@ def measure(study: ss.Study, layers: list[int], random: list[int]) -> tuple[pd.D
                 "low": low,
                 "high": high,
             }
-            saved.append(row | {"p_sign_flip": ss.sign_flip(values), "n": len(values)})
+            saved.append(row | {"p_sign_flip": ss.stats.sign_flip(values), "n": len(values)})
     return table.drop(columns="name"), pd.DataFrame(within), pd.DataFrame(saved)
 
 
-def halves(study: ss.Study) -> tuple[ss.Study, ss.Study]:
+def halves(study: ss.experiments.Study) -> tuple[ss.experiments.Study, ss.experiments.Study]:
     """Every other document, and the rest. Raises InputError for a single one."""
     windows = study.windows
     order = {document: place for place, document in enumerate(dict.fromkeys(windows.document))}
@@ -115,7 +115,7 @@ def schedule(u: ss.Spectrum, depths: dict[int, int]) -> dict[ss.Site, ss.Filter]
     return {ss.Site("exit", layer): deleting(u, "tail kept", k) for layer, k in depths.items() if k}
 
 
-def greedy(study: ss.Study) -> list[tuple[dict[int, int], float]]:
+def greedy(study: ss.experiments.Study) -> list[tuple[dict[int, int], float]]:
     """Schedules of growing size up to the largest budget, and what each costs on the study's documents."""
     u = study.unembedding
     step, most = max(1, round(0.01 * u.d)), u.d - u.dark().rank
@@ -130,7 +130,7 @@ def greedy(study: ss.Study) -> list[tuple[dict[int, int], float]]:
         path.append((depths, effects[best].delta_nll))
 
 
-def schedules(study: ss.Study) -> pd.DataFrame:
+def schedules(study: ss.experiments.Study) -> pd.DataFrame:
     """Per budget: the greedy schedule and the best depth for all exits, chosen on half of the documents."""
     chosen, other = halves(study)
     u, layers = study.unembedding, range(study.model.layers)
@@ -150,7 +150,7 @@ def schedules(study: ss.Study) -> pd.DataFrame:
                 site: ss.rnd(u.d, edit.rank, seed * len(layers) + site.layer)
                 for site, edit in cells[name].items()
             }
-    table = ss.effect_table(other.evaluate(cells, "held out"), 0)
+    table = ss.sweeps.effect_table(other.evaluate(cells, "held out"), 0)
     table[["kind", "budget"]] = [name.split("|") for name in table["name"]]
     removed = [sum(edit.rank for edit in cells[name].values()) for name in table["name"]]
     table["share"] = np.array(removed) / (u.d * len(layers))
@@ -161,7 +161,7 @@ def schedules(study: ss.Study) -> pd.DataFrame:
     return table.drop(columns="name")
 
 
-def run(study: ss.Study) -> ss.Finding:
+def run(study: ss.experiments.Study) -> ss.experiments.Finding:
     layers = list(range(study.model.layers))
     places = [[layer] for layer in layers] + ([layers] if len(layers) > 1 else [])
     random = ranks(study.unembedding, RANDOM)
@@ -178,8 +178,8 @@ def run(study: ss.Study) -> ss.Finding:
         share = f"{row['deleted']} of {study.unembedding.d} deleted"
         shown = "excludes 0" if row["low"] > 0 or row["high"] < 0 else "includes 0"
         name = f"{row['where']}: saved by keeping the tail (nats), {share}, against {row['against']}"
-        found.append(ss.answer(name, row["mean"], shown, (row["low"], row["high"])))
-    return ss.Finding(found, verdict=verdict(saved))
+        found.append(ss.experiments.answer(name, row["mean"], shown, (row["low"], row["high"])))
+    return ss.experiments.Finding(found, verdict=verdict(saved))
 
 
 def verdict(saved: pd.DataFrame) -> str:
@@ -196,7 +196,7 @@ def verdict(saved: pd.DataFrame) -> str:
 
 
 def answers(
-    study: ss.Study, table: pd.DataFrame, within: pd.DataFrame, plans: pd.DataFrame
+    study: ss.experiments.Study, table: pd.DataFrame, within: pd.DataFrame, plans: pd.DataFrame
 ) -> list[dict[str, Any]]:
     kept_kind, dropped_kind, spared_kind = KINDS
     found = []
@@ -205,7 +205,7 @@ def answers(
             rows.set_index("kind").loc[kind] for kind in (kept_kind, dropped_kind, spared_kind)
         )
         found.append(
-            ss.answer(
+            ss.experiments.answer(
                 f"{where}: share deleted within +{budget:g} nats, {kept_kind}",
                 float(kept["mean"]),
                 f"{dropped_kind}: {dropped['mean']:.3f} [{dropped['low']:.3f}, {dropped['high']:.3f}]; "
@@ -218,7 +218,7 @@ def answers(
         here = table[(table["where"] == where) & (table["deleted"] == deleted)]
         kept = here[here["kind"] == kept_kind].iloc[0]
         found.append(
-            ss.answer(
+            ss.experiments.answer(
                 f"{where}: NLL difference, {deleted} of {study.unembedding.d} deleted, {kept_kind}",
                 float(kept["mean"]),
                 f"random kept instead: {draws['mean'].min():+.4f} to {draws['mean'].max():+.4f}",
@@ -231,5 +231,5 @@ def answers(
         if row["kind"] == "greedy":
             control += f"; random of these ranks: {draws.min():+.4f} to {draws.max():+.4f}"
         name = f"schedule, {row['kind']}, budget +{row['budget']}: NLL difference, held-out documents"
-        found.append(ss.answer(name, float(row["mean"]), control, (row["low"], row["high"])))
+        found.append(ss.experiments.answer(name, float(row["mean"]), control, (row["low"], row["high"])))
     return found

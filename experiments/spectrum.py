@@ -11,7 +11,7 @@ import pandas as pd
 import spectral_sinks as ss
 
 
-def run(study: ss.Study) -> ss.Finding:
+def run(study: ss.experiments.Study) -> ss.experiments.Finding:
     u, e = study.unembedding, study.embedding
     values = pd.concat(
         pd.DataFrame({"matrix": s.matrix, "index": range(1, s.d + 1), "value": s.values.numpy()})
@@ -36,10 +36,14 @@ def run(study: ss.Study) -> ss.Finding:
     ss.figures.spectrum(values, alignment, study.figure("spectrum"))
     tail = u.values.square()[-u.dark().rank :].sum() / u.values.square().sum()
     random = f"{study.draws} random: {draws.iloc[:, -1].min():.3f} to {draws.iloc[:, -1].max():.3f}"
-    return ss.Finding(
+    return ss.experiments.Finding(
         [
-            ss.answer("W_U: largest / smallest singular value", float(u.values[0] / u.values[-1])),
-            ss.answer("W_U: energy share of the dark band", float(tail), f"flat: {u.dark().rank / u.d:.3f}"),
-            ss.answer("share of E-dark in U-dark", float(share[-1]), random),
+            ss.experiments.answer(
+                "W_U: largest / smallest singular value", float(u.values[0] / u.values[-1])
+            ),
+            ss.experiments.answer(
+                "W_U: energy share of the dark band", float(tail), f"flat: {u.dark().rank / u.d:.3f}"
+            ),
+            ss.experiments.answer("share of E-dark in U-dark", float(share[-1]), random),
         ]
     )

@@ -27,7 +27,7 @@ WAYS: dict[str, dict[str, Any]] = {
 KEPT = (1, 4, 8, 12, 14, 16, 17, 18, 19)
 
 
-def settings(study: ss.Study) -> dict[str, ss.Study]:
+def settings(study: ss.experiments.Study) -> dict[str, ss.experiments.Study]:
     """The study's texts opened with BOS (where the model has one), and without."""
     model, bos = study.model, study.model.bos
     bare = [row[1:] if bos is not None and int(row[0]) == bos else row for row in study.windows.rows]
@@ -41,7 +41,9 @@ def settings(study: ss.Study) -> dict[str, ss.Study]:
     }
 
 
-def steps(study: ss.Study, layer: int, ways: list[str], random: bool) -> tuple[pd.DataFrame, pd.DataFrame]:
+def steps(
+    study: ss.experiments.Study, layer: int, ways: list[str], random: bool
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The ladder's cells at one exit, and by document the steps made of them."""
     u, site, n = study.unembedding, ss.Site("exit", layer), study.unembedding.count
     most = round(0.7 * n)
@@ -55,7 +57,7 @@ def steps(study: ss.Study, layer: int, ways: list[str], random: bool) -> tuple[p
                 site: replace(ss.rnd(u.d, u.dark().rank, seed), **WAYS[way])
             }
     effects = study.evaluate(cells, str(site))
-    table = ss.effect_table(effects).assign(layer=layer)
+    table = ss.sweeps.effect_table(effects).assign(layer=layer)
     table[["way", "filter", "kept"]] = [name.split("|") for name in table["name"]]
     delta = {name: effect.table.set_index("document")["delta_nll"] for name, effect in effects.items()}
     rows: list[dict[str, object]] = []
@@ -68,8 +70,8 @@ def steps(study: ss.Study, layer: int, ways: list[str], random: bool) -> tuple[p
             f"last band, {most} others kept": delta[f"{way}|Phi|{most}"] - delta[f"{way}|Omega|{most}"],
         }
         for step, values in found.items():
-            low, high = ss.mean_interval(values)
-            p = ss.sign_flip(values)
+            low, high = ss.stats.mean_interval(values)
+            p = ss.stats.sign_flip(values)
             rows.append(
                 {"layer": layer, "way": way, "step": step, "mean": values.mean(), "low": low, "high": high}
                 | {"zero": verdict(low, high), "p_sign_flip": p, "n": len(values)}
@@ -81,7 +83,7 @@ def verdict(low: float, high: float) -> str:
     return "excludes 0" if low > 0 or high < 0 else "includes 0"
 
 
-def run(study: ss.Study) -> ss.Finding:
+def run(study: ss.experiments.Study) -> ss.experiments.Finding:
     n = study.unembedding.count
     ladders, tests, answers, said = [], [], [], []
     for name, here in settings(study).items():
@@ -101,7 +103,7 @@ def run(study: ss.Study) -> ss.Finding:
             row = at.loc[("last step", way)]
             random = f"{study.draws} random: {spread['min'][way]:+.4f} to {spread['max'][way]:+.4f}"
             answers.append(
-                ss.answer(
+                ss.experiments.answer(
                     f"{name}, exit {layer}: last step, {way}",
                     float(row["mean"]),
                     f"{row['zero']}; {random}",
@@ -111,7 +113,7 @@ def run(study: ss.Study) -> ss.Finding:
         for way in ("zero", swapped, "zero, first token"):
             row = at.loc[("last minus before", way)]
             answers.append(
-                ss.answer(
+                ss.experiments.answer(
                     f"{name}, exit {layer}: last step minus the one before, {way}",
                     float(row["mean"]),
                     row["zero"],
@@ -121,7 +123,7 @@ def run(study: ss.Study) -> ss.Finding:
             last = test[(test["step"] == "last step") & (test["way"] == way)]
             clear = (last["zero"] == "excludes 0") & (last["mean"] > 0)
             answers.append(
-                ss.answer(
+                ss.experiments.answer(
                     f"{name}: exits of {len(last)} where the last step, {way}, exceeds 0", int(clear.sum())
                 )
             )
@@ -131,7 +133,7 @@ def run(study: ss.Study) -> ss.Finding:
     study.save(ladder, "swap")
     study.save(test, "swap_steps")
     ss.figures.swap(ladder, test, study.figure("swap"), n)
-    return ss.Finding(answers, verdict="; ".join(said))
+    return ss.experiments.Finding(answers, verdict="; ".join(said))
 
 
 def judged(step: pd.DataFrame, spread: pd.DataFrame, swapped: str) -> str:
@@ -149,9 +151,11 @@ def judged(step: pd.DataFrame, spread: pd.DataFrame, swapped: str) -> str:
     return f"{word} ({', '.join(said)} nats; beyond all random: {', '.join(more) or 'none'})"
 
 
-def idle(study: ss.Study, layer: int) -> dict[str, object]:
+def idle(study: ss.experiments.Study, layer: int) -> dict[str, object]:
     """What swapping position 0 alone does where all documents open with BOS: the swap's own control."""
     dark = ss.remove(study.unembedding.dark(), ss.Swap(), "first")
     effect = study.evaluate({"swap": {ss.Site("exit", layer): dark}})["swap"]
     largest = float(effect.table["delta_nll"].abs().max())
-    return ss.answer(f"with BOS, exit {layer}: largest change by a swap of position 0 alone", largest)
+    return ss.experiments.answer(
+        f"with BOS, exit {layer}: largest change by a swap of position 0 alone", largest
+    )

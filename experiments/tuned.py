@@ -40,7 +40,7 @@ def measure(name: str, options: Options) -> list[dict[str, object]]:
     windows = ss.cut(ss.documents(options.text, limit=options.documents), model, per_document=1)
     spectrum, rows = ss.read_spectrum(model), []
     for masked in (False, True):
-        with ss.attending(model, ss.MaskKey(0)) if masked else nullcontext():
+        with ss.attending(model, ss.attention.MaskKey(0)) if masked else nullcontext():
             found = ss.find_sinks(model, windows, spectrum)
             nll = ss.evaluate(model, windows, {}).nll
         alpha = found.attention.alpha.mean((0, 1, 2))[1 : found.tokens // 2 + 1]
@@ -68,7 +68,7 @@ def main(options: Options) -> None:
     over = []
     for (kind, key), rows in table.groupby(["kind", "first_key"], sort=False):
         for column in ("nll", "other_sinks", "first", "strongest_other"):
-            low, high = ss.t_interval(rows[column])
+            low, high = ss.stats.t_interval(rows[column])
             row = {"kind": kind, "first_key": key, "quantity": column, "mean": rows[column].mean()}
             over.append(row | {"low": low, "high": high, "seeds": len(rows)})
     runs = table.set_index(["kind", "first_key", "seed"])["nll"].sort_index()
@@ -79,7 +79,7 @@ def main(options: Options) -> None:
     ):
         if first in runs.index and second in runs.index:
             cost = (runs.loc[first] - runs.loc[second]).dropna()
-            low, high = ss.t_interval(cost)
+            low, high = ss.stats.t_interval(cost)
             row = {"kind": name, "first_key": "both", "quantity": "nll difference", "mean": cost.mean()}
             over.append(row | {"low": low, "high": high, "seeds": len(cost)})
     options.out.mkdir(parents=True, exist_ok=True)

@@ -16,13 +16,13 @@ import spectral_sinks as ss
 KEYS = ["part", "layer", "unit"]
 
 
-def run(study: ss.Study) -> ss.Finding:
+def run(study: ss.experiments.Study) -> ss.experiments.Finding:
     u, d = study.unembedding, study.unembedding.d
     rank = u.dark().rank
     spans = {f"band {j}": u.band(j) for j in range(1, u.count + 1)}
     spans |= {f"random {seed}": ss.random_subspace(d, rank, seed) for seed in range(study.draws)}
     table = pd.concat(
-        [ss.weight_shares(study.model, spans, convention=name) for name in ("raw", "folded")],
+        [ss.residual.weight_shares(study.model, spans, convention=name) for name in ("raw", "folded")],
         ignore_index=True,
     )
     bands = table[table["subspace"].str.startswith("band")]
@@ -45,7 +45,7 @@ def run(study: ss.Study) -> ss.Finding:
     for role, rows in (("readers", dark[~dark["writes"]]), ("writers", dark[dark["writes"]])):
         means = rows.groupby("convention")["share"].mean()
         answers.append(
-            ss.answer(
+            ss.experiments.answer(
                 f"{role}: dark share, mean over matrices",
                 float(means["raw"]),
                 f"chance {rank / d:.4f}; gain folded in: {means['folded']:.4f}",
@@ -54,7 +54,7 @@ def run(study: ss.Study) -> ss.Finding:
     for part, rows in raw.groupby("part", observed=True, sort=True):
         above, below, n = int((rows["beyond"] > 0).sum()), int((rows["beyond"] < 0).sum()), len(rows)
         answers.append(
-            ss.answer(
+            ss.experiments.answer(
                 f"W_{part}: share of its matrices darker than all random subspaces",
                 above / n,
                 f"{above} of {n}; less dark than all: {below}; by chance {n / (study.draws + 1):.1f} each",
@@ -64,10 +64,10 @@ def run(study: ss.Study) -> ss.Finding:
         top = rows.iloc[0]
         place = f"{top['layer']}" + ("" if top["unit"] < 0 else f".{top['unit']}")
         answers.append(
-            ss.answer(
+            ss.experiments.answer(
                 f"darkest {role}, W_{top['part']} {place}: dark share",
                 float(top["share"]),
                 f"random {top['random_low']:.3f} to {top['random_high']:.3f}, z {top['z']:.1f}",
             )
         )
-    return ss.Finding(answers)
+    return ss.experiments.Finding(answers)

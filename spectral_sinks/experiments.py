@@ -22,7 +22,7 @@ from spectral_sinks.interventions.tracing import Interventions
 from spectral_sinks.measure.attention.received import attention_by_head
 from spectral_sinks.measure.nll.effects import Effect, evaluate_all
 from spectral_sinks.measure.residual.matrix_spectrum import read_spectrum
-from spectral_sinks.models.checkpoint import DEFAULT
+from spectral_sinks.models.embedded import DEFAULT
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.models.loading import load
 from spectral_sinks.models.remote_state import To
@@ -30,6 +30,8 @@ from spectral_sinks.spectra.spectrum import Spectrum
 from spectral_sinks.stats import mean_interval
 from spectral_sinks.sweeps.band_ladder import ladder
 from spectral_sinks.sweeps.definition import versions
+
+__all__ = ["Finding", "Study", "answer", "reproduce", "without_last_band"]
 
 BATCH = 16
 """Windows in a forward pass."""

@@ -10,6 +10,21 @@ from scipy import stats
 
 from spectral_sinks.errors import InputError
 
+__all__ = [
+    "Estimate",
+    "document_means",
+    "holm",
+    "largest_within",
+    "mean_interval",
+    "null_p",
+    "null_rank",
+    "rank_correlation",
+    "sequential_p",
+    "sign_flip",
+    "summarise",
+    "t_interval",
+]
+
 RESAMPLES = 4999
 
 

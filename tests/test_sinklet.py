@@ -7,7 +7,7 @@ from nnsight import TransformersModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import spectral_sinks as ss
-from spectral_sinks.models.checkpoint import EMBEDDED
+from spectral_sinks.models.embedded import FOLDER
 
 ROOT = Path(__file__).parent.parent
 SITE = ss.Site("exit", 0)
@@ -24,17 +24,17 @@ def windows(model):
 
 
 def test_transformers_loads_the_folder(model):
-    plain = AutoModelForCausalLM.from_pretrained(EMBEDDED / "sinklet")
-    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED / "sinklet")
+    plain = AutoModelForCausalLM.from_pretrained(FOLDER / "sinklet")
+    tokenizer = AutoTokenizer.from_pretrained(FOLDER / "sinklet")
     ids = tokenizer("The sink", return_tensors="pt").input_ids
     assert ids[0, 0] == tokenizer.bos_token_id == model.bos
     assert plain(ids).logits.shape == (1, ids.shape[1], model.vocabulary)
-    assert sum(path.stat().st_size for path in (EMBEDDED / "sinklet").iterdir()) < 10 * 2**20
+    assert sum(path.stat().st_size for path in (FOLDER / "sinklet").iterdir()) < 10 * 2**20
 
 
 @pytest.mark.parametrize("form", ["nnsight", "nnsight on meta", "device_map"])
 def test_other_ways_to_load_it_give_the_same(model, windows, form):
-    folder = str(EMBEDDED / "sinklet")
+    folder = str(FOLDER / "sinklet")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     options = {"task": "text-generation", "tokenizer": tokenizer, "attn_implementation": "eager"}
     if form == "device_map":

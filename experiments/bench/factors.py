@@ -127,8 +127,8 @@ def stopping(bench: Bench) -> list[Row]:
             named |= {f"{seed}": {site: ss.rnd(case.model.d, keep.rank, seed)} for seed in range(n)}
             effects = ss.evaluate_all(case.model, windows, named, batch_size=BATCH)
             observed, *null = deltas(effects)
-            p, used = ss.sequential_p(observed, lambda i, null=null: null[i], h=h, n=n)
-            fixed = (ss.null_rank(observed, null) + 1) / (n + 1)
+            p, used = ss.stats.sequential_p(observed, lambda i, null=null: null[i], h=h, n=n)
+            fixed = (ss.stats.null_rank(observed, null) + 1) / (n + 1)
             spent, cells = spent + used, cells + 1
             decided += (p <= 0.05) == (fixed <= 0.05)
     note = (
@@ -148,7 +148,7 @@ def screen(bench: Bench) -> list[Row]:
     }
     clock = in_turn(
         1,
-        screen=lambda _: ss.first_order(case.model, case.windows, case.spectrum, batch_size=BATCH),
+        screen=lambda _: ss.nll.first_order(case.model, case.windows, case.spectrum, batch_size=BATCH),
         exact=lambda _: case.evaluate(bands | {(layer, 20 + k): f for (layer, k), f in case.filters.items()}),
     )
     estimates = clock.found["screen"].pivot(index="layer", columns="band", values="estimate").to_numpy()

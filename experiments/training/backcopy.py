@@ -172,7 +172,7 @@ def over_seeds(runs: pd.DataFrame) -> pd.DataFrame:
     for kind, part in runs.groupby("kind", sort=False):
         for quantity in part.columns.drop(["kind", "seed"]):
             values = part[quantity]
-            low, high = ss.t_interval(values)
+            low, high = ss.stats.t_interval(values)
             row = {"kind": kind, "quantity": quantity, "mean": values.mean(), "low": low, "high": high}
             rows.append(row | {"least": values.min(), "most": values.max(), "seeds": len(values)})
     return pd.DataFrame(rows)

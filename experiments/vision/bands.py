@@ -98,7 +98,7 @@ def main(options: Options) -> dict[str, Any]:
     if pixels.labels is not None and int(pixels.labels.unique(return_counts=True)[1].min()) >= PROBED:
         probe = "patches" if model.cls is None else "cls"
     parts = [
-        ss.image_ladder(
+        ss.sweeps.image_ladder(
             model,
             pixels,
             ss.Site("exit", layer),

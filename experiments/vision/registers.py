@@ -2,8 +2,8 @@
 
 Question: what does an encoder with register tokens lose when these are taken out, zeroed, fixed to their mean
 over images, replaced by noise, or swapped between images (Darcet et al. 2024; Sun et al. 2024, on ViTs)?
-Design: `ss.register_ablation` at the exits of all layers, on [CLS] and patch features, on the classes named
-first and on accuracy; intervals over images.
+Design: `ss.vision.register_ablation` at the exits of all layers, on [CLS] and patch features, on the classes
+named first and on accuracy; intervals over images.
 Control: noise of the registers' own mean and deviation; and shuffling within an image, which must change
 nothing.
 
@@ -44,7 +44,9 @@ def main(options: Options) -> pd.DataFrame:
     files = options.images if listed is None else [options.images / name for name in listed]
     labels = None if listed is None else [Path(name).parent.name for name in listed]
     images = ss.images(files, limit=options.limit, labels=labels)
-    table = ss.register_ablation(model, ss.pixels(images, model, size=options.size), batch_size=options.batch)
+    table = ss.vision.register_ablation(
+        model, ss.pixels(images, model, size=options.size), batch_size=options.batch
+    )
     options.out.mkdir(parents=True, exist_ok=True)
     table.to_csv(options.out / "vision_registers.csv", index=False, float_format="%.5g")
     ss.figures.register_ablation(table, options.out / "vision_registers.png")

@@ -53,7 +53,7 @@ class Seen:
     registers: int
     seed: int
     step: int
-    outliers: ss.Outliers
+    outliers: ss.vision.Outliers
     """Norms of all tokens, and which patches are outliers."""
     right: NDArray[np.float64]
     """1 for each image whose class is right."""
@@ -104,7 +104,7 @@ class Seen:
 
 
 def interval(name: str, values: NDArray[np.float64]) -> dict[str, float]:
-    low, high = ss.mean_interval(values)
+    low, high = ss.stats.mean_interval(values)
     return {name: float(values.mean()), f"{name}_low": low, f"{name}_high": high}
 
 
@@ -118,7 +118,7 @@ def look(folder: Path, images: Any, batch_size: int, **about: Any) -> Seen:
     return Seen(
         outliers=ss.outliers(model, pixels, batch_size=batch_size),
         right=(torch.cat(classes) == pixels.labels).double().numpy(),
-        alpha=ss.attention_by_position(model, pixels, batch_size=batch_size).alpha,
+        alpha=ss.attention.attention_by_position(model, pixels, batch_size=batch_size).alpha,
         **about,
     )
 
@@ -141,12 +141,12 @@ def written(use: pd.DataFrame) -> Iterator[dict[str, Any]]:
         layer, head = rows.groupby(["layer", "head"])["attention"].mean().idxmax()
         here = rows[(rows["layer"] == layer) & (rows["head"] == head)]
         said = f"no-op at most 0.2, broadcast at least 0.5; attention {here['attention'].mean():.4f}"
-        yield ss.answer(
+        yield ss.experiments.answer(
             f"value of {token} over the mean value, head {layer}.{head}", here["value_ratio"], said
         )
         rate, counts = rows.groupby("document")["dormant"].mean(), rows["use"].value_counts()
         said = f"no-op {counts.get('no-op', 0)}, broadcast {counts.get('broadcast', 0)} of {len(rows)}"
-        yield ss.answer(f"share of heads in which 0.9 of queries give 0.5 to {token}", rate, said)
+        yield ss.experiments.answer(f"share of heads in which 0.9 of queries give 0.5 to {token}", rate, said)
 
 
 def checkpoints(run: Path, options: Options) -> Iterator[Seen]:
@@ -167,38 +167,42 @@ def answers(first: Seen, last: Seen) -> Iterator[dict[str, Any]]:
     """What the trained weights show, beside the untrained ones."""
     found, before = last.outliers, first.outliers
     classes, uniform = len(found.pixels.model.labels), 1 / last.alpha.shape[-1]
-    yield ss.answer("accuracy", last.right, f"chance {1 / classes:.3g}, untrained {first.right.mean():.3f}")
+    yield ss.experiments.answer(
+        "accuracy", last.right, f"chance {1 / classes:.3g}, untrained {first.right.mean():.3f}"
+    )
     for layer in range(last.alpha.shape[1]):
         share, untrained = (o.member[:, layer + 1].mean(1) for o in (found, before))
         said = f"untrained {untrained.mean():.3g}"
-        yield ss.answer(f"share of patches that are outliers after layer {layer}", share, said)
+        yield ss.experiments.answer(f"share of patches that are outliers after layer {layer}", share, said)
     for kind, places in last.kinds.items():
         norm, control = ((o.norm[..., places] / o.median[:, None]).max((0, 2))[1:] for o in (found, before))
         name = f"largest norm of {kind} after any layer ({norm.argmax()}), in medians of patches"
-        yield ss.answer(name, float(norm.max()), f"untrained {control.max():.3g}")
+        yield ss.experiments.answer(name, float(norm.max()), f"untrained {control.max():.3g}")
     for kind, places in last.kinds.items():
         name, even = f"attention to the most attended of {kind}", f"uniform {uniform:.4f}, untrained"
         top, control = last.top(kind), first.top(kind)
-        yield ss.answer(f"{name}, all heads", top.mean((1, 2)), f"{even} {control.mean():.4f}")
+        yield ss.experiments.answer(f"{name}, all heads", top.mean((1, 2)), f"{even} {control.mean():.4f}")
         at = np.unravel_index(top.mean(0).argmax(), top.shape[1:])
         said = f"{even} {control[:, *at].mean():.4f}"
-        yield ss.answer(f"{name}, head {at[0]}.{at[1]}", top[:, *at], said)
+        yield ss.experiments.answer(f"{name}, head {at[0]}.{at[1]}", top[:, *at], said)
         rate, said = (top > SINK).mean((1, 2)), f"untrained {(control > SINK).mean():.4f}"
-        yield ss.answer(f"share of heads in which one of {kind} receives over {SINK}", rate, said)
+        yield ss.experiments.answer(f"share of heads in which one of {kind} receives over {SINK}", rate, said)
         mass, control = (part.alpha[..., places].sum(-1).mean((1, 2)) for part in (last, first))
         said = f"uniform {uniform * last.alpha[..., places].shape[-1]:.4f}, untrained {control.mean():.4f}"
-        yield ss.answer(f"attention to all of {kind}, all heads", mass, said)
+        yield ss.experiments.answer(f"attention to all of {kind}, all heads", mass, said)
 
 
 def differences(plain: Seen, other: Seen) -> Iterator[dict[str, Any]]:
     """Registers minus none, paired by image."""
     said = f"{other.run} minus {plain.run}"
-    yield ss.answer("accuracy, difference", other.right - plain.right, said)
+    yield ss.experiments.answer("accuracy, difference", other.right - plain.right, said)
     without, having = (part.outliers.member[:, 1:].mean((1, 2)) for part in (plain, other))
-    yield ss.answer("share of patches that are outliers after any layer, difference", having - without, said)
+    yield ss.experiments.answer(
+        "share of patches that are outliers after any layer, difference", having - without, said
+    )
     for kind in plain.kinds:
         change = other.top(kind).mean((1, 2)) - plain.top(kind).mean((1, 2))
-        yield ss.answer(f"attention to the most attended of {kind}, difference", change, said)
+        yield ss.experiments.answer(f"attention to the most attended of {kind}, difference", change, said)
 
 
 def main(options: Options) -> None:

@@ -1,6 +1,9 @@
-"""Numbers that pages state, and where the tables have them: pages that check themselves."""
+"""Numbers that pages state, and the tables that hold them: pages that check themselves."""
 
-from spectral_sinks.claims.claims import Claims
-from spectral_sinks.claims.verify import Check, uncovered, verify
+# pyright: basic
+# lazy_loader has no types
+import lazy_loader
 
-__all__ = ["Check", "Claims", "uncovered", "verify"]
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__, submod_attrs={"claims": ["Claims"], "verify": ["Check", "uncovered", "verify"]}
+)

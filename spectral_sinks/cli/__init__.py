@@ -8,11 +8,14 @@ from tyro.conf import FlagCreatePairsOff, subcommand
 
 import spectral_sinks as ss
 from spectral_sinks.cli.circuits import Circuits, run_circuits
-from spectral_sinks.cli.commands import run_energy, run_info, run_nll, run_reproduce, run_spectrum
-from spectral_sinks.cli.options import Energy, Info, Nll, Reproduce, SpectrumCommand
+from spectral_sinks.cli.energy import Energy, run_energy
+from spectral_sinks.cli.info import Info, run_info
+from spectral_sinks.cli.nll import Nll, run_nll
 from spectral_sinks.cli.output import quiet
 from spectral_sinks.cli.remote import Remote, run_remote
+from spectral_sinks.cli.reproduce import Reproduce, run_reproduce
 from spectral_sinks.cli.sinks import Sinks, run_sinks
+from spectral_sinks.cli.spectrum import SpectrumCommand, run_spectrum
 from spectral_sinks.cli.sweep import Merge, Sweep, run_merge, run_sweep
 from spectral_sinks.cli.verify import Verify, run_verify
 from spectral_sinks.cli.vision import Vision, run_vision

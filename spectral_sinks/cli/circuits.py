@@ -1,15 +1,17 @@
 """`spectral-sinks circuits`: which heads have a no-op circuit, and what it is made of."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 import spectral_sinks as ss
-from spectral_sinks.cli.commands import ran
-from spectral_sinks.cli.options import Running
+from spectral_sinks.cli.options import Running, ran
 from spectral_sinks.cli.output import show, table
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 COLUMNS = {
     "attention": "on sink",
@@ -52,7 +54,7 @@ def run_circuits(options: Circuits) -> None:
         "convention": spectrum.convention,
         "bands": spectrum.count,
         "random_dark": spectrum.dark().rank / spectrum.d,
-        "rule": ss.Circuits.rule,
+        "rule": ss.circuits.Circuits.rule,
         "circuits": heads[heads["circuit"]].to_dict("records"),
         "heads": heads.to_dict("records"),
         **ran(model),
@@ -82,7 +84,7 @@ def dark(row: dict[str, Any]) -> str:
     return "\n".join(f"{row[name]:.2f}" for name in DARK)
 
 
-def draw(found: ss.Circuits, folder: Path) -> None:
+def draw(found: ss.circuits.Circuits, folder: Path) -> None:
     """The map, and a page for each circuit."""
     folder.mkdir(parents=True, exist_ok=True)
     ss.figures.circuits(found.heads, folder / "heads.png")

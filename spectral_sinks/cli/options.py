@@ -1,4 +1,6 @@
-"""What the commands take: flags come from the fields, their help from the lines below them."""
+"""Options that several commands share: flags come from the fields, their help from the lines below them."""
+
+from __future__ import annotations
 
 import sys
 import warnings
@@ -10,7 +12,6 @@ from tyro.conf import Positional
 
 import spectral_sinks as ss
 
-FillName = Literal["zero", "mean", "swap", "noise"]
 RemoteName = Literal["ndif", "local"]
 
 
@@ -106,69 +107,6 @@ class Running(Common):
         return model, windows, spectrum
 
 
-@dataclass(frozen=True)
-class Info(Common):
-    """Family, sizes, tied or not, BOS policy and context of a model; reads no weights."""
-
-
-@dataclass(frozen=True)
-class SpectrumCommand(Common):
-    """Singular values of the unembedding (or another matrix) and its bands; reads only that tensor."""
-
-    matrix: str = "unembedding"
-    """unembedding, embedding, or the name of a parameter."""
-    convention: Literal["raw", "folded", "centred"] = "raw"
-    """raw; folded (final norm's gain multiplied in); centred (folded, minus the mean over the vocabulary)."""
-    bands: int = 20
-    """Number of bands."""
-
-
-@dataclass(frozen=True)
-class Nll(Running):
-    """Negative log-likelihood and sink mass under a spectral filter, against the untouched model."""
-
-    layer: int | None = None
-    """Layer of the site; by default the one below the layer with the strongest sink."""
-    site: str = "exit"
-    """exit, attention, mlp, head:N, embedding, or what one component alone reads: queries, keys, values,
-    mlp-input."""
-    keep: str | None = None
-    """Bands to keep: 1-8,20 or dark, dark:0.1, head:0.4, middle:0.4-0.9, all, none, random:13."""
-    remove: str | None = None
-    """Bands to remove, written the same way."""
-    fill: FillName = "zero"
-    """What takes the place of what is removed: zero, the position's mean, another document's, or noise."""
-    tokens: str = "all"
-    """all, first, all-but-first, or ids:5,13 for tokens by id."""
-    controls: int = 0
-    """Also remove this many random subspaces of the same rank, seeds 0, 1, ..., as the control."""
-    seed: int = 0
-    """Seed of random:N and of noise."""
-
-
-@dataclass(frozen=True)
-class Energy(Running):
-    """Share of each band in the residuals of BOS and of other tokens, by layer."""
-
-
-@dataclass(frozen=True)
-class Reproduce:
-    """Run the experiments, write their tables and figures, print a summary."""
-
-    only: str | None = None
-    """One experiment by name; all of them by default."""
-    out: Path = Path("results")
-    """Folder for tables and figures."""
-    model: str = ss.DEFAULT
-    """The embedded model's name, a Hugging Face id, or a folder."""
-    documents: int = 16
-    """Documents of the shipped corpus to measure on, one window each."""
-    remote: RemoteName | None = None
-    """ndif: at the server that nnsight is configured for; local: the same, rehearsed here."""
-    json: bool = False
-    """Print the summary as one JSON object and nothing else on standard output."""
-
-
 def remote_of(name: RemoteName | None) -> bool | str:
     """`load`'s word for it."""
     return {None: False, "ndif": True, "local": "local"}[name]
@@ -177,3 +115,8 @@ def remote_of(name: RemoteName | None) -> bool | str:
 def read_spectrum(options: Common, matrix: str, convention: Any, bands: int) -> ss.Spectrum:
     model = options.load() if options.allow_pickle else options.model  # single tensors need safetensors
     return ss.read_spectrum(model, matrix, convention=convention, bands=bands, revision=options.revision)
+
+
+def ran(model: ss.LanguageModel) -> dict[str, Any]:
+    """Where the model is, if it is elsewhere."""
+    return {} if model.remote is None else {"remote": model.remote.record()}

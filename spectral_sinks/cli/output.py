@@ -2,13 +2,21 @@
 
 import json
 import math
+import os
 import sys
 import warnings
 from typing import Any
 
-import datasets
 from rich.console import Console, RenderableType
 from rich.table import Table
+
+SILENT = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "DATASETS_VERBOSITY": "critical",
+}
+"""Environment of a command."""
 
 
 def plain(value: Any) -> str:
@@ -46,13 +54,19 @@ def without_nan(value: Any) -> Any:
 
 
 def quiet() -> None:
-    """Warnings in one line on standard error; no chatter from libraries."""
-    from transformers.utils import logging
+    """Print warnings in one line on standard error, and no chatter from libraries.
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    The environment speaks to libraries that are imported later, which most commands do not need; a variable
+    that is set keeps its value.
+    """
+    for name, value in SILENT.items():
+        os.environ.setdefault(name, value)
+    if transformers := sys.modules.get("transformers"):
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+    if datasets := sys.modules.get("datasets"):
+        datasets.disable_progress_bars()
+        datasets.logging.set_verbosity(datasets.logging.CRITICAL)
 
     def line(message: Any, category: Any, *rest: Any, **more: Any) -> None:
         print(f"spectral-sinks: warning: {message}", file=sys.stderr)

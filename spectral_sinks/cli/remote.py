@@ -1,5 +1,7 @@
 """The command about servers."""
 
+from __future__ import annotations
+
 from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Literal
@@ -28,7 +30,7 @@ class Remote:
 def run_remote(options: Remote) -> None:
     """Raise SystemExit with status 1 where a check fails."""
     if options.action == "check":
-        steps = list(ss.preflight(options.what, revision=options.revision))
+        steps = list(ss.remote.preflight(options.what, revision=options.revision))
         ok = all(step.ok for step in steps)
         found = {"model": options.what, "ok": ok, "steps": [asdict(step) for step in steps]}
         rows = [("yes" if step.ok else "NO", step.name, step.found) for step in steps]
@@ -36,7 +38,7 @@ def run_remote(options: Remote) -> None:
         if not ok:
             raise SystemExit(1)
         return
-    notes = ss.collect(options.what) if options.action == "collect" else ss.jobs(options.what)
+    notes = ss.sweeps.collect(options.what) if options.action == "collect" else ss.sweeps.jobs(options.what)
     states = Counter(note.state for note in notes)
     found = {"folder": options.what, "states": states, "jobs": [asdict(note) for note in notes]}
     rows = [

@@ -1,5 +1,7 @@
 """The command `sinks`: the attention sinks of a model."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -7,8 +9,7 @@ from typing import Any
 from rich.console import Group
 
 import spectral_sinks as ss
-from spectral_sinks.cli.commands import ran
-from spectral_sinks.cli.options import Running
+from spectral_sinks.cli.options import Running, ran
 from spectral_sinks.cli.output import plain, show, table
 
 

@@ -1,5 +1,7 @@
 """The commands of sweeps."""
 
+from __future__ import annotations
+
 import re
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -68,13 +70,13 @@ def run_sweep(options: Sweep) -> None:
         raise ss.InputError("give --workers or --dask, not both")
     if options.devices and not options.workers:
         raise ss.InputError("--devices are dealt to workers: give --workers as well")
-    file = ss.SweepFile.read(options.file)
+    file = ss.sweeps.SweepFile.read(options.file)
     if options.remote:
         file = file.at(options.remote)
     out = options.out or Path("runs") / options.file.stem
     shard = parse_shard(options.shard)
     if options.dry_run:
-        cost = ss.plan(file, None if options.fresh else out, shard=shard)
+        cost = ss.sweeps.plan(file, None if options.fresh else out, shard=shard)
         rows = [(name.replace("_", " "), plain(value)) for name, value in asdict(cost).items()]
         show(options.json, asdict(cost), table(str(cost), ("", ""), rows))
         return
@@ -96,7 +98,7 @@ def run_sweep(options: Sweep) -> None:
             say=(lambda _: None) if options.json else print,
         )
     if options.no_wait:
-        notes = ss.jobs(out)
+        notes = ss.sweeps.jobs(out)
         waiting = sum(note.state == "waiting" for note in notes)
         rows = [("jobs waiting", str(waiting)), ("ask after them", f"spectral-sinks remote collect {out}")]
         show(options.json, {"out": str(out), "waiting": waiting}, table("", ("", ""), rows))
@@ -143,6 +145,6 @@ def parse_shard(text: str | None) -> tuple[int, int] | None:
 def run_merge(options: Merge) -> None:
     if not options.folders:
         raise ss.InputError("give the folders to join")
-    rows = ss.Store.merge(options.folders, options.out).rows()
+    rows = ss.sweeps.Store.merge(options.folders, options.out).rows()
     found = {"out": str(options.out), "cells": rows["cell"].nunique(), "rows": len(rows)}
     show(options.json, found, table("", ("", ""), [(name, plain(value)) for name, value in found.items()]))

@@ -1,5 +1,7 @@
 """The command that checks what the pages say."""
 
+from __future__ import annotations
+
 import shlex
 import shutil
 import subprocess
@@ -36,7 +38,7 @@ class Verify:
 def run_verify(options: Verify) -> None:
     """Raise SystemExit with status 1 where a claim does not hold."""
     repository = clone()
-    claims = ss.Claims.read(options.claims or claims_file(repository))
+    claims = ss.claims.Claims.read(options.claims or claims_file(repository))
     if options.only:
         wanted = f"{REPRODUCE} --only {options.only}"
         kept = [claim for claim in claims.claims if wanted in map(claims.command, claim.files)]
@@ -54,8 +56,8 @@ def run_verify(options: Verify) -> None:
             raise ss.InputError("there is no results folder beside the package: give --results or --rerun")
         elif not results.is_dir():
             raise ss.InputError(f"{results} is no folder: give the one that reproduce wrote to")
-        checks = ss.verify(claims, results, repository)
-    loose = ss.uncovered(claims, repository) if options.uncovered and repository else {}
+        checks = ss.claims.verify(claims, results, repository)
+    loose = ss.claims.uncovered(claims, repository) if options.uncovered and repository else {}
     failed = [check for check in checks if not check.holds]
     tables = [check for check in checks if check.files]
     found = {
@@ -86,7 +88,7 @@ def run_verify(options: Verify) -> None:
         raise SystemExit(1)
 
 
-def rerun(claims: "ss.Claims", folder: Path, results: Path | None, only: str | None) -> list[str]:
+def rerun(claims: ss.claims.Claims, folder: Path, results: Path | None, only: str | None) -> list[str]:
     """Write the tables of the claims into a folder; returns those that no command of this package writes.
 
     These are copied from `results`, and missing where there is none.

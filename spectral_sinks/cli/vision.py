@@ -1,17 +1,20 @@
 """`spectral-sinks vision`: outlier tokens, sinks, circuits and test-time registers of an image encoder."""
 
+from __future__ import annotations
+
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-import pandas as pd
 from rich.console import Group
 from tyro.conf import Positional
 
 import spectral_sinks as ss
 from spectral_sinks.cli.output import plain, show, table
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -92,8 +95,8 @@ def run_vision(options: Vision) -> None:
             record["circuits"][kind] = heads.drop(columns="ranks").to_dict("records")
             tables.append(circuit_table(kind, heads))
     if found.member.any() and len(pixels) >= 4 and found.strongest is not None:
-        places = ss.outlier_places(found)
-        probes = ss.token_probes(found, **batch)
+        places = ss.vision.outlier_places(found)
+        probes = ss.vision.token_probes(found, **batch)
         record["places"] = places.to_dict("records")
         record["probes"] = probes.to_dict("records")
         tables += [place_table(places), probe_table(probes)]
@@ -111,18 +114,22 @@ def repair(
     model, batch = pixels.model, {"batch_size": options.batch_size}
     record["register_neurons"], record["registers"] = [], []
     try:
-        neurons = ss.register_neurons(model, pixels, layer=options.layer, count=options.neurons, **batch)
+        neurons = ss.vision.register_neurons(
+            model, pixels, layer=options.layer, count=options.neurons, **batch
+        )
     except ss.InputError as error:
         warnings.warn(f"no test-time registers: {error}", ss.SpectralWarning, stacklevel=2)
         return
-    changed = ss.register_repair(
+    changed = ss.vision.register_repair(
         model, pixels, neurons, registers=options.registers, layer=options.layer, **batch
     )
     record["register_neurons"] = neurons.to_dict("records")
     record["registers"] = changed.to_dict("records")
     tables.append(repair_table(changed, options.registers))
     if options.figures is not None:
-        maps = ss.register_maps(model, pixels, neurons, registers=options.registers, layer=options.layer)
+        maps = ss.vision.register_maps(
+            model, pixels, neurons, registers=options.registers, layer=options.layer
+        )
         options.figures.mkdir(parents=True, exist_ok=True)
         shown = [images[i] for i in range(min(SHOWN, len(images)))]
         ss.figures.registers(shown, maps, options.figures / "registers.png")
@@ -142,8 +149,10 @@ def rule_of(given: str) -> Any:
         raise ss.InputError(f"--rule {given}: give robust, published or a norm") from None
 
 
-def draw(found: ss.Outliers, sinks: Any, images: ss.Images, folder: Path) -> None:
+def draw(found: ss.vision.Outliers, sinks: Any, images: ss.Images, folder: Path) -> None:
     """Norm maps at four layers, outliers by layer, attention by head and on the images."""
+    import numpy as np  # not for --help
+
     folder.mkdir(parents=True, exist_ok=True)
     last = found.norm.shape[1] - 2
     layers = sorted({-1, last // 3, 2 * last // 3, last})
@@ -162,7 +171,7 @@ def draw(found: ss.Outliers, sinks: Any, images: ss.Images, folder: Path) -> Non
     ss.figures.outlier_shares(found.summary(), found.pixels.model.prefix, folder / "outliers.png")
 
 
-def outlier_table(found: ss.Outliers) -> Any:
+def outlier_table(found: ss.vision.Outliers) -> Any:
     """Outliers by layer."""
     record = found.record()
     title = (

@@ -16,11 +16,12 @@ from jaxtyping import Int
 from torch import Tensor
 
 from spectral_sinks.errors import InputError, SpectralWarning
-from spectral_sinks.models.checkpoint import EMBEDDED, TIMEOUT
+from spectral_sinks.models import embedded
+from spectral_sinks.models.checkpoint import TIMEOUT
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.models.masked_lm import RULE
 
-CORPUS = EMBEDDED / "corpus.jsonl"
+CORPUS = embedded.FOLDER / "corpus.jsonl"
 """The shipped corpus: held-out Wikipedia articles (CC BY-SA; attribution by the url of each row)."""
 
 Bos = Literal["auto", "always", "never"]

@@ -64,7 +64,7 @@ def _stretched(picture: Any) -> NDArray[np.float64]:
 
 
 def register_ablation(table: pd.DataFrame, path: Path) -> None:
-    """Every edit of `ss.register_ablation` with its interval, a panel for each measure."""
+    """Every edit of `ss.vision.register_ablation` with its interval, a panel for each measure."""
     measures = [name for name in MEASURES if name in set(table["measure"])]
     edits = list(dict.fromkeys(table["edit"]))
     with saved_figure(path, 1, len(measures), (2.1 * len(measures) + 0.6, 2.3), sharey=True) as axes:

@@ -19,14 +19,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from spectral_sinks.errors import InputError
+from spectral_sinks.models.embedded import DEFAULT, FOLDER, TWIN
 from spectral_sinks.models.remote_tensor import open_remote, read_header, read_tensor
-
-EMBEDDED = Path(__file__).parent / "embedded"
-DEFAULT = "sinklet"
-"""The embedded model."""
-
-TWIN = "sinklet-nobos"
-"""The embedded negative control: same data, steps and seed, no BOS."""
 
 TIMEOUT = 5.0
 """Seconds to wait for the hub to say whether it knows a model."""
@@ -135,7 +129,7 @@ def find_source(name: str, revision: str | None = None) -> Source:
     Raises InputError within seconds for what is neither a folder nor known to a reachable hub.
     """
     if name in (DEFAULT, TWIN):
-        return Source(name, EMBEDDED / name)
+        return Source(name, FOLDER / name)
     folder = Path(name).expanduser()
     if folder.is_dir():
         return Source(name, folder)

@@ -6,7 +6,8 @@ from typing import Any
 from transformers import AutoConfig
 
 from spectral_sinks.errors import InputError
-from spectral_sinks.models.checkpoint import DEFAULT, find_source
+from spectral_sinks.models.checkpoint import find_source
+from spectral_sinks.models.embedded import DEFAULT
 from spectral_sinks.models.language import opening_token
 from spectral_sinks.models.layout import FAMILIES, context_of
 from spectral_sinks.models.loading import load_tokenizer, refuse_code

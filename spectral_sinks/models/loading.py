@@ -13,7 +13,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from spectral_sinks.errors import InputError
 from spectral_sinks.models.attention_sdpa import OPENING, is_softmax
-from spectral_sinks.models.checkpoint import DEFAULT, Source, check_finite, find_source
+from spectral_sinks.models.checkpoint import Source, check_finite, find_source
+from spectral_sinks.models.embedded import DEFAULT
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.models.layout import Layout, find_layout
 from spectral_sinks.models.masked_lm import is_masked_lm, predicts_masked

@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from spectral_sinks.errors import InputError
-from spectral_sinks.models.checkpoint import DEFAULT, Source, find_source
+from spectral_sinks.models.checkpoint import Source, find_source
+from spectral_sinks.models.embedded import DEFAULT
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.models.layout import TRANSFORMS, through
 from spectral_sinks.models.loading import refuse_code

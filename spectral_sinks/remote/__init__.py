@@ -6,10 +6,10 @@ The checks that come before a run stand here too.
 import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
-    "spectral_sinks",
+    __name__,
     submod_attrs={
-        "remote.client": ["remotely"],
-        "remote.handshake": ["examine"],
-        "remote.server_check": ["preflight"],
+        "client": ["remotely"],
+        "handshake": ["examine"],
+        "server_check": ["preflight"],
     },
 )

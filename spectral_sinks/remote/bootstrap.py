@@ -69,6 +69,8 @@ class Sources(importlib.abc.MetaPathFinder, importlib.abc.Loader):
             return importlib.util.spec_from_loader(name, self, is_package=package)
         if name.partition(".")[0] in self.lacking:
             return importlib.util.spec_from_loader(name, self, is_package=True)
+        if name.startswith(f"{PACKAGE}."):  # a client's own part of the package
+            raise ModuleNotFoundError(f"{name} does not run at the server: call it at the client", name=name)
         return None
 
     def create_module(self, spec):

@@ -6,7 +6,6 @@ without the storage it is a view of; a subspace goes as the columns of its spect
 column once for all subspaces of the job, or as the seed it was drawn from.
 """
 
-import ast
 import hashlib
 import importlib
 import inspect
@@ -16,7 +15,7 @@ import pickle
 import platform
 import re
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
@@ -41,6 +40,7 @@ T = TypeVar("T")
 
 PACKAGE = Path(__file__).parents[1]
 ROOMS = (
+    "__init__.py",
     "errors.py",
     "files.py",
     "stats.py",
@@ -53,24 +53,6 @@ ROOMS = (
 )
 """What a measurement may need at the server."""
 
-
-FRONT = """
-import importlib
-
-WHERE = {where}
-ROOMS = {rooms}
-
-
-def __getattr__(name):
-    if name in WHERE:
-        module = importlib.import_module(WHERE[name])
-        if hasattr(module, name):
-            return getattr(module, name)
-        return importlib.import_module(f"{{WHERE[name]}}.{{name}}")  # a room that nothing has imported yet
-    if name in ROOMS:
-        return importlib.import_module(f"spectral_sinks.{{name}}")
-    raise AttributeError(f"spectral_sinks.{{name}} is not had where the model runs: call it here")
-"""
 
 SENT = "_spectral_sinks_sent"
 """Attribute of a function that is called where the model is. It is itself, so that no wrapper inherits it."""
@@ -97,20 +79,9 @@ def sources() -> tuple[bytes, str]:
         name.removesuffix(".__init__"): file.read_text("utf-8")
         for name, file in zip(names, files, strict=True)
     }
-    texts["spectral_sinks"] = _front(texts)
-    texts["lazy_loader"] = inspect.getsource(
-        lazy_loader
-    )  # the faces of the rooms need it, and a server lacks it
+    texts["lazy_loader"] = inspect.getsource(lazy_loader)  # the package's faces need it, a server lacks it
     raw = json.dumps(texts, sort_keys=True).encode()
     return zlib.compress(raw, 9), hashlib.sha256(raw).hexdigest()[:12]
-
-
-def _front(texts: Mapping[str, str]) -> str:
-    """What `import spectral_sinks as ss` finds there: public names, each imported when it is asked for."""
-    tree = ast.parse(Path(PACKAGE, "__init__.py").read_text("utf-8"))
-    imports = [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.module in texts]
-    where = {alias.name: node.module for node in imports for alias in node.names}
-    return FRONT.format(where=where, rooms={room.removesuffix(".py") for room in ROOMS})
 
 
 @cache

@@ -11,7 +11,7 @@ from nnsight import ndif
 from nnsight.schema.config import CONFIG
 
 from spectral_sinks.errors import InputError, RemoteError
-from spectral_sinks.models.checkpoint import DEFAULT
+from spectral_sinks.models.embedded import DEFAULT
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.models.loading import load
 from spectral_sinks.remote.failures import explained

@@ -8,10 +8,10 @@ It knows no model, no file format and no tracing library.
 import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
-    "spectral_sinks",
+    __name__,
     submod_attrs={
-        "spectra.controls": ["DirectionSwap", "NoOp", "NormRestored", "energy_matched", "random_within"],
-        "spectra.filters": [
+        "controls": ["DirectionSwap", "NoOp", "NormRestored", "energy_matched", "random_within"],
+        "filters": [
             "At",
             "Filter",
             "Mean",
@@ -25,11 +25,11 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "remove",
             "rnd",
         ],
-        "spectra.qk_modes": ["Modes"],
-        "spectra.scaling": ["Amplified", "Copied", "Scaled", "amplify", "carry", "channels", "scale"],
-        "spectra.spectrum": ["Spectrum"],
-        "spectra.subspace": ["Subspace", "intersection", "principal_cosines", "random_subspace"],
-        "spectra.subspace_pairs": [
+        "qk_modes": ["Modes"],
+        "scaling": ["Amplified", "Copied", "Scaled", "amplify", "carry", "channels", "scale"],
+        "spectrum": ["Spectrum"],
+        "subspace": ["Subspace", "intersection", "principal_cosines", "random_subspace"],
+        "subspace_pairs": [
             "farthest",
             "nearest",
             "outside",

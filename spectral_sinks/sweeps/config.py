@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 from spectral_sinks.data.texts import Bos, cut, documents
 from spectral_sinks.errors import InputError
 from spectral_sinks.measure.residual.matrix_spectrum import read_spectrum
-from spectral_sinks.models.checkpoint import DEFAULT
+from spectral_sinks.models.embedded import DEFAULT
 from spectral_sinks.models.loading import load
 from spectral_sinks.models.remote_state import To
 from spectral_sinks.spectra.filters import Tokens

@@ -44,20 +44,20 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-Check = Callable[..., ss.Check]
+Check = Callable[..., ss.claims.Check]
 
 
 @pytest.fixture
 def check(folder: Path) -> Check:
     """Check one claim, written as in the file."""
 
-    def of(claim: str, file: str = "x_summary.csv", more: str = "", pages: bool = True) -> ss.Check:
+    def of(claim: str, file: str = "x_summary.csv", more: str = "", pages: bool = True) -> ss.claims.Check:
         path = folder / "claims.toml"
         path.write_text(
             '[pages]\np = "page.md"\n[commands]\n"x_*.csv" = "make x"\n'
             f'[[table]]\nfile = "{file}"\n{more}\nclaims = [{{ page = "p", {claim} }}]\n'
         )
-        found = ss.verify(ss.Claims.read(path), folder / "results", folder if pages else None)
+        found = ss.claims.verify(ss.claims.Claims.read(path), folder / "results", folder if pages else None)
         assert len(found) == 1
         return found[0]
 
@@ -65,19 +65,19 @@ def check(folder: Path) -> Check:
 
 
 def test_the_committed_claims_hold() -> None:
-    claims = ss.Claims.read(RESULTS / "claims.toml")
-    failed = [check for check in ss.verify(claims, RESULTS, ROOT) if not check.holds]
+    claims = ss.claims.Claims.read(RESULTS / "claims.toml")
+    failed = [check for check in ss.claims.verify(claims, RESULTS, ROOT) if not check.holds]
     assert not failed, "\n".join(f"{c.page}: {c.text}: {c.problem} ({c.command})" for c in failed)
     assert all(claims.command(file) for claim in claims.claims for file in claim.files)
 
 
 def test_no_number_of_the_pages_is_without_a_claim() -> None:
-    claims = ss.Claims.read(RESULTS / "claims.toml")
-    assert {page: words for page, words in ss.uncovered(claims, ROOT).items() if words} == {}
+    claims = ss.claims.Claims.read(RESULTS / "claims.toml")
+    assert {page: words for page, words in ss.claims.uncovered(claims, ROOT).items() if words} == {}
 
 
 def test_every_page_of_the_documentation_is_checked() -> None:
-    pages = set(ss.Claims.read(RESULTS / "claims.toml").pages.values())
+    pages = set(ss.claims.Claims.read(RESULTS / "claims.toml").pages.values())
     without_numbers = {"docs/index.md", "docs/api.md"}
     assert {str(path.relative_to(ROOT)) for path in ROOT.glob("docs/*.md")} - without_numbers <= pages
 
@@ -215,25 +215,29 @@ def test_verify_on_the_command_line(capsys: pytest.CaptureFixture[str], copied: 
 
 
 def test_a_changed_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    claims = ss.Claims.read(RESULTS / "claims.toml")
+    claims = ss.claims.Claims.read(RESULTS / "claims.toml")
     for path in claims.pages.values():
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / path, tmp_path / path)
     recipe = "spectral_sinks/models/embedded/sinklet/recipe.json"
     shutil.copy(ROOT / recipe, tmp_path / recipe)
-    assert all(check.holds for check in ss.verify(claims, RESULTS, tmp_path))
+    assert all(check.holds for check in ss.claims.verify(claims, RESULTS, tmp_path))
     page = tmp_path / "docs" / "findings.md"
     text = page.read_text()
     page.write_text(text.replace("44 % of all", "45 % of all"))
-    failed = [check for check in ss.verify(claims, RESULTS, tmp_path) if not check.holds]
+    failed = [check for check in ss.claims.verify(claims, RESULTS, tmp_path) if not check.holds]
     assert [check.problem for check in failed] == ["docs/findings.md no longer says so"]
     page.write_text(text + "\nAnother number, 0.1234, appears; the last 5 % as well.\n")
-    assert [words.count("0.1234") for words in ss.uncovered(claims, tmp_path)["docs/findings.md"]] == [1]
+    assert [words.count("0.1234") for words in ss.claims.uncovered(claims, tmp_path)["docs/findings.md"]] == [
+        1
+    ]
     page.unlink()
-    failed = [check for check in ss.verify(claims, RESULTS, tmp_path) if not check.holds]
+    failed = [check for check in ss.claims.verify(claims, RESULTS, tmp_path) if not check.holds]
     assert {check.problem for check in failed} == {"page docs/findings.md is missing"} and len(failed) > 20
     assert all(
-        check.holds for check in ss.verify(claims, RESULTS) if not check.files[0].startswith("spectral")
+        check.holds
+        for check in ss.claims.verify(claims, RESULTS)
+        if not check.files[0].startswith("spectral")
     )
 
 
@@ -254,10 +258,10 @@ def test_rerun_runs_commands_and_says_what_it_cannot(tmp_path: Path) -> None:
         '[[table]]\nfile = "old.csv"\nclaims = [{ page = "p", text = "{1}", column = "a" }]\n'
     )
     (tmp_path / "old.csv").write_text("a\n1\n")
-    claims, out = ss.Claims.read(path), tmp_path / "out"
+    claims, out = ss.claims.Claims.read(path), tmp_path / "out"
     out.mkdir()
     assert rerun(claims, out, tmp_path, None) == ["old.csv"]
-    assert all(check.holds for check in ss.verify(claims, out))
+    assert all(check.holds for check in ss.claims.verify(claims, out))
     assert json.loads((out / "info.json").read_text())["layers"] == 6
 
 
@@ -276,4 +280,4 @@ def test_bad_files(tmp_path: Path, text: str | None, message: str) -> None:
     if text is not None:
         (tmp_path / "claims.toml").write_text(text)
     with pytest.raises(ss.InputError, match=message):
-        ss.Claims.read(tmp_path / "claims.toml")
+        ss.claims.Claims.read(tmp_path / "claims.toml")

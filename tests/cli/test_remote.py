@@ -89,10 +89,12 @@ def test_a_failure_is_one_line_and_status_2(
 def test_reproduce_leaves_out_what_cannot_be_had(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def run(given: ss.Study) -> ss.Finding:
-        return ss.Finding([ss.answer("nll", given.evaluate({"no-op": {}})["no-op"].nll)])
+    def run(given: ss.experiments.Study) -> ss.experiments.Finding:
+        return ss.experiments.Finding(
+            [ss.experiments.answer("nll", given.evaluate({"no-op": {}})["no-op"].nll)]
+        )
 
-    def refused(given: ss.Study) -> ss.Finding:
+    def refused(given: ss.experiments.Study) -> ss.experiments.Finding:
         given.model.require_weights("this")
         raise ss.InputError("not to be had")
 
@@ -101,7 +103,7 @@ def test_reproduce_leaves_out_what_cannot_be_had(
     monkeypatch.setattr(
         study, "cut", lambda texts, model, **_: ss.Windows.of_ids(tiny_models.ids(3, 66), model)
     )
-    monkeypatch.setattr(study, "read_spectrum", lambda model, which: ss.random_spectrum(model.d, 4))
+    monkeypatch.setattr(study, "read_spectrum", lambda model, which: ss.spectra.random_spectrum(model.d, 4))
     with pytest.warns(ss.SpectralWarning, match="'weights' is left out: not to be had"):
         found = ss.reproduce(ss.load(folder, remote="local"), tmp_path / "out", remote="local")
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())

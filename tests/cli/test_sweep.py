@@ -59,7 +59,7 @@ def test_a_dry_run(run: Any, found: Any, tmp_path: Path, monkeypatch: pytest.Mon
     found("--shard", "1/3")
     assert found("--dry-run")["units"] == 4, "what is missing"
     assert found("--dry-run", "--fresh")["units"] == 6
-    assert len(ss.Store(tmp_path / "runs" / "bands").finished()) == 2 * 2 * 2
+    assert len(ss.sweeps.Store(tmp_path / "runs" / "bands").finished()) == 2 * 2 * 2
 
 
 def test_a_run_and_another(
@@ -70,7 +70,7 @@ def test_a_run_and_another(
     assert first["out"] == "runs/bands", "by default"
     assert (first["computed"], first["found"]) == (CELLS * WINDOWS, 0) and first["of_floor"] > 0
     done = ss.sweep(file, tmp_path / "library")
-    assert ss.Store("runs/bands").rows().equals(done.store.rows())
+    assert ss.sweeps.Store("runs/bands").rows().equals(done.store.rows())
     assert first["cells"] == json.loads(json.dumps(done.summary().to_dict("records")))
     assert first["cells"][0]["draw"] is None and first["cells"][1]["draw"] == 0
     second = found("--resume")
@@ -93,7 +93,7 @@ def test_shards_and_merge(found: Any, file: Path, tmp_path: Path, capsys: pytest
     ran = tiny_models.run(capsys, "merge", tmp_path / "merged", *folders, "--json")
     expected = {"out": str(tmp_path / "merged"), "cells": CELLS, "rows": CELLS * WINDOWS}
     assert (ran.status, ran.err, json.loads(ran.out)) == (0, "", expected)
-    assert ss.Store(tmp_path / "merged").rows().equals(ss.Store(whole).rows())
+    assert ss.sweeps.Store(tmp_path / "merged").rows().equals(ss.sweeps.Store(whole).rows())
     assert found("--out", tmp_path / "merged")["computed"] == 0
     shown = tiny_models.run(capsys, "merge", tmp_path / "merged", folders[0])
     assert shown.status == 0 and "24" in shown.out

@@ -85,8 +85,8 @@ def split(script: Any, maps: Tensor, windows: ss.Windows) -> dict[str, float]:
     }
 
 
-def seen(model: ss.LanguageModel, windows: ss.Windows) -> list[ss.AttentionCall]:
-    calls: list[ss.AttentionCall] = []
+def seen(model: ss.LanguageModel, windows: ss.Windows) -> list[ss.attention.AttentionCall]:
+    calls: list[ss.attention.AttentionCall] = []
     with ss.attending(model, calls.append), torch.no_grad():
         model.module(torch.stack(list(windows.rows)))
     return calls
@@ -143,7 +143,7 @@ def test_bos_is_the_sink_and_has_the_smallest_value(
     found = ss.find_sinks(softmax, windows, ss.read_spectrum(softmax), draws=3)
     (sink,) = found.sinks
     assert sink.position == 0 and sink.share_of_documents == 1 and found.sink_rate.value == 1
-    alpha = ss.attention_by_position(softmax, windows).alpha
+    alpha = ss.attention.attention_by_position(softmax, windows).alpha
     assert sink.attention_mass.value == pytest.approx(alpha[..., 0].mean()) and alpha[..., 0].mean() > 0.7
     by_head = ss.attention_by_head(softmax, windows)["attention"]
     assert by_head.to_numpy() == pytest.approx(alpha[:, 0, 0, 0], abs=1e-5)
@@ -213,7 +213,7 @@ def test_an_attention_that_returns_no_weights_is_refused(
     AttentionInterface.register("silent", silent)
     AttentionMaskInterface.register("silent", eager_mask)
     model, windows = ss.load(folders["relu"], attention="silent"), held_out(script, relu, folders["relu"])
-    for measure in (ss.attention_by_position, ss.attention_by_head):
+    for measure in (ss.attention.attention_by_position, ss.attention_by_head):
         with pytest.raises(ss.InputError, match="returns none"):
             measure(model, windows)
 

@@ -57,7 +57,7 @@ def test_variants(tmp_path: Path) -> None:
     columns = ["sink_rate", "mass", "norm_ratio", "share", "others"]
     assert plain[columns].to_list() == pytest.approx(off[columns].to_list(), abs=1e-5), "a logit of -30"
     assert table.loc["BOS at 16", "place"] == 16
-    assert table.loc["BOS at 16", "uniform"] == pytest.approx(ss.uniform_attention(16), abs=1e-6)
+    assert table.loc["BOS at 16", "uniform"] == pytest.approx(ss.attention.uniform_attention(16), abs=1e-6)
 
     model = ss.load(folders[1])
     words = model.tokenizer(tiny_models.text(200), add_special_tokens=False)["input_ids"][:69]
@@ -85,7 +85,7 @@ def test_tuned(tmp_path: Path) -> None:
     over = pd.read_csv(tmp_path / "out" / "tuned_over_seeds.csv").set_index(["kind", "first_key", "quantity"])
     model = ss.load(before)
     windows = ss.cut(ss.documents(str(text)), model, per_document=1)
-    with ss.attending(model, ss.MaskKey(0)):
+    with ss.attending(model, ss.attention.MaskKey(0)):
         masked = ss.evaluate(model, windows, {}).nll
     cost = over.loc[("cost of no first key before", "both", "nll difference"), "mean"]
     assert cost == pytest.approx(masked - ss.evaluate(model, windows, {}).nll, abs=1e-5)

@@ -16,7 +16,7 @@ SCRIPT = find_experiment("no_bos").__globals__
 
 
 @pytest.fixture(scope="module")
-def given(tmp_path_factory: pytest.TempPathFactory) -> ss.Study:
+def given(tmp_path_factory: pytest.TempPathFactory) -> ss.experiments.Study:
     return study(tiny_models.model(), tmp_path_factory.mktemp("no_bos"))
 
 
@@ -42,13 +42,13 @@ def test_no_bos(family: str, tmp_path: Path) -> None:
     assert (tmp_path / "no_bos.png").stat().st_size > 10_000
 
 
-def test_bos_is_cut_off_and_compared(given: ss.Study, tmp_path: Path) -> None:
+def test_bos_is_cut_off_and_compared(given: ss.experiments.Study, tmp_path: Path) -> None:
     bare, full = SCRIPT["cases"](given).values()
     for a, b in zip(bare.windows.rows, full.windows.rows, strict=True):
         assert torch.equal(a, b[1:]) and b[0] == tiny_models.BOS
     windows = ss.Windows.of_ids([row[1:] for row in given.windows.rows], given.model)
     alone = SCRIPT["cases"](
-        ss.Study(given.model, windows, given.unembedding, given.embedding, tmp_path, given.draws)
+        ss.experiments.Study(given.model, windows, given.unembedding, given.embedding, tmp_path, given.draws)
     )
     assert [name.split(", ")[1] for name in alone] == ["without BOS"], "nothing to compare with"
 
@@ -57,7 +57,7 @@ def test_the_embedded_model_has_its_twin(tmp_path: Path) -> None:
     sinklet = ss.load()
     windows = ss.cut(ss.documents(limit=2), sinklet, length=70, per_document=1)
     spectrum = ss.read_spectrum(sinklet)
-    cases = SCRIPT["cases"](ss.Study(sinklet, windows, spectrum, spectrum, tmp_path))
+    cases = SCRIPT["cases"](ss.experiments.Study(sinklet, windows, spectrum, spectrum, tmp_path))
     assert list(cases) == ["sinklet-nobos", "sinklet, with BOS"]
     twin = cases["sinklet-nobos"]
     assert twin.unembedding.fingerprint != spectrum.fingerprint, "its own dark band"

@@ -24,7 +24,7 @@ def seen(model: ss.LanguageModel, windows: ss.Windows, *moves: Any) -> dict[str,
 def attract(position: int) -> Any:
     """A move that draws all heads of all layers to one position, once position 0 is out of sight."""
 
-    def move(call: ss.AttentionCall) -> ss.AttentionCall:
+    def move(call: ss.attention.AttentionCall) -> ss.attention.AttentionCall:
         bias = torch.zeros(call.query.shape[2], call.key.shape[2])
         bias[:, 0], bias[:, position] = 60.0, 30.0
         return replace(call, bias=bias)
@@ -45,7 +45,7 @@ def test_a_pass_is_what_eager_attention_and_logits_say(family: str) -> None:
     maps = torch.stack(out.attentions, 1).double().numpy()
     for k in (0, 5, 40):
         assert np.allclose(found["alpha"][..., k], maps[..., k:, k].mean(-1), atol=1e-6)
-    assert found["uniform"][0, 0] == pytest.approx(ss.uniform_attention(0, 48), abs=1e-6)
+    assert found["uniform"][0, 0] == pytest.approx(ss.attention.uniform_attention(0, 48), abs=1e-6)
     mean = maps.mean((1, 2))
     where = np.zeros((3, 6))
     for i in range(1, 48):
@@ -67,7 +67,9 @@ def test_the_tables_of_a_run_agree_with_other_measurements(tmp_path: Path) -> No
     site, dark = ss.Site("exit", given.below_sink), ss.remove(given.unembedding.dark())
     direct = ss.evaluate(given.model, given.windows, {site: dark})
     assert plain["dark removed, all tokens", "NLL difference"] == pytest.approx(direct.delta_nll, abs=1e-5)
-    compared = ss.compare(given.model, given.windows, {"mask": ss.MaskKey(0)}).summary().set_index("move")
+    compared = (
+        ss.compare(given.model, given.windows, {"mask": ss.attention.MaskKey(0)}).summary().set_index("move")
+    )
     assert plain["key masked", "NLL difference"] == pytest.approx(compared.loc["mask", "delta_nll"], abs=1e-5)
     for move in table["move"].unique():
         kinds = [f"more to {kind}" for kind in SCRIPT["WHERE"]]
@@ -99,7 +101,7 @@ def test_a_planted_second_sink_is_found_and_none_without_it() -> None:
     assert plain.loc[("weight dropped", quantity), "mean"] == 0, "what is dropped goes nowhere"
     strongest = plain.loc[("key masked", "strongest elsewhere: over uniform")]
     assert strongest["position"] == 6 and strongest["mean"] > 5
-    with ss.attending(model, attract(6)), ss.attending(model, ss.MaskKey(0)):
+    with ss.attending(model, attract(6)), ss.attending(model, ss.attention.MaskKey(0)):
         found = ss.find_sinks(model, windows, spectrum, draws=1).sinks
     assert [sink.position for sink in found if sink.position] == [6]
     free, _ = SCRIPT["moves"](model, windows, spectrum, 0, 1)

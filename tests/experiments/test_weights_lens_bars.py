@@ -102,10 +102,10 @@ def test_bars_find_what_is_planted(tmp_path: Path) -> None:
         table += 0.6 * torch.randn(tiny_models.VOCABULARY, 1, generator=generator).abs() @ dark[:, :1].T
     model = ss.load(module, tokenizer=tiny_models.tokenizer())
     windows = ss.Windows.of_ids(tiny_models.ids(6, 60, seed=2), model)
-    found = ss.received(model, windows, {"dark": u.dark(), "light": u.band(3)})
+    found = ss.sinks.received(model, windows, {"dark": u.dark(), "light": u.band(3)})
     found = found[(found["layer"] == 0) & (found["position"].between(1, 50))]
-    marked = ss.mark_bars(found)
-    bars = ss.matched(found, marked, "dark")
+    marked = ss.sinks.mark_bars(found)
+    bars = ss.sinks.matched(found, marked, "dark")
     assert (bars["dark"] - bars["control"]).mean() > 0.1
-    assert ss.rank_correlation(found["attention"], found["dark"], [found["position"]]) > 0.4
-    assert ss.rank_correlation(found["attention"], found["light"], [found["position"]]) < 0.2
+    assert ss.stats.rank_correlation(found["attention"], found["dark"], [found["position"]]) > 0.4
+    assert ss.stats.rank_correlation(found["attention"], found["light"], [found["position"]]) < 0.2

@@ -106,62 +106,68 @@ def cases(model: ss.LanguageModel) -> dict[str, tuple[AttentionHook, Rule]]:
         return lambda row: rule(row) if row.layer == 1 and row.head in (1, 3) else None
 
     return {
-        "mask": (ss.MaskKey(0), lambda row: mask(row, [0])),
-        "mask since": (ss.MaskKey(0, since=6), lambda row: mask(row, [0], 6)),
-        "mask some": (ss.MaskKey(2, **some), chosen(lambda row: mask(row, [2]))),
-        "mask token": (ss.MaskKey(token=7), lambda row: mask(row, marked(row))),
-        "drop": (ss.MaskKey(0, renormalise=False), lambda row: drop(row, [0])),
-        "drop some": (ss.MaskKey(0, renormalise=False, **some), chosen(lambda row: drop(row, [0]))),
-        "drop token": (ss.MaskKey(token=7, renormalise=False), lambda row: drop(row, marked(row))),
-        "restrict": (ss.Restrict(ODD), lambda row: restrict(row, [ODD])),
-        "restrict some": (ss.Restrict(ODD, **some), chosen(lambda row: restrict(row, [ODD]))),
-        "restrict token": (ss.Restrict(token=7), lambda row: restrict(row, marked(row))),
-        "zero": (ss.SetValue(0), lambda row: put(row, [0], torch.zeros(model.head_size))),
+        "mask": (ss.attention.MaskKey(0), lambda row: mask(row, [0])),
+        "mask since": (ss.attention.MaskKey(0, since=6), lambda row: mask(row, [0], 6)),
+        "mask some": (ss.attention.MaskKey(2, **some), chosen(lambda row: mask(row, [2]))),
+        "mask token": (ss.attention.MaskKey(token=7), lambda row: mask(row, marked(row))),
+        "drop": (ss.attention.MaskKey(0, renormalise=False), lambda row: drop(row, [0])),
+        "drop some": (ss.attention.MaskKey(0, renormalise=False, **some), chosen(lambda row: drop(row, [0]))),
+        "drop token": (ss.attention.MaskKey(token=7, renormalise=False), lambda row: drop(row, marked(row))),
+        "restrict": (ss.attention.Restrict(ODD), lambda row: restrict(row, [ODD])),
+        "restrict some": (ss.attention.Restrict(ODD, **some), chosen(lambda row: restrict(row, [ODD]))),
+        "restrict token": (ss.attention.Restrict(token=7), lambda row: restrict(row, marked(row))),
+        "zero": (ss.attention.SetValue(0), lambda row: put(row, [0], torch.zeros(model.head_size))),
         "value": (
-            ss.SetValue(ODD, values),
+            ss.attention.SetValue(ODD, values),
             lambda row: put(row, [ODD], values[row.layer, group(row, model)]),
         ),
         "value some": (
-            ss.SetValue(ODD, values, **some),
+            ss.attention.SetValue(ODD, values, **some),
             chosen(lambda row: put(row, [ODD], values[row.layer, group(row, model)])),
         ),
         "value token": (
-            ss.SetValue(value=values[:1], token=7),
+            ss.attention.SetValue(value=values[:1], token=7),
             lambda row: put(row, marked(row), values[0, group(row, model)]),
         ),
-        "copy": (ss.CopyKey(ODD), lambda row: copy_key(row, [ODD])),
-        "copy some": (ss.CopyKey(ODD, **some), chosen(lambda row: copy_key(row, [ODD]))),
-        "copy token": (ss.CopyKey(token=7), lambda row: copy_key(row, marked(row))),
+        "copy": (ss.attention.CopyKey(ODD), lambda row: copy_key(row, [ODD])),
+        "copy some": (ss.attention.CopyKey(ODD, **some), chosen(lambda row: copy_key(row, [ODD]))),
+        "copy token": (ss.attention.CopyKey(token=7), lambda row: copy_key(row, marked(row))),
         "copy token later": (
-            ss.CopyKey(token=7, source=8),
+            ss.attention.CopyKey(token=7, source=8),
             lambda row: copy_key(row, [11] if row.window == 1 else [], 8),
         ),
         "copy token next": (
-            ss.CopyKey(token=7, source=10),
+            ss.attention.CopyKey(token=7, source=10),
             lambda row: copy_key(row, [11] if row.window == 1 else [], 10),
         ),
         "bias": (
-            ss.KeyBias(key, values),
+            ss.attention.KeyBias(key, values),
             lambda row: row.extra.append(
                 (key[row.layer, group(row, model)], values[row.layer, group(row, model)])
             ),
         ),
         "bias in a layer": (
-            ss.KeyBias(key[:1], layers=[2]),
+            ss.attention.KeyBias(key[:1], layers=[2]),
             lambda row: (
                 row.extra.append((key[0, group(row, model)], torch.zeros(model.head_size).double()))
                 if row.layer == 2
                 else None
             ),
         ),
-        "off by one": (ss.SinkLogit(), lambda row: logit(row, 0.0)),
-        "logits": (ss.SinkLogit(logits), lambda row: logit(row, float(logits[row.layer, row.head]))),
-        "logit by head": (ss.SinkLogit(logits[0]), lambda row: logit(row, float(logits[0, row.head]))),
-        "logit some": (ss.SinkLogit(1.5, **some), chosen(lambda row: logit(row, 1.5))),
-        "streaming": (ss.Streaming(2, 4), lambda row: stream(row, 2, 4)),
-        "kept elsewhere": (ss.Streaming({2, 5}, 4), lambda row: stream(row, {2, 5}, 4)),
-        "window": (ss.Streaming(0, 3), lambda row: stream(row, 0, 3)),
-        "streaming some": (ss.Streaming(1, 4, **some), chosen(lambda row: stream(row, 1, 4))),
+        "off by one": (ss.attention.SinkLogit(), lambda row: logit(row, 0.0)),
+        "logits": (
+            ss.attention.SinkLogit(logits),
+            lambda row: logit(row, float(logits[row.layer, row.head])),
+        ),
+        "logit by head": (
+            ss.attention.SinkLogit(logits[0]),
+            lambda row: logit(row, float(logits[0, row.head])),
+        ),
+        "logit some": (ss.attention.SinkLogit(1.5, **some), chosen(lambda row: logit(row, 1.5))),
+        "streaming": (ss.attention.Streaming(2, 4), lambda row: stream(row, 2, 4)),
+        "kept elsewhere": (ss.attention.Streaming({2, 5}, 4), lambda row: stream(row, {2, 5}, 4)),
+        "window": (ss.attention.Streaming(0, 3), lambda row: stream(row, 0, 3)),
+        "streaming some": (ss.attention.Streaming(1, 4, **some), chosen(lambda row: stream(row, 1, 4))),
     }
 
 
@@ -208,7 +214,7 @@ def test_moves_nest_in_the_order_written(family: str) -> None:
             rule(row)
 
     assert near(found, reference_attention.run(model, ids(), together)[0], family)
-    twice = ss.KeyBias(0.5, 1.0)
+    twice = ss.attention.KeyBias(0.5, 1.0)
     with ss.attending(model, twice):
         found = logits(model, twice)
     half, one = (torch.full((model.head_size,), x, dtype=torch.float64) for x in (0.5, 1.0))
@@ -221,9 +227,9 @@ def test_a_key_bias_can_stand_for_the_masked_sink(family: str) -> None:
     """Where every text opens with BOS, its key and value are constants: masked, they can be given back."""
     model = double(family)
     windows = ss.Windows.of_ids(ids(), model)
-    keys, values = ss.mean_keys(model, windows), ss.mean_values(model, windows)
-    with ss.attending(model, ss.MaskKey(0)):
-        alone, found = logits(model), logits(model, ss.KeyBias(keys, values))
+    keys, values = ss.residual.mean_keys(model, windows), ss.residual.mean_values(model, windows)
+    with ss.attending(model, ss.attention.MaskKey(0)):
+        alone, found = logits(model), logits(model, ss.attention.KeyBias(keys, values))
     assert near(found, logits(model)) and not near(alone, logits(model), "gpt_oss")
 
 
@@ -232,22 +238,26 @@ def test_moves_that_change_nothing_change_no_bit() -> None:
         model, d = tiny_models.model(family), tiny_models.D
         plain = logits(model)
         for look in (
-            ss.Streaming(0, TOKENS),
-            ss.Streaming(TOKENS, 1),
-            ss.MaskKey(0, layers=()),
-            ss.MaskKey(0, heads=()),
-            ss.MaskKey(0, heads=(), renormalise=False),
-            ss.MaskKey(TOKENS - 1),
-            ss.MaskKey(token=90, since=TOKENS),
-            ss.SetValue(ODD, heads=()),
-            ss.Restrict(0),
-            ss.CopyKey(ODD, source=ODD),
-            ss.SinkLogit(layers=[]),
+            ss.attention.Streaming(0, TOKENS),
+            ss.attention.Streaming(TOKENS, 1),
+            ss.attention.MaskKey(0, layers=()),
+            ss.attention.MaskKey(0, heads=()),
+            ss.attention.MaskKey(0, heads=(), renormalise=False),
+            ss.attention.MaskKey(TOKENS - 1),
+            ss.attention.MaskKey(token=90, since=TOKENS),
+            ss.attention.SetValue(ODD, heads=()),
+            ss.attention.Restrict(0),
+            ss.attention.CopyKey(ODD, source=ODD),
+            ss.attention.SinkLogit(layers=[]),
         ):
             assert torch.equal(logits(model, look), plain), look
         with ss.attending(model, lambda call: None):
             plain = tiny_models.logits(model, ids(), {})
-            for edit in (ss.scale(d, 1.0), ss.amplify(d, 1.0), ss.carry(d, ODD, ss.At(ODD))):
+            for edit in (
+                ss.spectra.scale(d, 1.0),
+                ss.spectra.amplify(d, 1.0),
+                ss.spectra.carry(d, ODD, ss.At(ODD)),
+            ):
                 assert torch.equal(tiny_models.logits(model, ids(), {ss.Site("exit", 1): edit}), plain)
 
 
@@ -269,7 +279,7 @@ def test_a_cache_agrees_with_a_whole_pass(family: str) -> None:
         with ss.attending(model, look):
             cached, whole = (ss.generate(model, prompts, new=10, cached=c) for c in (True, False))
         assert torch.equal(cached, whole), name
-    edits = {ss.Site("exit", 1): ss.amplify(model.d, 9.0, ss.At(3, 11))}
+    edits = {ss.Site("exit", 1): ss.spectra.amplify(model.d, 9.0, ss.At(3, 11))}
     found = [ss.generate(model, prompts, edits, new=10, cached=c) for c in (True, False)]
     assert torch.equal(*found) and not torch.equal(found[0], ss.generate(model, prompts, new=10))
 
@@ -278,14 +288,20 @@ def test_a_cache_filled_outside_has_no_ids() -> None:
     model = tiny_models.model()
     with torch.no_grad():
         cache = model.module(ids()[:, :8], use_cache=True).past_key_values
-        with ss.attending(model, ss.MaskKey(token=7)), pytest.raises(ss.InputError, match="token ids"):
+        with (
+            ss.attending(model, ss.attention.MaskKey(token=7)),
+            pytest.raises(ss.InputError, match="token ids"),
+        ):
             model.module(ids()[:, 8:], past_key_values=cache)
-        with ss.attending(model, ss.MaskKey(token=7)):
+        with ss.attending(model, ss.attention.MaskKey(token=7)):
             model.module(ids()[:, :5], use_cache=False)
             with pytest.raises(ss.InputError, match="token ids"):
                 model.module(ids()[:, 8:], past_key_values=copy.deepcopy(cache))
     embedded = model.module.get_input_embeddings()(ids())
-    with ss.attending(model, ss.Restrict(token=7)), pytest.raises(ss.InputError, match="embeddings"):
+    with (
+        ss.attending(model, ss.attention.Restrict(token=7)),
+        pytest.raises(ss.InputError, match="embeddings"),
+    ):
         model.module(inputs_embeds=embedded)
 
 
@@ -296,7 +312,7 @@ def test_sink_logits_can_be_learned() -> None:
     logit = start.clone().requires_grad_()
 
     def loss(values: Tensor) -> Tensor:
-        with ss.attending(model, ss.SinkLogit(values)):
+        with ss.attending(model, ss.attention.SinkLogit(values)):
             final = model.module(text, use_cache=False).logits
         return torch.nn.functional.cross_entropy(final[:, :-1].flatten(0, 1), text[:, 1:].flatten())
 
@@ -314,7 +330,7 @@ def test_sink_logits_can_be_learned() -> None:
     first = float(loss(learned).detach())
     for _ in range(8):
         optimiser.zero_grad()
-        with ss.attending(model, ss.SinkLogit(learned)):
+        with ss.attending(model, ss.attention.SinkLogit(learned)):
             value = ss.trace(
                 model,
                 text,
@@ -332,7 +348,7 @@ def test_sink_logits_can_be_learned() -> None:
 def test_a_key_bias_can_be_learned() -> None:
     model = double()
     key, value = (drawn(1, 1, model.head_size, seed=s).requires_grad_() for s in (4, 5))
-    with ss.attending(model, ss.KeyBias(key, value)):
+    with ss.attending(model, ss.attention.KeyBias(key, value)):
         model.module(ids(), use_cache=False).logits.square().mean().backward()
     assert key.grad is not None and value.grad is not None
     assert key.grad.abs().max() > 0 and value.grad.abs().max() > 0
@@ -341,37 +357,40 @@ def test_a_key_bias_can_be_learned() -> None:
 def test_a_text_of_one_token_alone_leaves_each_to_itself() -> None:
     model, same = tiny_models.model(), torch.full((1, TOKENS), 7)
     seen: list[Tensor] = []
-    with ss.attending(model, ss.MaskKey(token=7)):
+    with ss.attending(model, ss.attention.MaskKey(token=7)):
         found = logits(model, lambda call: seen.append(call.weights()), same)
     assert all(torch.equal(weights, torch.eye(TOKENS).expand_as(weights)) for weights in seen)
     assert found.isfinite().all() and (found - found[:, :1]).abs().max() < 1e-5
 
 
 BAD: list[tuple[str, Callable[[], Any]]] = [
-    ("needs a position or a token", lambda: ss.MaskKey()),
-    ("needs a position or a token", lambda: ss.Restrict(0, token=3)),
-    ("count from 0", lambda: ss.SetValue(-1)),
-    ("of an earlier one only", lambda: ss.CopyKey(2, source=3)),
-    ("layer 3: .* layers 0 to 2", lambda: logits(tiny_models.model(), ss.MaskKey(0, layers=[3]))),
-    ("head -1: .* heads 0 to 3", lambda: logits(tiny_models.model(), ss.SinkLogit(heads=[-1]))),
-    ("the text has 20 tokens", lambda: logits(tiny_models.model(), ss.MaskKey(20))),
-    ("has a context of 128", lambda: logits(tiny_models.model(), ss.Restrict(128))),
-    ("outside the vocabulary of 97", lambda: logits(tiny_models.model(), ss.MaskKey(token=97))),
-    ("a value of shape", lambda: logits(tiny_models.model(), ss.SetValue(0, torch.zeros(2, 8)))),
-    ("a key of shape", lambda: logits(tiny_models.model(), ss.KeyBias(torch.zeros(3, 3, 8)))),
-    ("a value of shape", lambda: logits(tiny_models.model(), ss.KeyBias(0.0, torch.zeros(2, 2, 8)))),
-    ("choose layers, not heads", lambda: ss.KeyBias(0.0, heads=[1])),
-    ("sink logits of shape", lambda: logits(tiny_models.model(), ss.SinkLogit(torch.zeros(5)))),
-    ("at least 0 and 1", lambda: ss.Streaming(1, 0)),
-    ("at least 0 and 1", lambda: ss.Streaming({3, -1}, 4)),
-    ("outside the vocabulary", lambda: ss.Prefix((97,)).check(tiny_models.model())),
+    ("needs a position or a token", lambda: ss.attention.MaskKey()),
+    ("needs a position or a token", lambda: ss.attention.Restrict(0, token=3)),
+    ("count from 0", lambda: ss.attention.SetValue(-1)),
+    ("of an earlier one only", lambda: ss.attention.CopyKey(2, source=3)),
+    ("layer 3: .* layers 0 to 2", lambda: logits(tiny_models.model(), ss.attention.MaskKey(0, layers=[3]))),
+    ("head -1: .* heads 0 to 3", lambda: logits(tiny_models.model(), ss.attention.SinkLogit(heads=[-1]))),
+    ("the text has 20 tokens", lambda: logits(tiny_models.model(), ss.attention.MaskKey(20))),
+    ("has a context of 128", lambda: logits(tiny_models.model(), ss.attention.Restrict(128))),
+    ("outside the vocabulary of 97", lambda: logits(tiny_models.model(), ss.attention.MaskKey(token=97))),
+    ("a value of shape", lambda: logits(tiny_models.model(), ss.attention.SetValue(0, torch.zeros(2, 8)))),
+    ("a key of shape", lambda: logits(tiny_models.model(), ss.attention.KeyBias(torch.zeros(3, 3, 8)))),
+    (
+        "a value of shape",
+        lambda: logits(tiny_models.model(), ss.attention.KeyBias(0.0, torch.zeros(2, 2, 8))),
+    ),
+    ("choose layers, not heads", lambda: ss.attention.KeyBias(0.0, heads=[1])),
+    ("sink logits of shape", lambda: logits(tiny_models.model(), ss.attention.SinkLogit(torch.zeros(5)))),
+    ("at least 0 and 1", lambda: ss.attention.Streaming(1, 0)),
+    ("at least 0 and 1", lambda: ss.attention.Streaming({3, -1}, 4)),
+    ("outside the vocabulary", lambda: ss.attention.Prefix((97,)).check(tiny_models.model())),
     ("counted from 0", lambda: ss.At()),
     ("counted from 0", lambda: ss.At(-2)),
-    ("the text has 20 tokens", lambda: ss.scale(4, 2.0, ss.At(20))(torch.zeros(20, 4))),
-    ("finite number", lambda: ss.scale(4, float("nan"))),
-    ("the text has 20 tokens", lambda: ss.carry(4, 20, "all")(torch.zeros(20, 4))),
-    ("expected different ones, 0 to 3", lambda: ss.channels(4, [4])),
-    ("expected different ones", lambda: ss.channels(4, [1, 1])),
+    ("the text has 20 tokens", lambda: ss.spectra.scale(4, 2.0, ss.At(20))(torch.zeros(20, 4))),
+    ("finite number", lambda: ss.spectra.scale(4, float("nan"))),
+    ("the text has 20 tokens", lambda: ss.spectra.carry(4, 20, "all")(torch.zeros(20, 4))),
+    ("expected different ones, 0 to 3", lambda: ss.spectra.channels(4, [4])),
+    ("expected different ones", lambda: ss.spectra.channels(4, [1, 1])),
 ]
 
 
@@ -383,5 +402,8 @@ def test_what_cannot_act_is_refused(message: str, make: Callable[[], Any]) -> No
 
 def test_a_source_that_a_sliding_cache_has_let_go_of_is_refused() -> None:
     model = tiny_models.model("mistral")
-    with ss.attending(model, ss.CopyKey(9)), pytest.raises(ss.InputError, match="not among the keys"):
+    with (
+        ss.attending(model, ss.attention.CopyKey(9)),
+        pytest.raises(ss.InputError, match="not among the keys"),
+    ):
         ss.generate(model, ids()[:, :12], new=3)

@@ -16,7 +16,7 @@ def test_removing_the_band_of_the_sink_and_no_other_destroys_it(band: int) -> No
     cells = {str(j): {exit0: ss.remove(spectrum.band(j))} for j in range(1, BANDS + 1)}
     effects = ss.evaluate_all(model, windows, cells)
     uniform = sum(1 / n for n in range(1, 65)) / 64
-    assert ss.uniform_attention() == pytest.approx(uniform) and round(uniform, 4) == 0.0741
+    assert ss.attention.uniform_attention() == pytest.approx(uniform) and round(uniform, 4) == 0.0741
     for j in range(1, BANDS + 1):
         before, after = effects[str(j)].baseline_sink_mass, effects[str(j)].sink_mass
         assert before is not None and after is not None

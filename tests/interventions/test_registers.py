@@ -41,7 +41,7 @@ def test_the_edit_is_what_a_loop_over_tokens_makes(family: str, registers: int) 
     start = len(model.prefix)
     batch = tiny_encoders.images(2).double()
     seen: dict[int, tuple[Tensor, Tensor]] = {}
-    with ss.install_registers(model, NEURONS, registers):
+    with ss.vision.install_registers(model, NEURONS, registers):
         assert model.prefix[start:] == tuple(f"test{index + 1}" for index in range(registers))
         handles = []
         for layer in range(model.layers):
@@ -87,16 +87,16 @@ def test_nothing_asked_is_the_untouched_model_and_afterwards_too(family: str) ->
     model, batch = tiny_encoders.model(family), tiny_encoders.images()
     exits, final = stream(model, batch)
     fingerprint = model.fingerprint
-    with ss.install_registers(model, [], 0):
+    with ss.vision.install_registers(model, [], 0):
         again, last = stream(model, batch)
         assert all(torch.equal(a, b) for a, b in zip([*exits, final], [*again, last], strict=True))
         assert model.fingerprint == fingerprint
-    with ss.install_registers(model, NEURONS, 2):
+    with ss.vision.install_registers(model, NEURONS, 2):
         assert model.fingerprint != fingerprint
         assert not torch.equal(stream(model, batch)[1][:, -25:], final[:, -25:])
     assert model.fingerprint == fingerprint
     assert torch.equal(stream(model, batch)[1], final)
-    built = ss.with_registers(model, [], 0)
+    built = ss.vision.with_registers(model, [], 0)
     with torch.no_grad():
         assert same(built(**model.inputs(batch)), tiny_encoders.plain(family)(**model.inputs(batch)))
 
@@ -111,7 +111,7 @@ def test_no_neurons_is_a_model_with_more_registers_that_are_zero(family: str) ->
     weights[name] = torch.cat([weights[name], torch.zeros(1, 2, tiny_encoders.D)], dim=1)
     longer.load_state_dict(weights)
     other = ss.load_vision(longer)
-    with ss.install_registers(model, [], 2):
+    with ss.vision.install_registers(model, [], 2):
         for a, b in zip(stream(model, batch)[0], stream(other, batch)[0], strict=True):
             torch.testing.assert_close(a, b)
         if model.classes:
@@ -125,9 +125,9 @@ def test_the_first_edited_layer_leaves_prefix_and_other_neurons(family: str) -> 
     """With the added tokens already there, moving neurons changes nothing of the prefix in that layer."""
     model, batch = tiny_encoders.model(family), tiny_encoders.images()
     start = len(model.prefix)
-    with ss.install_registers(model, [], 2):
+    with ss.vision.install_registers(model, [], 2):
         plain, _ = stream(model, batch)
-    with ss.install_registers(model, [(1, 4)], 2):
+    with ss.vision.install_registers(model, [(1, 4)], 2):
         edited, _ = stream(model, batch)
     assert torch.equal(plain[0], edited[0])
     assert torch.equal(plain[1][:, :start], edited[1][:, :start])
@@ -143,9 +143,9 @@ def test_the_first_edited_layer_leaves_prefix_and_other_neurons(family: str) -> 
 def test_batch_equals_singles_and_built_in_equals_the_block(family: str, side: int) -> None:
     model, batch = tiny_encoders.model(family), tiny_encoders.images(3, side)
     start = len(model.prefix)
-    built = ss.with_registers(model, NEURONS, 2)
-    wrapped = ss.load_vision(ss.with_registers(model, NEURONS, 2))
-    with ss.install_registers(model, NEURONS, 2):
+    built = ss.vision.with_registers(model, NEURONS, 2)
+    wrapped = ss.load_vision(ss.vision.with_registers(model, NEURONS, 2))
+    with ss.vision.install_registers(model, NEURONS, 2):
         exits, final = stream(model, batch)
         prefix, fingerprint = model.prefix, model.fingerprint
         for index in range(3):
@@ -168,7 +168,7 @@ def test_batch_equals_singles_and_built_in_equals_the_block(family: str, side: i
         kept = torch.cat([final[:, :start], final[:, start + 2 :]], dim=1)
         assert torch.equal(found.last_hidden_state, kept)
         with torch.no_grad():
-            every = ss.with_registers(model, NEURONS, 2, keep=True)(**model.inputs(batch))
+            every = ss.vision.with_registers(model, NEURONS, 2, keep=True)(**model.inputs(batch))
         assert torch.equal(every.last_hidden_state, final)
         if "pooler_output" in found:  # SigLIP's pools over all tokens
             assert torch.equal(every.pooler_output, found.pooler_output)
@@ -179,7 +179,7 @@ def test_heads_do_not_see_added_tokens(family: str) -> None:
     """What the head gives equals the head on the stream without them."""
     model, batch = tiny_encoders.model(family), tiny_encoders.images()
     start = len(model.prefix)
-    with ss.install_registers(model, NEURONS, 2):
+    with ss.vision.install_registers(model, NEURONS, 2):
         found, final = ss.trace(model, batch, {}, readout=lambda final, *_: (final, model.logits()))[::-1]
     final = torch.cat([final[:, :start], final[:, start + 2 :]], dim=1)
     module = model.module
@@ -197,19 +197,19 @@ def test_heads_do_not_see_added_tokens(family: str) -> None:
 
 def test_the_pooling_head_of_siglip_does_not_see_added_tokens() -> None:
     model, batch = tiny_encoders.model("siglip"), tiny_encoders.images()
-    with ss.install_registers(model, NEURONS, 2):
+    with ss.vision.install_registers(model, NEURONS, 2):
         final = stream(model, batch)[1]
     with torch.no_grad():
         expected = tiny_encoders.plain("siglip").head(final[:, 2:])
         for keep in (False, True):
-            built: Any = ss.with_registers(model, NEURONS, 2, keep=keep)
+            built: Any = ss.vision.with_registers(model, NEURONS, 2, keep=keep)
             torch.testing.assert_close(built(batch).pooler_output, expected)
 
 
 @pytest.mark.parametrize("family", ["dinov2", "dinov3", "siglip", "clip", "vit classifier"])
 def test_built_in_survives_copying_and_pickling(family: str) -> None:
     model, batch = tiny_encoders.model(family), tiny_encoders.images()
-    built = ss.with_registers(model, NEURONS)
+    built = ss.vision.with_registers(model, NEURONS)
     with torch.no_grad():
         expected = built(**model.inputs(batch))
         file = io.BytesIO()
@@ -229,7 +229,7 @@ def test_attention_of_every_kind_sees_the_added_tokens() -> None:
     model = ss.load_vision(tiny_encoders.build("dinov3", attention="eager"))
     batch = tiny_encoders.images()
     calls: list[Tensor] = []
-    with ss.install_registers(model, NEURONS, 3):
+    with ss.vision.install_registers(model, NEURONS, 3):
         maps = ss.trace(model, batch, {}, attention=True, readout=lambda final, _, maps: maps)
         with ss.attending(model, lambda call: calls.append(call.weights())):
             stream(model, batch)
@@ -246,7 +246,7 @@ def test_without_registers_is_a_model_that_never_had_them(family: str) -> None:
     weights = tiny_encoders.plain(family).state_dict()
     name = next(name for name in weights if name.endswith("register_tokens"))
     bare.load_state_dict(weights | {name: weights[name][:, :0]})
-    with ss.without_registers(model):
+    with ss.vision.without_registers(model):
         assert model.prefix == ("cls",)
         assert model.fingerprint != fingerprint
         exits, _ = stream(model, batch)
@@ -268,18 +268,21 @@ def test_bad_requests_say_what_to_do() -> None:
         ([(0, 1), (0, 1)], 1, "named twice"),
         ([(0, 1)], -1, "from 0 on"),
     ):
-        with pytest.raises(ss.InputError, match=message), ss.install_registers(model, neurons, registers):
+        with (
+            pytest.raises(ss.InputError, match=message),
+            ss.vision.install_registers(model, neurons, registers),
+        ):
             pass
         with pytest.raises(ss.InputError, match=message):
-            ss.with_registers(model, neurons, registers)
+            ss.vision.with_registers(model, neurons, registers)
     with (
-        ss.install_registers(model, NEURONS),
+        ss.vision.install_registers(model, NEURONS),
         pytest.raises(ss.InputError, match="already"),
-        ss.install_registers(model, NEURONS),
+        ss.vision.install_registers(model, NEURONS),
     ):
         pass
     assert model.prefix == ("cls",)
     with pytest.raises(ss.InputError, match="leave out `keep`"):
-        ss.with_registers(tiny_encoders.model("vit classifier"), NEURONS, keep=True)
-    with pytest.raises(ss.InputError, match="no trained registers"), ss.without_registers(model):
+        ss.vision.with_registers(tiny_encoders.model("vit classifier"), NEURONS, keep=True)
+    with pytest.raises(ss.InputError, match="no trained registers"), ss.vision.without_registers(model):
         pass

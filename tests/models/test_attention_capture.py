@@ -74,9 +74,9 @@ def test_a_change_is_used_and_blocks_nest() -> None:
 def test_the_outer_block_acts_again_after_the_inner_one() -> None:
     model, ids = ss.load(copy.deepcopy(tiny_models.plain())), tiny_models.ids(2, 20)
     plain = run(model, ids)
-    with attending(model, ss.MaskKey(0)):
+    with attending(model, ss.attention.MaskKey(0)):
         outer = run(model, ids)
-        with attending(model, ss.MaskKey(1)):
+        with attending(model, ss.attention.MaskKey(1)):
             both = run(model, ids)
         assert torch.equal(run(model, ids), outer)
     assert torch.equal(run(model, ids), plain)

@@ -232,7 +232,7 @@ def test_a_model_travels_to_another_process(family: str) -> None:
 def test_readers_and_writers_are_taken_apart(family: str) -> None:
     """The matrices of layer 1 rebuild what its components write, before any norm of the sum."""
     model, plain = tiny_models.model(family), tiny_models.plain(family)
-    shares = ss.weight_shares(model, {"dark": ss.read_spectrum(model, bands=4).dark(0.25)})
+    shares = ss.residual.weight_shares(model, {"dark": ss.read_spectrum(model, bands=4).dark(0.25)})
     parts = {"q", "k", "v", "up", "o", "down"} | ({"gate"} if model.family == "modernbert" else set())
     assert set(shares["part"]) == parts and len(shares)
     found = {(w.part, w.unit): w for w in residual_weights(model) if w.layer == 1}

@@ -104,7 +104,7 @@ def test_attention_is_seen(family: str) -> None:
         expected = eager(x, output_attentions=True).attentions
     seen: list[Tensor] = []
 
-    def look(call: ss.AttentionCall) -> None:
+    def look(call: ss.attention.AttentionCall) -> None:
         assert not call.causal
         seen.append(call.weights())
 

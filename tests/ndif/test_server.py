@@ -59,7 +59,7 @@ def difference(one: pd.DataFrame, other: pd.DataFrame) -> float:
 
 
 def test_preflight(server: Ndif) -> None:
-    steps = list(ss.preflight())
+    steps = list(ss.remote.preflight())
     assert len(steps) == 6 and all(step.ok for step in steps), steps
 
 
@@ -89,7 +89,7 @@ def entropy(model: ss.LanguageModel, ids: torch.Tensor) -> torch.Tensor:
     """A measurement of a user's own that collects."""
     found: list[torch.Tensor] = []
 
-    def look(call: ss.AttentionCall) -> None:
+    def look(call: ss.attention.AttentionCall) -> None:
         weights = call.weights()
         found.append(-torch.xlogy(weights, weights).sum(-1).mean().cpu())
 
@@ -105,10 +105,10 @@ def test_sinks_circuits_and_moves(server: Ndif, here: ss.LanguageModel) -> None:
     assert difference(one.by_head(), other.by_head()) < TOLERANCE and one.sinks
     pairs = zip(one.sinks, other.sinks, strict=True)
     assert all(abs(a.dark_share.value - b.dark_share.value) < TOLERANCE for a, b in pairs)
-    moves = {"masked": ss.MaskKey(0), "dark": {ss.Site("exit", 0): ss.remove(u.dark())}}
+    moves = {"masked": ss.attention.MaskKey(0), "dark": {ss.Site("exit", 0): ss.remove(u.dark())}}
 
     def moved(model: ss.LanguageModel) -> pd.DataFrame:
-        with ss.attending(model, ss.MaskKey(0)):
+        with ss.attending(model, ss.attention.MaskKey(0)):
             return ss.evaluate(model, w, {ss.Site("exit", 0): ss.remove(u.dark())}).table
 
     measures: dict[str, Callable[[ss.LanguageModel], pd.DataFrame]] = {
@@ -129,7 +129,7 @@ def test_sinks_circuits_and_moves(server: Ndif, here: ss.LanguageModel) -> None:
 def test_a_sweep_survives_the_death_of_the_server(server: Ndif, tmp_path: Path) -> None:
     file = tmp_path / "sweep.toml"
     file.write_text(FILE)
-    prepared = ss.SweepFile.read(file).prepare()
+    prepared = ss.sweeps.SweepFile.read(file).prepare()
     prepared.model.module.set_attn_implementation("eager")  # as at the server: kernels round differently
     local = ss.sweep(prepared, tmp_path / "local")
     from spectral_sinks.measure.nll import remote_batch as distant
@@ -138,7 +138,7 @@ def test_a_sweep_survives_the_death_of_the_server(server: Ndif, tmp_path: Path) 
     distant.CELLS_PER_JOB = 8
     jobs.FORGOTTEN = 5.0
     out = tmp_path / "afar"
-    sweep = ss.SweepFile.read(file).at("ndif")
+    sweep = ss.sweeps.SweepFile.read(file).at("ndif")
     failed: list[BaseException] = []
 
     def run() -> None:
@@ -172,4 +172,4 @@ def test_a_sweep_survives_the_death_of_the_server(server: Ndif, tmp_path: Path) 
     assert (
         one["sink_mass"].map(list).map(max) - other["sink_mass"].map(list).map(max)
     ).abs().max() < TOLERANCE
-    assert ss.collect(out) and {note.state for note in ss.jobs(out)} <= {"done", "lost"}
+    assert ss.sweeps.collect(out) and {note.state for note in ss.sweeps.jobs(out)} <= {"done", "lost"}

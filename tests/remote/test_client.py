@@ -44,13 +44,15 @@ def cells(u: ss.Spectrum) -> dict[str, dict[ss.Site, Any]]:
         "thick": {exit: ss.phi(u, 1, 1), last: ss.phi(u, 1, 3)},
         "random": {exit: ss.rnd(u.d, 3, 7), ss.Site("mlp", 1): ss.rnd(u.d, 29, 7)},
         "random kept": {exit: ss.keep(ss.random_subspace(u.d, 3, 7))},
-        "intersection": {exit: ss.remove(ss.intersection(u.bands(2, 4), ss.random_subspace(u.d, 20)))},
+        "intersection": {
+            exit: ss.remove(ss.spectra.intersection(u.bands(2, 4), ss.random_subspace(u.d, 20)))
+        },
         "swap": {exit: ss.remove(u.band(2), ss.Swap(), "all-but-first")},
         "noise": {ss.Site("attention", 1): ss.remove(u.band(1), ss.Noise(3))},
         "mean": {exit: ss.remove(u.band(1), ss.Mean(torch.ones(TOKENS, u.d)))},
         "masked": {exit: ss.remove(u.band(4)).at(mask)},
         "by id": {exit: ss.remove(u.band(4)).at({5, 9, 11})},
-        "psi": {exit: ss.psi(u, ss.random_spectrum(u.d, 4), 2)},
+        "psi": {exit: ss.psi(u, ss.spectra.random_spectrum(u.d, 4), 2)},
         "head": {ss.Site("head", 1, 2): ss.remove(u.bands(1, 2))},
         "queries": {ss.Site("queries", 1): ss.remove(u.bands(1, 2))},
         "own": {last: lambda x: 0.5 * x + x.mean()},
@@ -68,11 +70,11 @@ def difference(one: pd.DataFrame, other: pd.DataFrame) -> float:
     return float((one[numbers] - other[numbers]).abs().max().max())
 
 
-def by_position(found: ss.PositionAttention) -> dict[str, Any]:
+def by_position(found: ss.attention.PositionAttention) -> dict[str, Any]:
     return {name: getattr(found, name).ravel() for name in ("total", "seen")}
 
 
-def by_sink(found: ss.Sinks) -> dict[str, Any]:
+def by_sink(found: ss.sinks.Sinks) -> dict[str, Any]:
     assert found.sinks
     sizes = [getattr(found.residuals, name).ravel() for name in ("norm", "peak", "dimension", "median")]
     shares = [sink.dark_share.value for sink in found.sinks]
@@ -81,11 +83,11 @@ def by_sink(found: ss.Sinks) -> dict[str, Any]:
 
 def comparisons(u: ss.Spectrum) -> dict[str, Any]:
     return {
-        "masked": ss.MaskKey(0),
-        "nothing written": ss.SetValue(0),
+        "masked": ss.attention.MaskKey(0),
+        "nothing written": ss.attention.SetValue(0),
         "dark": {ss.Site("exit", 0): ss.remove(u.dark(), tokens=ss.At(0))},
         "swap": {ss.Site("exit", 1): ss.remove(u.dark(), ss.Swap())},
-        "prefix": ss.Prefix((3, 4)),
+        "prefix": ss.attention.Prefix((3, 4)),
         "own": [halved, {ss.Site("mlp", 1): lambda x: 0.5 * x}],
     }
 
@@ -98,10 +100,10 @@ MEASUREMENTS: dict[str, Callable[[ss.LanguageModel, ss.Windows, ss.Spectrum], pd
     "energy": lambda m, w, u: ss.energy(m, w, u),
     "attention": lambda m, w, u: ss.attention_by_head(m, w),
     "verdict": lambda m, w, u: pd.DataFrame([ss.sink_verdict(m, w, u, draws=3).row()]),
-    "received": lambda m, w, u: ss.received(m, w, {"dark": u.dark(), "rest": u.dark().complement()}),
-    "lens": lambda m, w, u: ss.band_lens(m, w, {"u": u}, bands=[1, 4]),
-    "weights": lambda m, w, u: ss.weight_shares(m, {"dark": u.dark()}, convention="folded"),
-    "screen": lambda m, w, u: ss.first_order(m, w, u),
+    "received": lambda m, w, u: ss.sinks.received(m, w, {"dark": u.dark(), "rest": u.dark().complement()}),
+    "lens": lambda m, w, u: ss.residual.band_lens(m, w, {"u": u}, bands=[1, 4]),
+    "weights": lambda m, w, u: ss.residual.weight_shares(m, {"dark": u.dark()}, convention="folded"),
+    "screen": lambda m, w, u: ss.nll.first_order(m, w, u),
     "mean": lambda m, w, u: pd.DataFrame(ss.mean_residual(m, w, ss.Site("exit", 1)).numpy()),
     "generate": lambda m, w, u: pd.DataFrame(
         ss.generate(
@@ -111,20 +113,22 @@ MEASUREMENTS: dict[str, Callable[[ss.LanguageModel, ss.Windows, ss.Spectrum], pd
         .numpy()
     ),
     "continuation": lambda m, w, u: pd.DataFrame(
-        ss.continuation_nll(m, tiny_models.ids(2, 9), tiny_models.ids(2, 6)[:, None]).numpy()
+        ss.nll.continuation_nll(m, tiny_models.ids(2, 9), tiny_models.ids(2, 6)[:, None]).numpy()
     ),
-    "positions": lambda m, w, u: pd.DataFrame(by_position(ss.attention_by_position(m, w, tokens=40))),
+    "positions": lambda m, w, u: pd.DataFrame(
+        by_position(ss.attention.attention_by_position(m, w, tokens=40))
+    ),
     "sinks": lambda m, w, u: pd.DataFrame(by_sink(ss.find_sinks(m, w, u, epsilon=0.07, draws=3))),
     "compare": lambda m, w, u: ss.compare(m, w, comparisons(u), controls=2, spectrum=u, batch_size=3).rows,
     "designate": lambda m, w, u: ss.designate(m, w, 3, spectrum=u, controls=2, draws=3).tried,
     "designate a token": lambda m, w, u: ss.designate(m, w, token=frequent(w), controls=2).tried,
     "circuits": lambda m, w, u: ss.no_op_circuits(m, w, u).heads.drop(columns="reading_dark"),
     "head use": lambda m, w, u: ss.head_use(m, w, [1, 2, 3, 4, 5]),
-    "detectors": lambda m, w, u: ss.detectors(m, w, 2).table,
-    "keys": lambda m, w, u: pd.DataFrame(ss.mean_keys(m, w).flatten(1).numpy()),
-    "values": lambda m, w, u: pd.DataFrame(ss.mean_values(m, w, None).flatten(1).numpy()),
-    "channels": lambda m, w, u: pd.DataFrame({"": ss.massive_channels(m, w, ss.Site("exit", 1))}),
-    "ladder": lambda m, w, u: ss.ladder(m, w, ss.Site("exit", 1), u, u, random_at=(2,), draws=2),
+    "detectors": lambda m, w, u: ss.circuits.detectors(m, w, 2).table,
+    "keys": lambda m, w, u: pd.DataFrame(ss.residual.mean_keys(m, w).flatten(1).numpy()),
+    "values": lambda m, w, u: pd.DataFrame(ss.residual.mean_values(m, w, None).flatten(1).numpy()),
+    "channels": lambda m, w, u: pd.DataFrame({"": ss.residual.massive_channels(m, w, ss.Site("exit", 1))}),
+    "ladder": lambda m, w, u: ss.sweeps.ladder(m, w, ss.Site("exit", 1), u, u, random_at=(2,), draws=2),
 }
 
 
@@ -165,9 +169,9 @@ def test_without_weights_at_hand_modules_are_called(family: str, monkeypatch: py
     monkeypatch.setattr(LanguageModel, "head_write", None)
     assert difference(before, tables(model, u)) < 2e-6
     with pytest.raises(ss.InputError, match="weights of"):
-        ss.weight_shares(model, {"dark": u.dark()})
+        ss.residual.weight_shares(model, {"dark": u.dark()})
     with pytest.raises(ss.InputError, match="gradients"):
-        ss.first_order(model, windows(model), u)
+        ss.nll.first_order(model, windows(model), u)
 
 
 def test_continuations_without_a_cache_that_grows_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,7 +197,7 @@ def test_attention_implementations_are_left_as_they_were() -> None:
 
     model = tiny_models.model()
     before = {name: AttentionInterface()[name] for name in AttentionInterface()}
-    ss.attention_by_position(ss.load(model, remote="local"), windows(model))
+    ss.attention.attention_by_position(ss.load(model, remote="local"), windows(model))
     assert model.config._attn_implementation == "eager"
     assert {name: AttentionInterface()[name] for name in AttentionInterface()} == before
 
@@ -208,11 +212,11 @@ def test_where_weights_are_kept_apart_sinks_are_found_in_whole_maps(monkeypatch:
             there = ss.find_sinks(model, w, u, epsilon=0.07, draws=3)
             for refused in (
                 lambda model=model, w=w: ss.head_use(model, w),
-                lambda model=model, w=w: ss.detectors(model, w),
+                lambda model=model, w=w: ss.circuits.detectors(model, w),
                 lambda model=model, w=w, u=u: ss.no_op_circuits(model, w, u),
-                lambda model=model, w=w: ss.compare(model, w, {"masked": ss.MaskKey(0)}),
+                lambda model=model, w=w: ss.compare(model, w, {"masked": ss.attention.MaskKey(0)}),
                 lambda model=model, w=w: ss.designate(model, w, 3),
-                lambda model=model, w=w: ss.mean_keys(model, w),
+                lambda model=model, w=w: ss.residual.mean_keys(model, w),
             ):
                 with pytest.raises(ss.InputError, match=r"reads the weights of .* server that trusts you"):
                     refused()
@@ -228,10 +232,11 @@ def test_too_large_a_comparison_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_models.model()
     u, w, there = spectrum(model), windows(model), ss.load(model, remote="local")
     moves = {
-        f"{i}": {ss.Site("exit", 0): ss.remove(ss.intersection(u.band(i), u.band(i)))} for i in (1, 2, 3)
+        f"{i}": {ss.Site("exit", 0): ss.remove(ss.spectra.intersection(u.band(i), u.band(i)))}
+        for i in (1, 2, 3)
     }
     here = ss.compare(model, w, moves).rows
-    ss.examine(there)
+    ss.remote.examine(there)
     there.remote.jobs.clear()
     monkeypatch.setattr(transport, "PAYLOAD", 6_000)
     assert difference(here, ss.compare(there, w, moves).rows) < 1e-6 and len(there.remote.jobs) > 1
@@ -258,7 +263,7 @@ def test_what_comes_back_is_reduced() -> None:
     """By window, layer and head at most: of the attention of a designation no map by head and position."""
     model = tiny_models.model()
     there, w = ss.load(model, remote="local"), windows(model)
-    ss.examine(there)
+    ss.remote.examine(there)
     numbers = {
         "compare": len(w) * 15 * (5 + 3 * 4 + 3 * 4),
         "designate": 20 * len(w) * (2 * 3 * 64 + 64 + 3 * 4),
@@ -371,10 +376,11 @@ def test_too_large_a_job_is_cut_and_then_refused(monkeypatch: pytest.MonkeyPatch
     model = tiny_models.model()
     u, there = spectrum(model), ss.load(model, remote="local")
     edits = {
-        f"{i}": {ss.Site("exit", 0): ss.remove(ss.intersection(u.band(i), u.band(i)))} for i in (1, 2, 3)
+        f"{i}": {ss.Site("exit", 0): ss.remove(ss.spectra.intersection(u.band(i), u.band(i)))}
+        for i in (1, 2, 3)
     }
     here = ss.evaluate_all(model, windows(model), edits)
-    ss.examine(there)
+    ss.remote.examine(there)
     there.remote.jobs.clear()
     monkeypatch.setattr(transport, "PAYLOAD", 6_000)
     found = ss.evaluate_all(there, windows(model), edits)

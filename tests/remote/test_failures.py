@@ -110,7 +110,7 @@ def test_each_failure_is_one_sentence(
 ) -> None:
     said, expected, tries = FAILURES[name]
     there = ss.load(folder, remote=True)
-    ss.examine(there)
+    ss.remote.examine(there)
     fake.trouble, fake.asked = [said] * TRIES, []
     with caplog.at_level(logging.DEBUG), pytest.raises(ss.RemoteError, match=expected) as caught:
         measured(there)
@@ -123,7 +123,7 @@ def test_each_failure_is_one_sentence(
 
 def test_what_may_succeed_later_is_tried_again(fake: fake_ndif.Fake, folder: Path) -> None:
     there = ss.load(folder, remote=True)
-    ss.examine(there)
+    ss.remote.examine(there)
     fake.trouble = [FAILURES["reconnecting"][0], FAILURES["refused"][0], None]
     assert measured(there).table.equals(measured(ss.load(folder, attention="eager")).table)
 
@@ -182,7 +182,7 @@ def test_a_spectrum_that_only_the_server_has(
     there = ss.load(tmp_path, remote=True)
     found, true = ss.read_spectrum(there, bands=4), ss.read_spectrum(folder, bands=4)
     assert torch.allclose(found.values, true.values, rtol=1e-9)
-    assert float(ss.principal_cosines(found.dark(), true.dark()).min()) > 1 - 1e-9
+    assert float(ss.spectra.principal_cosines(found.dark(), true.dark()).min()) > 1 - 1e-9
     count = len(fake.blobs)
     assert torch.equal(ss.read_spectrum(there, bands=4).vectors, found.vectors) and len(fake.blobs) == count
     monkeypatch.setattr(type(there), "weightless", True)  # here it is; and the far end has its own class
@@ -218,15 +218,15 @@ def test_preflight_finds_other_versions_in_a_pass(
         raise httpx.ReadTimeout("The read operation timed out")
 
     monkeypatch.setattr(fake_ndif.ndif, "get_remote_env", slow)
-    assert all(step.ok for step in ss.preflight(str(folder)))
+    assert all(step.ok for step in ss.remote.preflight(str(folder)))
     fake.version = "4.40.0"
-    *_, last = ss.preflight(str(folder))
+    *_, last = ss.remote.preflight(str(folder))
     assert (last.name, last.ok) == ("one token", False) and "transformers==4.40.0" in last.found
 
 
 def test_preflight_without_a_key(fake: fake_ndif.Fake, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fake_ndif.CONFIG.API, "APIKEY", None)
-    *_, last = ss.preflight(str(folder))
+    *_, last = ss.remote.preflight(str(folder))
     assert (last.name, last.ok) == ("key", False) and "nnsight login" in last.found
 
 

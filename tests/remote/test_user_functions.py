@@ -41,12 +41,12 @@ def difference(one: pd.DataFrame, other: pd.DataFrame) -> float:
 
 MOVES: dict[str, tuple[Any, ...]] = {
     "none": (lambda call: None,),
-    "mask": (ss.MaskKey(0),),
-    "own, then mask": (halved, ss.MaskKey(1, heads={0, 2})),
-    "value, then half of it": (ss.SetValue(0, torch.ones(3, 2, 8)), halved),
-    "logit": (ss.SinkLogit(torch.ones(4)),),
-    "key": (ss.KeyBias(torch.ones(1, 2, 8)),),
-    "stream": (ss.Streaming(1, 9, layers={1}),),
+    "mask": (ss.attention.MaskKey(0),),
+    "own, then mask": (halved, ss.attention.MaskKey(1, heads={0, 2})),
+    "value, then half of it": (ss.attention.SetValue(0, torch.ones(3, 2, 8)), halved),
+    "logit": (ss.attention.SinkLogit(torch.ones(4)),),
+    "key": (ss.attention.KeyBias(torch.ones(1, 2, 8)),),
+    "stream": (ss.attention.Streaming(1, 9, layers={1}),),
 }
 
 
@@ -74,10 +74,10 @@ def test_what_a_look_collects_elsewhere_would_be_lost_so_it_is_refused() -> None
     class Counter:
         calls = 0
 
-        def __call__(self, call: ss.AttentionCall) -> None:
+        def __call__(self, call: ss.attention.AttentionCall) -> None:
             self.calls += 1
 
-    def keep(call: ss.AttentionCall) -> None:
+    def keep(call: ss.attention.AttentionCall) -> None:
         seen.append(call.layer)
 
     for look, name in ((seen.append, "list.append"), (keep, "keep"), (Counter(), "Counter")):
@@ -89,7 +89,7 @@ def test_what_a_look_collects_elsewhere_would_be_lost_so_it_is_refused() -> None
     assert not seen and not there.remote.looks
     with (
         pytest.raises(ss.InputError, match=r"layer 9: .* layers 0 to 2"),
-        ss.attending(there, ss.MaskKey(0, layers={9})),
+        ss.attending(there, ss.attention.MaskKey(0, layers={9})),
     ):
         pass
 
@@ -106,7 +106,7 @@ def test_a_function_of_ones_own_runs_where_the_model_is() -> None:
         spread(there, tiny_models.ids(2, 9)) == spread(model, tiny_models.ids(2, 9))
         and len(there.remote.jobs) == 1
     )
-    with pytest.raises(AttributeError, match=r"spectral_sinks\.grid is not had where the model runs"):
+    with pytest.raises(ModuleNotFoundError, match=r"sweeps\.cells does not run at the server"):
         grid(there)
     assert grid(model) is ss.grid
 

@@ -43,7 +43,7 @@ def test_a_function_is_wrapped_and_an_edit_is_not(three: ss.Subspace) -> None:
     edit = as_edit(double)
     assert isinstance(edit, FunctionEdit) and edit.function is double and edit.name == "custom"
     assert as_edit(edit) is edit
-    for known in (ss.remove(three), ss.NormRestored(ss.remove(three))):
+    for known in (ss.remove(three), ss.spectra.NormRestored(ss.remove(three))):
         assert as_edit(known) is known
     both = as_edits({"a": double, "b": ss.remove(three)})
     assert list(both) == ["a", "b"] and all(isinstance(each, Edit) for each in both.values())
@@ -60,7 +60,7 @@ def test_all_edits_are_applied_with_the_token_ids(three: ss.Subspace, x: Tensor)
     expected = torch.where((IDS == 7)[..., None], removed(x), x)
     assert torch.equal(selecting.apply(x, IDS), expected)
     assert torch.equal(as_edit(lambda x: x + 1).apply(x, IDS), x + 1)
-    restored = ss.NormRestored(removed)
+    restored = ss.spectra.NormRestored(removed)
     assert torch.equal(restored.apply(x, IDS), restored(x))
 
 
@@ -109,10 +109,10 @@ def test_what_filters_answer(three: ss.Subspace) -> None:
         True
     ] * 3
     assert not removed.filled(ss.Swap()).per_window and removed.filled(ss.Swap()).swaps
-    assert not removed.filled(ss.NoOp()).per_window, "a fill of unknown kind may mix windows"
+    assert not removed.filled(ss.spectra.NoOp()).per_window, "a fill of unknown kind may mix windows"
     assert removed.at(ss.At(4, 1)).positions == {1, 4} and removed.at("first").positions == {0}
     assert removed.positions is None and removed.at([0]).positions is None
-    assert ss.carry(8, 2, ss.At(4)).copies_from == 2 and removed.copies_from == -1
+    assert ss.spectra.carry(8, 2, ss.At(4)).copies_from == 2 and removed.copies_from == -1
     moved = removed.at_position(3)
     assert moved.positions == {3} and moved.blocked is three
     assert [removed.at(t).acts_on_first({7}) for t in ("all", "all-but-first", [7], [5])] == [

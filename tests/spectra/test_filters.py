@@ -302,21 +302,21 @@ def test_scaled_amplified_and_carried_tokens_by_their_definition() -> None:
     x = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 1
     at = ss.At(1, 3)
     others = [0, 2, 4]
-    scaled, amplified = ss.scale(8, 3.0, at)(x), ss.amplify(8, 3.0, at)(x)
-    carried = ss.carry(8, 2, at)(x)
+    scaled, amplified = ss.spectra.scale(8, 3.0, at)(x), ss.spectra.amplify(8, 3.0, at)(x)
+    carried = ss.spectra.carry(8, 2, at)(x)
     for found in (scaled, amplified, carried):
         assert torch.equal(found[:, others], x[:, others])
     assert torch.allclose(scaled[:, [1, 3]], 3 * x[:, [1, 3]])
     assert torch.allclose(amplified.mean(-1), x.mean(-1))
     assert torch.allclose(amplified[:, [1, 3]].var(-1), 9 * x[:, [1, 3]].var(-1))
     assert torch.equal(carried[:, [1, 3]], x[:, [2, 2]])
-    assert (ss.scale(8, 0.0)(x) == 0).all()
-    assert torch.allclose(ss.amplify(8, 0.0)(x), x.mean(-1, keepdim=True).expand_as(x))
-    last = ss.channels(8, [6, 1])
+    assert (ss.spectra.scale(8, 0.0)(x) == 0).all()
+    assert torch.allclose(ss.spectra.amplify(8, 0.0)(x), x.mean(-1, keepdim=True).expand_as(x))
+    last = ss.spectra.channels(8, [6, 1])
     assert torch.allclose(ss.remove(last)(x), x * torch.tensor([1.0, 0, 1, 1, 1, 1, 0, 1]))
     for wrong in (-0.1, float("inf")):
         with pytest.raises(ss.InputError, match="0 or more"):
-            ss.scale(8, wrong)
+            ss.spectra.scale(8, wrong)
     for channels in ([], [-1], [8]):
         with pytest.raises(ss.InputError, match="expected different ones"):
-            ss.channels(8, channels)
+            ss.spectra.channels(8, channels)

@@ -10,13 +10,13 @@ from spectral_sinks.experiments import find_experiment
 from support import tiny_models
 
 
-def study(model: ss.LanguageModel, out: Path, tokens: int = 70, draws: int = 3) -> ss.Study:
+def study(model: ss.LanguageModel, out: Path, tokens: int = 70, draws: int = 3) -> ss.experiments.Study:
     rows = tiny_models.ids(4, tokens, seed=1)
     spectra = [ss.read_spectrum(model, name) for name in ("unembedding", "embedding")]
-    return ss.Study(model, ss.Windows.of_ids(rows, model), spectra[0], spectra[1], out, draws)
+    return ss.experiments.Study(model, ss.Windows.of_ids(rows, model), spectra[0], spectra[1], out, draws)
 
 
-def run(name: str, given: ss.Study) -> pd.DataFrame:
+def run(name: str, given: ss.experiments.Study) -> pd.DataFrame:
     answers = pd.DataFrame(find_experiment(name)(given).answers)
     assert np.isfinite(answers["value"]).all()
     return answers.set_index("quantity")

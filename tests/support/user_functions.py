@@ -11,7 +11,7 @@ import spectral_sinks as ss
 FACTOR = 2.0
 
 
-def halved(call: ss.AttentionCall) -> ss.AttentionCall:
+def halved(call: ss.attention.AttentionCall) -> ss.attention.AttentionCall:
     return replace(call, value=0.5 * call.value)
 
 
@@ -20,7 +20,7 @@ def entropies(model: ss.LanguageModel, ids: torch.Tensor, power: float = 1.0) ->
     """A measurement that collects: mean entropy of the attention of each layer, times `FACTOR`."""
     found: list[torch.Tensor] = []
 
-    def look(call: ss.AttentionCall) -> None:
+    def look(call: ss.attention.AttentionCall) -> None:
         weights = call.weights()
         found.append(-FACTOR * torch.xlogy(weights, weights).sum(-1).pow(power).mean().cpu())
 
@@ -42,10 +42,10 @@ def grid(model: ss.LanguageModel) -> Any:
 
 
 @dataclass(frozen=True, eq=False)
-class Halved(ss.AttentionEdit):
+class Halved(ss.attention.AttentionEdit):
     """A move of one's own."""
 
-    def changed(self, call: ss.AttentionCall) -> ss.AttentionCall:
+    def changed(self, call: ss.attention.AttentionCall) -> ss.attention.AttentionCall:
         return halved(call)
 
 

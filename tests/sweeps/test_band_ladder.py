@@ -38,7 +38,9 @@ def table(
     model: ss.LanguageModel, windows: ss.Windows, spectra: tuple[ss.Spectrum, ss.Spectrum]
 ) -> pd.DataFrame:
     calls: list[int] = []
-    made = ss.ladder(model, windows, SITE, *spectra, random_at=(2, 3, 9), draws=3, progress=calls.append)
+    made = ss.sweeps.ladder(
+        model, windows, SITE, *spectra, random_at=(2, 3, 9), draws=3, progress=calls.append
+    )
     assert sum(calls) == 4 + 4 + 3 + 2 * 3, "one batch of every cell"
     return made
 
@@ -89,7 +91,7 @@ def test_a_row_is_an_effect(
 def test_above_the_last_layer_there_is_no_sink(
     model: ss.LanguageModel, windows: ss.Windows, spectra: tuple[ss.Spectrum, ss.Spectrum]
 ) -> None:
-    table = ss.ladder(model, windows, ss.Site("exit", 2), *spectra, random_at=(2,), draws=2)
+    table = ss.sweeps.ladder(model, windows, ss.Site("exit", 2), *spectra, random_at=(2,), draws=2)
     assert table["sink"].isna().all() and table["baseline_sink"].isna().all()
 
 

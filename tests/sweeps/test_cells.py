@@ -10,7 +10,7 @@ import spectral_sinks as ss
 from spectral_sinks.sweeps.cells import named
 
 
-def grid(**options: Any) -> list[ss.Cell]:
+def grid(**options: Any) -> list[ss.sweeps.Cell]:
     embedding = ss.read_spectrum(tiny_models.model(), "embedding", bands=4, use_cache=False)
     return ss.grid(tiny_models.model(), small_sweeps.windows(), small_sweeps.spectrum(), embedding, **options)
 
@@ -162,7 +162,7 @@ def test_psi_needs_the_embedding() -> None:
 
 
 def test_names_are_unique() -> None:
-    cell = ss.Cell("twice", {})
+    cell = ss.sweeps.Cell("twice", {})
     with pytest.raises(ss.InputError, match="1 names of cells occur more than once, such as 'twice'"):
         named([cell, cell])
     for nothing in ([], {}):

@@ -96,7 +96,7 @@ def test_what_it_means(write: Any, checkpoint: Path, texts: Path) -> None:
     )
     more = ss.grid(*both, sites=["mlp", "embedding"], layers=[1], remove=["dark"], tokens=["all-but-first"])
     expected = ss.Sweep.of(model, windows, [*cells, more[1]], batch_size=3)
-    made = ss.SweepFile.read(file).prepare()
+    made = ss.sweeps.SweepFile.read(file).prepare()
     assert [cell.name for cell in made.cells] == [cell.name for cell in expected.cells]
     assert (made.addresses, made.key, made.units) == (expected.addresses, expected.key, expected.units)
     manifest = made.manifest()
@@ -111,14 +111,14 @@ def test_a_file_and_its_objects_share_a_folder(write: Any, tmp_path: Path) -> No
     path = write(HEAD + '[[grid]]\nlayer = [0, 1]\nremove = ["dark", "1"]\nfill = ["zero", "swap"]')
     done = ss.sweep(path, tmp_path / "out")
     assert done.report.computed == len(done.store.rows()) == 8 * 5
-    again = ss.sweep(ss.SweepFile.read(str(path)).prepare(), tmp_path / "out")
+    again = ss.sweep(ss.sweeps.SweepFile.read(str(path)).prepare(), tmp_path / "out")
     assert (again.report.computed, again.report.found) == (0, 8 * 5)
     assert again.table.equals(done.table)
     assert [*done.store.manifest["runs"]] == [done.sweep.key]
 
 
 def test_defaults(write: Any) -> None:
-    file = ss.SweepFile.read(write('[[grid]]\nremove = "dark"'))
+    file = ss.sweeps.SweepFile.read(write('[[grid]]\nremove = "dark"'))
     assert (file.model, file.batch_size, file.dtype, file.device) == (ss.DEFAULT, 16, "auto", None)
     assert (file.texts.documents, file.texts.per_document, file.texts.bos) == (16, 1, "auto")
     assert (file.spectrum.matrix, file.spectrum.convention, file.spectrum.bands) == ("unembedding", "raw", 20)
@@ -128,16 +128,16 @@ def test_defaults(write: Any) -> None:
 
 
 def test_the_key_is_of_what_it_says(write: Any, tmp_path: Path) -> None:
-    one = ss.SweepFile.read(write('[[grid]]\nremove = "dark"'))
+    one = ss.sweeps.SweepFile.read(write('[[grid]]\nremove = "dark"'))
     (tmp_path / "copy.toml").write_text('# as before\n\n[[grid]]\nremove = ["dark"]')
-    assert ss.SweepFile.read(tmp_path / "copy.toml").key == one.key
-    assert ss.SweepFile.read(write('batch_size = 3\n[[grid]]\nremove = "dark"')).key != one.key
-    assert ss.SweepFile(grid=[{"remove": ["dark"]}]).key == one.key  # pyright: ignore[reportArgumentType]
+    assert ss.sweeps.SweepFile.read(tmp_path / "copy.toml").key == one.key
+    assert ss.sweeps.SweepFile.read(write('batch_size = 3\n[[grid]]\nremove = "dark"')).key != one.key
+    assert ss.sweeps.SweepFile(grid=[{"remove": ["dark"]}]).key == one.key  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_examples(path: Path) -> None:
-    sweep = ss.SweepFile.read(path).prepare()
+    sweep = ss.sweeps.SweepFile.read(path).prepare()
     counts = {
         "sweep_fills": 3 * 4 * 3 * 6,
         "sweep_ladder": 6 * (7 + 7 + 2 * 14 - 2),
@@ -179,7 +179,7 @@ GRID = '[[grid]]\nremove = "dark"\n'
 def test_a_bad_file(write: Any, content: str, message: str) -> None:
     path = write(content)
     with pytest.raises(ss.InputError) as refused:
-        ss.SweepFile.read(path)
+        ss.sweeps.SweepFile.read(path)
     assert f"{path}" in str(refused.value) and message in str(refused.value)
     assert len(str(refused.value)) < len(str(path)) + 250
 
@@ -206,7 +206,7 @@ def test_a_bad_file(write: Any, content: str, message: str) -> None:
 )
 def test_what_only_the_model_can_tell(write: Any, content: str, message: str) -> None:
     path = write(content)
-    file = ss.SweepFile.read(path)
+    file = ss.sweeps.SweepFile.read(path)
     with pytest.raises(ss.InputError) as refused:
         file.prepare()
     assert str(refused.value).startswith(f"{path}: {message}"), str(refused.value)
@@ -215,7 +215,7 @@ def test_what_only_the_model_can_tell(write: Any, content: str, message: str) ->
 def test_without_a_file_the_place_is_named() -> None:
     made: Any = {"grid": [{"remove": ["dark"], "layer": [9]}]}
     with pytest.raises(ss.InputError, match=r"^grid\.0: layer 9: sinklet has layers 0 to 5"):
-        ss.SweepFile(**made).prepare()
+        ss.sweeps.SweepFile(**made).prepare()
 
 
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
@@ -234,6 +234,6 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
 def test_a_device_map(write: Any) -> None:
     """One device stands for several: no GPU was at hand."""
     path = write('device_map = "cpu"\n' + HEAD + GRID)
-    sweep = ss.SweepFile.read(path).prepare()
-    plain = ss.SweepFile.read(write(HEAD + GRID)).prepare()
+    sweep = ss.sweeps.SweepFile.read(path).prepare()
+    plain = ss.sweeps.SweepFile.read(write(HEAD + GRID)).prepare()
     assert sweep.model.device.type == "cpu" and sweep.addresses == plain.addresses

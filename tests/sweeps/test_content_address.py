@@ -58,9 +58,9 @@ def test_addresses_of_stored_cells_stay_the_same() -> None:
         "9a078cb36cad57d4fff998e9b409703b": {EXIT: both, ss.Site("embedding"): ss.rnd(8, 2, 7)},
         "c00296b9adcd9afb06828660efde45eb": {EXIT: ss.remove(three, ss.Mean(torch.ones(8)), [5, 2, 5])},
         "7d06b7eca965dc6090e50efbbbd4ec5b": {EXIT: ss.remove(three, ss.Mean(torch.ones(8), "texts"), mask)},
-        "e2a319a2b76b01fc8f086c4802dc7858": {EXIT: ss.NormRestored(ss.remove(three))},
-        "09ea1e62c692ccd486dbb092007485e2": {EXIT: ss.remove(three, ss.DirectionSwap(2))},
-        "a2de5f6faa392e682326d1c2a0956a12": {EXIT: ss.carry(8, 0, ss.At(3))},
+        "e2a319a2b76b01fc8f086c4802dc7858": {EXIT: ss.spectra.NormRestored(ss.remove(three))},
+        "09ea1e62c692ccd486dbb092007485e2": {EXIT: ss.remove(three, ss.spectra.DirectionSwap(2))},
+        "a2de5f6faa392e682326d1c2a0956a12": {EXIT: ss.spectra.carry(8, 0, ss.At(3))},
         "2105cf19dc427828770df863ee9016df": {EXIT: own},
         "dda111674a2b31b8c2b5507203263750": {},
     }
@@ -200,7 +200,7 @@ def test_the_same_under_two_names_is_measured_once_and_told_twice(tmp_path: Path
     s = small_sweeps.spectrum()
     cells = {"keep": ss.phi(s, 1, 3), "remove": ss.remove(s.band(4)), "other": ss.remove(s.band(1))}
     sweep = small_sweeps.sweep({name: {EXIT: edit} for name, edit in cells.items()})
-    assert len(set(sweep.addresses)) == 2 and ss.plan(sweep).cells == 2
+    assert len(set(sweep.addresses)) == 2 and ss.sweeps.plan(sweep).cells == 2
     done = ss.sweep(sweep, tmp_path / "out")
     assert (done.report.computed, done.report.found) == (2 * 5, 0)
     assert len(done.store.rows()) == 2 * 5

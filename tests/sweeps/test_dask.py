@@ -109,7 +109,7 @@ def test_a_file(client: Client, cluster: Cluster, file: Path, tmp_path: Path, ca
     )
     assert (ran.status, ran.err) == (0, "")
     assert json.loads(ran.out)["computed"] == len(alone.store.rows()) == 3 * 3 * 4 * 4
-    assert ss.Store(tmp_path / "out").rows().equals(alone.store.rows())
+    assert ss.sweeps.Store(tmp_path / "out").rows().equals(alone.store.rows())
 
 
 def test_an_error_in_a_unit(client: Client, tmp_path: Path) -> None:

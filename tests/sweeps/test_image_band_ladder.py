@@ -30,7 +30,7 @@ def given() -> ss.Pixels:
 
 
 def ladder(model: ss.VisionModel, given: ss.Pixels, spectrum: ss.Spectrum) -> pd.DataFrame:
-    return ss.image_ladder(model, given, SITE, spectrum, labels=LABELS, draws=DRAWS, batch_size=4)
+    return ss.sweeps.image_ladder(model, given, SITE, spectrum, labels=LABELS, draws=DRAWS, batch_size=4)
 
 
 def test_rows_are_single_effects(model: ss.VisionModel, given: ss.Pixels) -> None:
@@ -69,7 +69,7 @@ def test_controls_have_the_rank_or_the_energy(model: ss.VisionModel, given: ss.P
     seen = ss.trace(model, x, {}, [SITE], readout=lambda _, read, __: read[SITE]).flatten(0, 1)
     for name, part in {"read": spectrum.null().complement(), "unread": spectrum.null()}.items():
         cells = {f"rank {seed}": {SITE: ss.rnd(32, part.rank, seed)} for seed in range(DRAWS)}
-        matched = {seed: ss.energy_matched(part, seen, seed) for seed in range(DRAWS)}
+        matched = {seed: ss.spectra.energy_matched(part, seen, seed) for seed in range(DRAWS)}
         cells |= {f"energy {seed}": {SITE: ss.remove(each)} for seed, each in matched.items()}
         effects = ss.evaluate_images(model, given, cells, labels=LABELS)
         row = table.loc[(name, "kl")]

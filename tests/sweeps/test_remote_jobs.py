@@ -49,15 +49,15 @@ def out(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def local(file: Path, tmp_path_factory: pytest.TempPathFactory) -> ss.Done:
+def local(file: Path, tmp_path_factory: pytest.TempPathFactory) -> ss.sweeps.Done:
     return ss.sweep(file, tmp_path_factory.mktemp("local"))
 
 
-def afar(file: Path) -> ss.SweepFile:
-    return ss.SweepFile.read(file).at("ndif")
+def afar(file: Path) -> ss.sweeps.SweepFile:
+    return ss.sweeps.SweepFile.read(file).at("ndif")
 
 
-def agree(done: ss.Done, local: ss.Done) -> None:
+def agree(done: ss.sweeps.Done, local: ss.sweeps.Done) -> None:
     one, other = (each.table.drop(columns=["cell", "model"]) for each in (done, local))
     by = ["name", "document"]
     one, other = (each.sort_values(by).reset_index(drop=True) for each in (one, other))
@@ -76,11 +76,11 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_sweep_at_a_server_is_the_sweep_here(
-    fake: fake_ndif.Fake, file: Path, local: ss.Done, out: Path
+    fake: fake_ndif.Fake, file: Path, local: ss.sweeps.Done, out: Path
 ) -> None:
     done = ss.sweep(afar(file), out)
     agree(done, local)
-    notes = ss.jobs(out)
+    notes = ss.sweeps.jobs(out)
     assert len(notes) == len(fake.blobs) - 1 > 3 and {note.state for note in notes} == {"done"}
     (run,) = done.store.manifest["runs"].values()
     assert run["remote"]["host"] == fake_ndif.HOST and run["remote"]["server"]["attention"] == "eager"
@@ -94,10 +94,10 @@ def test_a_sweep_at_a_server_is_the_sweep_here(
 
 
 def test_a_laptop_can_be_closed(
-    fake: fake_ndif.Fake, file: Path, local: ss.Done, out: Path, capsys: pytest.CaptureFixture[str]
+    fake: fake_ndif.Fake, file: Path, local: ss.sweeps.Done, out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = ss.load(file.parent / "model", remote=True)
-    ss.examine(model)
+    ss.remote.examine(model)
     fake.holds = True
     fake.trouble = []
     hold = fake.holds
@@ -137,13 +137,13 @@ def test_a_laptop_can_be_closed(
 
 
 def test_a_job_that_fails_leaves_the_store_as_it_was(
-    fake: fake_ndif.Fake, file: Path, local: ss.Done, out: Path
+    fake: fake_ndif.Fake, file: Path, local: ss.sweeps.Done, out: Path
 ) -> None:
     fake.trouble = [None, None, "Your job exceeded the execution timeout of 60.0s."]
     with pytest.raises(ss.RemoteError, match="took longer than"):
         ss.sweep(afar(file), out, in_flight=1)
     kept = {name: data for name, data in files(out).items() if name.startswith("parts")}
-    assert len(kept) == 1 and [note.state for note in ss.jobs(out)] == ["done", "failed"]
+    assert len(kept) == 1 and [note.state for note in ss.sweeps.jobs(out)] == ["done", "failed"]
     fake.trouble = [None, (403, "Invalid API key.")]
     before = files(out)
     with pytest.raises(ss.RemoteError, match="API key"):
@@ -152,7 +152,7 @@ def test_a_job_that_fails_leaves_the_store_as_it_was(
     changed = {name for name in after if after[name] != before.get(name)}
     assert changed <= {"manifest.json"} and before.keys() == after.keys()
     agree(ss.sweep(afar(file), out), local)
-    assert {note.state for note in ss.jobs(out)} == {"done"}
+    assert {note.state for note in ss.sweeps.jobs(out)} == {"done"}
     assert kept.items() <= files(out).items()
 
 
@@ -161,7 +161,7 @@ def test_what_a_server_forgot_is_sent_again(
     known: bool,
     fake: fake_ndif.Fake,
     file: Path,
-    local: ss.Done,
+    local: ss.sweeps.Done,
     out: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -172,47 +172,47 @@ def test_what_a_server_forgot_is_sent_again(
         else:
             del fake.answers[job]
     monkeypatch.setattr(remote_jobs, "FORGOTTEN", -1.0)
-    states = [note.state for note in ss.collect(out, give_up=-1.0 if known else 60.0)]
+    states = [note.state for note in ss.sweeps.collect(out, give_up=-1.0 if known else 60.0)]
     assert states.count("lost") == 2 and "waiting" not in states
     agree(ss.sweep(afar(file), out), local)
 
 
 def test_too_large_jobs_go_in_halves(
-    fake: fake_ndif.Fake, file: Path, local: ss.Done, out: Path, monkeypatch: pytest.MonkeyPatch
+    fake: fake_ndif.Fake, file: Path, local: ss.sweeps.Done, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from spectral_sinks.remote import transport
 
-    cost = ss.plan(afar(file))
+    cost = ss.sweeps.plan(afar(file))
     assert isinstance(cost, remote_jobs.RemoteCost)
     monkeypatch.setattr(transport, "PAYLOAD", cost.bytes // cost.jobs - 50)
     agree(ss.sweep(afar(file), out), local)
-    assert {len(note.cells) for note in ss.jobs(out)} == {1, 2}
+    assert {len(note.cells) for note in ss.sweeps.jobs(out)} == {1, 2}
 
 
-def test_a_rehearsed_sweep(file: Path, local: ss.Done, out: Path) -> None:
-    done = ss.sweep(ss.SweepFile.read(file).at("local"), out)
+def test_a_rehearsed_sweep(file: Path, local: ss.sweeps.Done, out: Path) -> None:
+    done = ss.sweep(ss.sweeps.SweepFile.read(file).at("local"), out)
     agree(done, local)
     assert done.sweep.addresses == local.sweep.addresses, "it is the same model, and the same numbers"
 
 
 def test_what_a_sweep_will_send(fake: fake_ndif.Fake, file: Path, out: Path) -> None:
-    cost = ss.plan(afar(file), out)
+    cost = ss.sweeps.plan(afar(file), out)
     assert isinstance(cost, remote_jobs.RemoteCost)
     ss.sweep(afar(file), out)
-    assert cost.jobs == len(ss.jobs(out)) and cost.windows == 4
-    assert ss.plan(afar(file), out).cells == 0
+    assert cost.jobs == len(ss.sweeps.jobs(out)) and cost.windows == 4
+    assert ss.sweeps.plan(afar(file), out).cells == 0
 
 
 def test_bad_input(file: Path, out: Path) -> None:
     with pytest.raises(ss.InputError, match="can be left alone"):
         ss.sweep(file, out, wait=False)
     with pytest.raises(ss.InputError, match="needs no workers"):
-        ss.sweep(ss.SweepFile.read(file).at("local"), out, workers=2)
+        ss.sweep(ss.sweeps.SweepFile.read(file).at("local"), out, workers=2)
     with pytest.raises(ss.InputError, match="holds no sweep results"):
-        ss.collect(out / "nothing")
-    store = ss.Store(out / "store")
-    assert ss.collect(store.folder) == []
+        ss.sweeps.collect(out / "nothing")
+    store = ss.sweeps.Store(out / "store")
+    assert ss.sweeps.collect(store.folder) == []
     (store.folder / "jobs").mkdir()
     (store.folder / "jobs" / "x.json").write_text("{")
     with pytest.raises(ss.InputError, match=r"x\.json is damaged"):
-        ss.jobs(store.folder)
+        ss.sweeps.jobs(store.folder)

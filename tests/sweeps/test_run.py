@@ -29,7 +29,7 @@ def out(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> ss.Done:
+def whole(tmp_path_factory: pytest.TempPathFactory) -> ss.sweeps.Done:
     """The sweep in one go."""
     return ss.sweep(small_sweeps.sweep(), tmp_path_factory.mktemp("whole") / "out")
 
@@ -62,7 +62,7 @@ def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
     }
 
 
-def test_it_is_evaluate_all(whole: ss.Done) -> None:
+def test_it_is_evaluate_all(whole: ss.sweeps.Done) -> None:
     cells = {cell.name: cell.edits for cell in whole.sweep.cells}
     effects = ss.evaluate_all(tiny_models.model(), small_sweeps.windows(), cells, batch_size=3)
     table, summary = whole.table, whole.summary().set_index("name")
@@ -86,7 +86,7 @@ def test_it_is_evaluate_all(whole: ss.Done) -> None:
 def test_what_a_row_says_of_its_cell() -> None:
     s = small_sweeps.spectrum()
     described = {
-        name: definition.describe_cell(ss.Cell(name, edits, draw))
+        name: definition.describe_cell(ss.sweeps.Cell(name, edits, draw))
         for name, draw, edits in (
             ("none", None, {}),
             ("head", 3, {ss.Site("head", 2, 1): ss.remove(s.band(4)).at("first")}),
@@ -119,7 +119,7 @@ def test_what_a_row_says_of_its_cell() -> None:
     }
 
 
-def test_a_second_run_finds_all(whole: ss.Done, measured: list[Any]) -> None:
+def test_a_second_run_finds_all(whole: ss.sweeps.Done, measured: list[Any]) -> None:
     before = snapshot(whole.store.folder)
     done = ss.sweep(small_sweeps.sweep(), whole.store.folder)
     assert measured == [] and (done.report.computed, done.report.found) == (0, 36 * 5)
@@ -145,7 +145,7 @@ class Stop:
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("in a unit"), ss.InputError("of ours")])
 def test_an_interruption_costs_only_what_was_unfinished(
-    whole: ss.Done, out: Path, error: BaseException, measured: list[Any]
+    whole: ss.sweeps.Done, out: Path, error: BaseException, measured: list[Any]
 ) -> None:
     made = small_sweeps.sweep()
     with pytest.MonkeyPatch.context() as patch:
@@ -153,9 +153,9 @@ def test_an_interruption_costs_only_what_was_unfinished(
         with pytest.raises(type(error)) as stopped:  # kept: a notebook keeps the last traceback as well
             ss.sweep(made, out)
     assert stopped.value is error
-    finished = ss.Store(out).finished()
+    finished = ss.sweeps.Store(out).finished()
     done_units = made.units[:3]
-    assert len(finished) == sum(map(made.size, done_units)) == len(ss.Store(out).rows())
+    assert len(finished) == sum(map(made.size, done_units)) == len(ss.sweeps.Store(out).rows())
     again = [(made.addresses[cell], unit.batch) for unit in made.units[3:] for cell in unit.cells]
     measured.clear()
     began = time.perf_counter()
@@ -166,7 +166,7 @@ def test_an_interruption_costs_only_what_was_unfinished(
     assert done.store.rows().equals(whole.store.rows())
 
 
-def test_fresh_begins_again(whole: ss.Done, out: Path, measured: list[Any]) -> None:
+def test_fresh_begins_again(whole: ss.sweeps.Done, out: Path, measured: list[Any]) -> None:
     ss.sweep(small_sweeps.sweep(), out)
     first = len(measured)
     done = ss.sweep(small_sweeps.sweep(), out, fresh=True)
@@ -175,7 +175,7 @@ def test_fresh_begins_again(whole: ss.Done, out: Path, measured: list[Any]) -> N
     assert len(other.store.rows()) == 5 and len(other.store.manifest["runs"]) == 1
 
 
-def test_nothing_is_touched_where_something_is_wrong(out: Path, whole: ss.Done) -> None:
+def test_nothing_is_touched_where_something_is_wrong(out: Path, whole: ss.sweeps.Done) -> None:
     """A fresh run with a wrong shard once emptied the folder before it said so."""
     before = snapshot(whole.store.folder)
     nameless = small_sweeps.sweep({"nameless": {EXIT: lambda x: x}})
@@ -236,14 +236,16 @@ def test_a_swap_is_computed_again_for_other_batches(out: Path) -> None:
     assert len(done.store.rows()) == 15 and len(done.table) == 8
 
 
-def test_shards_merged_are_the_whole(whole: ss.Done, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shards_merged_are_the_whole(
+    whole: ss.sweeps.Done, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = small_sweeps.sweep()
     shards = [made.shard(i, 3) for i in (1, 2, 3)]
     assert sorted(unit.name for shard in shards for unit in shard) == sorted(u.name for u in made.units)
     folders = [out / str(i) for i in (3, 1, 2)]
     done = [ss.sweep(made, folder, shard=(int(folder.name), 3)) for folder in folders]
     assert sum(each.report.computed for each in done) == 36 * 5
-    merged = ss.Store.merge(folders, out / "merged")
+    merged = ss.sweeps.Store.merge(folders, out / "merged")
     assert merged.rows().equals(whole.store.rows()), "bit for bit"
     assert merged.manifest == whole.store.manifest
     found = ss.sweep(made, merged.folder)
@@ -257,7 +259,7 @@ def test_a_shard_may_be_empty(out: Path) -> None:
     assert len(done.table) == len(done.summary()) == 0
 
 
-def test_a_damaged_part_is_computed_again(whole: ss.Done, out: Path, measured: list[Any]) -> None:
+def test_a_damaged_part_is_computed_again(whole: ss.sweeps.Done, out: Path, measured: list[Any]) -> None:
     made = small_sweeps.sweep()
     ss.sweep(made, out)
     victim = made.units[2]
@@ -271,9 +273,9 @@ def test_a_damaged_part_is_computed_again(whole: ss.Done, out: Path, measured: l
     assert done.store.rows().equals(whole.store.rows())
 
 
-def test_two_processes_share_the_work(whole: ss.Done, processes: Any, out: Path) -> None:
+def test_two_processes_share_the_work(whole: ss.sweeps.Done, processes: Any, out: Path) -> None:
     """Every unit is computed by one of them alone: as many parts as units, and none is found twice."""
-    ss.Store(out)
+    ss.sweeps.Store(out)
     both = [processes.Process(target=small_sweeps.run, args=(out, 1, 0.02)) for _ in range(2)]
     for process in both:
         process.start()
@@ -287,9 +289,9 @@ def test_two_processes_share_the_work(whole: ss.Done, processes: Any, out: Path)
     small_sweeps.rows_agree(found.store.rows(), alone.store.rows())
 
 
-def test_a_unit_in_other_hands_is_waited_for(out: Path, whole: ss.Done) -> None:
+def test_a_unit_in_other_hands_is_waited_for(out: Path, whole: ss.sweeps.Done) -> None:
     made = small_sweeps.sweep()
-    store = ss.Store(out)
+    store = ss.sweeps.Store(out)
     rows = whole.store.rows()
 
     def finish(unit: definition.Unit) -> None:
@@ -314,7 +316,7 @@ def test_a_unit_in_other_hands_is_waited_for(out: Path, whole: ss.Done) -> None:
         small_sweeps.rows_agree(done.store.rows(), rows)
 
 
-def test_killed_at_random_moments(whole: ss.Done, processes: Any, tmp_path: Path) -> None:
+def test_killed_at_random_moments(whole: ss.sweeps.Done, processes: Any, tmp_path: Path) -> None:
     """Nothing finished is lost, nothing is there twice, and the end is that of a run without a kill."""
 
     def start(out: Path) -> Any:
@@ -339,12 +341,12 @@ def test_killed_at_random_moments(whole: ss.Done, processes: Any, tmp_path: Path
             process.join()
             kills += 1
             if (out / "manifest.json").exists():
-                rows, before = ss.Store(out, create=False).rows(), finished
+                rows, before = ss.sweeps.Store(out, create=False).rows(), finished
                 finished = len(rows)
-                assert before <= finished == len(ss.Store(out).finished()), "what was finished stays"
+                assert before <= finished == len(ss.sweeps.Store(out).finished()), "what was finished stays"
                 assert not rows.duplicated(["cell", "window"]).any()
                 partial.add(finished)
-        small_sweeps.rows_agree(ss.Store(out).rows(), whole.store.rows())
+        small_sweeps.rows_agree(ss.sweeps.Store(out).rows(), whole.store.rows())
         parts = [path.name for path in (out / "parts").iterdir()]
         assert len(parts) == 36 * 2, "every unit was written once, and no half file is left"
     assert len(partial - {0, 36 * 5}) >= 3, partial
@@ -387,28 +389,28 @@ def test_progress_begins_with_what_is_there(out: Path, monkeypatch: pytest.Monke
     assert [n for n, _ in shown] == sorted(n for n, _ in shown)
 
 
-def test_a_plan_writes_nothing(whole: ss.Done, out: Path) -> None:
+def test_a_plan_writes_nothing(whole: ss.sweeps.Done, out: Path) -> None:
     made = small_sweeps.sweep()
     before = snapshot(whole.store.folder)
-    assert ss.plan(made, whole.store.folder).units == 0
+    assert ss.sweeps.plan(made, whole.store.folder).units == 0
     assert snapshot(whole.store.folder) == before
     for shard, units in ((None, len(made.units)), ((1, 2), -(-len(made.units) // 2))):
-        planned = ss.plan(made, out, shard=shard)
+        planned = ss.sweeps.plan(made, out, shard=shard)
         assert planned.units == units and planned.windows == 5
     assert not out.exists()
     out.mkdir()
-    assert ss.plan(made, out).cells == 36, "an empty folder is as good as none"
+    assert ss.sweeps.plan(made, out).cells == 36, "an empty folder is as good as none"
     assert list(out.iterdir()) == []
     (out / "notes.txt").write_text("not ours")
     with pytest.raises(ss.InputError, match="holds no sweep results"):
-        ss.plan(made, out)
+        ss.sweeps.plan(made, out)
     with pytest.raises(ss.InputError, match="holds other things"):
         ss.sweep(made, out)
 
 
 def test_a_plan_counts_what_is_missing(out: Path) -> None:
     ss.sweep(small_sweeps.sweep(small_sweeps.scaled(3)), out)
-    planned = ss.plan(small_sweeps.sweep(small_sweeps.scaled(5)), out)
+    planned = ss.sweeps.plan(small_sweeps.sweep(small_sweeps.scaled(5)), out)
     assert (planned.cells, planned.units, planned.windows) == (2, 2, 5)
 
 
@@ -500,7 +502,7 @@ def test_units_begin_low_and_hold_cells_of_one_beginning(monkeypatch: pytest.Mon
     assert all(len(unit.cells) == 1 for unit in small_sweeps.sweep().units), "a large model has small units"
 
 
-def test_the_manifest(whole: ss.Done) -> None:
+def test_the_manifest(whole: ss.sweeps.Done) -> None:
     (key,) = whole.store.manifest["runs"]
     found = whole.store.manifest["runs"][key]
     assert key == whole.sweep.key
@@ -509,7 +511,7 @@ def test_the_manifest(whole: ss.Done) -> None:
     assert json.loads(json.dumps(found)) == found
 
 
-def test_a_report_is_plain_data(whole: ss.Done) -> None:
+def test_a_report_is_plain_data(whole: ss.sweeps.Done) -> None:
     json.dumps(asdict(whole.report))
     summary = whole.summary()
     assert list(summary["name"]) == [cell.name for cell in whole.sweep.cells]

@@ -36,7 +36,7 @@ def out(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> ss.Done:
+def whole(tmp_path_factory: pytest.TempPathFactory) -> ss.sweeps.Done:
     return ss.sweep(small_sweeps.sweep(), tmp_path_factory.mktemp("whole") / "out")
 
 
@@ -50,13 +50,13 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def free(out: Path, made: ss.Sweep) -> None:
     """Check that nobody has a claim."""
-    store = ss.Store(out)
+    store = ss.sweeps.Store(out)
     for unit in made.units:
         with store.claim(unit.name) as mine:
             assert mine
 
 
-def test_a_pool_of_spawned_processes(whole: ss.Done, out: Path) -> None:
+def test_a_pool_of_spawned_processes(whole: ss.sweeps.Done, out: Path) -> None:
     """Bit for bit what this process computes."""
     done = ss.sweep(small_sweeps.sweep(), out, workers=1)
     assert done.report.computed == 36 * 5
@@ -90,7 +90,7 @@ def test_devices_are_dealt_in_turn(quick: Any) -> None:
     assert made.model.device.type == "cpu"
 
 
-def test_a_sweep_on_faked_devices(whole: ss.Done, quick: Any, out: Path) -> None:
+def test_a_sweep_on_faked_devices(whole: ss.sweeps.Done, quick: Any, out: Path) -> None:
     """No GPU was at hand: two numbers of the CPU stand for two of them."""
     done = ss.sweep(small_sweeps.sweep(), out, workers=2, devices=["cpu:0", "cpu:1"])
     assert done.store.rows().equals(whole.store.rows())
@@ -126,7 +126,7 @@ def test_a_killed_worker_costs_its_unfinished_units(quick: Any, out: Path) -> No
     killer.start()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(definition, "CELLS_PER_UNIT", 1)
-        done = run.run(made, ss.Store(out), make, workers.Adopted(made.key), in_flight=4)
+        done = run.run(made, ss.sweeps.Store(out), make, workers.Adopted(made.key), in_flight=4)
     killer.join()
     assert len(pools) == 2, "made again once"
     assert done.report.computed == 30 * 5 == len(done.store.rows())
@@ -153,7 +153,7 @@ class Broken(Executor):
 
 
 @pytest.mark.parametrize("at_submit", [False, True])
-def test_workers_that_always_die(whole: ss.Done, out: Path, at_submit: bool) -> None:
+def test_workers_that_always_die(whole: ss.sweeps.Done, out: Path, at_submit: bool) -> None:
     made: list[Broken] = []
 
     def make(good: int) -> Executor:
@@ -162,10 +162,10 @@ def test_workers_that_always_die(whole: ss.Done, out: Path, at_submit: bool) -> 
 
     what = small_sweeps.sweep()
     with pytest.raises(ss.InputError, match="died 4 times in a row without finishing anything") as refused:
-        run.run(what, ss.Store(out), partial(make, 0))
+        run.run(what, ss.sweeps.Store(out), partial(make, 0))
     assert "fewer workers or a smaller batch_size" in str(refused.value) and len(made) == 4
     free(out, what)
-    done = run.run(what, ss.Store(out), partial(make, 1))
+    done = run.run(what, ss.sweeps.Store(out), partial(make, 1))
     assert len(made) == 4 + len(what.units), "one unit each: that is progress"
     assert done.store.rows().equals(whole.store.rows())
 
@@ -173,26 +173,28 @@ def test_workers_that_always_die(whole: ss.Done, out: Path, at_submit: bool) -> 
 @pytest.mark.parametrize(
     ("at_submit", "error"), [(False, BrokenExecutor), (True, BrokenExecutor), (False, CancelledError)]
 )
-def test_an_executor_that_breaks(whole: ss.Done, out: Path, at_submit: bool, error: type[Exception]) -> None:
+def test_an_executor_that_breaks(
+    whole: ss.sweeps.Done, out: Path, at_submit: bool, error: type[Exception]
+) -> None:
     """One that was given cannot be made again: the sweep says so, and goes on with another."""
     what = small_sweeps.sweep()
     with pytest.raises(ss.InputError, match=r"the executor broke .* start another") as kept:
         ss.sweep(what, out, executor=Broken(3, at_submit, error), in_flight=1)
     assert "died" in str(kept.value)
-    assert len(ss.Store(out).finished()) == sum(map(what.size, what.units[:3]))
+    assert len(ss.sweeps.Store(out).finished()) == sum(map(what.size, what.units[:3]))
     free(out, what)
     done = ss.sweep(what, out, executor=workers.Serial())
     assert done.report.found == sum(map(what.size, what.units[:3]))
     assert done.store.rows().equals(whole.store.rows())
 
 
-def test_threads(whole: ss.Done, out: Path) -> None:
+def test_threads(whole: ss.sweeps.Done, out: Path) -> None:
     with ThreadPoolExecutor(3) as executor:
         done = ss.sweep(small_sweeps.sweep(), out, executor=executor)
     assert done.store.rows().equals(whole.store.rows())
 
 
-def test_a_pool_of_ones_own(whole: ss.Done, out: Path) -> None:
+def test_a_pool_of_ones_own(whole: ss.sweeps.Done, out: Path) -> None:
     """The sweep is sent with each unit and unpacked once; functions without a module are sent too."""
     with ProcessPoolExecutor(1, small_sweeps.fast()) as executor:
         done = ss.sweep(small_sweeps.sweep(), out, executor=executor)
@@ -267,7 +269,7 @@ def test_the_same_cells_on_another_model_object_run_there() -> None:
         assert [*workers._SWEEPS.values()] == [made]
 
 
-def test_a_sweep_travels(whole: ss.Done) -> None:
+def test_a_sweep_travels(whole: ss.sweeps.Done) -> None:
     for dumps in (pickle.dumps, cloudpickle.dumps):
         found = pickle.loads(dumps(whole.sweep))
         assert "addresses" in vars(found), "weights are not hashed again"

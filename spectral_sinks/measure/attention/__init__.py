@@ -6,18 +6,27 @@ The edits of attention stand here too, since people look for them under this wor
 import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
-    "spectral_sinks",
+    __name__,
     submod_attrs={
-        "interventions.attention_base": ["AttentionEdit"],
-        "interventions.attention_edits": ["CopyKey", "MaskKey", "Restrict", "SetValue", "Streaming"],
-        "interventions.extra_keys": ["KeyBias", "Prefix", "SinkLogit"],
-        "measure.attention.by_position": ["PositionAttention", "attention_by_position"],
-        "measure.attention.received": [
+        "attention_edits": [
+            "AttentionCall",
+            "AttentionEdit",
+            "CopyKey",
+            "KeyBias",
+            "MaskKey",
+            "Prefix",
+            "Restrict",
+            "SetValue",
+            "SinkLogit",
+            "Streaming",
+            "attending",
+        ],
+        "by_position": ["PositionAttention", "attention_by_position"],
+        "received": [
             "attention_by_head",
             "attention_received",
             "sink_rate",
             "uniform_attention",
         ],
-        "models.attention_capture": ["AttentionCall", "attending"],
     },
 )

@@ -6,10 +6,10 @@ Also how the head finds the sink: QK detectors and no-op circuits.
 import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
-    "spectral_sinks",
+    __name__,
     submod_attrs={
-        "measure.circuits.heads": ["head_use"],
-        "measure.circuits.no_op": ["Circuits", "no_op_circuits"],
-        "measure.circuits.qk_detectors": ["Detectors", "detectors"],
+        "heads": ["head_use"],
+        "no_op": ["Circuits", "no_op_circuits"],
+        "qk_detectors": ["Detectors", "detectors"],
     },
 )

@@ -6,12 +6,12 @@ Also what it does to generated text.
 import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
-    "spectral_sinks",
+    __name__,
     submod_attrs={
-        "measure.nll.attribution": ["first_order"],
-        "measure.nll.effects": ["Effect", "evaluate", "evaluate_all"],
-        "measure.nll.generation": ["continuation_nll", "generate", "generate_all"],
-        "measure.nll.repetition_metrics": ["distinct", "loop_onset", "repeated", "repetition"],
-        "models.masked_lm": ["masked_ids", "masked_positions"],
+        "attribution": ["first_order"],
+        "effects": ["Effect", "evaluate", "evaluate_all"],
+        "generation": ["continuation_nll", "generate", "generate_all"],
+        "repetition_metrics": ["distinct", "loop_onset", "repeated", "repetition"],
+        "masked_tokens": ["masked_ids", "masked_positions"],
     },
 )

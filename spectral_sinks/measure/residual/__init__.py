@@ -6,13 +6,13 @@ Also the means that ablations put in place of what they remove.
 import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
-    "spectral_sinks",
+    __name__,
     submod_attrs={
-        "measure.residual.band_energy": ["energy"],
-        "measure.residual.logit_lens": ["ALONE", "TOGETHER", "band_lens"],
-        "measure.residual.massive": ["massive_activations"],
-        "measure.residual.matrix_spectrum": ["read_spectrum"],
-        "measure.residual.references": ["massive_channels", "mean_keys", "mean_residual", "mean_values"],
-        "measure.residual.weight_energy": ["weight_shares"],
+        "band_energy": ["energy"],
+        "logit_lens": ["ALONE", "TOGETHER", "band_lens"],
+        "massive": ["massive_activations"],
+        "matrix_spectrum": ["read_spectrum"],
+        "references": ["massive_channels", "mean_keys", "mean_residual", "mean_values"],
+        "weight_energy": ["weight_shares"],
     },
 )

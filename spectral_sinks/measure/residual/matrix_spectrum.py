@@ -9,7 +9,7 @@ from torch import Tensor
 from spectral_sinks.errors import InputError
 from spectral_sinks.interventions.tracing import trace
 from spectral_sinks.models import spectra as matrices
-from spectral_sinks.models.checkpoint import DEFAULT
+from spectral_sinks.models.embedded import DEFAULT
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.remote.client import remotely
 from spectral_sinks.spectra import cache

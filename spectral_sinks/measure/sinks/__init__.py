@@ -6,14 +6,14 @@ Also how a sink is edited, compared and designated.
 import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
-    "spectral_sinks",
+    __name__,
     submod_attrs={
-        "measure.sinks.attended_tokens": ["attended", "attended_cost", "attended_darkness", "most_attended"],
-        "measure.sinks.attention_bars": ["candidates", "mark_bars", "matched", "received", "strata"],
-        "measure.sinks.comparison": ["Comparison", "compare"],
-        "measure.sinks.designation": ["Designation", "designate"],
-        "measure.sinks.find": ["Sinks", "find_sinks"],
-        "measure.sinks.sink": ["Sink"],
-        "measure.sinks.verdict": ["SinkVerdict", "sink_verdict"],
+        "attended_tokens": ["attended", "attended_cost", "attended_darkness", "most_attended"],
+        "attention_bars": ["candidates", "mark_bars", "matched", "received", "strata"],
+        "comparison": ["Comparison", "compare"],
+        "designation": ["Designation", "designate"],
+        "find": ["Sinks", "find_sinks"],
+        "sink": ["Sink"],
+        "verdict": ["SinkVerdict", "sink_verdict"],
     },
 )

@@ -52,7 +52,7 @@ def test_every_position_against_eager_maps(family: str, tokens: int, monkeypatch
     monkeypatch.setattr(attending, "WEIGHTS", 2500)
     model = tiny_models.model(family)
     windows = ss.Windows.of_ids(IDS, model, OWNER)
-    found = ss.attention_by_position(model, windows, tokens=tokens, batch_size=3)
+    found = ss.attention.attention_by_position(model, windows, tokens=tokens, batch_size=3)
     expected = maps(family, tokens).transpose(0, 1)
     assert found.tokens == tokens and found.alpha.shape == (5, 3, 4, tokens)
     assert np.array_equal(found.ids, IDS[:, :tokens])
@@ -88,7 +88,7 @@ def test_every_position_against_eager_maps(family: str, tokens: int, monkeypatch
 def test_under_every_implementation_and_batch(attention: str) -> None:
     model = ss.load(tiny_models.build(attention=attention))
     windows = ss.Windows.of_ids(IDS, model)
-    found = ss.attention_by_position(model, windows, tokens=80, batch_size=2)
+    found = ss.attention.attention_by_position(model, windows, tokens=80, batch_size=2)
     assert np.allclose(found.total, maps("llama", 80).transpose(0, 1).sum(-2), atol=1e-5)
     assert model.config._attn_implementation == attention
     with torch.no_grad():
@@ -101,10 +101,10 @@ def test_maps_that_an_implementation_of_the_models_own_returns() -> None:
     """Layer by layer, from whole maps."""
     model = ss.load(tiny_models.build())
     windows = ss.Windows.of_ids(IDS[:2, :12], model)
-    expected = ss.attention_by_position(model, windows, tokens=12)
+    expected = ss.attention.attention_by_position(model, windows, tokens=12)
     model.module.set_attn_implementation(reference_attention.NAME)
     with pytest.warns(ss.SpectralWarning, match="rows sum to 1 in the mean"):
-        found = ss.attention_by_position(model, windows, tokens=12)
+        found = ss.attention.attention_by_position(model, windows, tokens=12)
     with torch.no_grad():
         whole = torch.stack(tiny_models.plain()(IDS[:2, :12], output_attentions=True).attentions, 1)
     alone = whole.diagonal(dim1=-2, dim2=-1).numpy() / found.queries[:, None, None]
@@ -117,10 +117,10 @@ def test_maps_that_an_implementation_of_the_models_own_returns() -> None:
 def test_uniform_attention_is_the_outside_convention() -> None:
     """As published with GPT-2's shares at T = 64: 0.0741 on the first key, 0.2288 on the first four."""
     model = uniform_model()
-    found = ss.attention_by_position(model, ss.Windows.of_ids(IDS, model))
+    found = ss.attention.attention_by_position(model, ss.Windows.of_ids(IDS, model))
     assert found.alpha[..., 0] == pytest.approx(0.0741, abs=5e-5)
     for k in range(64):
-        assert found.alpha[..., k] == pytest.approx(ss.uniform_attention(k), abs=1e-6)
+        assert found.alpha[..., k] == pytest.approx(ss.attention.uniform_attention(k), abs=1e-6)
     for first, share in ((1, 0.0741232953704026), (4, 0.2287848481482772), (8, 0.3782542201060783)):
         members = np.broadcast_to(np.arange(64) < first, (5, 1, 64))
         assert found.mass(members) == pytest.approx(share, abs=1e-6)
@@ -142,7 +142,7 @@ def shares(path: Path, model: str) -> dict[str, Tensor]:
 def test_a_table_in_the_outside_layout(tmp_path: Path) -> None:
     """Our own numbers written as others write theirs: the rate read back is the rate measured."""
     model = tiny_models.model()
-    found = ss.attention_by_position(model, ss.Windows.of_ids(IDS[:1], model))
+    found = ss.attention.attention_by_position(model, ss.Windows.of_ids(IDS[:1], model))
     path = tmp_path / "summary.csv"
     with path.open("w") as file:
         writer = csv.writer(file)
@@ -153,7 +153,7 @@ def test_a_table_in_the_outside_layout(tmp_path: Path) -> None:
                 writer.writerow(["a", 64, layer, head, share, 0.0741232953704026, 0.2287848481482772])
     table = shares(path, "a")
     assert np.allclose(table["sink_share_first_1"], found.alpha[..., 0])
-    assert ss.sink_rate(table["sink_share_first_1"], 0.1) == pytest.approx(found.rate(0.1)[0, 0])
+    assert ss.attention.sink_rate(table["sink_share_first_1"], 0.1) == pytest.approx(found.rate(0.1)[0, 0])
 
 
 TABLE = os.environ.get("SPECTRAL_SINKS_GPT2_SHARES", "")
@@ -164,8 +164,8 @@ TABLE = os.environ.get("SPECTRAL_SINKS_GPT2_SHARES", "")
 @pytest.mark.parametrize(("model", "rate"), [("gpt2", 0.736), ("gpt2-medium", 0.810)])
 def test_published_shares_above_epsilon(model: str, rate: float) -> None:
     found = shares(Path(TABLE), model)
-    assert ss.sink_rate(found["sink_share_first_1"]) == pytest.approx(rate, abs=5e-4)
-    assert found["uniform_first_1"].numpy() == pytest.approx(ss.uniform_attention(), abs=1e-6)
+    assert ss.attention.sink_rate(found["sink_share_first_1"]) == pytest.approx(rate, abs=5e-4)
+    assert found["uniform_first_1"].numpy() == pytest.approx(ss.attention.uniform_attention(), abs=1e-6)
 
 
 @pytest.mark.skipif(
@@ -174,7 +174,7 @@ def test_published_shares_above_epsilon(model: str, rate: float) -> None:
 )
 def test_gpt2_itself() -> None:
     model = ss.load("openai-community/gpt2")
-    found = ss.attention_by_position(model, ss.cut(ss.documents(limit=24), model, length=64))
+    found = ss.attention.attention_by_position(model, ss.cut(ss.documents(limit=24), model, length=64))
     assert found.rate().mean(0)[0] == pytest.approx(0.74, abs=0.06)
 
 
@@ -182,14 +182,14 @@ def test_a_bidirectional_model_is_read_whole_and_over_all_queries() -> None:
     plain = ss.load(copy.deepcopy(tiny_models.plain("gpt2")))
     model = Both(plain.nn, plain.layout, plain.name, plain.tokenizer)
     rows = [IDS[0], IDS[1], IDS[2, :20]]
-    found = ss.attention_by_position(model, ss.Windows.of_ids(rows, model), tokens=64)
+    found = ss.attention.attention_by_position(model, ss.Windows.of_ids(rows, model), tokens=64)
     assert not found.causal and found.tokens == 80
     assert np.allclose(found.alpha[:2], maps("gpt2", 80)[:, :2].transpose(0, 1).mean(-2), atol=2e-6)
     assert np.isnan(found.alpha[2, ..., 20:]).all() and np.allclose(found.alpha[2, ..., :20].sum(-1), 1)
     assert found.lengths.tolist() == [80, 80, 20] and (found.ids[2, 20:] == -1).all()
     assert np.allclose(found.mass((found.ids >= 0)[:, None]), 1, atol=1e-5)
     assert np.allclose(found.uniform((found.ids >= 0)[:, None]), 1)
-    pooled = ss.attention_by_position(model, ss.Windows.of_ids(rows, model, [0, 1, 1]), tokens=64)
+    pooled = ss.attention.attention_by_position(model, ss.Windows.of_ids(rows, model, [0, 1, 1]), tokens=64)
     first = found.by_document(found.alpha)[1:, ..., :20].mean(0)
     assert np.allclose(pooled.by_document(pooled.alpha)[1, ..., :20], first, atol=1e-6)
     assert np.allclose(pooled.by_document(pooled.alpha)[1, ..., 20:], found.alpha[1, ..., 20:], atol=1e-6), (
@@ -202,8 +202,8 @@ def test_short_windows_are_left_out_with_a_warning() -> None:
     model = tiny_models.model()
     windows = ss.Windows.of_ids([IDS[0], IDS[1, :40], IDS[2]], model, [0, 1, 2])
     with pytest.warns(ss.SpectralWarning, match="1 of 3 windows are shorter than 64 tokens and left out"):
-        found = ss.attention_by_position(model, windows)
-    alone = ss.attention_by_position(model, ss.Windows.of_ids(IDS[[0, 2]], model, [0, 2]))
+        found = ss.attention.attention_by_position(model, windows)
+    alone = ss.attention.attention_by_position(model, ss.Windows.of_ids(IDS[[0, 2]], model, [0, 2]))
     assert np.allclose(found.alpha, alone.alpha, atol=1e-6) and found.windows.document == (0, 2)
 
 
@@ -218,20 +218,20 @@ def test_short_windows_are_left_out_with_a_warning() -> None:
 def test_tokens_that_do_not_fit(tokens: int, message: str) -> None:
     model = tiny_models.model()
     with pytest.raises(ss.InputError, match=message):
-        ss.attention_by_position(model, ss.Windows.of_ids(IDS, model), tokens=tokens)
+        ss.attention.attention_by_position(model, ss.Windows.of_ids(IDS, model), tokens=tokens)
 
 
 def test_padding_is_refused_on_either_side() -> None:
     model = tiny_models.model()  # its configuration pads with token 1
     for side, row in (("opens", [1] * 16 + IDS[0, :64].tolist()), ("ends", [*IDS[0, :64].tolist(), 1, 1])):
         with pytest.raises(ss.InputError, match=f"window 1 {side} with the padding token 1"):
-            ss.attention_by_position(model, ss.Windows.of_ids([IDS[1], row], model))
-    only = ss.attention_by_position(model, ss.Windows.of_ids([[1] * 64], model))
+            ss.attention.attention_by_position(model, ss.Windows.of_ids([IDS[1], row], model))
+    only = ss.attention.attention_by_position(model, ss.Windows.of_ids([[1] * 64], model))
     assert only.alpha.shape[0] == 1, "a text of that token alone is no padded one"
     closed = torch.cat([IDS[0, :64], torch.tensor([1])])
-    found = ss.attention_by_position(model, ss.Windows.of_ids([closed], model))
+    found = ss.attention.attention_by_position(model, ss.Windows.of_ids([closed], model))
     assert np.allclose(
-        found.alpha[0], ss.attention_by_position(model, ss.Windows.of_ids(IDS[:1], model)).alpha[0]
+        found.alpha[0], ss.attention.attention_by_position(model, ss.Windows.of_ids(IDS[:1], model)).alpha[0]
     )
 
 
@@ -240,7 +240,7 @@ def test_a_sequence_of_length_one_has_no_attention_to_measure() -> None:
         ss.Windows.of_ids([[5]], tiny_models.model())
     with pytest.warns(ss.SpectralWarning, match="1 documents shorter than two tokens"):
         windows = ss.cut([tiny_models.text(70), "w7"], tiny_models.model(), length=64)
-    assert ss.attention_by_position(tiny_models.model(), windows).alpha.shape[0] == 1
+    assert ss.attention.attention_by_position(tiny_models.model(), windows).alpha.shape[0] == 1
 
 
 @pytest.mark.parametrize("name", ["MambaConfig", "RwkvConfig"])
@@ -257,7 +257,7 @@ def test_layers_without_attention_and_attention_that_cannot_be_seen() -> None:
     layer.recurrent = layer.self_attn
     del layer.self_attn
     with pytest.raises(ss.InputError, match="1 of 3 layers, such as 1, have no 'self_attn'"):
-        ss.attention_by_position(model, ss.Windows.of_ids(IDS, model))
+        ss.attention.attention_by_position(model, ss.Windows.of_ids(IDS, model))
     sizes: dict[str, Any] = {k: v for k, v in tiny_models.GPT2_SIZES.items() if k != "n_layer"}
     module = transformers.AutoModelForCausalLM.from_config(
         transformers.GPTJConfig(**sizes, n_layer=2, rotary_dim=4), attn_implementation="eager"
@@ -267,7 +267,7 @@ def test_layers_without_attention_and_attention_that_cannot_be_seen() -> None:
     with pytest.raises(
         ss.InputError, match="GPTJForCausalLM does not run its attention through transformers"
     ):
-        ss.attention_by_position(odd, ss.Windows.of_ids(IDS, odd))
+        ss.attention.attention_by_position(odd, ss.Windows.of_ids(IDS, odd))
 
 
 MEMORY = """
@@ -284,7 +284,7 @@ def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 with torch.no_grad():
     model.module(ids[:, :8], use_cache=False)
-ss.attention_by_position(model, windows, tokens=8)
+ss.attention.attention_by_position(model, windows, tokens=8)
 spectrum = ss.read_spectrum(model, bands=8)
 if sys.argv[1] == "plain":
     with torch.no_grad():

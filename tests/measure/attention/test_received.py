@@ -70,8 +70,8 @@ def test_uniform_attention_and_the_rate() -> None:
     uniform /= uniform.sum(-1, keepdim=True)
     for position in (0, 5):
         alpha = uniform[0, 0, position:, position].mean()
-        assert ss.uniform_attention(position) == pytest.approx(float(alpha))
-    assert round(ss.uniform_attention(), 4) == 0.0741
+        assert ss.attention.uniform_attention(position) == pytest.approx(float(alpha))
+    assert round(ss.attention.uniform_attention(), 4) == 0.0741
     received = torch.tensor([[[0.3, 0.30001], [0.9, 0.0]]])
-    assert ss.sink_rate(received) == 0.5, "strictly above 0.3"
-    assert ss.sink_rate(received, 0.0) == 0.75
+    assert ss.attention.sink_rate(received) == 0.5, "strictly above 0.3"
+    assert ss.attention.sink_rate(received, 0.0) == 0.75

@@ -92,7 +92,7 @@ def test_head_use_is_that_of_a_loop_over_tokens(family: str) -> None:
 def test_the_margin_is_that_of_the_logarithms_of_eager_attention(family: str) -> None:
     model, ids = tiny_models.model(family), tiny_models.ids(2, TOKENS)
     output, _ = watched(family, ids)
-    found = ss.detectors(model, ss.Windows.of_ids(ids, model), POSITION)
+    found = ss.circuits.detectors(model, ss.Windows.of_ids(ids, model), POSITION)
     table = found.table.set_index(["document", "layer", "head"])["margin"]
     for layer, maps in enumerate(output.attentions):
         for window in range(2):
@@ -130,7 +130,7 @@ def test_the_key_direction_reads_what_the_mode_reads(family: str) -> None:
     """Along windows, the key side follows `residual . direction` over the norms' scales, up to a constant."""
     model, ids = tiny_models.model(family), tiny_models.ids(12, 6)
     rows = ss.Windows.of_ids(ids, model)
-    found = ss.detectors(model, rows, 4)
+    found = ss.circuits.detectors(model, rows, 4)
     directions = key_directions(model, found)
     keys: dict[int, Tensor] = {}
     before: dict[int, Tensor] = {}
@@ -166,7 +166,7 @@ def test_the_key_direction_reads_what_the_mode_reads(family: str) -> None:
 def test_all_modes_make_the_margin(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("spectral_sinks.measure.circuits.qk_detectors.KEPT", 10**6)
     model = tiny_models.model("qwen3")
-    found = ss.detectors(model, windows(model), POSITION)
+    found = ss.circuits.detectors(model, windows(model), POSITION)
     assert found.ranks.shape[-1] == model.head_size
     assert np.allclose(found.table["top_two"], 1, atol=1e-6)
     assert torch.allclose(found.controls[..., -1], torch.ones(()).double(), atol=1e-6)
@@ -177,9 +177,9 @@ def test_batches_and_blocks_change_nothing(family: str, monkeypatch: pytest.Monk
     model = tiny_models.model(family)
     rows = ss.Windows.of_ids([*tiny_models.ids(3, 12), *tiny_models.ids(2, 9, seed=1)], model)
     plain = tiny_models.logits(model, tiny_models.ids(2, 12), {})
-    once = ss.head_use(model, rows), ss.detectors(model, rows).table
+    once = ss.head_use(model, rows), ss.circuits.detectors(model, rows).table
     monkeypatch.setattr(attending_module, "WEIGHTS", 200)
-    again = ss.head_use(model, rows, batch_size=1), ss.detectors(model, rows, batch_size=1).table
+    again = ss.head_use(model, rows, batch_size=1), ss.circuits.detectors(model, rows, batch_size=1).table
     for one, other in zip(once, again, strict=True):
         pd.testing.assert_frame_equal(one, other, rtol=1e-3, atol=1e-4)
     assert torch.equal(tiny_models.logits(model, tiny_models.ids(2, 12), {}), plain)
@@ -195,7 +195,7 @@ def test_queries_before_the_sink_count_where_attention_runs_both_ways() -> None:
 
     with attending(model, both_ways):
         use = ss.head_use(model, ss.Windows.of_ids(ids, model), POSITION)
-        margins = ss.detectors(model, ss.Windows.of_ids(ids, model), POSITION).table
+        margins = ss.circuits.detectors(model, ss.Windows.of_ids(ids, model), POSITION).table
     others = [i for i in range(TOKENS) if i != POSITION]
     for layer in range(model.layers):
         on = maps[layer][:, :, others, POSITION]
@@ -238,7 +238,7 @@ def test_detectors_are_the_singular_vectors_of_all_scores(position: int) -> None
     calls: dict[int, AttentionCall] = {}
     with attending(model, lambda call: calls.__setitem__(call.layer, call)), torch.no_grad():
         model.module(ids, use_cache=False)
-    found = ss.detectors(model, ss.Windows.of_ids(ids, model), position)
+    found = ss.circuits.detectors(model, ss.Windows.of_ids(ids, model), position)
     table = found.table.set_index(["layer", "head"])
     queries, others = TOKENS - position - 1, [j for j in range(TOKENS) if j != position]
     orders: list[list[int]] = []
@@ -291,17 +291,17 @@ def test_detectors_are_the_singular_vectors_of_all_scores(position: int) -> None
 def test_a_sink_at_another_position_of_each_window(family: str) -> None:
     """Margins and uses are those of each window alone; no number knows which window comes first."""
     model, ids, places = tiny_models.model(family), tiny_models.ids(3, TOKENS), [5, 3, 8]
-    found = ss.detectors(model, ss.Windows.of_ids(ids, model), places, batch_size=2)
+    found = ss.circuits.detectors(model, ss.Windows.of_ids(ids, model), places, batch_size=2)
     use = ss.head_use(model, ss.Windows.of_ids(ids, model), places, batch_size=2)
     for window, place in enumerate(places):
         one = ss.Windows.of_ids(ids[window : window + 1], model)
-        alone = ss.detectors(model, one, place).table["margin"].to_numpy()
+        alone = ss.circuits.detectors(model, one, place).table["margin"].to_numpy()
         together = found.table.loc[found.table["document"] == window, "margin"].to_numpy()
         assert together == pytest.approx(alone, abs=1e-5)
         alone = ss.head_use(model, one, place).drop(columns="document")
         together = use[use["document"] == window].drop(columns="document").reset_index(drop=True)
         pd.testing.assert_frame_equal(together, alone, rtol=1e-4)
-    turned = ss.detectors(model, ss.Windows.of_ids(ids.flip(0), model), places[::-1])
+    turned = ss.circuits.detectors(model, ss.Windows.of_ids(ids.flip(0), model), places[::-1])
     table = turned.table.assign(document=2 - turned.table["document"])
     table = table.sort_values(["document", "layer", "head"], ignore_index=True)
     pd.testing.assert_frame_equal(table, found.table, rtol=5e-3, atol=1e-4)
@@ -309,7 +309,7 @@ def test_a_sink_at_another_position_of_each_window(family: str) -> None:
     assert torch.allclose(found.turns, key_turns(model, 5)) and found.shown == 5
     assert torch.allclose(turned.turns, key_turns(model, 8)) and turned.shown == 8
     longer = ss.Windows.of_ids([ids[0, :9], ids[1], ids[2]], model)
-    longest = ss.detectors(model, longer, places)
+    longest = ss.circuits.detectors(model, longer, places)
     assert longest.shown == 3 and longest.key_sides[0].shape[1] == TOKENS, "the first longest window"
 
 
@@ -469,7 +469,7 @@ def test_the_calibrated_rules(given: tuple[bool, float, float], expected: str) -
 @pytest.mark.parametrize("position", [-1, TOKENS - 1, TOKENS])
 def test_a_position_that_nobody_can_attend_to(position: int) -> None:
     model = tiny_models.model()
-    for measure in (ss.head_use, ss.detectors):
+    for measure in (ss.head_use, ss.circuits.detectors):
         with pytest.raises(ss.InputError, match=f"position {position}.*0 to {TOKENS - 2}"):
             measure(model, windows(model), position)
 
@@ -514,7 +514,9 @@ def test_strength_is_a_mean_over_windows() -> None:
     """Of its part of the scores the root mean square: the same whether a window comes once or four times."""
     model = tiny_models.model("gpt2")
     one, four = (
-        ss.detectors(model, ss.Windows.of_ids(tiny_models.ids(1, 20).repeat(count, 1), model, [0] * count))
+        ss.circuits.detectors(
+            model, ss.Windows.of_ids(tiny_models.ids(1, 20).repeat(count, 1), model, [0] * count)
+        )
         for count in (1, 4)
     )
     for once, often in zip(one.modes, four.modes, strict=True):

@@ -9,11 +9,11 @@ import spectral_sinks as ss
 from spectral_sinks.measure.circuits.bands import key_directions
 
 
-def look(model: ss.LanguageModel, windows: ss.Windows, position: int = 0) -> ss.Circuits:
+def look(model: ss.LanguageModel, windows: ss.Windows, position: int = 0) -> ss.circuits.Circuits:
     return ss.no_op_circuits(model, windows, ss.read_spectrum(model), position)
 
 
-def planted(found: ss.Circuits) -> dict[str, float]:
+def planted(found: ss.circuits.Circuits) -> dict[str, float]:
     return found.heads.set_index(["layer", "head"]).loc[(LAYER, HEAD)].to_dict()
 
 

@@ -13,7 +13,7 @@ OWNERS = [0, 0, 1, 2, 2]
 
 
 def table(model: ss.LanguageModel, windows: ss.Windows, spectrum: ss.Spectrum, **options: int) -> np.ndarray:
-    found = ss.first_order(model, windows, spectrum, **options)
+    found = ss.nll.first_order(model, windows, spectrum, **options)
     assert list(found.columns) == ["layer", "band", "estimate"]
     return found.pivot(index="layer", columns="band", values="estimate").to_numpy()
 
@@ -54,7 +54,7 @@ def test_one_band_is_the_sum_of_its_parts_and_weights_need_no_gradients() -> Non
     spectrum = ss.read_spectrum(model, bands=8)
     with torch.no_grad():
         fine = table(model, windows, spectrum)
-    coarse = ss.first_order(model, windows, spectrum.with_bands(4), [2, 0])
+    coarse = ss.nll.first_order(model, windows, spectrum.with_bands(4), [2, 0])
     assert coarse["layer"].tolist() == [2] * 4 + [0] * 4
     np.testing.assert_allclose(
         coarse["estimate"].to_numpy().reshape(2, 4), fine.reshape(3, 4, 2).sum(-1)[[2, 0]], atol=1e-6
@@ -66,7 +66,7 @@ def test_what_is_refused() -> None:
     model = tiny_models.model()
     windows = ss.Windows.of_ids(IDS, model)
     with pytest.raises(ss.InputError, match="layer 3"):
-        ss.first_order(model, windows, ss.read_spectrum(model, bands=4), [3])
+        ss.nll.first_order(model, windows, ss.read_spectrum(model, bands=4), [3])
     other = ss.Spectrum(torch.eye(16, dtype=torch.float64), torch.arange(16.0, 0, -1), count=4)
     with pytest.raises(ss.InputError, match="width 16 for a model of width 32"):
-        ss.first_order(model, windows, other)
+        ss.nll.first_order(model, windows, other)

@@ -54,7 +54,9 @@ def test_the_cache_agrees_with_no_cache_and_changes_nothing_but_time(family: str
     cells = filters(model)
     for temperature in (0.0, 3.0):
         options = {"new": 8, "temperature": temperature}
-        texts, plain = (ss.generate_all(model, PROMPTS, cells, cached=c, **options) for c in (True, False))
+        texts, plain = (
+            ss.nll.generate_all(model, PROMPTS, cells, cached=c, **options) for c in (True, False)
+        )
         for name in cells:
             assert torch.equal(texts[name], plain[name]), name
     assert len({tuple(text.flatten().tolist()) for text in texts.values()}) >= 3, "filters do something"
@@ -87,10 +89,10 @@ def test_draws_depend_on_nothing_but_their_own() -> None:
     model = tiny_models.model()
     cells = filters(model)
     options = {"new": 6, "temperature": 1.0, "draws": 3}
-    together = ss.generate_all(model, PROMPTS, cells, **options)
+    together = ss.nll.generate_all(model, PROMPTS, cells, **options)
     assert together["all"].shape == (3, 3, 6)
     for rows in (1, 4, 100):
-        again = ss.generate_all(model, PROMPTS, {"all": cells["all"]}, rows=rows, **options)["all"]
+        again = ss.nll.generate_all(model, PROMPTS, {"all": cells["all"]}, rows=rows, **options)["all"]
         assert torch.equal(again, together["all"])
     assert torch.equal(ss.generate(model, PROMPTS[:1], cells["all"], **options), together["all"][:1])
     assert not torch.equal(together["all"][:, 0], together["all"][:, 1]), "draws differ"
@@ -117,7 +119,7 @@ def test_the_nll_of_continuations() -> None:
     edits = filters(model)["all"]
     texts = ss.generate(model, PROMPTS, new=6, temperature=1.0, draws=2)
     for given_edits in ({}, edits):
-        found = ss.continuation_nll(model, PROMPTS, texts, given_edits, rows=4)
+        found = ss.nll.continuation_nll(model, PROMPTS, texts, given_edits, rows=4)
         for prompt in range(3):
             for draw in range(2):
                 ids = torch.cat([PROMPTS[prompt], texts[prompt, draw]])[None]
@@ -153,12 +155,12 @@ def test_bad_input(change: dict[str, Any], message: str) -> None:
 
 def test_repeated_ngrams_by_hand() -> None:
     tokens = [1, 2, 3, 1, 2, 3, 1, 4]
-    assert ss.repeated(tokens, 1) == 1 - 4 / 8
-    assert ss.repeated(tokens, 2) == pytest.approx(1 - 4 / 7)  # 12 23 31 14
-    assert ss.repeated(tokens, 4) == pytest.approx(1 - 4 / 5)  # 1231 2312 3123 2314
-    assert ss.repeated([5] * 10, 4) == pytest.approx(1 - 1 / 7)
-    assert ss.distinct([[1, 2, 3], [1, 2, 4]], 2) == 3 / 4
-    for call in (lambda: ss.repeated([1], 2), lambda: ss.distinct([[1]], 2)):
+    assert ss.nll.repeated(tokens, 1) == 1 - 4 / 8
+    assert ss.nll.repeated(tokens, 2) == pytest.approx(1 - 4 / 7)  # 12 23 31 14
+    assert ss.nll.repeated(tokens, 4) == pytest.approx(1 - 4 / 5)  # 1231 2312 3123 2314
+    assert ss.nll.repeated([5] * 10, 4) == pytest.approx(1 - 1 / 7)
+    assert ss.nll.distinct([[1, 2, 3], [1, 2, 4]], 2) == 3 / 4
+    for call in (lambda: ss.nll.repeated([1], 2), lambda: ss.nll.distinct([[1]], 2)):
         with pytest.raises(ss.InputError):
             call()
 
@@ -173,7 +175,7 @@ def test_a_planted_loop_is_found_where_it_begins(
     before: list[int], period: list[int], passes: int, more: int
 ) -> None:
     tail = (period * (passes + 2))[: passes * len(period) + more % len(period)]
-    found = ss.loop_onset(before + tail)
+    found = ss.nll.loop_onset(before + tail)
     if passes >= 3 and len(tail) >= 12:
         assert found == len(before)
     else:
@@ -181,17 +183,17 @@ def test_a_planted_loop_is_found_where_it_begins(
 
 
 def test_no_loop() -> None:
-    assert ss.loop_onset(list(range(30))) is None
-    assert ss.loop_onset([1, 2] * 10 + [3]) is None, "it ended"
-    assert ss.loop_onset([7] * 11) is None and ss.loop_onset([7] * 12) == 0
-    assert ss.loop_onset([]) is None
+    assert ss.nll.loop_onset(list(range(30))) is None
+    assert ss.nll.loop_onset([1, 2] * 10 + [3]) is None, "it ended"
+    assert ss.nll.loop_onset([7] * 11) is None and ss.nll.loop_onset([7] * 12) == 0
+    assert ss.nll.loop_onset([]) is None
 
 
 def test_the_table() -> None:
     loop = torch.tensor([[9, 9, 8, 7] * 4, list(range(20, 36))])
     continuations = torch.stack([loop, loop.flip(0)])
     prompts = torch.tensor([[1, 9, 9, 8, 7, 9], [20, 21, 22, 23, 24, 25]])
-    table = ss.repetition(continuations, prompts)
+    table = ss.nll.repetition(continuations, prompts)
     assert list(zip(table["document"], table["draw"], strict=True)) == [(0, 0), (0, 1), (1, 0), (1, 1)]
     assert list(table["loops"]) == [1, 0, 0, 1] and list(table["onset"]) == [0, 16, 16, 0]
     assert table["seq_rep_4"].tolist() == pytest.approx([1 - 4 / 13, 0, 0, 1 - 4 / 13])
@@ -218,20 +220,20 @@ def test_the_experiment(
     model = tiny_models.model(family)
     windows = ss.Windows.of_ids(tiny_models.ids(3, 66), model)
     u, e = (ss.read_spectrum(model, matrix) for matrix in ("unembedding", "embedding"))
-    finding = experiment.run(ss.Study(model, windows, u, e, tmp_path, draws=2))
+    finding = experiment.run(ss.experiments.Study(model, windows, u, e, tmp_path, draws=2))
     table = pd.read_csv(tmp_path / "generation.csv").set_index(["measure", "decoding", "filter", "removed"])
     assert len(table) == 9 * 2 * (1 + 3 * 4) and finding.verdict.startswith(("holds", "does not"))
     prompts = torch.stack([row[:32] for row in windows.rows])
     site = ss.Site.parse(*str(table["site"].iloc[0]).split()[:1], layer=int(str(table["site"].iloc[0])[-1]))
     for name, chosen in (("Phi", ss.phi(u, 1, 18)), ("Psi", ss.psi(u, e, 18)), ("Omega", ss.omega(u, 17))):
         texts = ss.generate(model, prompts, {site: chosen}, new=14)
-        rows = ss.repetition(texts, prompts)
+        rows = ss.nll.repetition(texts, prompts)
         for measure in ("rep_1", "seq_rep_4", "loops", "onset"):
             found = table.loc[(measure, "greedy", name, 0.1)]
             assert found["mean"] == pytest.approx(rows[measure].mean(), rel=1e-4)
             assert found["rank"] == chosen.rank
     drawn = [ss.generate(model, prompts, {site: ss.rnd(u.d, 3, s)}, new=14) for s in range(2)]
-    repeats = [ss.repetition(texts, prompts)["rep_1"].mean() for texts in drawn]
+    repeats = [ss.nll.repetition(texts, prompts)["rep_1"].mean() for texts in drawn]
     found = table.loc[("rep_1", "greedy", "Rnd", 0.1)]
     assert (found["least"], found["most"]) == pytest.approx((min(repeats), max(repeats)), rel=1e-4)
 

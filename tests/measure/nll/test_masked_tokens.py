@@ -43,7 +43,7 @@ def by_transformers(module: Any, ids: Tensor, model: ss.LanguageModel) -> list[f
     """One window at a time, through `labels`."""
     found: list[float] = []
     for row in ids:
-        places = ss.masked_positions(model, row[None])[0]
+        places = ss.nll.masked_positions(model, row[None])[0]
         seen, labels = row.clone(), torch.full_like(row, -100)
         seen[places], labels[places] = tiny_models.MASK, row[places]
         with torch.no_grad():
@@ -68,8 +68,8 @@ def test_a_filter_is_scored_at_the_masked_positions(family: str) -> None:
     model, windows = tiny_models.model(family), cut(family)
     edits = {SITE: ss.remove(ss.read_spectrum(model, bands=4).dark(0.5))}
     ids = rows_of(windows)
-    places = ss.masked_positions(model, ids)
-    seen = ss.masked_ids(model, ids)
+    places = ss.nll.masked_positions(model, ids)
+    seen = ss.nll.masked_ids(model, ids)
     pick = places[..., None].expand(-1, -1, tiny_models.VOCABULARY)
     base, filtered = (
         scipy.special.log_softmax(tiny_models.logits(model, seen, e).gather(1, pick).double().numpy(), -1)
@@ -103,7 +103,7 @@ def test_cells_in_batches_equal_cells_alone(family: str) -> None:
 
 def test_the_mean_that_fills_is_of_masked_windows(family: str) -> None:
     model, windows = tiny_models.model(family), cut(family)
-    seen = ss.masked_ids(model, rows_of(windows))
+    seen = ss.nll.masked_ids(model, rows_of(windows))
     read = ss.trace(model, seen, {}, [SITE], readout=lambda final, read, _: read[SITE])
     mean = ss.mean_residual(model, windows, SITE, batch_size=3)
     assert (mean - read.double().mean(0)).abs().max() <= 1e-6
@@ -131,23 +131,23 @@ def test_what_is_masked(tokens: int, count: int, seed: int) -> None:
     draw = torch.Generator().manual_seed(seed)
     ids = torch.randint(4, tiny_models.VOCABULARY, (count, tokens), generator=draw)
     ids[:, 0], ids[:, -1] = tiny_models.BOS, tiny_models.EOS
-    places = ss.masked_positions(model, ids)
+    places = ss.nll.masked_positions(model, ids)
     assert places.shape == (count, max(1, round(0.15 * tokens)))
     assert (places.diff() > 0).all(), "in order, none twice"
-    seen = ss.masked_ids(model, ids)
+    seen = ss.nll.masked_ids(model, ids)
     assert ((seen != ids).sum(1) == places.shape[1]).all()
     assert (seen.gather(1, places) == tiny_models.MASK).all()
     assert (ids.gather(1, places) > tiny_models.MASK).all(), "special tokens never"
     order = torch.randperm(count, generator=draw)
-    assert torch.equal(ss.masked_positions(model, ids[order]), places[order])
+    assert torch.equal(ss.nll.masked_positions(model, ids[order]), places[order])
     for row, expected in zip(ids, places, strict=True):
-        assert torch.equal(ss.masked_positions(model, row[None])[0], expected)
+        assert torch.equal(ss.nll.masked_positions(model, row[None])[0], expected)
 
 
 def test_the_shortest_window_has_its_one_word_masked() -> None:
     """15 % of three tokens is less than half of one: at least one, and there may be no more."""
     row = torch.tensor([[tiny_models.BOS, 9, tiny_models.EOS]])
-    assert ss.masked_positions(tiny_models.model("bert"), row).tolist() == [[1]]
+    assert ss.nll.masked_positions(tiny_models.model("bert"), row).tolist() == [[1]]
 
 
 def test_masks_are_spread_over_windows_and_positions() -> None:
@@ -155,7 +155,7 @@ def test_masks_are_spread_over_windows_and_positions() -> None:
     ids = torch.stack([torch.arange(4, 44)] * 600)
     ids[:, 0], ids[:, -1] = tiny_models.BOS, tiny_models.EOS
     ids[:, 5], ids[:, 6] = torch.arange(600) % 90 + 4, torch.arange(600) // 90 + 4  # no two are the same
-    share = torch.zeros(600, 40).scatter(1, ss.masked_positions(model, ids), 1).mean(0)
+    share = torch.zeros(600, 40).scatter(1, ss.nll.masked_positions(model, ids), 1).mean(0)
     assert share[0] == share[-1] == 0
     assert (share[1:-1] - 6 / 38).abs().max() < 5 * (6 / 38 / 600) ** 0.5
 
@@ -163,7 +163,7 @@ def test_masks_are_spread_over_windows_and_positions() -> None:
 def test_the_choice_does_not_change_between_releases() -> None:
     """Numbers that were measured depend on it: another rule needs another name."""
     row = torch.tensor([[tiny_models.BOS, *range(10, 48), tiny_models.EOS]])
-    assert ss.masked_positions(tiny_models.model("bert"), row).tolist() == [[3, 4, 13, 21, 22, 37]]
+    assert ss.nll.masked_positions(tiny_models.model("bert"), row).tolist() == [[3, 4, 13, 21, 22, 37]]
 
 
 def test_windows_open_with_cls_and_close_with_sep(family: str) -> None:
@@ -205,7 +205,7 @@ def test_attention_by_head_is_the_mean_over_all_queries(family: str, position: i
 def test_sink_mass_is_that_of_the_masked_window(family: str) -> None:
     model, windows = tiny_models.model(family), cut(family, 70)
     with torch.no_grad():
-        seen = ss.masked_ids(model, rows_of(windows))
+        seen = ss.nll.masked_ids(model, rows_of(windows))
         maps = tiny_models.plain(family)(seen, output_attentions=True).attentions
     expected = [float(layer[..., 0].mean()) for layer in maps]
     assert ss.evaluate(model, windows, {}).sink_mass == pytest.approx(expected, abs=1e-6)
@@ -221,8 +221,10 @@ def test_uniform_attention() -> None:
     windows = cut(length=80)
     for position in (0, 40, -1):
         found = ss.attention_by_head(model, windows, position)["attention"]
-        assert found.to_numpy() == pytest.approx(ss.uniform_attention(position, 80, causal=False), abs=1e-7)
-    assert ss.uniform_attention(5, 80, causal=False) == 1 / 80
+        assert found.to_numpy() == pytest.approx(
+            ss.attention.uniform_attention(position, 80, causal=False), abs=1e-7
+        )
+    assert ss.attention.uniform_attention(5, 80, causal=False) == 1 / 80
     verdict = ss.sink_verdict(model, windows, ss.read_spectrum(model, bands=4), draws=2)
     assert verdict.verdict == "no sink" and verdict.onset is None
     assert verdict.mass.value == pytest.approx(1 / 80)
@@ -276,7 +278,7 @@ def test_a_layer_has_the_sink_above_twice_one_in_t(planted: ss.LanguageModel) ->
     windows = cut(length=80)
     verdict = ss.sink_verdict(model, windows, ss.read_spectrum(model, bands=4), draws=2)
     mass = ss.evaluate(model, windows, {}).sink_mass
-    assert mass is not None and 2 / 80 < mass[0] < 2 * ss.uniform_attention()
+    assert mass is not None and 2 / 80 < mass[0] < 2 * ss.attention.uniform_attention()
     assert verdict.onset == 0
 
 
@@ -311,7 +313,9 @@ def test_the_screen_is_the_derivative(family: str) -> None:
         copy.deepcopy(tiny_models.plain(family)).double(), tokenizer=tiny_models.encoder_tokenizer()
     )
     windows, spectrum = cut(family), ss.read_spectrum(model, bands=4)
-    table = ss.first_order(model, windows, spectrum, batch_size=4).set_index(["layer", "band"])["estimate"]
+    table = ss.nll.first_order(model, windows, spectrum, batch_size=4).set_index(["layer", "band"])[
+        "estimate"
+    ]
     step = 1e-3  # ModernBERT rotates its queries in single precision
     for layer, band in itertools.product(range(3), (1, 4)):
         v = spectrum.band(band).orthonormal()
@@ -361,7 +365,7 @@ def test_without_a_mask_token(tokenizer: Any) -> None:
     model = ss.load(copy.deepcopy(tiny_models.plain("bert")), tokenizer=tokenizer)
     windows = ss.Windows.of_ids(rows_of(cut()), model)
     assert len(ss.energy(model, windows, ss.read_spectrum(model, bands=4)))
-    for call in (ss.evaluate_all, lambda *a: ss.first_order(*a[:2], ss.read_spectrum(model, bands=4))):
+    for call in (ss.evaluate_all, lambda *a: ss.nll.first_order(*a[:2], ss.read_spectrum(model, bands=4))):
         with pytest.raises(ss.InputError, match=r"tokenizer that has a mask token.*load\(model, tokenizer="):
             call(model, windows, {"no-op": {}})
 
@@ -384,10 +388,13 @@ def test_what_has_no_meaning_is_refused() -> None:
         "predicts masked tokens: only a causal model continues",
     )
     refused(
-        lambda: ss.continuation_nll(model, tiny_models.ids(1), tiny_models.ids(1)[None]),
+        lambda: ss.nll.continuation_nll(model, tiny_models.ids(1), tiny_models.ids(1)[None]),
         "only a causal model",
     )
-    refused(lambda: ss.band_lens(model, windows, {"u": spectrum}), "reads through cls.predictions.transform")
+    refused(
+        lambda: ss.residual.band_lens(model, windows, {"u": spectrum}),
+        "reads through cls.predictions.transform",
+    )
     refused(lambda: tiny_models.model("llama").mask, "is a causal language model: it masks nothing")
     swap = ss.remove(spectrum.dark(0.2), ss.Swap())
     refused(lambda: ss.evaluate(model, windows, {SITE: swap}), "'swap' in an encoder.*'all-but-first'")

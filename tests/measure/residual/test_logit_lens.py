@@ -40,10 +40,10 @@ def direct(model: ss.LanguageModel, x: Tensor, spectrum: ss.Spectrum, start: int
 @pytest.mark.parametrize("own", [True, False])
 def test_against_the_direct_computation(family: str, own: bool) -> None:
     model = tiny_models.model(family)
-    spectrum = ss.read_spectrum(model, bands=5) if own else ss.random_spectrum(32, 5, seed=3)
+    spectrum = ss.read_spectrum(model, bands=5) if own else ss.spectra.random_spectrum(32, 5, seed=3)
     sites = [ss.Site("embedding"), ss.Site("exit", 1), ss.Site("exit", 2)]
     owner = [0, 0, 1, 2]
-    table = ss.band_lens(
+    table = ss.residual.band_lens(
         model, ss.Windows.of_ids(IDS, model, owner), {"x": spectrum}, sites, batch_size=3
     ).set_index(["document", "layer", "reading", "band"])
     assert len(table) == 3 * 3 * 2 * 5
@@ -53,7 +53,7 @@ def test_against_the_direct_computation(family: str, own: bool) -> None:
         layer = -1 if site.kind == "embedding" else site.layer
         x = residual(model, site)[:, :-1]
         for band in range(1, 6):
-            for reading, start in ((ss.TOGETHER, 0), (ss.ALONE, band - 1)):
+            for reading, start in ((ss.residual.TOGETHER, 0), (ss.residual.ALONE, band - 1)):
                 logits = direct(model, x, spectrum, start, band)
                 other = logits.log_softmax(-1)
                 nll = -other.gather(-1, targets)[..., 0].mean(1)
@@ -71,8 +71,10 @@ def test_against_the_direct_computation(family: str, own: bool) -> None:
 def test_all_bands_at_the_last_exit_are_the_model(family: str) -> None:
     model = tiny_models.model(family)
     windows = ss.Windows.of_ids(IDS, model)
-    table = ss.band_lens(model, windows, {"r": ss.random_spectrum(32, 4)}, [ss.Site("exit", 2)], bands=[4])
-    table = table[table["reading"] == ss.TOGETHER]
+    table = ss.residual.band_lens(
+        model, windows, {"r": ss.spectra.random_spectrum(32, 4)}, [ss.Site("exit", 2)], bands=[4]
+    )
+    table = table[table["reading"] == ss.residual.TOGETHER]
     nll = ss.evaluate(model, windows, {}).table["nll"]
     assert np.allclose(table["nll"], nll, atol=1e-5)
     assert np.allclose(table["kl"], 0, atol=1e-5) and (table["top1"] == 1).all()
@@ -81,20 +83,20 @@ def test_all_bands_at_the_last_exit_are_the_model(family: str) -> None:
 def test_bases_together_are_bases_alone_and_chosen_bands_are_some_of_all() -> None:
     model = tiny_models.model()
     windows = ss.Windows.of_ids(IDS, model)
-    bases = {"U": ss.read_spectrum(model, bands=4), "R": ss.random_spectrum(32, 8, seed=1)}
-    together = ss.band_lens(model, windows, bases)
+    bases = {"U": ss.read_spectrum(model, bands=4), "R": ss.spectra.random_spectrum(32, 8, seed=1)}
+    together = ss.residual.band_lens(model, windows, bases)
     for name, spectrum in bases.items():
-        alone = ss.band_lens(model, windows, {name: spectrum}, batch_size=2)
+        alone = ss.residual.band_lens(model, windows, {name: spectrum}, batch_size=2)
         part = together[together["basis"] == name]
         both = part.merge(alone, on=["document", "site", "layer", "basis", "reading", "band"])
         assert len(both) == len(part) == len(alone)
         for score in ("nll", "kl", "top1"):
             assert np.allclose(both[f"{score}_x"], both[f"{score}_y"], atol=1e-5)
-    some = ss.band_lens(model, windows, bases, bands=(2, 4), alone=False)
-    keep = together["band"].isin([2, 4]) & (together["reading"] == ss.TOGETHER)
+    some = ss.residual.band_lens(model, windows, bases, bands=(2, 4), alone=False)
+    keep = together["band"].isin([2, 4]) & (together["reading"] == ss.residual.TOGETHER)
     assert np.allclose(some["nll"], together[keep]["nll"], atol=1e-5)
     with pytest.raises(ss.InputError, match=r"bands \[5\]: .* has bands 1 to 4"):
-        ss.band_lens(model, windows, bases, bands=[5])
+        ss.residual.band_lens(model, windows, bases, bands=[5])
 
 
 def test_a_band_that_the_vocabulary_does_not_read_changes_nothing() -> None:
@@ -105,11 +107,11 @@ def test_a_band_that_the_vocabulary_does_not_read_changes_nothing() -> None:
         module.lm_head.weight -= module.lm_head.weight * gain @ basis @ basis.T / gain
     model = ss.load(module)
     u = ss.read_spectrum(model, bands=8, convention="folded")
-    table = ss.band_lens(model, ss.Windows.of_ids(IDS, model), {"U": u}, [ss.Site("exit", 2)])
-    rows = table[table["reading"] == ss.TOGETHER].set_index(["document", "band"])
+    table = ss.residual.band_lens(model, ss.Windows.of_ids(IDS, model), {"U": u}, [ss.Site("exit", 2)])
+    rows = table[table["reading"] == ss.residual.TOGETHER].set_index(["document", "band"])
     seven, eight = rows.xs(7, level="band"), rows.xs(8, level="band")
     assert np.allclose(seven["nll"], eight["nll"], atol=1e-4) and (seven["top1"] == 1).all()
-    dark = table[(table["reading"] == ss.ALONE) & (table["band"] == 8)]
+    dark = table[(table["reading"] == ss.residual.ALONE) & (table["band"] == 8)]
     assert np.allclose(dark["nll"], np.log(tiny_models.VOCABULARY), atol=1e-4), "alone it predicts nothing"
 
 
@@ -124,7 +126,7 @@ def test_the_scale_of_the_norm(family: str) -> None:
 def test_bad_input() -> None:
     model = tiny_models.model()
     with pytest.raises(ss.InputError, match=r"width 16 for .* of width 32"):
-        Reader.of(model, ss.random_spectrum(16, 4))
+        Reader.of(model, ss.spectra.random_spectrum(16, 4))
     odd = ss.load(tiny_models.build())
     norm = odd.module.model.norm
     norm.forward = lambda x: torch.tanh(x) * norm.weight

@@ -36,7 +36,7 @@ def test_sizes_are_those_of_the_residual_stream(family: str) -> None:
             assert np.allclose(found.peak[here], x.abs().amax(-1), rtol=1e-4)
             assert np.array_equal(found.dimension[here], x.abs().argmax(-1))
             assert found.median[place, index] == pytest.approx(float(x.abs().median()), rel=1e-3)
-    alone = ss.attention_by_position(model, ss.Windows.of_ids(IDS[:3], model), tokens=70)
+    alone = ss.attention.attention_by_position(model, ss.Windows.of_ids(IDS[:3], model), tokens=70)
     assert np.allclose(attention.alpha[:3], alone.alpha, atol=1e-6), "and the pass is that of the model"
 
 
@@ -68,7 +68,7 @@ def test_robust_scores() -> None:
 @pytest.mark.parametrize(("value", "massive"), [(2000.0, True), (90.0, False), (0.2, False)])
 def test_a_planted_activation(value: float, massive: bool) -> None:
     model = planted(value)
-    table = ss.massive_activations(model, ss.Windows.of_ids(IDS, model, [0, 0, 1, 1]))
+    table = ss.residual.massive_activations(model, ss.Windows.of_ids(IDS, model, [0, 0, 1, 1]))
     entry = table[table["layer"] == -1]
     assert (table["massive"].any(), len(entry) > 0) == (massive, value > 1)
     if value > 1:
@@ -129,7 +129,7 @@ def test_what_every_token_has_is_massive_and_of_no_high_norm() -> None:
     module.model.embed_tokens.weight.data[:, 5] = 2000.0
     model = ss.load(module)
     windows = ss.Windows.of_ids(IDS[:, :64], model, [0, 0, 1, 1])
-    table = ss.massive_activations(model, windows)
+    table = ss.residual.massive_activations(model, windows)
     entry = table[table["layer"] == -1]
     assert len(entry) == 4 * 64 and entry["massive"].all() and not entry["high_norm"].any()
     found = ss.find_sinks(model, windows, ss.read_spectrum(model, bands=8), draws=2)

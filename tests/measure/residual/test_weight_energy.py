@@ -163,7 +163,7 @@ def test_shares_by_projectors(family: str, convention: Any) -> None:
     model = tiny_models.model(family)
     u = ss.read_spectrum(model, bands=5)
     spans = {"dark": u.dark(0.2), "most": u.bands(1, 4), "random": ss.random_subspace(32, 5)}
-    table = ss.weight_shares(model, spans, convention=convention)
+    table = ss.residual.weight_shares(model, spans, convention=convention)
     found = weights(family)
     assert len(table) == 3 * len(found)
     for row in table.itertuples():
@@ -174,7 +174,7 @@ def test_shares_by_projectors(family: str, convention: Any) -> None:
         values = torch.linalg.svdvals(matrix).square()
         effective = float(values.sum() ** 2 / values.square().sum())
         assert row.effective_rank == pytest.approx(effective, rel=1e-6)
-        assert row.null_sd == pytest.approx(ss.share_deviation(32, row.rank, effective), rel=1e-5)
+        assert row.null_sd == pytest.approx(ss.spectra.share_deviation(32, row.rank, effective), rel=1e-5)
     both = table[table["subspace"] != "random"].groupby(["part", "layer", "unit"], observed=True)["share"]
     assert np.allclose(both.sum(), 1)
 
@@ -187,7 +187,7 @@ def test_a_planted_reader_and_a_dead_writer() -> None:
         keys = module.model.layers[1].self_attn.k_proj.weight  # 2 key heads of 8
         keys[8:16] = torch.randn(8, 4) @ dark.T.float()
         module.model.layers[2].mlp.down_proj.weight.zero_()
-    table = ss.weight_shares(ss.load(module), {"dark": u.dark(0.125)})
+    table = ss.residual.weight_shares(ss.load(module), {"dark": u.dark(0.125)})
     table = table.set_index(["part", "layer", "unit"])
     assert table.loc[("k", 1, 1), "share"] == pytest.approx(1, abs=1e-6)
     assert table["share"].idxmax() == ("k", 1, 1)
@@ -198,9 +198,9 @@ def test_a_planted_reader_and_a_dead_writer() -> None:
 def test_bad_input() -> None:
     model = tiny_models.model()
     with pytest.raises(ss.InputError, match=r"width 16 for .* of width 32"):
-        ss.weight_shares(model, {"x": ss.random_subspace(16, 2)})
+        ss.residual.weight_shares(model, {"x": ss.random_subspace(16, 2)})
     with pytest.raises(ss.InputError, match="'centred': weights are read"):
-        ss.weight_shares(model, {"x": ss.random_subspace(32, 2)}, convention="centred")  # pyright: ignore[reportArgumentType]
+        ss.residual.weight_shares(model, {"x": ss.random_subspace(32, 2)}, convention="centred")  # pyright: ignore[reportArgumentType]
 
 
 def test_an_unknown_mlp_is_refused() -> None:

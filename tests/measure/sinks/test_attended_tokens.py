@@ -12,21 +12,21 @@ from spectral_sinks.measure.sinks.attended_tokens import removal, shuffled
 
 
 @pytest.fixture(scope="module")
-def given(tmp_path_factory: pytest.TempPathFactory) -> ss.Study:
+def given(tmp_path_factory: pytest.TempPathFactory) -> ss.experiments.Study:
     return study(tiny_models.model(), tmp_path_factory.mktemp("attended"))
 
 
 @pytest.fixture(scope="module")
-def table(given: ss.Study) -> pd.DataFrame:
-    return ss.attended(given.model, given.windows, given.unembedding, draws=given.draws)
+def table(given: ss.experiments.Study) -> pd.DataFrame:
+    return ss.sinks.attended(given.model, given.windows, given.unembedding, draws=given.draws)
 
 
 @pytest.fixture(scope="module")
 def inner(table: pd.DataFrame) -> pd.DataFrame:
-    return ss.most_attended(table)
+    return ss.sinks.most_attended(table)
 
 
-def test_relative_attention_is_that_of_a_loop(given: ss.Study, table: pd.DataFrame) -> None:
+def test_relative_attention_is_that_of_a_loop(given: ss.experiments.Study, table: pd.DataFrame) -> None:
     """From eager maps: later queries only, over what each would give if it looked evenly; 1 where all do."""
     ids = given.windows.rows[1]
     with torch.no_grad():
@@ -54,16 +54,16 @@ def test_labels_stay_in_their_stratum(inner: pd.DataFrame) -> None:
 def test_a_planted_difference_is_found_and_its_absence_too(inner: pd.DataFrame) -> None:
     rng = np.random.default_rng(0)
     noise = inner.assign(dark=rng.random(len(inner)))
-    assert (ss.attended_darkness(noise)[0]["p_holm"] > 0.05).all()
-    found, excess = ss.attended_darkness(noise.assign(dark=0.1 * noise["dark"] + noise["top"]))
+    assert (ss.sinks.attended_darkness(noise)[0]["p_holm"] > 0.05).all()
+    found, excess = ss.sinks.attended_darkness(noise.assign(dark=0.1 * noise["dark"] + noise["top"]))
     assert (found["p_holm"] < 0.05).all() and found["excess"].to_numpy() == pytest.approx(1, abs=0.1)
     assert found["excess"].mean() == pytest.approx(excess.mean(), abs=0.01)
     # darkness of frequent tokens, not of attended ones
     frequent = noise.assign(dark=noise["stratum"] + 0.01 * noise["dark"])
-    assert ss.attended_darkness(frequent)[0]["excess"].abs().max() < 0.02
+    assert ss.sinks.attended_darkness(frequent)[0]["excess"].abs().max() < 0.02
 
 
-def test_the_band_leaves_these_tokens_only(given: ss.Study, inner: pd.DataFrame) -> None:
+def test_the_band_leaves_these_tokens_only(given: ss.experiments.Study, inner: pd.DataFrame) -> None:
     effects = removal(given.model, given.windows, given.unembedding.dark(), inner, range(2))
     assert set(effects["kind"]) == {"most attended", "matched", "random"}
     top = inner[inner["top"] & (inner["layer"] == 2)]

@@ -30,7 +30,7 @@ def test_received_against_transformers(family: str) -> None:
     model, owner = tiny_models.model(family), [0, 0, 1, 2]
     u = ss.read_spectrum(model, bands=5)
     spans = {"dark": u.dark(0.2), "random": ss.random_subspace(32, 3)}
-    table = ss.received(model, ss.Windows.of_ids(IDS, model, owner), spans, batch_size=3)
+    table = ss.sinks.received(model, ss.Windows.of_ids(IDS, model, owner), spans, batch_size=3)
     assert len(table) == 4 * 3 * 40 and not table.duplicated(["window", "layer", "position"]).any()
     with torch.no_grad():
         output = tiny_models.plain(family)(IDS, output_attentions=True, output_hidden_states=True)
@@ -51,13 +51,13 @@ def test_other_attention_is_read_through_eager_and_put_back(attention: str) -> N
     model.module.set_attn_implementation(attention)
     windows, spans = ss.Windows.of_ids(IDS, model), {"dark": ss.random_subspace(32, 3)}
     before = ss.evaluate(model, windows, {}).nll
-    table = ss.received(model, windows, spans)
+    table = ss.sinks.received(model, windows, spans)
     assert model.config._attn_implementation == attention
     assert ss.evaluate(model, windows, {}).nll == before
-    eager = ss.received(tiny_models.model(), ss.Windows.of_ids(IDS, tiny_models.model()), spans)
+    eager = ss.sinks.received(tiny_models.model(), ss.Windows.of_ids(IDS, tiny_models.model()), spans)
     assert np.allclose(table["attention"], eager["attention"], atol=1e-6, equal_nan=True)
     with pytest.raises(ss.InputError, match="width 16"):
-        ss.received(model, windows, {"x": ss.random_subspace(16, 2)})
+        ss.sinks.received(model, windows, {"x": ss.random_subspace(16, 2)})
     assert model.config._attn_implementation == attention
 
 
@@ -70,7 +70,7 @@ def test_it_is_put_back_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("spectral_sinks.measure.sinks.attention_bars.trace", fails)
     with pytest.raises(RuntimeError, match="no luck"):
-        ss.received(model, windows, {"x": ss.random_subspace(32, 2)})
+        ss.sinks.received(model, windows, {"x": ss.random_subspace(32, 2)})
     assert model.config._attn_implementation == "sdpa"
 
 
@@ -109,43 +109,43 @@ def table(windows: int = 6, length: int = 80, layers: int = 4, seed: int = 0) ->
 def test_candidates() -> None:
     model, rows = tiny_models.model(), table()
     rows.loc[(rows["position"] == 20) & (rows["window"] == 3), "token"] = tiny_models.BOS
-    kept = ss.candidates(rows, model)
+    kept = ss.sinks.candidates(rows, model)
     assert set(kept["layer"]) == {1, 2, 3}, "layer 0 has no sink yet"
     assert kept["position"].min() == 1 and kept["position"].max() == 79 - 9, "an eighth of 80 is left out"
     assert not (kept["token"] == tiny_models.BOS).any()
     assert len(kept) == 3 * (6 * 70 - 1)
-    short = ss.candidates(table(length=12), model)
+    short = ss.sinks.candidates(table(length=12), model)
     assert short["position"].max() == 7, "at least the last four"
     with pytest.raises(ss.InputError, match="more than 6 tokens"):
-        ss.candidates(table(length=5), model)
-    assert set(ss.candidates(rows, ss.load(tiny_models.build()))["token"]) >= {tiny_models.BOS}, (
+        ss.sinks.candidates(table(length=5), model)
+    assert set(ss.sinks.candidates(rows, ss.load(tiny_models.build()))["token"]) >= {tiny_models.BOS}, (
         "no BOS is known"
     )
 
 
 def test_bars_by_quantile() -> None:
-    rows = ss.candidates(table(), tiny_models.model())
-    marked = ss.mark_bars(rows, 0.2, 0.25)
+    rows = ss.sinks.candidates(table(), tiny_models.model())
+    marked = ss.sinks.mark_bars(rows, 0.2, 0.25)
     for _, part in rows.groupby("layer"):
         high = part["attention"] > np.quantile(part["attention"], 0.8)
         least = part["variance"][high] <= np.quantile(part["variance"][high], 0.25)
         assert set(part.index[high][least]) == set(part.index[marked[part.index]])
     assert marked.mean() == pytest.approx(0.05, abs=0.01)
-    assert ss.mark_bars(rows, 0.2, 1.0).mean() == pytest.approx(0.2, abs=0.01)
+    assert ss.sinks.mark_bars(rows, 0.2, 1.0).mean() == pytest.approx(0.2, abs=0.01)
     for wrong in ((0.0, 0.5), (1.0, 0.5), (0.1, 0.0), (0.1, 1.5)):
         with pytest.raises(ss.InputError, match="expected shares"):
-            ss.mark_bars(rows, *wrong)
+            ss.sinks.mark_bars(rows, *wrong)
 
 
 def test_matched_rows_share_layer_place_and_frequency() -> None:
-    rows = ss.candidates(table(), tiny_models.model())
-    marked, groups = ss.mark_bars(rows), strata(rows)
+    rows = ss.sinks.candidates(table(), tiny_models.model())
+    marked, groups = ss.sinks.mark_bars(rows), strata(rows)
     for _, part in rows.groupby(groups):
         assert part["layer"].nunique() == 1
         width = -(-(rows["position"].max() + 1) // 16)
         assert part["position"].max() - part["position"].min() < width
         assert part["position"].max() < 2 * part["position"].min() + width
-    found = ss.matched(rows, marked, "dark")
+    found = ss.sinks.matched(rows, marked, "dark")
     assert set(found.index) <= set(rows.index[marked])
     for index, row in found.iterrows():
         others = rows[(groups == groups[index]) & ~marked]
@@ -153,12 +153,12 @@ def test_matched_rows_share_layer_place_and_frequency() -> None:
 
 
 def test_position_and_frequency_alone_leave_no_excess() -> None:
-    rows = ss.candidates(table(windows=40), tiny_models.model())
+    rows = ss.sinks.candidates(table(windows=40), tiny_models.model())
     late = rows.assign(dark=1 / rows["position"])  # dark by position alone: early tokens are bars, and dark
-    marked = ss.mark_bars(late)
+    marked = ss.sinks.mark_bars(late)
     plain = late[marked]["dark"].mean() - late[~marked]["dark"].mean()
-    found = ss.matched(late, marked, "dark")
+    found = ss.sinks.matched(late, marked, "dark")
     assert plain > 0.05 and abs((found["dark"] - found["control"]).mean()) < 0.15 * plain
     dark = rows.assign(dark=rows["dark"] + marked)  # planted: bars are darker by 1
-    found = ss.matched(dark, marked, "dark")
+    found = ss.sinks.matched(dark, marked, "dark")
     assert (found["dark"] - found["control"]).mean() == pytest.approx(1, abs=0.1)

@@ -39,13 +39,13 @@ def test_a_comparison_is_what_a_loop_finds(family: str) -> None:
     loaded, given = model(family), windows()
     ids = torch.stack(given.rows)
     spectrum = ss.read_spectrum(loaded, bands=8)
-    move = ss.MaskKey(1)
+    move = ss.attention.MaskKey(1)
     found = ss.compare(loaded, given, {"mask": move}, positions=[0, 3], spectrum=spectrum, batch_size=3)
     states, maps = {}, {}
     for name, look in (("untouched", lambda call: None), ("mask", move)):
         whole: list[Tensor] = []
 
-        def watch(call: ss.AttentionCall, into: list[Tensor] = whole) -> None:
+        def watch(call: ss.attention.AttentionCall, into: list[Tensor] = whole) -> None:
             into.append(torch.cat([call.weights(rows) for rows in call.blocks()], 2))
 
         with ss.attending(loaded, look), ss.attending(loaded, watch):
@@ -90,10 +90,10 @@ def test_filters_are_compared_as_they_are_evaluated() -> None:
     site = ss.Site("exit", 0)
     cells = {
         "dark": {site: ss.remove(spectrum.dark())},
-        "norm": {site: ss.scale(loaded.d, 5.0, ss.At(3))},
+        "norm": {site: ss.spectra.scale(loaded.d, 5.0, ss.At(3))},
         "fixed": {
             site: ss.remove(
-                ss.channels(loaded.d, ss.massive_channels(loaded, given, site)),
+                ss.spectra.channels(loaded.d, ss.residual.massive_channels(loaded, given, site)),
                 ss.Mean(ss.mean_residual(loaded, given, site)),
                 ss.At(0),
             )
@@ -107,7 +107,7 @@ def test_filters_are_compared_as_they_are_evaluated() -> None:
             assert rows[column].to_numpy() == pytest.approx(effect.table[column].to_numpy(), abs=3e-6)
     assert abs(effects["fixed"].delta_nll) < 1e-6, "position 0 is its own mean where all texts open with BOS"
     assert abs(effects["norm"].delta_nll) > 1e-5
-    look = ss.Streaming(0, 10)
+    look = ss.attention.Streaming(0, 10)
     with ss.attending(loaded, look):
         effect = ss.evaluate(loaded, given, cells["dark"])
     both = ss.compare(loaded, given, {"look": look, "both": [look, cells["dark"]]}).rows.set_index("move")
@@ -119,7 +119,9 @@ def test_filters_are_compared_as_they_are_evaluated() -> None:
 
 def test_a_prefix_is_before_the_text_and_not_scored() -> None:
     loaded, given = model("gpt2"), windows()
-    found = ss.compare(loaded, given, {"prefix": [ss.Prefix((5,)), ss.Prefix((9, 4))]}, positions=[2])
+    found = ss.compare(
+        loaded, given, {"prefix": [ss.attention.Prefix((5,)), ss.attention.Prefix((9, 4))]}, positions=[2]
+    )
     ids = torch.stack(given.rows)
     longer = torch.cat([torch.tensor([9, 4, 5]).expand(4, -1), ids], 1)
     with torch.no_grad():
@@ -132,7 +134,7 @@ def test_a_prefix_is_before_the_text_and_not_scored() -> None:
     assert rows["unspent"].to_numpy() == pytest.approx(0, abs=1e-6), (
         "the prefix receives, and that is no loss"
     )
-    none = ss.compare(loaded, given, {"prefix": ss.Prefix(())}).rows
+    none = ss.compare(loaded, given, {"prefix": ss.attention.Prefix(())}).rows
     assert (none["delta_nll"] == 0).all()
 
 
@@ -140,22 +142,29 @@ def test_controls_are_the_same_move_elsewhere() -> None:
     loaded, given = model(), windows()
     site = ss.Site("exit", 0)
     moves = {
-        "mask": ss.MaskKey(0),
-        "norm": {site: ss.scale(loaded.d, 4.0, "first")},
-        "logit": ss.SinkLogit(2.0),
-        "both": [ss.MaskKey(0), ss.Restrict(2)],
+        "mask": ss.attention.MaskKey(0),
+        "norm": {site: ss.spectra.scale(loaded.d, 4.0, "first")},
+        "logit": ss.attention.SinkLogit(2.0),
+        "both": [ss.attention.MaskKey(0), ss.attention.Restrict(2)],
     }
     found = ss.compare(loaded, given, moves, controls=3, seed=1)
     drawn = found.rows[found.rows["control_of"] != ""]
     assert set(drawn["control_of"]) == {"mask", "norm"}, "others have no one position"
-    copies = {"key": ss.CopyKey(21, source=17), "rest": {site: ss.carry(loaded.d, 18, ss.At(22))}}
+    copies = {
+        "key": ss.attention.CopyKey(21, source=17),
+        "rest": {site: ss.spectra.carry(loaded.d, 18, ss.At(22))},
+    }
     rows = ss.compare(loaded, given, copies, controls=3).rows
     of = rows.loc[rows["control_of"] != "", "move"].str.rsplit(" ", n=1, expand=True)[1].astype(int)
     assert of.min() > 17, "what is copied comes from before"
     places = {name: int(name.rsplit(" ", 1)[1]) for name in drawn["move"].unique()}
     assert len(places) == 6 and 0 not in places.values() and max(places.values()) < LENGTH - 1
     for name, place in places.items():
-        move = ss.MaskKey(place) if name.startswith("mask") else {site: ss.scale(loaded.d, 4.0, ss.At(place))}
+        move = (
+            ss.attention.MaskKey(place)
+            if name.startswith("mask")
+            else {site: ss.spectra.scale(loaded.d, 4.0, ss.At(place))}
+        )
         again = ss.compare(loaded, given, {"again": move}).rows
         expected = again.loc[again["move"] == "again", "nll"].to_numpy()
         assert drawn.loc[drawn["move"] == name, "nll"].to_numpy() == pytest.approx(expected, abs=1e-6)
@@ -174,7 +183,11 @@ def test_windows_are_compared_in_any_batches() -> None:
     given = ss.Windows.of_ids(
         [*tiny_models.ids(3, 20), *tiny_models.ids(2, 24, seed=1)], loaded, [0, 0, 1, 1, 2]
     )
-    moves = {"mask": ss.MaskKey(token=5), "restrict": ss.Restrict(4), "logit": ss.SinkLogit(1.0)}
+    moves = {
+        "mask": ss.attention.MaskKey(token=5),
+        "restrict": ss.attention.Restrict(4),
+        "logit": ss.attention.SinkLogit(1.0),
+    }
     a, b = (ss.compare(loaded, given, moves, batch_size=size) for size in (1, 16))
     for name in ("rows", "attention", "residuals"):
         left, right = getattr(a, name), getattr(b, name)
@@ -188,7 +201,11 @@ def hide_first(row: reference_attention.Row) -> None:
 
 def test_masking_the_planted_sink_spreads_its_mass_evenly() -> None:
     loaded, spectrum, given = sinking(20)
-    moves = {"mask": ss.MaskKey(0), "drop": ss.MaskKey(0, renormalise=False), "at 9": ss.MaskKey(9)}
+    moves = {
+        "mask": ss.attention.MaskKey(0),
+        "drop": ss.attention.MaskKey(0, renormalise=False),
+        "at 9": ss.attention.MaskKey(9),
+    }
     found = ss.compare(loaded, given, moves, positions=[0], spectrum=spectrum)
     rows = found.rows.groupby("move")[["mass", "unspent"]].mean()
     assert rows.loc["untouched", "mass"] > 0.99 and rows.loc["at 9", "mass"] > 0.99
@@ -197,7 +214,7 @@ def test_masking_the_planted_sink_spreads_its_mass_evenly() -> None:
     ids = torch.stack(given.rows)
     maps = torch.stack(reference_attention.run(loaded, ids, hide_first)[1], 1).double()
     for position in (1, 5, 30):
-        found = ss.compare(loaded, given, {"mask": ss.MaskKey(0)}, positions=[position])
+        found = ss.compare(loaded, given, {"mask": ss.attention.MaskKey(0)}, positions=[position])
         mass = found.attention.groupby(["move", "layer"])["attention"].mean()
         expected = maps[:, :, :, position + 1 :, position].mean((0, 2, 3))
         assert mass["untouched"].max() < 0.01 < 0.02 < mass["mask"].min()
@@ -211,22 +228,25 @@ def test_masking_the_planted_sink_spreads_its_mass_evenly() -> None:
     [
         ("is no move", lambda m, w: ss.compare(m, w, {"a": 3})),
         ("two edits at exit 0", lambda m, w: ss.compare(m, w, {"a": [{ss.Site(): abs}, {ss.Site(): abs}]})),
-        ("is that of the pass without", lambda m, w: ss.compare(m, w, {"untouched": ss.SinkLogit()})),
+        (
+            "is that of the pass without",
+            lambda m, w: ss.compare(m, w, {"untouched": ss.attention.SinkLogit()}),
+        ),
         ("expected some of 0 to 22", lambda m, w: ss.compare(m, w, {}, positions=[23])),
-        ("layer 9", lambda m, w: ss.compare(m, w, {"a": ss.MaskKey(0, layers=[9])})),
+        ("layer 9", lambda m, w: ss.compare(m, w, {"a": ss.attention.MaskKey(0, layers=[9])})),
         ("layer 9", lambda m, w: ss.compare(m, w, {"a": {ss.Site("exit", 9): abs}})),
-        ("the text has 24 tokens", lambda m, w: ss.compare(m, w, {"a": ss.Restrict(24)})),
-        ("outside the vocabulary", lambda m, w: ss.compare(m, w, {"a": ss.Prefix((97,))})),
-        ("a prefix of 110 tokens", lambda m, w: ss.compare(m, w, {"a": ss.Prefix((3,) * 110)})),
+        ("the text has 24 tokens", lambda m, w: ss.compare(m, w, {"a": ss.attention.Restrict(24)})),
+        ("outside the vocabulary", lambda m, w: ss.compare(m, w, {"a": ss.attention.Prefix((97,))})),
+        ("a prefix of 110 tokens", lambda m, w: ss.compare(m, w, {"a": ss.attention.Prefix((3,) * 110)})),
         (
             "takes another document",
             lambda m, w: ss.compare(
                 m,
                 ss.Windows.of_ids(w.rows[:1], m),
-                {"a": {ss.Site(): ss.remove(ss.channels(m.d, [1]), ss.Swap())}},
+                {"a": {ss.Site(): ss.remove(ss.spectra.channels(m.d, [1]), ss.Swap())}},
             ),
         ),
-        ("22 are left", lambda m, w: ss.compare(m, w, {"a": ss.MaskKey(0)}, controls=23)),
+        ("22 are left", lambda m, w: ss.compare(m, w, {"a": ss.attention.MaskKey(0)}, controls=23)),
         ("which sink", lambda m, w: ss.designate(m, w)),
         ("which sink", lambda m, w: ss.designate(m, w, 3, token=3)),
         ("no query comes after it", lambda m, w: ss.designate(m, w, 23)),
@@ -239,9 +259,9 @@ def test_masking_the_planted_sink_spreads_its_mass_evenly() -> None:
             "cut them to one length",
             lambda m, w: ss.designate(m, ss.Windows.of_ids([[0, 3], [0, 3, 4]], m), 1),
         ),
-        ("the windows have 24 tokens", lambda m, w: ss.mean_values(m, w, 24)),
-        ("the windows have 24 tokens", lambda m, w: ss.massive_channels(m, w, ss.Site(), 24)),
-        ("give at least 1", lambda m, w: ss.massive_channels(m, w, ss.Site(), count=0)),
+        ("the windows have 24 tokens", lambda m, w: ss.residual.mean_values(m, w, 24)),
+        ("the windows have 24 tokens", lambda m, w: ss.residual.massive_channels(m, w, ss.Site(), 24)),
+        ("give at least 1", lambda m, w: ss.residual.massive_channels(m, w, ss.Site(), count=0)),
     ],
 )
 def test_what_means_nothing_is_refused(message: str, ask: object) -> None:
@@ -255,21 +275,23 @@ def test_means_are_over_windows_and_tokens() -> None:
     values: list[Tensor] = []
     keys: list[Tensor] = []
 
-    def look(call: ss.AttentionCall) -> None:
+    def look(call: ss.attention.AttentionCall) -> None:
         values.append(call.value.double())
         keys.append(call.key.double())
 
     with ss.attending(loaded, look), torch.no_grad():
         loaded.module(torch.stack(given.rows), use_cache=False)
     value, key = torch.stack(values), torch.stack(keys)
-    assert torch.allclose(ss.mean_values(loaded, given, None, batch_size=3), value.mean((1, 3)), atol=1e-6)
     assert torch.allclose(
-        ss.mean_values(loaded, given, 4, batch_size=3), value[:, :, :, 4].mean(1), atol=1e-6
+        ss.residual.mean_values(loaded, given, None, batch_size=3), value.mean((1, 3)), atol=1e-6
     )
-    assert torch.allclose(ss.mean_keys(loaded, given, 4), key[:, :, :, 4].mean(1), atol=1e-6)
+    assert torch.allclose(
+        ss.residual.mean_values(loaded, given, 4, batch_size=3), value[:, :, :, 4].mean(1), atol=1e-6
+    )
+    assert torch.allclose(ss.residual.mean_keys(loaded, given, 4), key[:, :, :, 4].mean(1), atol=1e-6)
     site = ss.Site("exit", 1)
     mean = ss.mean_residual(loaded, given, site)[2].abs()
-    found = ss.massive_channels(loaded, given, site, 2, 3)
+    found = ss.residual.massive_channels(loaded, given, site, 2, 3)
     assert mean[found].tolist() == sorted(mean.tolist(), reverse=True)[:3]
 
 
@@ -278,13 +300,13 @@ def test_positions_have_an_address_and_a_name() -> None:
     spectrum = ss.read_spectrum(loaded, bands=8)
     addresses: set[str] = set()
     for tokens in (ss.At(1), ss.At(2), "first"):
-        for edit in (ss.scale(loaded.d, 2.0, tokens), ss.carry(loaded.d, 0, tokens)):
+        for edit in (ss.spectra.scale(loaded.d, 2.0, tokens), ss.spectra.carry(loaded.d, 0, tokens)):
             addresses.add(json.dumps(as_edit(edit).address))
     assert len(addresses) == 6
     fills = [
-        *(ss.scale(4, factor) for factor in (1.0, 2.0)),
-        *(ss.amplify(4, factor) for factor in (1.0, 2.0)),
-        *(ss.carry(4, source, "all") for source in (1, 2)),
+        *(ss.spectra.scale(4, factor) for factor in (1.0, 2.0)),
+        *(ss.spectra.amplify(4, factor) for factor in (1.0, 2.0)),
+        *(ss.spectra.carry(4, source, "all") for source in (1, 2)),
     ]
     assert len({json.dumps(as_edit(edit).address) for edit in fills}) == 6, (
         "factors and sources are told apart"
@@ -298,7 +320,7 @@ def test_the_first_tokens_alone_are_counted() -> None:
     """With fewer `tokens` than a window has: queries, random positions and candidates lie among the first."""
     loaded, given = model(), windows()
     ids = torch.stack(given.rows)
-    moves = {"mask": ss.MaskKey(5), "copy": ss.CopyKey(6, source=4)}
+    moves = {"mask": ss.attention.MaskKey(5), "copy": ss.attention.CopyKey(6, source=4)}
     found = ss.compare(loaded, given, moves, positions=[0, 3], tokens=10, controls=2)
     maps = torch.stack(loaded.module(ids, output_attentions=True, use_cache=False).attentions, 1).double()
     expected = maps[:, :, :, 4:10, [0, 3]].mean(3).view(2, 2, 3, 4, 2).mean(1)
@@ -325,7 +347,7 @@ def test_the_first_tokens_alone_are_counted() -> None:
 def test_a_document_is_the_mean_over_its_predicted_tokens() -> None:
     loaded = model()
     rows = [*tiny_models.ids(1, 6), *tiny_models.ids(2, 24, seed=1)]
-    found = ss.compare(loaded, ss.Windows.of_ids(rows, loaded, [0, 0, 3]), {"mask": ss.MaskKey(0)})
+    found = ss.compare(loaded, ss.Windows.of_ids(rows, loaded, [0, 0, 3]), {"mask": ss.attention.MaskKey(0)})
     each = [float(nll(loaded, row[None])) for row in rows]
     untouched = found.rows[found.rows["move"] == "untouched"]
     expected = [(5 * each[0] + 23 * each[1]) / 28, each[2]]
@@ -343,7 +365,7 @@ def test_a_document_is_the_mean_over_its_predicted_tokens() -> None:
 @torch.no_grad()
 def test_residuals_under_a_prefix_are_those_of_the_text() -> None:
     loaded, given = model("gpt2"), windows()
-    ids, prefix = torch.stack(given.rows), ss.Prefix((9, 4))
+    ids, prefix = torch.stack(given.rows), ss.attention.Prefix((9, 4))
     found = ss.compare(loaded, given, {"prefix": prefix}, positions=[2])
     longer = torch.cat([torch.tensor([9, 4]).expand(4, -1), ids], 1)
     states = loaded.module(longer, use_cache=False, output_hidden_states=True).hidden_states
@@ -352,5 +374,7 @@ def test_residuals_under_a_prefix_are_those_of_the_text() -> None:
     here = found.residuals[(found.residuals["move"] == "prefix") & (found.residuals["site"] == "exit 0")]
     expected = (norms[:, 2] / others).view(2, 2).mean(1)
     assert here["norm_ratio"].to_numpy() == pytest.approx(expected.numpy(), rel=1e-5)
-    full = ss.compare(loaded, given, {"prefix": ss.Prefix((5,) * (tiny_models.CONTEXT - LENGTH))}).rows
+    full = ss.compare(
+        loaded, given, {"prefix": ss.attention.Prefix((5,) * (tiny_models.CONTEXT - LENGTH))}
+    ).rows
     assert np.isfinite(full["nll"]).all(), "a prefix may fill the context"

@@ -89,7 +89,7 @@ def test_a_designation_recomputed() -> None:
         layer.self_attn.v_proj.weight.data *= 400  # moving attention moves the NLL
     rows = torch.stack(given.rows)
     given = ss.Windows.of_ids(rows, loaded, [0, 0, 1])
-    moves = {str(k): [ss.CopyKey(k), ss.MaskKey(0, since=k)] for k in range(1, 7)}
+    moves = {str(k): [ss.attention.CopyKey(k), ss.attention.MaskKey(0, since=k)] for k in range(1, 7)}
     rows = ss.compare(loaded, given, moves, tokens=8).rows
     nlls = rows.groupby(["move", "document"])["nll"].mean().groupby("move").mean()
     place = str(nlls[list(moves)].idxmax())  # the others do not reach it
@@ -109,8 +109,8 @@ def test_a_designation_recomputed() -> None:
     tried = found.tried.set_index("name")["delta_nll"]
     assert tried[found.move] == pytest.approx(found.delta_nll.value) and tried["nothing"] == 0
     key, mask = found.changes
-    assert isinstance(key, ss.CopyKey) and (key.position, key.source) == (int(place), 0)
-    assert isinstance(mask, ss.MaskKey) and (mask.position, mask.since) == (0, int(place))
+    assert isinstance(key, ss.attention.CopyKey) and (key.position, key.source) == (int(place), 0)
+    assert isinstance(mask, ss.attention.MaskKey) and (mask.position, mask.since) == (0, int(place))
     assert found.old_mass_before.value > 0.7 > 0.01 > found.old_mass.value
     assert set(found.where["position"]) == set(range(8)) and set(found.where["layer"]) == {0, 1, 2}
     after = found.where[found.where["position"] == int(place)]
@@ -139,7 +139,7 @@ def test_the_norm_that_is_scaled_becomes_the_old_sinks() -> None:
         table = ss.compare(loaded, given, {}, positions=[position]).residuals
         return float(table.loc[table["site"] == str(site), "norm_ratio"].mean())
 
-    edit = {site: ss.scale(loaded.d, ratio(0) / ratio(6), ss.At(6))}
+    edit = {site: ss.spectra.scale(loaded.d, ratio(0) / ratio(6), ss.At(6))}
     rows = ss.compare(loaded, given, {"scale": edit}, positions=[6]).rows
     expected = rows.loc[rows["move"] == "scale", "delta_nll"].mean()
     assert tried.loc[SCALE, "delta_nll"] == pytest.approx(expected, abs=2e-6) and abs(expected) > 1e-5
@@ -224,7 +224,7 @@ def test_tokens_that_control_are_those_of_the_texts() -> None:
     given = ss.Windows.of_ids(ids, loaded)
     found = ss.designate(loaded, given, token=7, controls=4)
     assert found.move == "old sink's key and value, mask the old sink"
-    other = [ss.CopyKey(token=9), ss.MaskKey(0)]
+    other = [ss.attention.CopyKey(token=9), ss.attention.MaskKey(0)]
     rows = ss.compare(loaded, given, {"other": other}, positions=[4]).rows
     expected = rows.loc[rows["move"] == "other", "nll"].mean()
     assert [found.nll.least, found.nll.most] == pytest.approx([expected] * 2, abs=2e-6)

@@ -29,7 +29,7 @@ def test_a_planted_sink_at_the_first_position(band: int) -> None:
     (sink,) = found.sinks
     assert (sink.position, sink.token, sink.documents, sink.share_of_documents) == (0, "0", 3, 1.0)
     assert found.sink_rate.value == 1 and sink.attention_mass.value > 0.9
-    assert sink.uniform_mass == pytest.approx(ss.uniform_attention())
+    assert sink.uniform_mass == pytest.approx(ss.attention.uniform_attention())
     assert (sink.dark, sink.dark_share.value > 0.9) == (band == 20, band == 20)
     assert sink.other_dark_share.value < 0.2 and 0 < sink.dark_share.least <= sink.dark_share.most < 0.5
     assert sink.norm_ratio.value > 4 and found.high_norm_mass.value == pytest.approx(found.total_mass.value)
@@ -58,9 +58,9 @@ def test_no_sink_in_the_twin_that_does_not_ask() -> None:
     found = ss.find_sinks(model, windows, spectrum, draws=2)
     assert found.sinks == () and found.onset_layer is None and found.sink_rate.value == 0
     assert found.total_mass.value == 0 and not found.members.any()
-    assert found.by_head()["first"].to_numpy() == pytest.approx(ss.uniform_attention(), abs=1e-4)
-    assert found.high_norm_mass.value == pytest.approx(ss.uniform_attention(), abs=1e-4)
-    assert found.uniform_high_norm_mass == pytest.approx(ss.uniform_attention())
+    assert found.by_head()["first"].to_numpy() == pytest.approx(ss.attention.uniform_attention(), abs=1e-4)
+    assert found.high_norm_mass.value == pytest.approx(ss.attention.uniform_attention(), abs=1e-4)
+    assert found.uniform_high_norm_mass == pytest.approx(ss.attention.uniform_attention())
     assert not found.dispersed, "high norm without attention, and no text repeats a token"
 
 
@@ -81,7 +81,7 @@ def test_a_sink_that_goes_with_its_token() -> None:
     maps = eager(model, ids)
     alphas = [maps[sink.layer, w, :, k:, k].mean() for w, k in places.items()]
     assert sink.attention_mass.value == pytest.approx(float(torch.stack(alphas).mean()), abs=1e-5)
-    uniform = np.mean([ss.uniform_attention(k) for k in places.values()])
+    uniform = np.mean([ss.attention.uniform_attention(k) for k in places.values()])
     assert sink.uniform_mass == pytest.approx(uniform)
     total = [maps[:, w, :, :, k].sum() for w, k in places.items()]
     assert found.total_mass.value == pytest.approx(float(sum(total)) / (3 * 6 * 5 * 64), abs=1e-5)
@@ -281,7 +281,7 @@ def test_a_document_has_a_sink_where_any_of_its_windows_has() -> None:
 def test_every_part_of_dark_and_of_dispersal_is_needed() -> None:
     model, spectrum, windows = sinking(20)
     found = ss.find_sinks(model, windows, spectrum, draws=2)
-    share, other = ss.Estimate(0.6, 0.5, 0.7, 0.1, 0.4), ss.Estimate(0.2, 0.1, 0.45)
+    share, other = ss.stats.Estimate(0.6, 0.5, 0.7, 0.1, 0.4), ss.stats.Estimate(0.2, 0.1, 0.45)
     for change, dark in (
         ({}, True),
         ({"dark_share": replace(share, most=0.5)}, False),
@@ -290,9 +290,9 @@ def test_every_part_of_dark_and_of_dispersal_is_needed() -> None:
     ):
         sink = replace(found.sinks[0], **{"dark_share": share, "other_dark_share": other} | change)
         assert sink.dark == dark, change
-    total = ss.Estimate(0.25, 0.2, 0.3)
+    total = ss.stats.Estimate(0.25, 0.2, 0.3)
     for repeated, mass, dispersed in ((1, 0.51, True), (1, 0.5, False), (0, 0.9, False)):
-        high = ss.Estimate(mass, mass, mass)
+        high = ss.stats.Estimate(mass, mass, mass)
         one = replace(found, repeated=repeated, high_norm_mass=high, total_mass=total)
         assert one.dispersed == dispersed
 

@@ -47,7 +47,7 @@ def test_a_uniform_model_has_no_sink() -> None:
         layer.self_attn.q_proj.bias.data.zero_()
     found = ss.sink_verdict(model, windows, spectrum, draws=2)
     assert found.verdict == "no sink" and found.onset is None and found.rate.value == 0
-    assert found.mass.value == pytest.approx(ss.uniform_attention(), abs=1e-4)
+    assert found.mass.value == pytest.approx(ss.attention.uniform_attention(), abs=1e-4)
     assert found.share.value > 0.9, "a dark first token is no sink"
 
 
@@ -62,7 +62,7 @@ def test_its_numbers_recomputed(family: str) -> None:
     assert found.layer == mass.idxmax() and found.mass.value == pytest.approx(mass.max())
     assert found.head.value == pytest.approx(heads.groupby(["layer", "head"])["attention"].mean().max())
     assert found.rate.value == pytest.approx((heads["attention"] > 0.3).mean())
-    above = [layer for layer in mass.index if mass[layer] > 2 * ss.uniform_attention()]
+    above = [layer for layer in mass.index if mass[layer] > 2 * ss.attention.uniform_attention()]
     assert found.onset == (above[0] if above else None)
     site = ss.Site("exit", found.layer - 1) if found.layer else ss.Site("embedding")
     assert found.site == site
@@ -141,7 +141,7 @@ def test_a_row_of_the_table(across: Any, tmp_path: Path) -> None:
         verdict.share.most,
     )
     assert "rate_least" not in row, "no control, no column"
-    study = ss.Study(model, windows, spectrum, spectrum, tmp_path, draws=2)
+    study = ss.experiments.Study(model, windows, spectrum, spectrum, tmp_path, draws=2)
     finding = across.run(study)
     assert {"across.csv", "across.png"} <= {path.name for path in tmp_path.iterdir()}
     assert len(pd.read_csv(tmp_path / "across.csv")) == 1 and len(finding.answers) == 4

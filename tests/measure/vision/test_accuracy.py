@@ -43,8 +43,8 @@ def test_labels_are_matched_by_name(bees_and_a_cat: ss.Images) -> None:
     model = always_bee()
     pixels = ss.pixels(bees_and_a_cat, model)
     effect = ss.evaluate_images(model, pixels, {"nothing": {}})["nothing"]
-    repair = ss.register_repair(model, pixels, [(1, 3)], draws=1)
-    ablation = ss.register_ablation(model, pixels, edits=["zero"])
+    repair = ss.vision.register_repair(model, pixels, [(1, 3)], draws=1)
+    ablation = ss.vision.register_ablation(model, pixels, edits=["zero"])
     assert effect.table["accuracy"].mean() == 0.75
     for table in (repair, ablation):
         accuracy = table[table["measure"] == "accuracy"]
@@ -56,7 +56,7 @@ def test_names_that_the_head_lacks_give_no_accuracy(bees_and_a_cat: ss.Images) -
     model.module.config.id2label = {0: "dog", 1: "fox", 2: "owl"}
     pixels = ss.pixels(bees_and_a_cat, model)
     for table in (
-        ss.register_repair(model, pixels, [(1, 3)], draws=1),
-        ss.register_ablation(model, pixels, edits=["zero"]),
+        ss.vision.register_repair(model, pixels, [(1, 3)], draws=1),
+        ss.vision.register_ablation(model, pixels, edits=["zero"]),
     ):
         assert "accuracy" not in set(table["measure"])

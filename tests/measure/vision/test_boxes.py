@@ -51,7 +51,7 @@ def test_files_of_boxes(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps(rows))
     pd.DataFrame(rows).to_csv(tmp_path / "a.csv", index=False)
     for name in ("a.json", "a.csv"):
-        found = ss.read_boxes(tmp_path / name)
+        found = ss.vision.read_boxes(tmp_path / name)
         assert {key: boxes.tolist() for key, boxes in found.items()} == {
             "007": [[1, 2, 3.5, 4], [0, 0, 9, 9]],
             "b.png": [[0, 0, 1, 1]],
@@ -61,7 +61,7 @@ def test_files_of_boxes(tmp_path: Path) -> None:
 def test_voc_counts_from_one(tmp_path: Path) -> None:
     (tmp_path / "a.xml").write_text(VOC)
     (tmp_path / "b.xml").write_text(VOC.replace("<filename>a.jpg</filename>", ""))
-    found = ss.read_boxes(tmp_path)
+    found = ss.vision.read_boxes(tmp_path)
     assert list(found) == ["a.jpg", "b.jpg"]
     assert found["a.jpg"].tolist() == found["b.jpg"].tolist() == [[0, 0, 50, 40], [10, 4, 20, 6]]
 
@@ -90,12 +90,12 @@ def test_bad_files(name: str, text: str, said: str, tmp_path: Path) -> None:
     path.parent.mkdir(exist_ok=True)
     path.write_text(text)
     with pytest.raises(ss.InputError, match=said):
-        ss.read_boxes(path.parent if path.suffix == ".xml" else path)
+        ss.vision.read_boxes(path.parent if path.suffix == ".xml" else path)
 
 
 def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(ss.InputError, match="cannot be read"):
-        ss.read_boxes(tmp_path / "none.csv")
+        ss.vision.read_boxes(tmp_path / "none.csv")
 
 
 def test_corloc_by_hand() -> None:
@@ -110,11 +110,11 @@ def test_corloc_by_hand() -> None:
     rows.append({"document": 4, "method": "LOST keys", "draw": 0, "located": None, "iou": np.nan})
     table = pd.DataFrame(rows)
     table["located"] = table["located"].astype("boolean")
-    found = ss.corloc(table).set_index("method")
+    found = ss.vision.corloc(table).set_index("method")
     assert list(found.index) == ["LOST keys", "shuffled", "whole"]
     assert found["mean"].tolist() == [0.75, 0.375, 0.5] and (found["n"] == 4).all()
     assert found["ahead"].tolist() == [0, 0.375, 0.25]
     assert tuple(found.loc["shuffled", ["low", "high"]]) == mean_interval([0.5, 0, 1, 0])
     assert tuple(found.loc["whole", ["ahead_low", "ahead_high"]]) == mean_interval([0, -1, 1, 1])
     with pytest.raises(ss.InputError, match="no image has a given box"):
-        ss.corloc(table.tail(1))
+        ss.vision.corloc(table.tail(1))

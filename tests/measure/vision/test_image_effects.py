@@ -259,7 +259,7 @@ def test_batches_equal_singles_and_nothing_done_changes_nothing() -> None:
     model, pixels = tiny_encoders.model(family), tiny_encoders.pixels(family, 5)
     bands = spectrum()
     every = ss.phi(bands, 1, 8)
-    put_back = ss.remove(bands.dark(0.3), ss.NoOp())
+    put_back = ss.remove(bands.dark(0.3), ss.spectra.NoOp())
     mask = torch.rand(5, pixels.length, generator=torch.Generator().manual_seed(0)) < 0.3
     mean = ss.Mean(ss.mean_residual(model, pixels, ss.Site("exit", 1)))
     cells = {
@@ -270,7 +270,7 @@ def test_batches_equal_singles_and_nothing_done_changes_nothing() -> None:
             ss.Site("exit", 1): ss.remove(bands.dark(0.3), mean),
             ss.Site("mlp", 2): ss.phi(bands, 1, 6),
         },
-        "restored": {ss.Site("exit", 1): ss.NormRestored(ss.remove(bands.dark(0.3)))},
+        "restored": {ss.Site("exit", 1): ss.spectra.NormRestored(ss.remove(bands.dark(0.3)))},
         "at": {ss.Site("attention", 0): ss.remove(bands.dark(0.3), tokens=ss.At(0, 7))},
     }
     whole = ss.evaluate_images(model, pixels, cells, batch_size=5)
@@ -428,7 +428,7 @@ def test_energy_by_kind_of_token() -> None:
 def test_weight_shares_of_every_family(family: str) -> None:
     model = tiny_encoders.model(family)
     dark = spectrum().dark(0.25)
-    table = ss.weight_shares(model, {"dark": dark, "rest": dark.complement()})
+    table = ss.residual.weight_shares(model, {"dark": dark, "rest": dark.complement()})
     keys = ["part", "layer", "unit"]
     assert np.allclose(table.groupby(keys, observed=True)["share"].sum(), 1)
     name = f"{model.layout.layers}.2.{model.layout.values}.weight"

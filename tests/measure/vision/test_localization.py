@@ -49,7 +49,7 @@ def by_hand(features: Tensor, bias: float = 0.0, candidates: int = 100) -> tuple
 @pytest.mark.parametrize("box", [(0, 0, 2, 2), (3, 1, 6, 4), (7, 5, 8, 6), (1, 0, 2, 6), (0, 5, 8, 6)])
 @pytest.mark.parametrize("noise", [0.0, 0.1])
 def test_a_planted_box_is_found(box: tuple[int, int, int, int], noise: float) -> None:
-    found = ss.lost(planted((6, 8), box, noise=noise))
+    found = ss.vision.lost(planted((6, 8), box, noise=noise))
     x0, y0, x1, y1 = box
     expected = np.zeros((6, 8), dtype=bool)
     expected[y0:y1, x0:x1] = True
@@ -63,15 +63,15 @@ def test_a_planted_box_is_found(box: tuple[int, int, int, int], noise: float) ->
 def test_two_objects_give_the_part_with_the_seed() -> None:
     features = planted((6, 8), (0, 0, 2, 2))
     features[4:6, 5:8] = features[0, 0]
-    found = ss.lost(features)
+    found = ss.vision.lost(features)
     assert found.box == (0, 0, 2, 2) and found.mask.sum() == 4
     touching = planted((4, 4), (0, 0, 1, 1))
     touching[1, 1] = touching[0, 0]
-    assert ss.lost(touching).box == (0, 0, 1, 1), "corners that touch are not connected"
+    assert ss.vision.lost(touching).box == (0, 0, 1, 1), "corners that touch are not connected"
 
 
 def test_what_lies_in_most_of_the_image_is_the_background() -> None:
-    found = ss.lost(planted((4, 4), (0, 0, 4, 3)))
+    found = ss.vision.lost(planted((4, 4), (0, 0, 4, 3)))
     assert found.box == (0, 3, 4, 4)
 
 
@@ -86,7 +86,7 @@ def test_what_lies_in_most_of_the_image_is_the_background() -> None:
 @settings(max_examples=60, deadline=None)
 def test_against_a_loop(rows: int, columns: int, d: int, seed: int, bias: float, candidates: int) -> None:
     x = torch.randn(rows, columns, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    found = ss.lost(x, bias=bias, candidates=candidates)
+    found = ss.vision.lost(x, bias=bias, candidates=candidates)
     part, start, degrees = by_hand(x, bias, candidates)
     assert found.degree is not None and found.degree.ravel().tolist() == degrees
     assert found.seed == divmod(start, columns)
@@ -105,9 +105,9 @@ def test_turning_and_scaling_features_changes_nothing(seed: int, scale: float) -
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(5, 6, 8, generator=generator, dtype=torch.float64)
     turn = torch.linalg.qr(torch.randn(8, 8, generator=generator, dtype=torch.float64)).Q
-    before, after = ss.lost(x), ss.lost(scale * x @ turn)
+    before, after = ss.vision.lost(x), ss.vision.lost(scale * x @ turn)
     assert before.seed == after.seed and np.array_equal(before.mask, after.mask)
-    mirrored = ss.lost(planted((5, 6), (1, 1, 3, 4)).flip(1))
+    mirrored = ss.vision.lost(planted((5, 6), (1, 1, 3, 4)).flip(1))
     assert mirrored.box == (3, 1, 5, 4)
 
 
@@ -115,7 +115,7 @@ def test_the_candidates_bound_the_expansion() -> None:
     """Of a chain in which each patch correlates with the next alone, one candidate gives the seed's own."""
     x = torch.eye(5, dtype=torch.float64)[None] + 0.6 * torch.eye(5, dtype=torch.float64).roll(1, 0)[None]
     x[0, 0, 4] = 0
-    few, more = ss.lost(x, candidates=1), ss.lost(x)
+    few, more = ss.vision.lost(x, candidates=1), ss.vision.lost(x)
     assert few.box == (0, 0, 2, 1)
     assert more.box is not None and more.box[2] >= 2
     assert by_hand(x, candidates=1)[0] == {0, 1}
@@ -123,16 +123,16 @@ def test_the_candidates_bound_the_expansion() -> None:
 
 def test_what_does_not_correlate_is_not_alike() -> None:
     """Of patches at right angles each is alone: a product of 0 counts for nothing."""
-    found = ss.lost(torch.eye(6, dtype=torch.float64).reshape(2, 3, 6))
+    found = ss.vision.lost(torch.eye(6, dtype=torch.float64).reshape(2, 3, 6))
     assert found.box == (0, 0, 1, 1) and found.degree is not None and not found.degree.any()
 
 
 def test_nothing_stands_out() -> None:
-    single = ss.lost(torch.ones(1, 1, 3))
+    single = ss.vision.lost(torch.ones(1, 1, 3))
     assert single.box == (0, 0, 1, 1) and not single.found
-    uniform = ss.lost(torch.ones(3, 4, 2))
+    uniform = ss.vision.lost(torch.ones(3, 4, 2))
     assert uniform.box == (0, 0, 4, 3) and not uniform.found
-    empty = ss.lost(torch.zeros(3, 4, 2))
+    empty = ss.vision.lost(torch.zeros(3, 4, 2))
     assert empty.box is None and not empty.found
     assert np.isnan(empty.in_pixels(14, (42, 56))).all()
 
@@ -140,12 +140,12 @@ def test_nothing_stands_out() -> None:
 def test_a_bias_sets_apart_what_all_correlates() -> None:
     x = planted((6, 8), (2, 1, 4, 3))
     x[..., 2] = 2.0
-    assert not ss.lost(x).found
-    assert ss.lost(x, bias=-4.0).box == (2, 1, 4, 3)
+    assert not ss.vision.lost(x).found
+    assert ss.vision.lost(x, bias=-4.0).box == (2, 1, 4, 3)
 
 
 def test_boxes_in_pixels() -> None:
-    found = ss.lost(planted((6, 8), (3, 1, 6, 4)))
+    found = ss.vision.lost(planted((6, 8), (3, 1, 6, 4)))
     assert found.in_pixels(14, (84, 112)).tolist() == [42, 14, 84, 56]
     assert found.in_pixels(14, (90, 120), (180, 60)).tolist() == [21, 28, 42, 112]
 
@@ -159,12 +159,12 @@ def test_dino_seg_keeps_the_largest_part() -> None:
             [0.00, 0.21, 0.00, 0.00],
         ]
     )
-    found = ss.dino_seg(attention, mass=0.9)
+    found = ss.vision.dino_seg(attention, mass=0.9)
     assert found.box == (2, 1, 4, 3) and found.seed == (1, 2) and found.mask.sum() == 3
     assert found.degree is None and found.found
-    assert ss.dino_seg(attention, mass=0.3).box == (0, 0, 1, 1)
-    assert ss.dino_seg(attention, mass=0.6).mask.sum() == 1
-    assert ss.dino_seg(torch.ones(2, 3), mass=1.0).found is False
+    assert ss.vision.dino_seg(attention, mass=0.3).box == (0, 0, 1, 1)
+    assert ss.vision.dino_seg(attention, mass=0.6).mask.sum() == 1
+    assert ss.vision.dino_seg(torch.ones(2, 3), mass=1.0).found is False
 
 
 @given(st.integers(1, 5), st.integers(1, 5), st.integers(0, 10**6))
@@ -175,7 +175,7 @@ def test_dino_seg_against_the_published_threshold(rows: int, columns: int, seed:
     value, index = (weights / weights.sum()).flatten().sort()
     kept = torch.zeros(rows * columns, dtype=torch.bool)
     kept[index] = value.cumsum(0) > 1 - 0.6
-    found = ss.dino_seg(weights)
+    found = ss.vision.dino_seg(weights)
     inside = torch.from_numpy(found.mask).flatten()
     assert bool((kept >= inside).all()) and bool(inside.any())
     outside = torch.from_numpy(found.mask).logical_not() & kept.reshape(rows, columns)
@@ -187,15 +187,15 @@ def test_dino_seg_against_the_published_threshold(rows: int, columns: int, seed:
 
 def test_bad_input() -> None:
     with pytest.raises(ss.InputError, match=r"shape \(4, 3\)"):
-        ss.lost(torch.ones(4, 3))
+        ss.vision.lost(torch.ones(4, 3))
     with pytest.raises(ss.InputError, match="expected"):
-        ss.lost(torch.ones(0, 3, 2))
+        ss.vision.lost(torch.ones(0, 3, 2))
     with pytest.raises(ss.InputError, match="NaN"):
-        ss.lost(torch.full((2, 2, 2), torch.nan))
+        ss.vision.lost(torch.full((2, 2, 2), torch.nan))
     with pytest.raises(ss.InputError, match="0 candidates"):
-        ss.lost(torch.ones(2, 2, 2), candidates=0)
+        ss.vision.lost(torch.ones(2, 2, 2), candidates=0)
     for bad in (torch.zeros(2, 2), torch.ones(4), -torch.ones(2, 2), torch.full((2, 2), torch.nan)):
         with pytest.raises(ss.InputError, match="none negative"):
-            ss.dino_seg(bad)
+            ss.vision.dino_seg(bad)
     with pytest.raises(ss.InputError, match="mass 0"):
-        ss.dino_seg(torch.ones(2, 2), mass=0)
+        ss.vision.dino_seg(torch.ones(2, 2), mass=0)

@@ -23,7 +23,7 @@ def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def look(model: ss.VisionModel, pixels: ss.Pixels, position: Any) -> ss.Circuits:
+def look(model: ss.VisionModel, pixels: ss.Pixels, position: Any) -> ss.circuits.Circuits:
     return ss.no_op_circuits(model, pixels, planted_vision_circuits.spectrum(), position)
 
 
@@ -66,7 +66,7 @@ def test_vision_planted_circuit_is_on_no_other_token(family: str) -> None:
 @pytest.mark.parametrize("family", ANY)
 def test_vision_attention_by_position_is_that_of_eager_maps(family: str) -> None:
     pixels = tiny_encoders.pixels(family)
-    found = ss.attention_by_position(tiny_encoders.model(family), pixels, batch_size=2)
+    found = ss.attention.attention_by_position(tiny_encoders.model(family), pixels, batch_size=2)
     maps, _ = eager(family, tiny_encoders.images())
     expected = torch.stack(maps, 1).mean(-2)
     assert not found.causal and found.alpha.shape == (3, 3, 4, pixels.length)
@@ -90,7 +90,9 @@ def test_vision_head_use_and_margin_are_those_of_eager_maps(family: str) -> None
     at = [6, 1, 20]
     columns = ["attention", "weighted", "queries_on_sink", "value_ratio"]
     table = ss.head_use(model, pixels, at, batch_size=2).set_index(["document", "layer", "head"])
-    margins = ss.detectors(model, pixels, at, batch_size=2).table.set_index(["document", "layer", "head"])
+    margins = ss.circuits.detectors(model, pixels, at, batch_size=2).table.set_index(
+        ["document", "layer", "head"]
+    )
     maps, norms = eager(family, tiny_encoders.images())
     for (image, layer, head), row in table.iterrows():  # type: ignore[misc]
         sink, tokens = at[image], range(pixels.length)
@@ -188,7 +190,7 @@ def test_vision_and_text_are_not_mixed() -> None:
     with pytest.raises(ss.InputError, match="reads images"):
         ss.head_use(tiny_encoders.model(), windows)
     with pytest.raises(ss.InputError, match="reads windows of tokens"):
-        ss.attention_by_position(tiny_models.model(), tiny_encoders.pixels())
+        ss.attention.attention_by_position(tiny_models.model(), tiny_encoders.pixels())
     with pytest.raises(ss.InputError, match="tokens of text have numbers"):
         ss.head_use(tiny_models.model(), windows, "cls")
 
@@ -196,9 +198,9 @@ def test_vision_and_text_are_not_mixed() -> None:
 def test_vision_positions_by_window_work_on_text() -> None:
     model = tiny_models.model()
     windows = ss.Windows.of_ids(tiny_models.ids(2, 8), model)
-    both = ss.detectors(model, windows, [1, 3]).table
+    both = ss.circuits.detectors(model, windows, [1, 3]).table
     for place, at in enumerate((1, 3)):
-        alone = ss.detectors(model, windows, at).table
+        alone = ss.circuits.detectors(model, windows, at).table
         chosen = [table[table["document"] == place]["margin"] for table in (both, alone)]
         assert np.allclose(*chosen, atol=1e-5)
 
@@ -217,4 +219,4 @@ def test_vision_the_patch_is_that_to_which_any_one_head_gives_most(family: str) 
     alpha = torch.stack(maps, 1).mean(-2)[..., first:]
     expected = first + alpha.amax((1, 2)).argmax(-1)
     assert not torch.equal(expected, first + alpha.mean((1, 2)).argmax(-1)), "not the mean over heads"
-    assert torch.equal(ss.detectors(model, pixels, "patch").sinks, expected)
+    assert torch.equal(ss.circuits.detectors(model, pixels, "patch").sinks, expected)

@@ -73,7 +73,7 @@ GIVEN = {f"{index}.png": np.array([in_picture(box)]) for index, box in enumerate
 
 @pytest.mark.parametrize("family", ["dinov2 registers", "vit", "deit classifier", "clip", "siglip", "dinov3"])
 def test_a_planted_object_is_found(family: str, shown: ss.Images) -> None:
-    found = ss.discover(planted(family), shown, boxes=GIVEN, draws=2)
+    found = ss.vision.discover(planted(family), shown, boxes=GIVEN, draws=2)
     keys = found[found["method"] == "LOST keys"]
     assert keys[list(COLUMNS)].to_numpy().tolist() == [in_picture(box) for box in PLACES]
     assert keys["found"].all() and keys["located"].all() and np.allclose(keys["iou"].astype(float), 1)
@@ -86,21 +86,21 @@ def test_a_planted_object_is_found(family: str, shown: ss.Images) -> None:
 
 @pytest.mark.parametrize("features", ["queries", "values", "exit"])
 def test_other_features(features: Any, shown: ss.Images) -> None:
-    found = ss.discover(planted("dinov2"), shown, features=features)
+    found = ss.vision.discover(planted("dinov2"), shown, features=features)
     assert found[list(COLUMNS)].to_numpy().tolist() == [in_picture(box) for box in PLACES]
     assert found["method"].unique().tolist() == [f"LOST {features}"]
     assert found["iou"].isna().all() and found["located"].isna().all()
 
 
 def test_a_layer_that_reads_nothing_finds_nothing(shown: ss.Images) -> None:
-    found = ss.discover(planted("dinov2"), shown, layer=0)
+    found = ss.vision.discover(planted("dinov2"), shown, layer=0)
     assert found[list(COLUMNS)].isna().all(axis=None) and not found["found"].any()
-    exits = ss.discover(planted("dinov2"), shown, layer=0, features="exit")
+    exits = ss.vision.discover(planted("dinov2"), shown, layer=0, features="exit")
     assert exits["found"].all()
 
 
 def test_controls(shown: ss.Images) -> None:
-    found = ss.discover(planted("dinov2"), shown, boxes=GIVEN, draws=5)
+    found = ss.vision.discover(planted("dinov2"), shown, boxes=GIVEN, draws=5)
     whole = found[found["method"] == "whole"]
     assert whole[list(COLUMNS)].to_numpy().tolist() == [[0, 0, WIDTH, HEIGHT]] * 4
     shares = [(x1 - x0) * (y1 - y0) / GRID**2 for x0, y0, x1, y1 in PLACES]
@@ -115,16 +115,16 @@ def test_controls(shown: ss.Images) -> None:
     shuffled = found[found["method"] == "shuffled"]
     assert shuffled.groupby("document")["draw"].apply(list).tolist() == [[0, 1, 2, 3, 4]] * 4
     assert 0 < shuffled["iou"].mean() < 0.7
-    levels = ss.corloc(found).set_index("method")
+    levels = ss.vision.corloc(found).set_index("method")
     assert levels["mean"]["LOST keys"] == 1 and levels["mean"]["whole"] == 0
     assert levels["ahead"]["shuffled"] > 0.3 and levels["n"].tolist() == [4] * 4
 
 
 def test_draws_depend_on_the_seed_and_the_image_alone(shown: ss.Images) -> None:
     model = planted("dinov2")
-    one = ss.discover(model, shown, boxes=GIVEN, draws=3, batch_size=1)
-    pd.testing.assert_frame_equal(one, ss.discover(model, shown, boxes=GIVEN, draws=3, batch_size=3))
-    other = ss.discover(model, shown, boxes=GIVEN, draws=3, seed=1)
+    one = ss.vision.discover(model, shown, boxes=GIVEN, draws=3, batch_size=1)
+    pd.testing.assert_frame_equal(one, ss.vision.discover(model, shown, boxes=GIVEN, draws=3, batch_size=3))
+    other = ss.vision.discover(model, shown, boxes=GIVEN, draws=3, seed=1)
     assert not one.equals(other)
     assert one[one["method"] == "LOST keys"].equals(other[other["method"] == "LOST keys"])
 
@@ -134,14 +134,14 @@ def test_more_than_half_is_located(shown: ss.Images) -> None:
     x0, y0, x1, y1 = in_picture(PLACES[0])
     half, less = [x0, y0, 2 * x1, y1], [x0, y0, 2 * x1 - 1, y1]
     for given, located in (([half], False), ([less], True), ([half, less], True)):
-        found = ss.discover(planted("dinov2"), [shown[0]], boxes={"0": given}, draws=0)
+        found = ss.vision.discover(planted("dinov2"), [shown[0]], boxes={"0": given}, draws=0)
         assert found["located"].iloc[0] == located
         assert found["iou"].iloc[0] == pytest.approx(0.5 if not located else x1 / (2 * x1 - 1))
 
 
 def test_equal_images_are_shuffled_differently(shown: ss.Images) -> None:
     given = {"0": GIVEN["0.png"], "1": GIVEN["0.png"]}
-    found = ss.discover(planted("dinov2"), [shown[0], shown[0]], boxes=given, draws=6)
+    found = ss.vision.discover(planted("dinov2"), [shown[0], shown[0]], boxes=given, draws=6)
     first, second = (part.drop(columns=["document", "name"]) for _, part in found.groupby("document"))
     shuffled = first["method"] == "shuffled"
     assert (
@@ -168,9 +168,9 @@ def recomputed(family: str, x: Tensor, part: str, layer: int) -> Tensor:
 @pytest.mark.parametrize("part", ["keys", "values"])
 def test_features_are_the_models_own(family: str, part: Any) -> None:
     x = tiny_encoders.images(2)
-    found = ss.discover(tiny_encoders.model(family), x, features=part, layer=1, bias=-0.5)
+    found = ss.vision.discover(tiny_encoders.model(family), x, features=part, layer=1, bias=-0.5)
     for row, features in zip(found.to_dict("records"), recomputed(family, x, part, 1), strict=True):
-        expected = ss.lost(features, bias=-0.5)
+        expected = ss.vision.lost(features, bias=-0.5)
         assert row["share"] == expected.mask.mean()
         box = [row[key] for key in COLUMNS]
         np.testing.assert_array_equal(box, expected.in_pixels(tiny_encoders.PATCH, (20, 20)))
@@ -196,9 +196,9 @@ def test_shuffled_features_are_the_same_elsewhere() -> None:
     flat = seen.flatten(1, 2)
     bias = -float((flat @ flat.mT).median())
     given = {str(index): [[0, 0, 8, 8]] for index in range(2)}
-    found = ss.discover(tiny_encoders.model(), x, boxes=given, draws=4, bias=bias)
+    found = ss.vision.discover(tiny_encoders.model(), x, boxes=given, draws=4, bias=bias)
     assert found[found["method"] == "shuffled"][list(COLUMNS)].drop_duplicates().shape[0] > 3
-    same_when_shuffled(found, seen, lambda moved: ss.lost(moved, bias=bias), 4)
+    same_when_shuffled(found, seen, lambda moved: ss.vision.lost(moved, bias=bias), 4)
 
 
 @pytest.mark.parametrize("family", ["dinov2", "dinov2 registers", "vit", "clip"])
@@ -209,27 +209,29 @@ def test_attention_is_the_models_own(family: str) -> None:
         maps = eager(pixel_values=x, output_attentions=True).attentions[-1]
     seen = maps[:, :, 0, -(GRID**2) :].mean(1).unflatten(1, (GRID, GRID))
     given = {str(index): [[0, 0, 8, 8]] for index in range(3)}
-    found = ss.discover(tiny_encoders.model(family), x, features="attention", boxes=given, draws=2)
+    found = ss.vision.discover(tiny_encoders.model(family), x, features="attention", boxes=given, draws=2)
     first = found[found["method"] == "DINO-seg"]
     for row, attention in zip(first.to_dict("records"), seen, strict=True):
         box = [row[key] for key in COLUMNS]
-        np.testing.assert_array_equal(box, ss.dino_seg(attention).in_pixels(tiny_encoders.PATCH, (20, 20)))
+        np.testing.assert_array_equal(
+            box, ss.vision.dino_seg(attention).in_pixels(tiny_encoders.PATCH, (20, 20))
+        )
     assert len(found) == 3 * (1 + 2 + 2)
-    same_when_shuffled(found, seen, ss.dino_seg, 2)
+    same_when_shuffled(found, seen, ss.vision.dino_seg, 2)
 
 
 def test_interventions_act(shown: ss.Images) -> None:
     model = planted("dinov2")
-    before = ss.discover(model, shown)
+    before = ss.vision.discover(model, shown)
     pd.testing.assert_frame_equal(
-        before, ss.discover(model, shown, interventions={ss.Site("exit"): torch.clone})
+        before, ss.vision.discover(model, shown, interventions={ss.Site("exit"): torch.clone})
     )
-    gone = ss.discover(model, shown, interventions={ss.Site("exit"): torch.zeros_like})
+    gone = ss.vision.discover(model, shown, interventions={ss.Site("exit"): torch.zeros_like})
     assert gone["x0"].isna().all()
     keys = {ss.Site("keys", model.layers - 1): torch.zeros_like}
-    assert ss.discover(model, shown, interventions=keys)["x0"].isna().all()
+    assert ss.vision.discover(model, shown, interventions=keys)["x0"].isna().all()
     assert (
-        ss.discover(model, shown, interventions=keys, features="values")
+        ss.vision.discover(model, shown, interventions=keys, features="values")
         .drop(columns="method")
         .equals(before.drop(columns="method"))
     )
@@ -238,25 +240,25 @@ def test_interventions_act(shown: ss.Images) -> None:
 def test_under_install_registers(shown: ss.Images) -> None:
     """The patches are the last tokens, whatever stands before them."""
     model = planted("dinov2")
-    before = ss.discover(model, shown)
-    with ss.install_registers(model, [], 3):
-        pd.testing.assert_frame_equal(before, ss.discover(model, shown))
+    before = ss.vision.discover(model, shown)
+    with ss.vision.install_registers(model, [], 3):
+        pd.testing.assert_frame_equal(before, ss.vision.discover(model, shown))
 
 
 def test_boxes_are_matched_by_name(shown: ss.Images) -> None:
     model = planted("dinov2")
     some = {"0.png": GIVEN["0.png"], "other.png": GIVEN["1.png"], "1.png": np.empty((0, 4))}
     with pytest.warns(ss.SpectralWarning, match=r"3 of 4 images have no boxes.*1\.png"):
-        found = ss.discover(model, shown, boxes=some, draws=1)
+        found = ss.vision.discover(model, shown, boxes=some, draws=1)
     assert found["located"].notna().sum() == 4 and len(found) == 4 + 3
-    assert ss.corloc(found)["n"].tolist() == [1] * 4
+    assert ss.vision.corloc(found)["n"].tolist() == [1] * 4
     with pytest.raises(ss.InputError, match="no boxes for any image"):
-        ss.discover(model, shown, boxes={"other.png": GIVEN["1.png"]})
+        ss.vision.discover(model, shown, boxes={"other.png": GIVEN["1.png"]})
     with pytest.raises(ss.InputError, match="no boxes for any image"):
-        ss.discover(model, shown, boxes={})
+        ss.vision.discover(model, shown, boxes={})
     for wrong in ([0, 0, 61, 40], [-1, 0, 9, 9], [5, 5, 5, 9], [0, 0, 9, float("nan")]):
         with pytest.raises(ss.InputError, match=r"0\.png is empty or lies outside of its 60 x 40"):
-            ss.discover(model, shown, boxes=GIVEN | {"0.png": [[0, 0, 60, 40], wrong]})
+            ss.vision.discover(model, shown, boxes=GIVEN | {"0.png": [[0, 0, 60, 40], wrong]})
 
 
 def test_boxes_of_pictures_in_folders(tmp_path: Path) -> None:
@@ -266,14 +268,14 @@ def test_boxes_of_pictures_in_folders(tmp_path: Path) -> None:
     images = ss.images(tmp_path)
     given = {"0.png": GIVEN["0.png"], "1.png": GIVEN["0.png"]}
     with pytest.warns(ss.SpectralWarning, match="2 of 3 images"):
-        found = ss.discover(planted("dinov2"), images, boxes=given, draws=0)
+        found = ss.vision.discover(planted("dinov2"), images, boxes=given, draws=0)
     assert found[found["located"].fillna(False)]["name"].tolist() == ["b/1.png"]
 
 
 def test_figures(shown: ss.Images, tmp_path: Path) -> None:
-    found = ss.discover(planted("dinov2"), shown, boxes=GIVEN, draws=2)
+    found = ss.vision.discover(planted("dinov2"), shown, boxes=GIVEN, draws=2)
     ss.figures.vision_boxes(shown, found, tmp_path / "boxes.png", GIVEN)
-    ss.figures.vision_corloc(ss.corloc(found), tmp_path / "corloc.png")
+    ss.figures.vision_corloc(ss.vision.corloc(found), tmp_path / "corloc.png")
     with Image.open(tmp_path / "boxes.png") as drawn:
         colours = {colour for _, colour in drawn.convert("RGB").getcolors(2**24) or []}
     assert (0xF2, 0xB1, 0x34) in colours
@@ -285,16 +287,16 @@ def test_figures(shown: ss.Images, tmp_path: Path) -> None:
 
 def test_bad_input(shown: ss.Images, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ss.InputError, match="choose from keys"):
-        ss.discover(planted("dinov2"), shown, features="mlp")  # pyright: ignore[reportArgumentType]
+        ss.vision.discover(planted("dinov2"), shown, features="mlp")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ss.InputError, match=r"no \[CLS\]"):
-        ss.discover(planted("siglip"), shown, features="attention")
+        ss.vision.discover(planted("siglip"), shown, features="attention")
     with pytest.raises(ss.InputError, match="layer 3"):
-        ss.discover(planted("dinov2"), shown, layer=3)
+        ss.vision.discover(planted("dinov2"), shown, layer=3)
     with pytest.raises(ss.InputError, match="-1 draws"):
-        ss.discover(planted("dinov2"), shown, draws=-1)
+        ss.vision.discover(planted("dinov2"), shown, draws=-1)
     with pytest.raises(ss.InputError, match="resize it first"):
-        ss.discover(tiny_encoders.model(), tiny_encoders.images(), size=40)
+        ss.vision.discover(tiny_encoders.model(), tiny_encoders.images(), size=40)
     monkeypatch.setattr(ss.VisionModel, "image_size", None)
     with pytest.raises(ss.InputError, match="give size"):
-        ss.discover(planted("dinov2"), shown)
-    assert ss.discover(planted("dinov2"), shown, size=40)["found"].all()
+        ss.vision.discover(planted("dinov2"), shown)
+    assert ss.vision.discover(planted("dinov2"), shown, size=40)["found"].all()

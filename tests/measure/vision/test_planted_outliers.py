@@ -94,12 +94,12 @@ def test_onset_over_checkpoints() -> None:
         20: planted_outliers.plant(layer=0),
     }
     models = [(step, ss.load_vision(module)) for step, module in steps.items()]
-    table = ss.outlier_onset(models, ss.pixels(IMAGES, models[0][1]))
+    table = ss.vision.outlier_onset(models, ss.pixels(IMAGES, models[0][1]))
     share = table.pivot_table(index="step", columns="layer", values="share")
     assert isinstance(share, pd.DataFrame) and share.shape == (3, 4)
     assert (share.to_numpy() > 0).tolist() == [[False] * 4, [False] * 3 + [True], [False] + [True] * 3]
     with pytest.raises(ss.InputError, match="no checkpoints"):
-        ss.outlier_onset([], ss.pixels(IMAGES, models[0][1]))
+        ss.vision.outlier_onset([], ss.pixels(IMAGES, models[0][1]))
 
 
 def test_images_of_one_colour_and_one_image() -> None:

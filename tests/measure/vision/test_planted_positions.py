@@ -15,7 +15,7 @@ IMAGES, MARKS = planted_outliers.marked(6)
 ROWS = tiny_encoders.SIDE // tiny_encoders.PATCH
 
 
-def found(family: str = "dinov2", images: torch.Tensor = IMAGES) -> ss.Outliers:
+def found(family: str = "dinov2", images: torch.Tensor = IMAGES) -> ss.vision.Outliers:
     model = ss.load_vision(planted_outliers.plant(family))
     return ss.outliers(model, ss.pixels(images, model))
 
@@ -36,7 +36,7 @@ def test_outliers_among_patches_like_them_are_said_to_be(family: str) -> None:
     images, marks = blocks()
     outliers = found(family, images)
     assert np.array_equal(outliers.member[:, 2], marks.flatten(1).numpy())
-    table = ss.outlier_places(outliers).set_index(["quantity", "control"])
+    table = ss.vision.outlier_places(outliers).set_index(["quantity", "control"])
     assert (table["images"] == 40).all()
     alike = table.loc["neighbour cosine"]
     assert alike["outliers"].to_numpy() == pytest.approx(0.5, abs=0.05)
@@ -48,7 +48,7 @@ def test_outliers_among_patches_like_them_are_said_to_be(family: str) -> None:
 
 def test_marks_at_random_are_not() -> None:
     images, _ = planted_outliers.marked(60)
-    table = ss.outlier_places(found(images=images)).set_index(["quantity", "control"])
+    table = ss.vision.outlier_places(found(images=images)).set_index(["quantity", "control"])
     assert table.loc[("border distance", "same image"), "low"] < 0.15
     assert (table.loc["neighbour cosine", "difference"].abs() < 0.1).all()
 
@@ -63,7 +63,7 @@ def test_means_by_loops() -> None:
         "same border distance": lambda i, p: [(i, q) for q in range(25) if far[q] == far[p]],
         "same place": lambda i, p: [(j, p) for j in range(6)],
     }
-    table = ss.outlier_places(outliers).set_index(["quantity", "control"])
+    table = ss.vision.outlier_places(outliers).set_index(["quantity", "control"])
     for control, pool in pools.items():
         differences: list[float] = []
         for image in range(6):
@@ -77,7 +77,7 @@ def test_means_by_loops() -> None:
         row = table.loc[("neighbour cosine", control)]
         assert row["difference"] == pytest.approx(np.mean(differences), abs=1e-12)
         assert row["images"] == len(differences)
-        assert (row["low"], row["high"]) == pytest.approx(ss.mean_interval(differences), abs=1e-3)
+        assert (row["low"], row["high"]) == pytest.approx(ss.stats.mean_interval(differences), abs=1e-3)
 
 
 def test_a_patch_without_partners_has_none() -> None:
@@ -94,16 +94,16 @@ def test_a_patch_without_partners_has_none() -> None:
 def test_none_is_a_result_and_other_layers_are_refused() -> None:
     twin = ss.load_vision(planted_outliers.random_twin())
     none = ss.outliers(twin, ss.pixels(IMAGES, twin))
-    columns = list(ss.outlier_places(found()).columns)
-    assert ss.outlier_places(none).empty and list(ss.outlier_places(none).columns) == columns
-    assert ss.outlier_places(found(), 0).empty
+    columns = list(ss.vision.outlier_places(found()).columns)
+    assert ss.vision.outlier_places(none).empty and list(ss.vision.outlier_places(none).columns) == columns
+    assert ss.vision.outlier_places(found(), 0).empty
     for layer in (-2, 3):
         with pytest.raises(ss.InputError, match="has layers 0 to 2"):
-            ss.outlier_places(found(), layer)
+            ss.vision.outlier_places(found(), layer)
 
 
 def test_all_patches_outliers_have_nothing_to_compare_with() -> None:
     model = ss.load_vision(planted_outliers.plant())
     every = ss.outliers(model, ss.pixels(IMAGES, model), rule=1e-9)
-    table = ss.outlier_places(every)
+    table = ss.vision.outlier_places(every)
     assert (table["images"] == 0).all() and table["difference"].isna().all()

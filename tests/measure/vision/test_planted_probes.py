@@ -54,7 +54,7 @@ def test_on_a_model() -> None:
     images, marks = planted_outliers.marked(12)
     model = ss.load_vision(planted_outliers.plant())
     pixels = ss.pixels(images, model)
-    table = ss.token_probes(ss.outliers(model, pixels))
+    table = ss.vision.token_probes(ss.outliers(model, pixels))
     assert set(table["question"]) == {"position accuracy", "position distance", "pixel error"}
     one = patches_of(pixels[2], 4)
     assert torch.equal(one[7], images[2, :, 4:8, 8:12].flatten())
@@ -69,15 +69,15 @@ def test_bad_input() -> None:
     images, _ = planted_outliers.marked(6)
     twin = ss.load_vision(planted_outliers.random_twin())
     with pytest.raises(ss.InputError, match="no outliers"):
-        ss.token_probes(ss.outliers(twin, ss.pixels(images, twin)))
+        ss.vision.token_probes(ss.outliers(twin, ss.pixels(images, twin)))
     model = ss.load_vision(planted_outliers.plant())
     found = ss.outliers(model, ss.pixels(images[:3], model))
     with pytest.raises(ss.InputError, match="four at least"):
-        ss.token_probes(found)
+        ss.vision.token_probes(found)
     with pytest.raises(ss.InputError, match="layers 0 to 2, or -1"):
-        ss.token_probes(ss.outliers(model, ss.pixels(images, model)), 3)
+        ss.vision.token_probes(ss.outliers(model, ss.pixels(images, model)), 3)
     with pytest.raises(ss.InputError, match="no outliers at layer 0"):
-        ss.token_probes(ss.outliers(model, ss.pixels(images, model)), 0)
+        ss.vision.token_probes(ss.outliers(model, ss.pixels(images, model)), 0)
 
 
 def test_one_class_has_no_class_probe() -> None:

@@ -39,7 +39,7 @@ def test_vision_planted_register_neurons_are_found(family: str) -> None:
     model = load(family)
     images, marks = marked()
     pixels = ss.pixels(images, model)
-    table = ss.register_neurons(model, pixels, count=5, batch_size=4)
+    table = ss.vision.register_neurons(model, pixels, count=5, batch_size=4)
     assert set(table.head(2).itertuples(index=False, name=None)) == {
         (layer, neuron, *table.loc[table["neuron"] == neuron, ["activation", "elsewhere"]].iloc[0])
         for layer, neuron in PLANTED
@@ -48,7 +48,7 @@ def test_vision_planted_register_neurons_are_found(family: str) -> None:
     assert table["activation"].is_monotonic_decreasing
     assert table.attrs["outliers"] == int(marks.sum())
     assert (table.attrs["images"], table.attrs["layer"], table.attrs["top_layer"]) == (5, 1, 1)
-    pd.testing.assert_frame_equal(ss.register_neurons(model, pixels, count=5, batch_size=1), table)
+    pd.testing.assert_frame_equal(ss.vision.register_neurons(model, pixels, count=5, batch_size=1), table)
 
     seen: dict[int, Tensor] = {}
     handles = []
@@ -80,9 +80,9 @@ def test_vision_planted_norms_move_and_nothing_else(family: str, registers: int)
     start = len(model.prefix)
     end = start + registers
     before = exits(model, images)
-    with ss.install_registers(model, [], registers):
+    with ss.vision.install_registers(model, [], registers):
         plain = exits(model, images)
-    with ss.install_registers(model, PLANTED, registers):
+    with ss.vision.install_registers(model, PLANTED, registers):
         after = exits(model, images)
     flat = marks.flatten(1)
     for layer in range(LAYER):
@@ -113,7 +113,7 @@ def test_vision_planted_norms_move_and_nothing_else(family: str, registers: int)
 def test_vision_planted_repair_against_its_controls(family: str) -> None:
     model = load(family)
     images, marks = marked()
-    table = ss.register_repair(model, ss.pixels(images, model), PLANTED, draws=2, batch_size=4)
+    table = ss.vision.register_repair(model, ss.pixels(images, model), PLANTED, draws=2, batch_size=4)
     share = float(marks.float().mean())
     states = list(table["state"].unique())
     assert states == ["original", "repaired", "silenced", "tokens alone", "random 1", "random 2"]
@@ -130,7 +130,7 @@ def test_vision_planted_repair_against_its_controls(family: str) -> None:
     assert ("cls cosine" in original) == (family != "siglip") == ("attention entropy" in original)
     ends = table.dropna()
     assert ((ends["low"] <= ends["mean"] + 1e-9) & (ends["mean"] <= ends["high"] + 1e-9)).all()
-    again = ss.register_repair(model, ss.pixels(images, model), PLANTED, draws=2, batch_size=1)
+    again = ss.vision.register_repair(model, ss.pixels(images, model), PLANTED, draws=2, batch_size=1)
     pd.testing.assert_frame_equal(again, table, rtol=1e-4, atol=1e-5)
 
 
@@ -142,10 +142,10 @@ def test_vision_planted_repair_attention_is_that_of_eager_maps() -> None:
                 part.weight.data *= 12
     model = ss.load_vision(module)
     images, marks = marked()
-    neurons = ss.register_neurons(model, ss.pixels(images, model), count=2)
-    table = ss.register_repair(model, ss.pixels(images, model), neurons, registers=2, draws=1)
+    neurons = ss.vision.register_neurons(model, ss.pixels(images, model), count=2)
+    table = ss.vision.register_repair(model, ss.pixels(images, model), neurons, registers=2, draws=1)
     model.module.set_attn_implementation("eager")
-    with ss.install_registers(model, neurons, 2):
+    with ss.vision.install_registers(model, neurons, 2):
         maps = ss.trace(model, images, {}, attention=True, readout=lambda _, __, maps: maps)
     flat = marks.flatten(1)
     entropy = 1.0
@@ -170,12 +170,12 @@ def test_vision_planted_layers_and_cut_offs() -> None:
     model = load("dinov2", layer=0)
     images, _ = marked()
     pixels = ss.pixels(images, model)
-    table = ss.register_neurons(model, pixels, layer=-1, count=500)
+    table = ss.vision.register_neurons(model, pixels, layer=-1, count=500)
     assert table.attrs["top_layer"] == 0 and set(table["layer"]) == {0} and len(table) == 64
     assert set(table["neuron"].head(2)) == set(NEURONS)
-    later = ss.register_neurons(model, pixels, layer=2, top_layer=1, cutoff=150, count=500)
+    later = ss.vision.register_neurons(model, pixels, layer=2, top_layer=1, cutoff=150, count=500)
     assert set(later["layer"]) == {0, 1} and later.attrs["cutoff"] == 150 and later.attrs["outliers"] == 10
-    assert ss.DINOV2_LARGE == {"layer": -2, "cutoff": 150.0, "top_layer": 17, "count": 50}
+    assert ss.vision.DINOV2_LARGE == {"layer": -2, "cutoff": 150.0, "top_layer": 17, "count": 50}
 
 
 def test_vision_planted_nothing_says_so() -> None:
@@ -183,17 +183,17 @@ def test_vision_planted_nothing_says_so() -> None:
     images, _ = marked()
     pixels = ss.pixels(images, model)
     with pytest.raises(ss.InputError, match=r"no outlier patch in 6 images at layer 1: the largest norm"):
-        ss.register_neurons(model, pixels)
+        ss.vision.register_neurons(model, pixels)
     with pytest.raises(ss.InputError, match="layers 0 to 2"):
-        ss.register_neurons(model, pixels, layer=3)
+        ss.vision.register_neurons(model, pixels, layer=3)
     with pytest.raises(ss.InputError, match="top layer 3"):
-        ss.register_neurons(load("dinov2"), pixels, top_layer=3)
+        ss.vision.register_neurons(load("dinov2"), pixels, top_layer=3)
     with pytest.raises(ss.InputError, match="at least one"):
-        ss.register_repair(model, pixels, [])
+        ss.vision.register_repair(model, pixels, [])
     with pytest.raises(ss.InputError, match="left for the control"):
-        ss.register_repair(model, pixels, [(0, neuron) for neuron in range(40)])
+        ss.vision.register_repair(model, pixels, [(0, neuron) for neuron in range(40)])
     with pytest.raises(ss.InputError, match="no trained registers"):
-        ss.register_ablation(model, pixels)
+        ss.vision.register_ablation(model, pixels)
 
 
 def ablated(family: str = "dinov2 registers", scale: float = 1.0) -> tuple[ss.VisionModel, ss.Pixels]:
@@ -210,7 +210,7 @@ def ablated(family: str = "dinov2 registers", scale: float = 1.0) -> tuple[ss.Vi
 def test_vision_planted_ablation_at_the_embedding(family: str) -> None:
     """Registers are the same in all images there: only zero and removal act, as in models made so."""
     model, pixels = ablated(family)
-    table = ss.register_ablation(model, pixels, layers=(-1,), batch_size=2)
+    table = ss.vision.register_ablation(model, pixels, layers=(-1,), batch_size=2)
     assert list(table["edit"].unique()) == ["none", "removed", "zero", "mean", "noise", "swapped", "shuffled"]
     base = features(model, tiny_encoders.images(5))
     for edit in ("none", "mean", "noise", "swapped", "shuffled"):
@@ -250,9 +250,9 @@ def features(model: ss.VisionModel, batch: Tensor) -> dict[str, Tensor]:
 def test_vision_planted_ablation_at_every_exit(family: str) -> None:
     """Shuffled registers change nothing; mean, swapped and zero are what hooks on the layers make."""
     model, pixels = ablated(family)
-    table = ss.register_ablation(model, pixels, batch_size=2)
+    table = ss.vision.register_ablation(model, pixels, batch_size=2)
     pd.testing.assert_frame_equal(
-        ss.register_ablation(model, pixels, batch_size=5), table, rtol=1e-4, atol=1e-5
+        ss.vision.register_ablation(model, pixels, batch_size=5), table, rtol=1e-4, atol=1e-5
     )
     assert mean(table, edit="shuffled", measure="cls error") < 1e-5
     batch = tiny_encoders.images(5)
@@ -287,7 +287,7 @@ def test_vision_planted_ablation_at_every_exit(family: str) -> None:
 def test_vision_planted_constant_registers_matter_and_their_content_does_not() -> None:
     """Large registers that hardly depend on the image: zero hurts, mean and swapped cost next to nothing."""
     model, pixels = ablated(scale=100.0)
-    table = ss.register_ablation(model, pixels)
+    table = ss.vision.register_ablation(model, pixels)
     for harmless in ("mean", "noise", "swapped"):
         assert mean(table, edit="zero", measure="cls error") > 4 * mean(
             table, edit=harmless, measure="cls error"
@@ -307,7 +307,7 @@ def test_vision_planted_ablation_with_labels_and_bad_requests() -> None:
     pictures = Pictures(tiny_encoders.images(5))
     pictures.labels, pictures.record = labels.tolist(), {"data_hash": "five"}
     given = ss.Pixels(pictures, model, {})
-    table = ss.register_ablation(model, given, edits=["zero"])
+    table = ss.vision.register_ablation(model, given, edits=["zero"])
     assert mean(table, edit="none", measure="accuracy") == pytest.approx(0.8)
     assert mean(table, edit="none", measure="agreement") == 1
     requests: list[tuple[dict[str, Any], str]] = [
@@ -317,9 +317,9 @@ def test_vision_planted_ablation_with_labels_and_bad_requests() -> None:
     ]
     for options, message in requests:
         with pytest.raises(ss.InputError, match=message):
-            ss.register_ablation(model, pixels, **options)
+            ss.vision.register_ablation(model, pixels, **options)
     with pytest.raises(ss.InputError, match="at least two images"):
-        ss.register_ablation(model, ss.pixels(tiny_encoders.images(1), model))
+        ss.vision.register_ablation(model, ss.pixels(tiny_encoders.images(1), model))
 
 
 def test_vision_planted_maps_and_their_picture(tmp_path: Path) -> None:
@@ -327,17 +327,17 @@ def test_vision_planted_maps_and_their_picture(tmp_path: Path) -> None:
     model = load("dinov2")
     images, marks = marked()
     pixels = ss.pixels(images, model)
-    maps = ss.register_maps(model, pixels, PLANTED, registers=2, batch_size=4)
+    maps = ss.vision.register_maps(model, pixels, PLANTED, registers=2, batch_size=4)
     assert list(maps) == ["norm before", "norm after", "attention before", "attention after"]
     assert all(found.shape == (6, 5, 5) for found in maps.values())
     assert ((maps["norm before"] > 100) == marks.numpy()).all()
     assert maps["norm after"].max() < 5
-    table = ss.register_repair(model, pixels, PLANTED, registers=2, draws=1)
+    table = ss.vision.register_repair(model, pixels, PLANTED, registers=2, draws=1)
     for state, name in (("original", "attention before"), ("repaired", "attention after")):
         on = (maps[name] * marks.numpy()).sum((1, 2))[:5].mean()
         layer = model.layers - 1
         assert mean(table, state=state, layer=layer, measure="attention on outliers") == pytest.approx(on)
     ss.figures.registers([image.permute(1, 2, 0).numpy() for image in images[:3]], maps, tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size > 10_000
-    bare = ss.register_maps(load("siglip"), ss.pixels(images, load("siglip")), PLANTED)
+    bare = ss.vision.register_maps(load("siglip"), ss.pixels(images, load("siglip")), PLANTED)
     assert list(bare) == ["norm before", "norm after"]

@@ -56,7 +56,7 @@ def test_vision_planted_sink_is_found(family: str, kind: str) -> None:
     assert sink.norm_ratio.value == pytest.approx(float(ratio(found, at).mean()), rel=1e-6)
 
 
-def ratio(found: ss.VisionSinks, at: list[int]) -> Any:
+def ratio(found: ss.vision.VisionSinks, at: list[int]) -> Any:
     """Norm of the sink's residual that its layer reads, in medians of the other patches."""
     norm = found.residuals.norm[:, LAYER]
     first = len(found.prefix)
@@ -173,6 +173,6 @@ def test_vision_massive_activations_are_told_by_kind() -> None:
     model, pixels, _ = planted_vision_circuits.made("dinov2 registers", "patch")
     with torch.no_grad():
         model.tower.embeddings.register_tokens[0, 1] *= 100
-    table = ss.massive_activations(model, pixels)
+    table = ss.residual.massive_activations(model, pixels)
     high = table[table["high_norm"] & (table["layer"] == -1)]
     assert set(high["position"]) == set(high["token"]) == {2} and set(high["document"]) == set(range(6))

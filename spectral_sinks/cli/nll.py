@@ -1,56 +1,41 @@
-"""What the commands do: the library's calls, shown."""
+"""`spectral-sinks nll`: what a spectral filter costs."""
+
+from __future__ import annotations
 
 import warnings
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from tqdm import tqdm
 
 import spectral_sinks as ss
-from spectral_sinks.cli.options import Energy, Info, Nll, Reproduce, SpectrumCommand, read_spectrum, remote_of
+from spectral_sinks.cli.options import Running, ran
 from spectral_sinks.cli.output import plain, show, table
 
-
-def run_info(options: Info) -> None:
-    found = ss.describe(options.model, revision=options.revision, trust_remote_code=options.trust_remote_code)
-    show(options.json, found, table("", ("", ""), [(k, str(v)) for k, v in found.items()]))
+FillName = Literal["zero", "mean", "swap", "noise"]
 
 
-def run_spectrum(options: SpectrumCommand) -> None:
-    spectrum = read_spectrum(options, options.matrix, options.convention, options.bands)
-    energy = spectrum.values.square()
-    bands = [
-        {
-            "band": j,
-            "directions": stop - start,
-            "first": start,
-            "largest": float(spectrum.values[start]),
-            "smallest": float(spectrum.values[stop - 1]),
-            "energy_share": float(energy[start:stop].sum() / energy.sum()),
-        }
-        for j, (start, stop) in enumerate(zip(spectrum.edges, spectrum.edges[1:], strict=False), start=1)
-    ]
-    found = {
-        "model": options.model,
-        "matrix": spectrum.matrix,
-        "convention": spectrum.convention,
-        "tied": spectrum.tied,
-        "reads_through": spectrum.reads_through,
-        "d_model": spectrum.d,
-        "singular_values": spectrum.values.tolist(),
-        "bands": bands,
-    }
-    rows = [
-        (
-            str(b["band"]),
-            str(b["directions"]),
-            f"{b['largest']:.4g}",
-            f"{b['smallest']:.4g}",
-            f"{b['energy_share']:.4f}",
-        )
-        for b in bands
-    ]
-    columns = ("band", "directions", "largest singular value", "smallest", "share of the matrix's energy")
-    show(options.json, found, table(repr(spectrum), columns, rows))
+@dataclass(frozen=True)
+class Nll(Running):
+    """Negative log-likelihood and sink mass under a spectral filter, against the untouched model."""
+
+    layer: int | None = None
+    """Layer of the site; by default the one below the layer with the strongest sink."""
+    site: str = "exit"
+    """exit, attention, mlp, head:N, embedding, or what one component alone reads: queries, keys, values,
+    mlp-input."""
+    keep: str | None = None
+    """Bands to keep: 1-8,20 or dark, dark:0.1, head:0.4, middle:0.4-0.9, all, none, random:13."""
+    remove: str | None = None
+    """Bands to remove, written the same way."""
+    fill: FillName = "zero"
+    """What takes the place of what is removed: zero, the position's mean, another document's, or noise."""
+    tokens: str = "all"
+    """all, first, all-but-first, or ids:5,13 for tokens by id."""
+    controls: int = 0
+    """Also remove this many random subspaces of the same rank, seeds 0, 1, ..., as the control."""
+    seed: int = 0
+    """Seed of random:N and of noise."""
 
 
 def run_nll(options: Nll) -> None:
@@ -139,15 +124,10 @@ def run_nll(options: Nll) -> None:
     if model.remote is not None:
         rows.append(("ran at", model.remote.host))
     if controls:
-        reached = ss.null_rank(effect.delta_nll, [c.delta_nll for c in controls])
+        reached = ss.stats.null_rank(effect.delta_nll, [c.delta_nll for c in controls])
         rows.append(("random controls: difference", plain([c.delta_nll for c in controls])))
         rows.append(("controls that reach the filter's", f"{reached} of {len(controls)}"))
     show(options.json, found, table(f"NLL (nats per {token}) of {model.name}", ("", ""), rows))
-
-
-def ran(model: ss.LanguageModel) -> dict[str, Any]:
-    """Where the model is, if it is elsewhere."""
-    return {} if model.remote is None else {"remote": model.remote.record()}
 
 
 def layer_of_strongest_sink(model: ss.LanguageModel, windows: ss.Windows, batch_size: int) -> int:
@@ -173,52 +153,3 @@ def make_fill(options: Nll, model: ss.LanguageModel, windows: ss.Windows, site: 
     if options.fill == "mean":
         return ss.Mean(ss.mean_residual(model, windows, site, options.batch_size))
     return {"zero": ss.Zero(), "swap": ss.Swap(), "noise": ss.Noise(options.seed)}[options.fill]
-
-
-def run_energy(options: Energy) -> None:
-    model, windows, spectrum = options.prepare()
-    shares = ss.energy(model, windows, spectrum, batch_size=options.batch_size)
-    mean = shares.groupby(["site", "layer", "position_class", "band"], sort=False, as_index=False)[
-        ["share", "norm"]
-    ].mean()
-    found = {
-        "model": model.name,
-        "convention": spectrum.convention,
-        "documents": windows.record["documents"],
-        "first_token_ids": windows.first_token_ids,
-        "rows": mean.to_dict("records"),
-        **ran(model),
-    }
-    rows: list[tuple[str, ...]] = []
-    for (site, layer, kind), part in mean.groupby(["site", "layer", "position_class"], sort=False):
-        by_band = part["share"].to_numpy()
-        cells = (by_band[0], by_band[1:-1].sum(), by_band[-1])
-        label = "embedding" if site == "embedding" else f"exit {layer}"
-        rows.append((label, str(kind), f"{part['norm'].mean():.4g}", *(f"{c:.4f}" for c in cells)))
-    columns = ("place", "tokens", "median norm", "band 1", "between", f"band {spectrum.count} (dark)")
-    show(options.json, found, table(f"Energy share by band, {model.name}", columns, rows))
-
-
-def run_reproduce(options: Reproduce) -> None:
-    findings = ss.reproduce(
-        model=options.model,
-        out=options.out,
-        only=options.only,
-        documents=options.documents,
-        remote=remote_of(options.remote),
-    )
-    rows = [
-        {"experiment": f.name, **answer, "seconds": round(f.seconds, 1)}
-        for f in findings
-        for answer in f.answers
-    ]
-    lines = [
-        (r["experiment"], r["quantity"], plain(r["value"]), plain([r["low"], r["high"]]), r["control"])
-        for r in rows
-    ]
-    columns = ("experiment", "quantity", "value", "95 % interval", "control")
-    verdicts = {f.name: f.verdict for f in findings if f.verdict}
-    found = {"out": str(options.out), "rows": rows, "verdicts": verdicts}
-    show(options.json, found, table("Findings", columns, lines))
-    if verdicts and not options.json:
-        show(False, {}, table("", ("experiment", "verdict"), verdicts.items()))

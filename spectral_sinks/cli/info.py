@@ -1,0 +1,19 @@
+"""`spectral-sinks info`: what a checkpoint is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import spectral_sinks as ss
+from spectral_sinks.cli.options import Common
+from spectral_sinks.cli.output import show, table
+
+
+@dataclass(frozen=True)
+class Info(Common):
+    """Family, sizes, tied or not, BOS policy and context of a model; reads no weights."""
+
+
+def run_info(options: Info) -> None:
+    found = ss.describe(options.model, revision=options.revision, trust_remote_code=options.trust_remote_code)
+    show(options.json, found, table("", ("", ""), [(k, str(v)) for k, v in found.items()]))

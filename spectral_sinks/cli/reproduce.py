@@ -1,0 +1,53 @@
+"""`spectral-sinks reproduce`: the experiments, with their tables and figures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import spectral_sinks as ss
+from spectral_sinks.cli.options import RemoteName, remote_of
+from spectral_sinks.cli.output import plain, show, table
+
+
+@dataclass(frozen=True)
+class Reproduce:
+    """Run the experiments, write their tables and figures, print a summary."""
+
+    only: str | None = None
+    """One experiment by name; all of them by default."""
+    out: Path = Path("results")
+    """Folder for tables and figures."""
+    model: str = ss.DEFAULT
+    """The embedded model's name, a Hugging Face id, or a folder."""
+    documents: int = 16
+    """Documents of the shipped corpus to measure on, one window each."""
+    remote: RemoteName | None = None
+    """ndif: at the server that nnsight is configured for; local: the same, rehearsed here."""
+    json: bool = False
+    """Print the summary as one JSON object and nothing else on standard output."""
+
+
+def run_reproduce(options: Reproduce) -> None:
+    findings = ss.reproduce(
+        model=options.model,
+        out=options.out,
+        only=options.only,
+        documents=options.documents,
+        remote=remote_of(options.remote),
+    )
+    rows = [
+        {"experiment": f.name, **answer, "seconds": round(f.seconds, 1)}
+        for f in findings
+        for answer in f.answers
+    ]
+    lines = [
+        (r["experiment"], r["quantity"], plain(r["value"]), plain([r["low"], r["high"]]), r["control"])
+        for r in rows
+    ]
+    columns = ("experiment", "quantity", "value", "95 % interval", "control")
+    verdicts = {f.name: f.verdict for f in findings if f.verdict}
+    found = {"out": str(options.out), "rows": rows, "verdicts": verdicts}
+    show(options.json, found, table("Findings", columns, lines))
+    if verdicts and not options.json:
+        show(False, {}, table("", ("experiment", "verdict"), verdicts.items()))

@@ -1,0 +1,59 @@
+"""`spectral-sinks spectrum`: singular values of a matrix of a model, and its bands."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from spectral_sinks.cli.options import Common, read_spectrum
+from spectral_sinks.cli.output import show, table
+
+
+@dataclass(frozen=True)
+class SpectrumCommand(Common):
+    """Singular values of the unembedding (or another matrix) and its bands; reads only that tensor."""
+
+    matrix: str = "unembedding"
+    """unembedding, embedding, or the name of a parameter."""
+    convention: Literal["raw", "folded", "centred"] = "raw"
+    """raw; folded (final norm's gain multiplied in); centred (folded, minus the mean over the vocabulary)."""
+    bands: int = 20
+    """Number of bands."""
+
+
+def run_spectrum(options: SpectrumCommand) -> None:
+    spectrum = read_spectrum(options, options.matrix, options.convention, options.bands)
+    energy = spectrum.values.square()
+    bands = [
+        {
+            "band": j,
+            "directions": stop - start,
+            "first": start,
+            "largest": float(spectrum.values[start]),
+            "smallest": float(spectrum.values[stop - 1]),
+            "energy_share": float(energy[start:stop].sum() / energy.sum()),
+        }
+        for j, (start, stop) in enumerate(zip(spectrum.edges, spectrum.edges[1:], strict=False), start=1)
+    ]
+    found = {
+        "model": options.model,
+        "matrix": spectrum.matrix,
+        "convention": spectrum.convention,
+        "tied": spectrum.tied,
+        "reads_through": spectrum.reads_through,
+        "d_model": spectrum.d,
+        "singular_values": spectrum.values.tolist(),
+        "bands": bands,
+    }
+    rows = [
+        (
+            str(b["band"]),
+            str(b["directions"]),
+            f"{b['largest']:.4g}",
+            f"{b['smallest']:.4g}",
+            f"{b['energy_share']:.4f}",
+        )
+        for b in bands
+    ]
+    columns = ("band", "directions", "largest singular value", "smallest", "share of the matrix's energy")
+    show(options.json, found, table(repr(spectrum), columns, rows))

@@ -1,0 +1,30 @@
+# Made by: python docs/generate_api.py
+from .attribution import first_order as first_order
+from .effects import Effect as Effect
+from .effects import evaluate as evaluate
+from .effects import evaluate_all as evaluate_all
+from .generation import continuation_nll as continuation_nll
+from .generation import generate as generate
+from .generation import generate_all as generate_all
+from .masked_tokens import masked_ids as masked_ids
+from .masked_tokens import masked_positions as masked_positions
+from .repetition_metrics import distinct as distinct
+from .repetition_metrics import loop_onset as loop_onset
+from .repetition_metrics import repeated as repeated
+from .repetition_metrics import repetition as repetition
+
+__all__ = [
+    'Effect',
+    'continuation_nll',
+    'distinct',
+    'evaluate',
+    'evaluate_all',
+    'first_order',
+    'generate',
+    'generate_all',
+    'loop_onset',
+    'masked_ids',
+    'masked_positions',
+    'repeated',
+    'repetition',
+]
