@@ -75,7 +75,7 @@ def run_vision(options: Vision) -> None:
     spectrum = None
     if options.matrix is not None or model.classes:
         spectrum = ss.read_spectrum(model, options.matrix or "classifier")
-    batch = {"batch_size": options.batch_size}
+    batch: dict[str, Any] = {"batch_size": options.batch_size}
     found = ss.outliers(model, pixels, rule=rule_of(options.rule), **batch)
     sinks = ss.vision_sinks(model, pixels, spectrum, epsilon=options.epsilon, **batch)
     record: dict[str, Any] = {
@@ -101,17 +101,22 @@ def run_vision(options: Vision) -> None:
         record["probes"] = probes.to_dict("records")
         tables += [place_table(places), probe_table(probes)]
     if options.registers:
-        repair(options, pixels, images, record, tables)
+        repair(options, found, images, record, tables)
     if options.figures is not None:
         draw(found, sinks, images, options.figures)
     show(options.json, record, Group(*tables))
 
 
 def repair(
-    options: Vision, pixels: ss.Pixels, images: ss.Images, record: dict[str, Any], tables: list[Any]
+    options: Vision,
+    found: ss.vision.Outliers,
+    images: ss.Images,
+    record: dict[str, Any],
+    tables: list[Any],
 ) -> None:
     """Test-time registers and their controls, into the record and the tables; a warning without outliers."""
-    model, batch = pixels.model, {"batch_size": options.batch_size}
+    pixels, model = found.pixels, found.pixels.model
+    batch: dict[str, Any] = {"measured": found, "batch_size": options.batch_size}
     record["register_neurons"], record["registers"] = [], []
     try:
         neurons = ss.vision.register_neurons(

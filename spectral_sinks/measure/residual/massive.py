@@ -27,6 +27,22 @@ Z, RATIO = 10.0, 2.0
 """A token has high norm beyond this robust z-score in its layer and this many medians [ours]."""
 
 
+def robust_levels(
+    norms: Float[NDArray[np.floating], "tokens sites"],
+) -> Float[NDArray[np.float64], "2 sites"]:
+    """Median norm at each site, and 1.4826 times the median deviation from it (at least 1e-6 medians)."""
+    norms = norms.astype(np.float64)
+    median = np.median(norms, axis=0)
+    spread = 1.4826 * np.median(np.abs(norms - median), axis=0)
+    return np.stack([median, np.maximum(spread, 1e-6 * median)])
+
+
+def high_norm_cutoff(levels: Float[NDArray[np.float64], "2 sites"]) -> Float[NDArray[np.float64], "sites"]:
+    """Norm at each site beyond which a token is high: robust z above 10, and above two medians [ours]."""
+    median, spread = levels
+    return np.maximum(median + Z * spread, RATIO * median)
+
+
 @dataclass(frozen=True, eq=False)
 class Residuals:
     """Size of every token's residual at the embedding (site 0) and at the exit of each layer l (site l + 1).
@@ -50,10 +66,7 @@ class Residuals:
         self, usual: Bool[NDArray[np.bool_], "windows tokens"]
     ) -> Float[NDArray[np.float64], "2 sites"]:
         """Median norm of usual tokens at each site, and 1.4826 times the median deviation from it."""
-        norms = np.moveaxis(self.norm, 1, 2)[usual].astype(np.float64)
-        median = np.median(norms, axis=0)
-        spread = 1.4826 * np.median(np.abs(norms - median), axis=0)
-        return np.stack([median, np.maximum(spread, 1e-6 * median)])
+        return robust_levels(np.moveaxis(self.norm, 1, 2)[usual])
 
     def z(self, levels: Float[NDArray[np.float64], "2 sites"]) -> NDArray[np.float64]:
         """Robust z-score of every norm at its site, `[windows, sites, tokens]`."""
@@ -64,7 +77,7 @@ class Residuals:
         self, levels: Float[NDArray[np.float64], "2 sites"]
     ) -> Bool[NDArray[np.bool_], "windows sites tokens"]:
         """Tokens of high norm: z above 10, and above twice the median [ours]."""
-        return (self.z(levels) > Z) & (self.norm > RATIO * levels[0, :, None])
+        return self.norm.astype(np.float64) > high_norm_cutoff(levels)[:, None]
 
 
 @remotely

@@ -20,22 +20,22 @@ NEIGHBOURS = 5
 
 
 @dataclass(frozen=True, eq=False)
-class Given:
-    """What the model gives of a batch of images, float64 on the CPU."""
+class EncoderOutput:
+    """Output of an image encoder for a batch of images, in float64 on the CPU."""
 
     tokens: Float[Tensor, "batch tokens d"]
-    """After the final norm (of CLIP, whose patches nothing norms, that is [CLS] alone)."""
+    """After the final norm. CLIP applies it to [CLS] alone, so its patches are the exit of the last layer."""
     logits: Float[Tensor, "batch classes"] | None
 
 
-def given(
+def encode(
     model: VisionModel,
     batch: Tensor,
     edits: Interventions,
     reads: Sequence[Site] = (),
     resume: Resume | None = None,
-) -> tuple[Given, dict[Site, Tensor]]:
-    """One pass: what the model gives, and residuals at the `reads`."""
+) -> tuple[EncoderOutput, dict[Site, Tensor]]:
+    """Run one pass: the encoder's output, and the residuals at the sites in `reads`."""
 
     def readout(final: Tensor, read: dict[Site, Tensor], _: list[Tensor]) -> tuple[Any, ...]:
         return final, model.logits() if model.classes else None, read
@@ -45,7 +45,7 @@ def given(
         with torch.no_grad():
             normed = model.module.get_submodule(model.layout.final_norm).forward(final[:, :1])
         final = torch.cat([normed, final[:, 1:]], dim=1)
-    return Given(final.cpu().double(), None if logits is None else logits.cpu().double()), read
+    return EncoderOutput(final.cpu().double(), None if logits is None else logits.cpu().double()), read
 
 
 def token_kinds(model: VisionModel) -> Mapping[str, list[int] | slice]:
@@ -57,10 +57,26 @@ def token_kinds(model: VisionModel) -> Mapping[str, list[int] | slice]:
     return kinds | {"patches": slice(len(model.prefix), None)}
 
 
-def features(model: VisionModel, found: Given) -> dict[str, Tensor]:
+def features(model: VisionModel, output: EncoderOutput) -> dict[str, Tensor]:
     """The vectors that stand for an image, `[batch, d]`: [CLS], where there is one, and the mean patch."""
-    vectors = {} if model.cls is None else {"cls": found.tokens[:, model.cls]}
-    return vectors | {"patches": found.tokens[:, len(model.prefix) :].mean(1)}
+    vectors = {} if model.cls is None else {"cls": output.tokens[:, model.cls]}
+    return vectors | {"patches": output.tokens[:, len(model.prefix) :].mean(1)}
+
+
+def token_changes(
+    new: Float[Tensor, "*batch tokens d"], old: Float[Tensor, "*batch tokens d"]
+) -> tuple[Float[Tensor, "*batch tokens"], Float[Tensor, "*batch tokens"]]:
+    """Cosine of each token to its untouched value, and the error relative to the norm of that value."""
+    cosine = torch.nn.functional.cosine_similarity(new, old, dim=-1)
+    return cosine, (new - old).norm(dim=-1) / old.norm(dim=-1)
+
+
+def same_top_class(
+    new: Float[Tensor, "batch classes"], old: Float[Tensor, "batch classes"]
+) -> Float[Tensor, "batch"]:
+    """Whether the untouched top class has the largest logit still; a tie with others counts as agreement."""
+    kept = new.gather(1, old.argmax(-1, keepdim=True))[:, 0]
+    return (kept >= new.amax(-1)).double()
 
 
 def classes_of(model: VisionModel, pixels: Pixels, labels: Tensor | None) -> Tensor | None:

@@ -16,12 +16,14 @@ from spectral_sinks.interventions.tracing import Interventions, Resume
 from spectral_sinks.measure.nll.effects import InterventionEffect
 from spectral_sinks.measure.nll.replay import apply_and_measure, first_exit, for_batch
 from spectral_sinks.measure.vision.features import (
-    Given,
+    EncoderOutput,
     classes_in_range,
     classes_of,
+    encode,
     features,
-    given,
     neighbours,
+    same_top_class,
+    token_changes,
     token_kinds,
 )
 from spectral_sinks.measure.vision.ridge import LinearProbe, split
@@ -102,7 +104,7 @@ def evaluate_images(
     vectors: dict[str, list[dict[str, Tensor]]] = {name: [] for name in cells}
     for places, batch in pixels.batches(batch_size):
         batch = batch.to(model.device)
-        untouched, residuals = given(model, batch, {}, exits)
+        untouched, residuals = encode(model, batch, {}, exits)
         base.append(features(model, untouched))
         for name, edits in cells.items():
             own = for_batch(edits, places, len(pixels))
@@ -146,7 +148,7 @@ def check_image_edit(site: Site, edit: Edit, model: VisionModel, pixels: Pixels,
 
 def _edited(
     model: VisionModel, batch: Tensor, edits: dict[Site, Edit], residuals: dict[Site, Tensor]
-) -> tuple[Given | None, Tensor]:
+) -> tuple[EncoderOutput | None, Tensor]:
     """A pass begun at the lowest site (None where nothing changes), and the share of energy taken out."""
     first, kinds = first_exit(edits), model.kinds(batch)
     if first is None:
@@ -167,24 +169,24 @@ def _edited(
         exit = Site("exit", first)
         residual = residuals[exit]
         resume = Resume(first, acting.pop(exit)(residual) if exit in acting else residual)
-    found, _ = given(model, batch, acting, (), resume)
+    found, _ = encode(model, batch, acting, (), resume)
     return found, torch.stack(shares).mean(0)
 
 
-def _moved(model: VisionModel, old: Given, new: Given, truth: Tensor | None) -> dict[str, Tensor]:
+def _moved(
+    model: VisionModel, old: EncoderOutput, new: EncoderOutput, truth: Tensor | None
+) -> dict[str, Tensor]:
     """How far logits and tokens are from the untouched ones, by image."""
     found: dict[str, Tensor] = {}
     if old.logits is not None and new.logits is not None:
         p, q = old.logits.log_softmax(-1), new.logits.log_softmax(-1)
-        top = new.logits.gather(1, p.argmax(-1, keepdim=True))[:, 0]
         found["kl"] = (p.exp() * (p - q)).sum(-1)
-        found["top1_agreement"] = (top >= new.logits.amax(-1)).double()
+        found["top1_agreement"] = same_top_class(new.logits, old.logits)
         if truth is not None:
             right = ((x.argmax(-1) == truth).double() for x in (new.logits, old.logits))
             found |= _compared("accuracy", *right)
             found |= _compared("cross_entropy", *(-x.gather(1, truth[:, None])[:, 0] for x in (q, p)))
-    cosine = torch.nn.functional.cosine_similarity(new.tokens, old.tokens, dim=-1)
-    error = (new.tokens - old.tokens).norm(dim=-1) / old.tokens.norm(dim=-1)
+    cosine, error = token_changes(new.tokens, old.tokens)
     for kind, places in token_kinds(model).items():
         found[f"{kind}_cosine"] = cosine[:, places].mean(1)
         found[f"{kind}_error"] = error[:, places].mean(1)

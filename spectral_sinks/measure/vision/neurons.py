@@ -1,27 +1,21 @@
 """Register neurons of an image encoder: the MLP neurons that make its outlier patches."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float
-from numpy.typing import NDArray
+from jaxtyping import Float
 from torch import Tensor
 
 from spectral_sinks.data.pixels import Pixels
 from spectral_sinks.errors import InputError
 from spectral_sinks.interventions.registers import mlp_output
-from spectral_sinks.interventions.sites import Site
-from spectral_sinks.interventions.tracing import Interventions, trace
-from spectral_sinks.measure.vision.outlier_tokens import outliers
-from spectral_sinks.models.attention_capture import AttentionCall, attending
+from spectral_sinks.interventions.tracing import trace
+from spectral_sinks.measure.vision.outlier_tokens import Outliers, outliers
 from spectral_sinks.models.vision import VisionModel
-from spectral_sinks.spectra.edits import EditFunction, as_edits
-from spectral_sinks.stats import mean_interval
 
 DINOV2_LARGE: dict[str, Any] = {"layer": -2, "cutoff": 150.0, "top_layer": 17, "count": 50}
 """The published setting of `register_neurons` for DINOv2-L (Jiang et al. 2025)."""
@@ -35,6 +29,7 @@ def register_neurons(
     cutoff: float | None = None,
     top_layer: int | None = None,
     count: int = 50,
+    measured: Outliers | None = None,
     batch_size: int = 16,
 ) -> pd.DataFrame:
     """MLP neurons that make outlier patches: `layer`, `neuron`, `activation`, `elsewhere`, strongest first.
@@ -45,14 +40,15 @@ def register_neurons(
     other patches of these images. The cut-off is by default that of `outliers`, z above 10 and two medians of
     the layer; the top layer the first at whose exit at least half of these patches are outliers already, by
     the same rule there [ours]. Both are in `attrs`, with how many outliers there are. `DINOV2_LARGE` has the
-    published setting (150, layer -2, layers to 17, 50 neurons). Raises InputError for layers that the model
-    does not have, and where no patch is an outlier. (Jiang et al. 2025; of [CLS], which their code counts
-    where its norm is high as well, nothing is counted here)
+    published setting (150, layer -2, layers to 17, 50 neurons). `measured` are outliers of the same model and
+    pixels, whose norms are then not measured again. Raises InputError for layers that the model does not
+    have, and where no patch is an outlier. (Jiang et al. 2025. Their code also counts [CLS] where its norm is
+    high; this function never does.)
     """
     if not -model.layers <= layer < model.layers or count < 1:
         raise InputError(f"layer {layer}, {count} neurons: {model.name} has layers 0 to {model.layers - 1}")
     rule = "robust" if cutoff is None else cutoff
-    known = outliers(model, pixels, rule=rule, batch_size=batch_size)
+    known = outliers(model, pixels, rule=rule, measured=measured, batch_size=batch_size)
     norms, member, cut = known.patches[:, 1:], known.member[:, 1:], known.cutoff[1:][layer]
     marked = member[:, layer]
     if not marked.any():
@@ -101,86 +97,3 @@ def _activations(model: VisionModel, layers: range, see: Any) -> Iterator[None]:
             hook: Any = lambda _, given, layer=layer: see(layer, given[0].detach())  # noqa: E731
             stack.callback(mlp_output(model, layer).register_forward_pre_hook(hook).remove)
         yield
-
-
-@dataclass(frozen=True, eq=False)
-class Looked:
-    """What one pass over a batch shows; features are those behind the final norm (CLIP: the last exit)."""
-
-    norms: Float[NDArray[np.float32], "batch layers patches"]
-    added_norms: Float[NDArray[np.float32], "batch layers registers"]
-    """Of test-time registers."""
-    cls: Float[Tensor, "batch d"] | None
-    patches: Float[Tensor, "batch patches d"]
-    logits: Float[Tensor, "batch classes"] | None
-    attention: Float[NDArray[np.float32], "batch layers heads tokens"] | None
-    """Of [CLS] to all tokens."""
-
-
-def look(
-    model: VisionModel, batch: Tensor, edits: Interventions | None = None, *, attention: bool = False
-) -> Looked:
-    """One pass over a batch of pixels, with functions at sites; with `attention` that of [CLS] as well."""
-    sites = [Site("exit", layer) for layer in range(model.layers)]
-    start, given = len(model.prefix), as_edits(edits or {})
-    sizes, weights = list[Tensor](), list[Tensor]()
-
-    def sized(site: Site) -> EditFunction:
-        def run(x: Tensor) -> Tensor:
-            x = given[site].apply(x) if site in given else x
-            sizes.append(x.float().norm(dim=-1).cpu())
-            return x
-
-        return run
-
-    def note(call: AttentionCall) -> None:
-        weights.append(call.weights(slice(0, 1))[:, :, 0].float().cpu())
-
-    def readout(final: Tensor, *_: Any) -> tuple[Tensor, Tensor | None]:
-        return final.float(), model.logits().float() if model.classes else None
-
-    with attending(model, note) if attention and model.cls is not None else nullcontext():
-        watched = given | {site: sized(site) for site in sites}
-        final, logits = trace(model, batch.to(model.device), watched, readout=readout)
-    norms = torch.stack(sizes, dim=1).numpy()
-    return Looked(
-        norms[..., start:],
-        norms[..., list(model.added)],
-        None if model.cls is None else final[:, model.cls],
-        final[:, start:],
-        logits,
-        torch.stack(weights, dim=1).numpy() if weights else None,
-    )
-
-
-def likeness(
-    found: Looked, base: Looked, chosen: Bool[Tensor, "batch patches"], labels: Tensor | None
-) -> Iterator[tuple[str, NDArray[np.float64]]]:
-    """How alike two passes are in each image: cosine and relative error of features, and classes."""
-    pairs = {"patch": (found.patches, base.patches)}
-    if found.cls is not None and base.cls is not None:
-        pairs["cls"] = found.cls[:, None], base.cls[:, None]
-    for name, (a, b) in pairs.items():
-        here = chosen.to(a.device) if name == "patch" else torch.ones_like(a[..., 0], dtype=torch.bool)
-        error = (a - b).norm(dim=-1) / b.norm(dim=-1)
-        for what, value in (("cosine", torch.cosine_similarity(a, b, dim=-1)), ("error", error)):
-            mean = torch.where(here, value, 0).sum(1) / here.sum(1)
-            yield f"{name} {what}", mean.double().cpu().numpy()
-    if found.logits is not None and base.logits is not None:
-        top = found.logits.argmax(-1)
-        yield "agreement", (top == base.logits.argmax(-1)).double().cpu().numpy()
-        if labels is not None:
-            yield "accuracy", (top.cpu() == labels).double().numpy()
-
-
-def tabled(values: Mapping[tuple[Any, ...], list[NDArray[Any]]], names: tuple[str, ...]) -> pd.DataFrame:
-    """A row for each key, its parts under `names`: mean and interval over the `n` images that are not NaN."""
-    rows: list[dict[str, Any]] = []
-    for key, parts in values.items():
-        sample = np.concatenate(parts).astype(np.float64)
-        sample = sample[~np.isnan(sample)]
-        low, high = mean_interval(sample)
-        mean = sample.mean() if len(sample) else np.nan
-        found = {"mean": mean, "low": low, "high": high, "n": len(sample)}
-        rows.append(dict(zip(names, key, strict=True)) | found)
-    return pd.DataFrame(rows)

@@ -15,7 +15,7 @@ from spectral_sinks.data.pixels import Pixels, pixels
 from spectral_sinks.errors import InputError
 from spectral_sinks.interventions.sites import Site
 from spectral_sinks.interventions.tracing import trace
-from spectral_sinks.measure.residual.massive import RATIO, Z
+from spectral_sinks.measure.residual.massive import RATIO, Z, high_norm_cutoff, robust_levels
 from spectral_sinks.models.vision import VisionModel
 from spectral_sinks.stats import mean_interval
 
@@ -127,16 +127,49 @@ class Outliers:
         }
 
 
-def outliers(model: VisionModel, given: Pixels, *, rule: Rule = "robust", batch_size: int = 16) -> Outliers:
-    """The outlier patches of an encoder at the embedding and at every layer's exit (before the final norm).
+def outliers(
+    model: VisionModel,
+    given: Pixels,
+    *,
+    rule: Rule = "robust",
+    measured: Outliers | None = None,
+    batch_size: int = 16,
+) -> Outliers:
+    """Find the outlier patches of an encoder at the embedding and at every layer's exit.
 
-    `rule` is "robust" (`RULE`), "published" (norm above 150; made for the output of DINOv2-g), or a norm of
-    one's own. Raises InputError for another rule.
+    Norms are taken before the final norm.
+
+    Args:
+        model: The encoder.
+        given: Its pixels.
+        rule: "robust" (`RULE`), "published" (norm above 150; made for the output of DINOv2-g), or a norm.
+        measured: Outliers of the same model and pixels. Their norms are judged by `rule`, without a pass.
+        batch_size: Images in a pass.
+
+    Raises:
+        InputError: Another rule, or `measured` of other pixels.
+
     """
     if not (rule in ("robust", "published") or (isinstance(rule, int | float) and rule > 0)):
         raise InputError(f"rule {rule!r}: give 'robust', 'published' or a norm above 0")
-    sites = [Site("embedding"), *(Site("exit", layer) for layer in range(model.layers))]
+    if measured is not None and measured.pixels is not given:
+        raise InputError("the measured outliers are those of other pixels: give the ones of these")
+    norm = _norms(model, given, batch_size) if measured is None else measured.norm
+    patches = np.moveaxis(norm[..., len(model.prefix) :], 1, 2)  # [images, patches, sites]
+    levels = robust_levels(patches.reshape(-1, norm.shape[1]))
+    if rule == "robust":
+        cutoff, name = high_norm_cutoff(levels), RULE
+    else:
+        fixed = PUBLISHED if rule == "published" else float(rule)
+        cutoff, name = np.full_like(levels[0], fixed), f"norm above {fixed:g}"
+    return Outliers(model.name, name, given, norm, cutoff, *levels)
 
+
+def _norms(
+    model: VisionModel, given: Pixels, batch_size: int
+) -> Float[NDArray[np.float64], "images sites tokens"]:
+    """Measure the norm of every token at the embedding and at every layer's exit."""
+    sites = [Site("embedding"), *(Site("exit", layer) for layer in range(model.layers))]
     parts: list[Tensor] = []
     for _, batch in given.batches(batch_size):
         sizes: list[Tensor] = []
@@ -147,16 +180,7 @@ def outliers(model: VisionModel, given: Pixels, *, rule: Rule = "robust", batch_
 
         trace(model, batch.to(model.device), dict.fromkeys(sites, measure), readout=lambda *_: None)
         parts.append(torch.stack(sizes, dim=1))
-    norm = torch.cat(parts).numpy()
-    patches = norm[..., len(model.prefix) :]
-    median = np.median(patches, axis=(0, 2))
-    spread = np.maximum(1.4826 * np.median(np.abs(patches - median[:, None]), axis=(0, 2)), 1e-6 * median)
-    if rule == "robust":
-        cutoff, name = np.maximum(median + Z * spread, RATIO * median), RULE
-    else:
-        fixed = PUBLISHED if rule == "published" else float(rule)
-        cutoff, name = np.full_like(median, fixed), f"norm above {fixed:g}"
-    return Outliers(model.name, name, given, norm, cutoff, median, spread)
+    return torch.cat(parts).numpy()
 
 
 @torch.no_grad()

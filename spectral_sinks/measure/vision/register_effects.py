@@ -15,8 +15,8 @@ from spectral_sinks.data.pixels import Pixels
 from spectral_sinks.errors import InputError
 from spectral_sinks.interventions.registers import Neurons, by_layer, install_registers, mlp_output
 from spectral_sinks.measure.vision.features import classes_of
-from spectral_sinks.measure.vision.neurons import Looked, likeness, look, tabled
-from spectral_sinks.measure.vision.outlier_tokens import outliers
+from spectral_sinks.measure.vision.outlier_tokens import Outliers, outliers
+from spectral_sinks.measure.vision.register_passes import RecordedPass, output_changes, recorded_pass, tabled
 from spectral_sinks.models.vision import VisionModel
 
 MAPS = ("norm before", "norm after", "attention before", "attention after")
@@ -31,6 +31,7 @@ def register_repair(
     layer: int = -2,
     draws: int = 5,
     seed: int = 0,
+    measured: Outliers | None = None,
     batch_size: int = 16,
 ) -> pd.DataFrame:
     """Before and after test-time registers: `state`, `layer`, `measure`, `mean`, `low`, `high`, `n`.
@@ -44,6 +45,7 @@ def register_repair(
     model's output, at no layer: "cls cosine" and "error" to the original's, "patch cosine" and "error" over
     the patches that are no outliers in it, "agreement" of the classes named first, and "accuracy" where there
     are labels. Intervals over images (95 % BCa).
+    `measured` are the outliers of the same model and pixels, where they have been measured already.
     Raises InputError for no neurons, for a layer without enough others, and as `install_registers` does.
     """
     chosen = by_layer(model, neurons)
@@ -58,21 +60,21 @@ def register_repair(
     rng = np.random.default_rng(seed)
     for draw in range(draws):
         states[f"random {draw + 1}"] = (others(model, chosen, rng), registers)
-    known = outliers(model, pixels, batch_size=batch_size)
+    known = outliers(model, pixels, measured=measured, batch_size=batch_size)
     marked, cuts = known.member[:, 1:][:, layer], known.cutoff[1:]
     values: dict[tuple[Any, ...], list[NDArray[Any]]] = defaultdict(list)
     classes = classes_of(model, pixels, pixels.labels)
     for places, batch in pixels.batches(batch_size):
         marks = marked[places]
         labels = None if classes is None else classes[places]
-        base: Looked | None = None
+        base: RecordedPass | None = None
         for state, edit in states.items():
             with install_registers(model, *edit):
-                found = look(model, batch, attention=True)
+                found = recorded_pass(model, batch, attention=True)
                 base = base or found
                 for where, measure, value in by_layers(model, found, marks, cuts):
                     values[state, where, measure].append(value)
-            for measure, value in likeness(found, base, torch.from_numpy(~marks), labels):
+            for measure, value in output_changes(found, base, torch.from_numpy(~marks), labels):
                 values[state, None, measure].append(value)
     order = {state: place for place, state in enumerate(states)}
     table = tabled(values, ("state", "layer", "measure")).astype({"layer": "Int64"})
@@ -100,7 +102,7 @@ def register_maps(
             ("after", install_registers(model, neurons, registers)),
         ):
             with edit:
-                found, start = look(model, batch, attention=True), len(model.prefix)
+                found, start = recorded_pass(model, batch, attention=True), len(model.prefix)
             maps[f"norm {when}"].append(found.norms[:, layer])
             if found.attention is not None:
                 maps[f"attention {when}"].append(found.attention[:, layer, :, start:].mean(1))
@@ -130,7 +132,7 @@ def others(
 
 def by_layers(
     model: VisionModel,
-    found: Looked,
+    found: RecordedPass,
     marks: Bool[NDArray[np.bool_], "batch patches"],
     cuts: Float[NDArray[np.float64], "layers"],
 ) -> Iterator[tuple[int, str, NDArray[Any]]]:
@@ -140,7 +142,7 @@ def by_layers(
         yield layer, "outlier share", (norms > cuts[layer]).mean(1)
         yield layer, "largest norm", norms.max(1)
         if model.added:
-            yield layer, "register norm", found.added_norms[:, layer].mean(1)
+            yield layer, "register norm", found.register_norms[:, layer].mean(1)
         if found.attention is None:
             continue
         weights = found.attention[:, layer].astype(np.float64)

@@ -17,8 +17,8 @@ from spectral_sinks.interventions.registers import require_registers, without_re
 from spectral_sinks.interventions.sites import Site
 from spectral_sinks.interventions.tracing import trace
 from spectral_sinks.measure.vision.features import classes_of
-from spectral_sinks.measure.vision.neurons import Looked, likeness, look, tabled
-from spectral_sinks.measure.vision.outlier_tokens import outliers
+from spectral_sinks.measure.vision.outlier_tokens import Outliers, outliers
+from spectral_sinks.measure.vision.register_passes import RecordedPass, output_changes, recorded_pass, tabled
 from spectral_sinks.models.vision import VisionModel
 from spectral_sinks.spectra.edits import EditFunction
 
@@ -33,6 +33,7 @@ def register_ablation(
     layers: Collection[int] | None = None,
     layer: int = -2,
     seed: int = 0,
+    measured: Outliers | None = None,
     batch_size: int = 16,
 ) -> pd.DataFrame:
     """The effect of taking or changing trained registers: `edit`, `measure`, `mean`, `low`, `high`, `n`.
@@ -49,7 +50,8 @@ def register_ablation(
     "patch error" to the untouched model, "agreement" of the classes named first, "accuracy" where there are
     labels, "outlier share" of patches beyond the untouched model's robust cut-off at the exit of `layer`.
     Row "none" is the untouched model; intervals over images (95 % BCa). The registers of all images at all
-    those layers are held at once. Raises InputError for a model without trained registers, unknown edits or
+    those layers are held at once. `measured` are the outliers of the same model and pixels, where they have
+    been measured already. Raises InputError for a model without trained registers, unknown edits or
     layers, and for fewer than two images.
     """
     require_registers(model)
@@ -66,19 +68,20 @@ def register_ablation(
     sites = [Site("embedding") if at < 0 else Site("exit", at) for at in where]
     held = _registers(model, pixels, sites, batch_size)
     given = {edit: replaced(held, edit, seed) for edit in edits if edit != "removed"}
-    cut = float(outliers(model, pixels, batch_size=batch_size).cutoff[1:][layer])
+    known = outliers(model, pixels, measured=measured, batch_size=batch_size)
+    cut = float(known.cutoff[1:][layer])
     values: dict[tuple[Any, ...], list[NDArray[Any]]] = defaultdict(list)
     classes = classes_of(model, pixels, pixels.labels)
     for places, batch in pixels.batches(batch_size):
         labels = None if classes is None else classes[places]
-        base: Looked | None = None
+        base: RecordedPass | None = None
         for edit in ("none", *edits):
             with without_registers(model) if edit == "removed" else nullcontext():
                 put = _put(model, sites, given[edit][places]) if edit in given else {}
-                found = look(model, batch, put)
+                found = recorded_pass(model, batch, put)
             base = base or found
             every = torch.ones(found.patches.shape[:2], dtype=torch.bool)
-            for measure, value in likeness(found, base, every, labels):
+            for measure, value in output_changes(found, base, every, labels):
                 values[edit, measure].append(value)
             values[edit, "outlier share"].append((found.norms[:, layer] > cut).mean(1))
     order = {edit: place for place, edit in enumerate(("none", *edits))}
