@@ -209,7 +209,7 @@ def test_masking_the_planted_sink_spreads_its_mass_evenly() -> None:
 @pytest.mark.parametrize(
     ("message", "ask"),
     [
-        ("is no move", lambda m, w: ss.compare(m, w, {"a": 3})),
+        ("is not an intervention", lambda m, w: ss.compare(m, w, {"a": 3})),
         ("two edits at exit 0", lambda m, w: ss.compare(m, w, {"a": [{ss.Site(): abs}, {ss.Site(): abs}]})),
         ("is that of the pass without", lambda m, w: ss.compare(m, w, {"untouched": ss.SinkLogit()})),
         ("expected some of 0 to 22", lambda m, w: ss.compare(m, w, {}, positions=[23])),
