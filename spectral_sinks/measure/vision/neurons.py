@@ -37,17 +37,35 @@ def register_neurons(
     count: int = 50,
     batch_size: int = 16,
 ) -> pd.DataFrame:
-    """MLP neurons that make outlier patches: `layer`, `neuron`, `activation`, `elsewhere`, strongest first.
+    """Find the MLP neurons that make outlier patches, the strongest first.
 
-    Outliers are the patches with a norm above `cutoff` at the exit of `layer` (from the end where negative).
-    Neurons, as the MLP's last matrix reads them, of the layers up to `top_layer` are ranked by `activation`:
-    the mean magnitude at outliers, over those of an image and then over images; `elsewhere` is that at the
-    other patches of these images. The cut-off is by default that of `outliers`, z above 10 and two medians of
-    the layer; the top layer the first at whose exit at least half of these patches are outliers already, by
-    the same rule there [ours]. Both are in `attrs`, with how many outliers there are. `DINOV2_LARGE` has the
-    published setting (150, layer -2, layers to 17, 50 neurons). Raises InputError for layers that the model
-    does not have, and where no patch is an outlier. (Jiang et al. 2025; of [CLS], which their code counts
-    where its norm is high as well, nothing is counted here)
+    Outliers are the patches whose norm exceeds `cutoff` at the exit of `layer`. Neurons are the inputs of the
+    MLP's last matrix, in the layers up to `top_layer`. They are ranked by their mean magnitude at outliers,
+    over the outliers of an image and then over images. `DINOV2_LARGE` has the published setting (cut-off 150,
+    layer -2, layers up to 17, 50 neurons). In the published code, [CLS] counts as well where its norm is
+    high; here it does not.
+
+    Args:
+        model: an image encoder.
+        pixels: the images.
+        layer: the layer at whose exit outliers are found; counted from the end where negative.
+        cutoff: the norm above which a patch is an outlier. By default it is that of `outliers`: z above 10,
+            and twice the median of the layer.
+        top_layer: the last layer whose neurons count. By default it is the first at whose exit at least half
+            of these patches are outliers already, by the same rule there [ours].
+        count: number of neurons.
+        batch_size: images in a pass.
+
+    Returns:
+        One row per neuron: `layer`, `neuron`, `activation` (its mean magnitude at outliers) and `elsewhere`
+        (its mean magnitude at the other patches of these images). The cut-off, the layers and the number of
+        outliers are in `attrs`.
+
+    Raises:
+        InputError: for layers that the model does not have, and where no patch is an outlier.
+
+    Source: Jiang et al. 2025.
+
     """
     if not -model.layers <= layer < model.layers or count < 1:
         raise InputError(f"layer {layer}, {count} neurons: {model.name} has layers 0 to {model.layers - 1}")
@@ -61,11 +79,13 @@ def register_neurons(
             f"{norms[:, layer].max():.4g}, the cut-off {cut:.4g}; give more or larger images, "
             "another layer, or a cut-off"
         )
+    # Share of the outliers that are outliers at each exit already, `[layers]`
     share = np.moveaxis(member, 1, 2)[marked].mean(0)
     top = int(np.argmax(share >= 0.5)) if top_layer is None else top_layer
     if not 0 <= top < model.layers:
         raise InputError(f"top layer {top}: {model.name} has layers 0 to {model.layers - 1}")
     start, images = len(model.prefix), np.flatnonzero(marked.any(1))
+    # Sums over images of the mean magnitude at outliers and elsewhere, `[2, neurons]` by layer
     sums: dict[int, Tensor] = {}
     here = torch.zeros(0)
 
@@ -95,7 +115,7 @@ def register_neurons(
 
 @contextmanager
 def _activations(model: VisionModel, layers: range, see: Any) -> Iterator[None]:
-    """Inside the block, `see(layer, activations)` is called with every MLP's neurons."""
+    """Inside the block, call `see(layer, activations)` with the neurons of every MLP."""
     with ExitStack() as stack:
         for layer in layers:
             hook: Any = lambda _, given, layer=layer: see(layer, given[0].detach())  # noqa: E731
@@ -105,22 +125,28 @@ def _activations(model: VisionModel, layers: range, see: Any) -> Iterator[None]:
 
 @dataclass(frozen=True, eq=False)
 class Looked:
-    """What one pass over a batch shows; features are those behind the final norm (CLIP: the last exit)."""
+    """The measurements of one pass over a batch.
+
+    Features are those after the final norm (for CLIP, at the last exit).
+    """
 
     norms: Float[NDArray[np.float32], "batch layers patches"]
     added_norms: Float[NDArray[np.float32], "batch layers registers"]
-    """Of test-time registers."""
+    """Norms of the test-time registers."""
     cls: Float[Tensor, "batch d"] | None
     patches: Float[Tensor, "batch patches d"]
     logits: Float[Tensor, "batch classes"] | None
     attention: Float[NDArray[np.float32], "batch layers heads tokens"] | None
-    """Of [CLS] to all tokens."""
+    """Attention of [CLS] to all tokens."""
 
 
 def look(
     model: VisionModel, batch: Tensor, edits: Interventions | None = None, *, attention: bool = False
 ) -> Looked:
-    """One pass over a batch of pixels, with functions at sites; with `attention` that of [CLS] as well."""
+    """Run one pass over a batch of pixels, with edits at sites.
+
+    The attention of [CLS] is recorded only with `attention`.
+    """
     sites = [Site("exit", layer) for layer in range(model.layers)]
     start, given = len(model.prefix), as_edits(edits or {})
     sizes, weights = list[Tensor](), list[Tensor]()
@@ -156,7 +182,7 @@ def look(
 def likeness(
     found: Looked, base: Looked, chosen: Bool[Tensor, "batch patches"], labels: Tensor | None
 ) -> Iterator[tuple[str, NDArray[np.float64]]]:
-    """How alike two passes are in each image: cosine and relative error of features, and classes."""
+    """Yield how similar two passes are in each image: cosine and relative error of features, and classes."""
     pairs = {"patch": (found.patches, base.patches)}
     if found.cls is not None and base.cls is not None:
         pairs["cls"] = found.cls[:, None], base.cls[:, None]
@@ -174,7 +200,10 @@ def likeness(
 
 
 def tabled(values: Mapping[tuple[Any, ...], list[NDArray[Any]]], names: tuple[str, ...]) -> pd.DataFrame:
-    """A row for each key, its parts under `names`: mean and interval over the `n` images that are not NaN."""
+    """Return one row per key: mean and interval over the `n` images that are not NaN.
+
+    `names` are the columns of the parts of a key.
+    """
     rows: list[dict[str, Any]] = []
     for key, parts in values.items():
         sample = np.concatenate(parts).astype(np.float64)
