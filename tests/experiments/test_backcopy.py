@@ -165,7 +165,7 @@ def test_relu_attention_has_no_sink_and_the_tools_say_what_they_read(
     assert max(use["bos, other"], use["bos, trigger"]) < 0.01 < use["before, trigger"]
     assert use["before, other"] < 0.05 * use["before, trigger"]
 
-    said = rf"runs 'relu' attention.*rows sum to {float(maps.sum(-1).mean()):.3g} in the mean"
+    said = rf"runs 'relu' attention.*rows sum to {float(maps.sum(-1).mean()):.3g} on average"
     with pytest.warns(ss.SpectralWarning, match=said):
         found = ss.find_sinks(relu, windows, ss.read_spectrum(relu), draws=3)
     assert found.sinks == () and found.sink_rate.value == 0 and found.total_mass.value == 0

@@ -1,6 +1,6 @@
-"""Attention received by every position, and the passes that show it, whole or block by block.
+"""Attention received by every position, and passes that show attention in whole maps or in blocks.
 
-The edits of attention stand here too, since people look for them under this word.
+The attention edits are also listed here, since users look for them under this name.
 """
 
 import lazy_loader

@@ -1,4 +1,4 @@
-"""Attention received by every position, a layer and a block of queries at a time."""
+"""Attention received by every position, measured one layer and one block of queries at a time."""
 
 import warnings
 from collections.abc import Callable
@@ -27,47 +27,49 @@ from spectral_sinks.models.vision import VisionModel
 from spectral_sinks.remote.client import remotely
 
 Inputs = Windows | Pixels
-"""What a model reads: windows of tokens, or images."""
+"""The input of a model: windows of tokens, or images."""
 
 
 @dataclass(frozen=True, eq=False)
 class PositionAttention:
-    """What every position receives from the first T tokens of each window, by layer and head."""
+    """The attention that every position receives in the first T tokens of each window, by layer and head."""
 
     windows: Inputs
-    """The windows that were read, T tokens each; whole windows where the model is bidirectional."""
+    """The windows that were read, T tokens each; whole windows if the model is bidirectional."""
     causal: bool
     ids: Int[NDArray[np.int64], "windows tokens"]
-    """-1 behind the end of a shorter window, where all below is NaN. Of images the kind of each token: its
-    place in the model's prefix, or the number of prefix tokens for a patch."""
+    """Token ids. Behind the end of a shorter window they are -1, and all values below are NaN. For images
+    this is the kind of each token: its index in the model's prefix, or the number of prefix tokens for a
+    patch."""
     total: Float[NDArray[np.float32], "windows layers heads tokens"]
     """Sum over queries of the attention to each position."""
     seen: Float[NDArray[np.float32], "windows layers heads tokens"]
-    """Queries that can see each position: fewer than come after it where a window slides."""
+    """Number of queries that can see each position. With sliding windows, fewer than come after it."""
     to_sink_logit: Float[NDArray[np.float32], "windows layers heads"]
-    """Mean over queries of what a learned logit without a value takes of each row (gpt-oss); else 0."""
+    """Share of each row that a learned logit without a value takes (gpt-oss), mean over queries; 0 without
+    one."""
 
     @property
     def tokens(self) -> int:
-        """T: tokens of the longest window read."""
+        """T, the number of tokens in the longest window read."""
         return self.ids.shape[1]
 
     @cached_property
     def lengths(self) -> Int[NDArray[np.int64], "windows"]:
-        """Tokens in each window."""
+        """Number of tokens in each window."""
         return (self.ids >= 0).sum(1)
 
     @cached_property
     def queries(self) -> Float[NDArray[np.float64], "windows tokens"]:
-        """Queries over which the mean is taken: those at the position and after it, or all."""
+        """Number of queries in the mean: those at the position and after it, or all if not causal."""
         ends = self.lengths[:, None].astype(np.float64)
         return ends - np.arange(self.tokens) if self.causal else np.broadcast_to(ends, self.ids.shape)
 
     @cached_property
     def alpha(self) -> Float[NDArray[np.float64], "windows layers heads tokens"]:
-        """alpha_k: mean over queries i >= k of A[i, k]; over all queries in a bidirectional model.
+        """alpha_k: the mean over queries i >= k of A[i, k], or over all queries in a bidirectional model.
 
-        Queries that a sliding window keeps from k count as 0, as published. (Gu et al. 2025)
+        Queries whose sliding window excludes k count as 0, as published. (Gu et al. 2025)
         """
         return self.total / self.queries[:, None, None]
 
@@ -78,49 +80,66 @@ class PositionAttention:
             return self.total.astype(np.float64) / self.seen
 
     def rate(self, epsilon: float = EPSILON) -> Float[NDArray[np.float64], "documents tokens"]:
-        """Sink^eps_k: share of a document's (window, layer, head) with alpha_k above epsilon, every k."""
+        """Return Sink^eps_k: the share of a document's (window, layer, head) with alpha_k above epsilon."""
         return self.by_document(_above(self.alpha, epsilon).mean((1, 2)))
 
     def mass(
         self, members: Bool[NDArray[np.bool_], "windows #layers tokens"]
     ) -> Float[NDArray[np.float64], "windows layers heads"]:
-        """Mean over all queries of the attention to some positions of each window together."""
+        """Return the attention to some positions of each window together, mean over all queries."""
         chosen = np.where(members[:, :, None], self.total, 0.0)
         return np.nansum(chosen, axis=-1) / self.lengths[:, None, None]
 
     def uniform(
         self, members: Bool[NDArray[np.bool_], "windows #layers tokens"]
     ) -> Float[NDArray[np.float64], "windows #layers"]:
-        """`mass` if every query attended evenly to all that comes before it, and to itself (or to all)."""
+        """Return the value of `mass` under uniform attention to all visible tokens.
+
+        A query sees itself and all earlier tokens, or all tokens if the model is not causal.
+        """
         if not self.causal:
             return members.sum(-1) / self.lengths[:, None]
         shares = np.cumsum(members, axis=-1) / np.arange(1, self.tokens + 1)
         return shares.mean(-1)
 
     def by_document(self, values: NDArray[Any]) -> NDArray[np.float64]:
-        """Mean over the windows of each document, documents in ascending order; NaNs are left out."""
+        """Return the mean over the windows of each document, documents in ascending order.
+
+        NaNs are left out.
+        """
         owners = np.asarray(self.windows.document)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # nothing but NaN stays NaN
+            warnings.simplefilter("ignore", RuntimeWarning)  # a mean of NaNs alone stays NaN
             return np.stack([np.nanmean(values[owners == owner], axis=0) for owner in np.unique(owners)])
 
 
 def _above(values: NDArray[np.float64], threshold: float) -> NDArray[np.float64]:
-    """1 where strictly above, 0 where not, NaN where NaN."""
+    """Return 1 where a value is strictly above the threshold, 0 where it is not, and NaN where it is NaN."""
     return np.where(np.isnan(values), np.nan, values > threshold)
 
 
 def attention_by_position(
     model: Transformer, windows: Inputs, *, tokens: int = TOKENS, batch_size: int = 16
 ) -> PositionAttention:
-    """Attention received by every position among the first `tokens` of each window, in every head.
+    """Measure the attention received by every position in the first `tokens` of each window, in every head.
 
-    No map of all queries and keys is held, whatever the attention implementation. Windows shorter than
-    `tokens` are left out with a warning; a bidirectional model reads its windows, or images, whole. Of an
-    attention implementation of the model's own, which may be no softmax, whole maps are read, without what a
-    token gives itself, which may be anything there, and with a warning that says to what rows sum; and of
-    eager attention where a server keeps the weights apart from the code that it is sent. Raises InputError
-    where nothing is left, `tokens` exceeds the context, ids are padded, or attention cannot be seen.
+    No map of all queries and keys is held, whatever the attention implementation, with two exceptions. Whole
+    maps are read if the model has an attention implementation of its own, which may not be a softmax. Then
+    the diagonal is left out, since it may hold any value, and a warning reports the sum of the rows. Whole
+    maps of eager attention are also read where a server keeps the weights apart from the code that is sent to
+    it. A bidirectional model reads its windows, or images, whole. Causal models leave out windows shorter
+    than `tokens`, with a warning.
+
+    Args:
+        model: a language model or an image encoder.
+        windows: windows of text, or images.
+        tokens: T, the number of tokens read in each window.
+        batch_size: windows in a pass.
+
+    Raises:
+        InputError: where no window is left, `tokens` exceeds the context, ids are padded, or attention cannot
+            be seen.
+
     """
     return watch(model, opened(model, windows, tokens), batch_size)
 
@@ -133,9 +152,15 @@ def watch(
     edits: Interventions | None = None,
     after: Callable[[list[int]], None] = lambda places: None,
 ) -> PositionAttention:
-    """`attention_by_position` of windows read whole, in passes with functions at sites.
+    """Measure `attention_by_position` on whole windows, in passes with edits at sites.
 
-    `after` is called with the places of the windows of each pass, where the model is.
+    Args:
+        model: a language model or an image encoder.
+        windows: the windows, which are not cut.
+        batch_size: windows in a pass.
+        edits: the edit at each site.
+        after: is called after each pass with the indices of its windows, in the process that holds the model.
+
     """
     _check_attention(model)
     count, length = len(windows), windows.length
@@ -145,6 +170,7 @@ def watch(
     sink_logit = np.zeros(shape[:3], dtype=np.float32)
     found: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
+    # Attention comes in blocks of queries through a hook, or else as whole maps
     def look(call: AttentionCall) -> None:
         found[call.layer] = received_by_keys(call)
 
@@ -165,6 +191,7 @@ def watch(
             with nullcontext() if maps else attending(model, look):
                 seeing = maps and read
                 trace(model, part.to(model.device), edits or {}, readout=lambda *_: None, attention=seeing)
+            # Shorter windows fill only the beginning of their rows
             kinds = windows.tokens(part)
             width = kinds.shape[1]
             for row, place in enumerate(places[start:stop]):
@@ -178,9 +205,9 @@ def watch(
         memory.parts(len(places), 1, run)
     if own is not None:
         warnings.warn(
-            f"{model.name} runs {own!r} attention, an implementation of its own: measured are the weights "
-            f"that it returns, whose rows sum to {np.mean(sums):.3g} in the mean (to 1 under softmax), but "
-            "for what a token gives itself",
+            f"{model.name} runs {own!r} attention, an implementation of its own: the weights that it "
+            f"returns, whose rows sum to {np.mean(sums):.3g} on average (to 1 under softmax), are measured "
+            "without the diagonal",
             SpectralWarning,
             stacklevel=3,
         )
@@ -188,9 +215,10 @@ def watch(
 
 
 def received_by_keys(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums over queries: attention to each key, queries that see it, and mean mass of a learned logit.
+    """Return, by key, the sum over queries of the attention to it, and the number of queries that see it.
 
-    Shapes `[batch, heads, keys]`, twice, and `[batch, heads]`; on the CPU, float32.
+    The third value is the mean mass of a learned logit. The shapes are `[batch, heads, keys]`, twice, and
+    `[batch, heads]`; all are float32 on the CPU.
     """
     batch, heads, queries, _ = call.query.shape
     shape = (batch, heads, call.key.shape[2])
@@ -206,14 +234,15 @@ def received_by_keys(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
 def received_in_maps(
     weights: Float[Tensor, "batch heads tokens tokens"], causal: bool, *, softmax: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`received_by_keys` from whole maps.
+    """Return the results of `received_by_keys` from whole maps.
 
-    Of a softmax a query sees keys at the distances at which any query gives more than nothing (a single
-    weight may be rounded to 0), and what a row lacks to 1 went to a logit without a value; of anything else
-    every later query is taken to see a key, and no logit is known.
+    With a softmax, a query counts as seeing a key if any query gives weight at that distance (a single weight
+    may be rounded to 0), and the rest of a row, up to 1, went to a logit without a value. Without a softmax,
+    every later query counts as seeing a key, and no logit is known.
     """
     total = weights.float().sum(2)
     if softmax:
+        # Which distances between query and key get any weight
         given, size = (weights > 0).flatten(0, 1).any(0), weights.shape[-1]
         visible = torch.stack([given.diagonal(k).any() for k in range(1 - size, size)])
         place = torch.arange(size, device=given.device)
@@ -226,7 +255,7 @@ def received_in_maps(
 
 
 def _check_attention(model: Transformer) -> None:
-    """Raise InputError for a model some of whose layers have no attention (linear or recurrent ones)."""
+    """Raise InputError for a model in which some layers have no attention (linear or recurrent layers)."""
     name = model.layout.attention
     parts = [dict(layer.named_modules()) for layer in model.module.get_submodule(model.layout.layers)]
     if lacking := [layer for layer, part in enumerate(parts) if name not in part]:
@@ -237,12 +266,12 @@ def _check_attention(model: Transformer) -> None:
 
 
 def causal(model: Transformer) -> bool:
-    """Whether a token sees only what comes before it."""
+    """Return whether a token sees only earlier tokens and itself."""
     return getattr(model, "causal", True)
 
 
 def opened(model: Transformer, windows: Inputs, tokens: int) -> Inputs:
-    """The first `tokens` tokens of each window that has them; all windows whole if bidirectional."""
+    """Return the first `tokens` of each window that has them, or whole windows if bidirectional."""
     check_inputs(model, windows)
     if isinstance(windows, Pixels):
         return windows
@@ -283,7 +312,7 @@ def check_inputs(model: Transformer, windows: Inputs) -> None:
 
 
 def _check_padding(model: LanguageModel, windows: Windows) -> None:
-    """Raise InputError for windows that open, or end, with two or more padding tokens and hold others."""
+    """Raise InputError for windows that begin or end with at least two padding tokens, and hold others."""
     pad = getattr(model.tokenizer, "pad_token_id", None)
     pad = model.config.pad_token_id if pad is None else pad
     if pad is None:

@@ -1,4 +1,4 @@
-"""Passes over windows in which attention is looked at, layer by layer, and nothing of it is kept."""
+"""Passes over windows that show each layer's attention to observers and keep nothing of it."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,16 +16,16 @@ from spectral_sinks.models.base import Transformer
 from spectral_sinks.models.vision import VisionModel
 
 Observer = Callable[[AttentionCall, list[int]], None]
-"""Sees one layer's attention on a batch, and which windows the batch holds."""
+"""A function that receives one layer's attention on a batch, and the indices of the batch's windows."""
 
 Position = int | str | Sequence[int]
-"""Where the sink is: one position, one for each window, or the name of a token of an image encoder."""
+"""The location of the sink: one position, one for each window, or the name of a token of an image encoder."""
 
 
 def observe(
     model: Transformer, windows: Inputs, observers: Sequence[Observer], *, batch_size: int = 16
 ) -> None:
-    """Run the windows through the untouched model and show each layer's attention to the observers."""
+    """Run the windows through the untouched model, and show each layer's attention to the observers."""
     for places, ids in windows.batches(batch_size):
 
         def look(call: AttentionCall, places: list[int] = places) -> None:
@@ -39,12 +39,13 @@ def observe(
 def sink_positions(
     model: Transformer, windows: Inputs, position: Position, batch_size: int = 16
 ) -> Int[Tensor, "windows"]:
-    """The sink's position in each window.
+    """Return the sink's position in each window.
 
-    "cls", "reg1" and the like are the tokens of an image encoder's prefix; "patch" is in each image the patch
-    to which any one head gives most (the largest alpha_k of a patch over layers and heads). Raises InputError
-    for a position that some window has not or that no other token can attend to, for another number of
-    positions than of windows, and for a name that the model does not know.
+    Names such as "cls" and "reg1" are tokens in the prefix of an image encoder. "patch" is, in each image,
+    the patch to which any one head gives the most (the largest alpha_k of a patch over layers and heads).
+
+    Raises InputError for a position that some window does not have or that no other token can attend to, for
+    a number of positions other than the number of windows, and for a name that the model does not know.
     """
     check_inputs(model, windows)
     if isinstance(position, str):
@@ -83,19 +84,19 @@ def _named(model: VisionModel, pixels: Pixels, name: str, batch_size: int) -> In
 def at_sink(
     x: Shaped[Tensor, "batch heads keys *rest"], at: Int[Tensor, "batch"]
 ) -> Shaped[Tensor, "batch heads *rest"]:
-    """What stands at each window's sink."""
+    """Return the entries at each window's sink."""
     return x[torch.arange(len(at), device=x.device), :, at.to(x.device)]
 
 
 def to_sink(
     x: Shaped[Tensor, "#batch heads rows keys"], at: Int[Tensor, "batch"]
 ) -> Shaped[Tensor, "batch heads rows"]:
-    """The column of each window's sink."""
+    """Return the column of each window's sink."""
     return at_sink(x.expand(len(at), -1, -1, -1).transpose(2, 3), at)
 
 
 def readers(call: AttentionCall, rows: slice, at: Int[Tensor, "batch"]) -> Bool[Tensor, "batch heads rows"]:
-    """Which of some queries may attend to the sink and to another token; its own query is left out."""
+    """Return which queries may attend to the sink and to another token, without the sink's own query."""
     sees = call.visible(rows)
     index = torch.arange(call.query.shape[2], device=sees.device)[rows]
     own = index == at.to(sees.device)[:, None, None]

@@ -1,4 +1,4 @@
-"""Attention received by a position: the sink's mass."""
+"""Attention received by one position: the mass of a sink."""
 
 from collections.abc import Sequence
 
@@ -15,7 +15,7 @@ from spectral_sinks.models.attention_sdpa import OPENING, TOKENS
 from spectral_sinks.models.base import Transformer
 
 EPSILON = 0.3
-"""Attention received above which a head counts as having a sink (Gu et al. 2025)."""
+"""Attention received above which a head has a sink (Gu et al. 2025)."""
 
 
 def attention_received(
@@ -25,13 +25,24 @@ def attention_received(
     *,
     causal: bool = True,
 ) -> Float[Tensor, "batch layers heads"]:
-    """alpha_k: mean over queries i >= k, among the first `tokens` (64), of A[i, k], by layer and head.
+    """Return alpha_k, the attention received by a position, by layer and head.
 
-    The first query's attention to itself, which is 1 for position 0, counts: uniform causal attention gives
-    0.0741 at 64 tokens. Where attention is not `causal`, a row is normalised over the whole window, so the
-    mean is over all queries of the window and `tokens` its length; position -1 is its last token ([SEP]).
-    Raises InputError when the window is shorter than `tokens`, or of another length where attention is not
-    causal. (Gu et al. 2025, 3.1)
+    alpha_k is the mean over queries i >= k, among the first `tokens` (64), of A[i, k]. The first query's
+    attention to itself, which is 1 for position 0, counts: uniform causal attention gives 0.0741 at 64
+    tokens. Where attention is not causal, a row is normalised over the whole window, so the mean is over all
+    queries of the window.
+
+    Args:
+        weights: attention weights of each layer.
+        position: the position k; -1 is the last token of an encoder's window ([SEP]).
+        tokens: number of first tokens, 64 by default; the length of the window where attention is not causal.
+        causal: whether attention is causal.
+
+    Raises:
+        InputError: for a window shorter than `tokens`, or of another length where attention is not causal.
+
+    Source: Gu et al. 2025, 3.1.
+
     """
     if not causal:
         if tokens is not None and any(layer.shape[-1] != tokens for layer in weights):
@@ -49,10 +60,10 @@ def attention_received(
 def from_others(
     model: Transformer, weights: Float[Tensor, "batch heads queries keys"]
 ) -> Float[Tensor, "batch heads queries keys"]:
-    """Attention weights of a model, without what a token gives itself if they come from no softmax.
+    """Return attention weights, without the diagonal if they do not come from a softmax.
 
-    There a weight has no limit and takes nothing from the others: a first token that sees itself alone may
-    give itself any weight, which is no sink.
+    Without a softmax a weight has no limit and takes nothing from the others. A first token, which sees only
+    itself, may then give itself any weight, and that is not a sink.
     """
     if model.own_attention is None:
         return weights
@@ -60,14 +71,14 @@ def from_others(
 
 
 def uniform_attention(position: int = 0, tokens: int = TOKENS, *, causal: bool = True) -> float:
-    """alpha_k of uniform attention; 1 / tokens where it is not causal."""
+    """Return alpha_k for uniform attention; 1 / tokens where attention is not causal."""
     if not causal:
         return 1 / tokens
     return sum(1 / (i + 1) for i in range(position, tokens)) / (tokens - position)
 
 
 def sink_rate(received: Float[Tensor, "batch layers heads"], epsilon: float = EPSILON) -> float:
-    """Sink^eps_k: fraction of (text, layer, head) with attention received above `epsilon`."""
+    """Return Sink^eps_k, the share of (text, layer, head) with attention received above `epsilon`."""
     return float((received > epsilon).float().mean())
 
 
@@ -79,12 +90,25 @@ def attention_by_head(
     tokens: int | None = None,
     batch_size: int = 16,
 ) -> pd.DataFrame:
-    """Attention received by a position: one row per (document, layer, head), mean over its windows.
+    """Measure the attention received by one position in every head, by document.
 
-    Over the first 64 tokens unless `tokens` says otherwise; by an encoder over whole windows, which it reads
-    as they are, nothing masked. Under an attention of the model's own, which may be no softmax, what the
-    position gives itself is left out. Raises InputError where attention weights cannot be read, a window is
-    shorter than `tokens` (of another length, for an encoder), and for more than 64 under "sdpa_opening".
+    An encoder reads whole windows as they are, without masked tokens. If a model has an attention
+    implementation of its own, which may not be a softmax, the position's attention to itself is left out.
+
+    Args:
+        model: a language model or an image encoder.
+        windows: windows of text, or images.
+        position: the position.
+        tokens: number of first tokens, 64 by default; an encoder's whole windows.
+        batch_size: windows in a pass.
+
+    Returns:
+        One row per `document`, `layer` and `head` with its `attention`, mean over the document's windows.
+
+    Raises:
+        InputError: where attention weights cannot be read; for a window shorter than `tokens` (of another
+            length, for an encoder); and for more than 64 tokens under "sdpa_opening".
+
     """
     if model.config._attn_implementation == OPENING and tokens is not None and tokens > TOKENS:
         raise InputError(

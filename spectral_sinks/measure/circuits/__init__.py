@@ -1,7 +1,4 @@
-"""What a head does with its attention sink.
-
-Also how the head finds the sink: QK detectors and no-op circuits.
-"""
+"""What a head does with its attention sink, and how it finds the sink: QK detectors and no-op circuits."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""The bridge between a head's circuit and the dark tail: what is read and written, by band."""
+"""The link between a head's circuit and the dark tail: what the head reads and writes, by band."""
 
 import numpy as np
 import torch
@@ -20,13 +20,14 @@ from spectral_sinks.spectra.spectrum import Spectrum
 
 
 class SinkValues:
-    """Observer: in which bands the sink's value writes, by window."""
+    """An observer that records in which bands the sink's value writes, by window."""
 
     def __init__(self, model: Transformer, spectrum: Spectrum, sinks: Int[Tensor, "windows"]) -> None:
         self.model, self.spectrum, self.sinks = model, spectrum, sinks
         self.found: Found = []
 
     def __call__(self, call: AttentionCall, places: list[int]) -> None:
+        # W_O of each head, with the gain of a norm after it
         writes = [w.folded() for w in attention_weights(self.model, call.layer) if w.part == "o"]
         value = at_sink(call.value, self.sinks[places]).repeat_interleave(call.groups, dim=1)
         written = torch.einsum("bhs,hsd->bhd", value.double(), torch.stack(writes).to(value.device).double())
@@ -34,7 +35,8 @@ class SinkValues:
 
 
 def key_directions(model: Transformer, found: Detectors) -> Float[Tensor, "layers heads d"]:
-    """The direction of the residual that each head's leading mode reads at the sink, float64."""
+    """Return the direction of the residual that each head's leading mode reads at the sink, float64."""
+    # The key side of a mode, taken back through the positions, the gain of the key norm, and W_K
     groups = model.heads // model.key_heads
     directions: list[Tensor] = []
     for layer, modes in enumerate(found.modes):
@@ -55,7 +57,21 @@ def readings(
     sinks: Int[Tensor, "windows"],
     batch_size: int,
 ) -> tuple[Found, Found]:
-    """Parts by band of `x_s . direction` for the residual that each layer reads, and of its energy."""
+    """Split what each head's leading mode reads at the sink by band, and likewise the energy of the residual.
+
+    Args:
+        model: a language model or an image encoder.
+        windows: windows of text, or images.
+        spectrum: the spectrum whose bands are used.
+        directions: the direction of the residual that each head reads.
+        sinks: the sink's position in each window.
+        batch_size: windows in a pass.
+
+    Returns:
+        The share of each band in `x_s . direction`, where x_s is the residual at the sink that the layer
+        reads, and the share of each band in the energy of x_s.
+
+    """
     sites = [Site("embedding"), *(Site("exit", layer) for layer in range(model.layers - 1))]
     basis = spectrum.vectors.double()
     sizes = np.diff(spectrum.edges).tolist()
@@ -72,6 +88,7 @@ def readings(
         residuals = trace(model, ids.to(model.device), {}, sites, readout=readout)
         for layer, x in enumerate(residuals):
             products = (x @ basis)[:, None] * (directions[layer] @ basis)
+            # Sum the products over the directions of each band, [batch, heads, bands]
             parts = torch.stack([part.sum(-1) for part in products.split(sizes, dim=-1)], dim=-1)
             read.append((places, layer, parts / parts.sum(-1, keepdim=True)))
             energy.append((places, layer, spectrum.shares(x)[:, None]))
@@ -79,7 +96,10 @@ def readings(
 
 
 def random_shares(spectrum: Spectrum) -> list[tuple[float, float, float]]:
-    """Of a random direction, by band: the mean share r/d, and where 95 % of draws lie (a beta law)."""
+    """Return the share of each band in a random direction: the mean r/d, and the interval of 95 % of draws.
+
+    The shares follow a beta distribution.
+    """
     ranks = np.diff(spectrum.edges)
     law = [stats.beta(r / 2, (spectrum.d - r) / 2) for r in ranks]
     return [(float(b.mean()), float(b.ppf(0.025)), float(b.ppf(0.975))) for b in law]

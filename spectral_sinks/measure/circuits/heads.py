@@ -23,24 +23,25 @@ from spectral_sinks.models.weights import attention_weights
 from spectral_sinks.remote.client import remotely
 
 NO_OP = 0.2
-"""Sink value ratio up to which a sink writes nothing (Fesser et al. 2026) [published]."""
+"""Value ratio up to which a sink writes nothing (Fesser et al. 2026) [published]."""
 
 BROADCAST = 0.5
-"""Sink value ratio from which a sink may broadcast (Fesser et al. 2026) [published]."""
+"""Value ratio from which a sink may broadcast (Fesser et al. 2026) [published]."""
 
 STABLE_RANK = 1.5
 """Stable rank of the written update up to which a sink may broadcast (Fesser et al. 2026) [published]."""
 
 ON_SINK = 0.5
-"""Attention that a query of a sink event puts on the sink (Fesser et al. 2026) [published]."""
+"""Attention that a query puts on the sink in a sink event, at least (Fesser et al. 2026) [published]."""
 
 QUERIES = 0.9
-"""Share of queries that must do so in a sink event (Fesser et al. 2026) [published]."""
+"""Share of the queries that do so in a sink event, at least (Fesser et al. 2026) [published]."""
 
 Use = Literal["active", "no-op", "broadcast", "neither"]
 
 Found = list[tuple[list[int], int, Tensor]]
-"""Of each batch and layer: which windows it holds, the layer, and `[windows, heads, columns]`."""
+"""Results of an observer. Each entry holds the windows of the batch, the layer, and values `[windows, heads,
+columns]`."""
 
 QUANTITIES = ("attention", "weighted", "queries_on_sink", "value_ratio", "stable_rank")
 
@@ -48,20 +49,34 @@ QUANTITIES = ("attention", "weighted", "queries_on_sink", "value_ratio", "stable
 def head_use(
     model: Transformer, windows: Inputs, position: Position = 0, *, batch_size: int = 16
 ) -> pd.DataFrame:
-    """What each head does with a sink at `position`: one row per `document`, `layer` and `head`.
+    """Measure what each head does with a sink at `position`, by document.
 
-    A position may be given for each window; of images also the kind of token that is the sink: "cls", "reg1",
-    or "patch", in each image the patch to which any one head gives most.
+    The means are over the document's windows, and over the queries that may see the sink, without the sink's
+    own query. A head is dormant on a document if the sink event holds there: at least 0.9 of the queries put
+    at least 0.5 of their attention on the sink. Otherwise it is active. What the sink of a dormant head
+    writes is a "no-op" (value ratio <= 0.2), a "broadcast" (value ratio >= 0.5 and stable rank <= 1.5), or
+    "neither" (Fesser et al. 2026). The gain of a norm after attention (Gemma, OLMo 2) counts as part of W_O.
+    A `tokens x tokens` map exists only for one block of queries at a time.
 
-    Over the queries that may see the sink, its own left out, means over the document's windows of:
-    `attention`, the mean weight A on the sink; `weighted`, its share of the norm-weighted attention
-    `sum_i ||A[i,j] W_O v_j||` (Kobayashi et al. 2020); `queries_on_sink`, the share of queries that put at
-    least 0.5 on it; `value_ratio`, `||W_O v_s|| / mean_j ||W_O v_j||`; `stable_rank` of what the head writes
-    to these queries, `||.||_F^2 / ||.||_2^2`. A head is `dormant` on a document where the sink event holds
-    (0.9 of its queries put 0.5 on the sink), else active. `use` says what a dormant head's sink writes: a
-    "no-op" (ratio <= 0.2), a "broadcast" (>= 0.5, stable rank <= 1.5) or "neither" (Fesser et al. 2026).
-    A norm after attention (Gemma, OLMo 2) is part of W_O by its gain. No map of tokens x tokens outlives a
-    block of queries. Raises InputError as `sink_positions` does.
+    Args:
+        model: a language model or an image encoder.
+        windows: windows of text, or images.
+        position: the position of the sink, or one for each window. For images it may also be a kind of token:
+            "cls", "reg1" and so on, or "patch" for the patch of each image to which any one head gives the
+            most.
+        batch_size: windows in a pass.
+
+    Returns:
+        One row per `document`, `layer` and `head`. The columns are `attention`, the mean weight A on the
+        sink; `weighted`, the sink's share of the norm-weighted attention `sum_i ||A[i,j] W_O v_j||`
+        (Kobayashi et al. 2020); `queries_on_sink`, the share of queries that put at least 0.5 on the sink;
+        `value_ratio`, `||W_O v_s|| / mean_j ||W_O v_j||`; `stable_rank`, `||.||_F^2 / ||.||_2^2` of what the
+        head writes to these queries; `dormant`; and `use`, which is "active", "no-op", "broadcast" or
+        "neither".
+
+    Raises:
+        InputError: as `sink_positions` does.
+
     """
     return use_table(_seen(model, windows, position, batch_size), windows.document)
 
@@ -74,7 +89,7 @@ def _seen(model: Transformer, windows: Inputs, position: Position, batch_size: i
 
 
 class HeadUse:
-    """The observer behind `head_use`, whose table is made of what it `found`."""
+    """The observer behind `head_use`. Its results are in `found`."""
 
     def __init__(self, model: Transformer, sinks: Int[Tensor, "windows"]) -> None:
         self.sinks = sinks
@@ -83,12 +98,14 @@ class HeadUse:
 
     def __call__(self, call: AttentionCall, places: list[int]) -> None:
         at = self.sinks[places]
+        # Norm of what each value writes, [batch, heads, tokens]
         value = call.value.repeat_interleave(call.groups, dim=1)
         write = self.writes[call.layer].to(value.device)
         norms = (value.double() @ write).norm(dim=-1)
         batch, heads, _, size = value.shape
         count, attention, queries, sink, total = norms.new_zeros(5, batch, heads)
         moment = norms.new_zeros(batch, heads, size, size)
+        # Accumulate over the queries that may see the sink, one block at a time
         for rows in call.blocks():
             able = readers(call, rows, at)
             weights = call.weights(rows) * able[..., None]
@@ -99,7 +116,8 @@ class HeadUse:
             sink += on.sum(-1) * at_sink(norms, at)
             total += (weights.sum(2).double() * norms).sum(-1)
             mixed = (weights.to(value.dtype) @ value).double()
-            moment += mixed.mT @ mixed
+            moment += mixed.mT @ mixed  # sum of y y^T over the head's outputs y before W_O
+        # Squared singular values of what the head writes, in ascending order
         energies = torch.linalg.eigvalsh(write.mT @ moment @ write)
         found = {
             "attention": attention / count,
@@ -112,7 +130,7 @@ class HeadUse:
 
 
 def use_table(found: Found, documents: Sequence[int]) -> pd.DataFrame:
-    """The table of `head_use`."""
+    """Return the table of `head_use`."""
     table = per_document(found, documents, QUANTITIES)
     table["dormant"] = table["queries_on_sink"] >= QUERIES
     table["use"] = [
@@ -123,7 +141,7 @@ def use_table(found: Found, documents: Sequence[int]) -> pd.DataFrame:
 
 
 def use_of(dormant: bool, value_ratio: float, stable_rank: float) -> Use:
-    """What a head does with its sink on one input, by the calibrated rules (Fesser et al. 2026)."""
+    """Return what a head does with its sink on one document, by the published rules (Fesser et al. 2026)."""
     if not dormant:
         return "active"
     if value_ratio <= NO_OP:
@@ -132,13 +150,16 @@ def use_of(dormant: bool, value_ratio: float, stable_rank: float) -> Use:
 
 
 def written_norms(model: Transformer, layer: int) -> Float[Tensor, "heads size rank"]:
-    """A small matrix per head with `||v @ M|| = ||v W_O||`, from the QR decomposition of W_O; float64."""
+    """Return a small matrix M for each head with `||v @ M|| = ||v W_O||`, float64.
+
+    It comes from the QR decomposition of W_O.
+    """
     writes = [w.folded().double() for w in attention_weights(model, layer) if w.part == "o"]
     return torch.stack([torch.linalg.qr(write.T).R.T for write in writes])
 
 
 def per_document(found: Found, documents: Sequence[int], columns: tuple[str, ...]) -> pd.DataFrame:
-    """Rows by document, layer and head from `[windows, heads, columns]` of each layer and batch."""
+    """Return rows by document, layer and head, from the values of each layer and batch."""
     rows: list[pd.DataFrame] = []
     for places, layer, values in found:
         index = pd.MultiIndex.from_product(

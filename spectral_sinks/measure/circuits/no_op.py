@@ -1,4 +1,4 @@
-"""The no-op circuit: a head attends to a sink that writes nothing, found by a mode that is always on."""
+"""The no-op circuit: a head attends to a sink that writes nothing, by a mode that is always on."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -24,20 +24,21 @@ from spectral_sinks.spectra.spectrum import Spectrum
 from spectral_sinks.stats import mean_interval
 
 MOST = 0.5
-"""Share of the margin that the leading two modes of a no-op circuit carry at least [ours]."""
+"""Share of the margin that the two leading modes of a no-op circuit carry, at least [ours]."""
 
 ALWAYS_ON = 0.8
-"""Share of a query side's mean square that is constant, from which it is always on: its mean is twice its
-standard deviation [ours]."""
+"""Share of a query side's mean square that is constant, from which the side counts as always on. At this
+share its mean is twice its standard deviation [ours]."""
 
 RIVAL = 0.5
-"""Largest key side on another key, as a share of that on the sink, up to which a mode is selective [ours]."""
+"""Largest key side on another key, relative to the key side on the sink, up to which a mode is selective
+[ours]."""
 
 RULE = (
-    "a head has a no-op circuit where, in the mean over documents, its queries put at least "
-    f"{EPSILON} of their attention on the sink [published], the sink value ratio is at most {NO_OP} "
-    f"[published], the leading two modes of its scores carry at least {MOST} of the sink's margin and more "
-    "than those of any random basis [ours], the leading mode's query side is always on (at least "
+    "a head has a no-op circuit if, in the mean over documents, its queries put at least "
+    f"{EPSILON} of their attention on the sink [published], the sink's value ratio is at most {NO_OP} "
+    f"[published], the two leading modes of its scores carry at least {MOST} of the sink's margin and more "
+    "than those of any random basis [ours], the query side of the leading mode is always on (at least "
     f"{ALWAYS_ON} of its mean square is constant) [ours], and no other key has more than {RIVAL} of the "
     "sink's key side [ours]"
 )
@@ -46,32 +47,32 @@ RULE = (
 
 @dataclass(frozen=True, eq=False)
 class Circuits:
-    """What every head does with its sink, and which heads have a no-op circuit by `RULE`."""
+    """What every head does with its sink, and which heads have a no-op circuit by the stated `rule`."""
 
     model: str
     position: Position
-    """As it was given; `detectors.sinks` has the number in each window."""
+    """The position as it was given. `detectors.sinks` holds the number in each window."""
     record: dict[str, Any]
     """How the windows were cut."""
     heads: pd.DataFrame
-    """A row per layer and head: each quantity of `head_use` and `detectors` with `_low` and `_high`, the
-    share of documents on which it is `dormant`, its most frequent `use`, `random_top_two` (the largest of the
-    random bases), `modes_needed` for half of the margin, `key_dark` and `value_dark`, `circuit`, and what it
-    is `lacking`."""
+    """One row per layer and head: each quantity of `head_use` and `detectors` with `_low` and `_high`; the
+    share of documents on which the head is `dormant`; its most frequent `use`; `random_top_two`, the largest
+    value among the random bases; `modes_needed` for half of the margin; the dark shares `key_dark`,
+    `value_dark` and `reading_dark`; whether it is a `circuit`; and the conditions that are `lacking`."""
     use: pd.DataFrame
     """The table of `head_use`."""
     detectors: Detectors
     spectrum: Spectrum
     key_shares: Float[Tensor, "layers heads bands"]
-    """Share of each band in the direction of the residual that the leading mode's key side reads."""
+    """Share of each band in the direction of the residual that the key side of the leading mode reads."""
     value_shares: pd.DataFrame
-    """A row per document, layer and head, a column per band: the same of what the sink's value writes; NaN
-    where it writes nothing at all."""
+    """One row per document, layer and head, and one column per band: shares of what the sink's value writes.
+    NaN where it writes nothing at all."""
     read_shares: pd.DataFrame
-    """The same of what the leading mode reads at the sink, from the residual there: parts have signs and add
+    """The same for what the leading mode reads from the residual at the sink. These parts have signs and add
     up to 1."""
     sink_shares: pd.DataFrame
-    """A row per document and layer: share of each band in the energy of that residual."""
+    """One row per document and layer: share of each band in the energy of that residual."""
 
     rule: ClassVar[str] = RULE
 
@@ -82,16 +83,16 @@ class Circuits:
         return list(zip(table["layer"].tolist(), table["head"].tolist(), strict=True))
 
     def summary(self) -> pd.DataFrame:
-        """One row for each layer and head: the table `heads`."""
+        """Return one row per layer and head: the table `heads`."""
         return self.heads
 
     def by_layer(self) -> pd.DataFrame:
-        """How much of each layer's attention goes to a sink that writes nothing: a row per `layer`.
+        """Return how much of each layer's attention goes to a sink that writes nothing, one row per `layer`.
 
-        `mass` on the sink, mean over heads and queries, and `no_op_mass`, what of it is in heads whose value
-        ratio is at most 0.2 on that document, with `_low` and `_high` over documents; `no_op_heads`, those
-        that in the mean put 0.3 on such a sink, and how many of them find it by `one_or_two` detectors
-        (modes that carry half of its margin).
+        `mass` is the attention to the sink, mean over heads and queries. `no_op_mass` is the part of it in
+        heads whose value ratio is at most 0.2 on that document. Both have `_low` and `_high` over documents.
+        `no_op_heads` is the number of heads that, on average, put 0.3 on such a sink, and `one_or_two` is the
+        number of these in which one or two modes carry half of the margin.
         """
         use = self.use.assign(no_op=self.use["attention"].where(self.use["value_ratio"] <= NO_OP, 0.0))
         means = use.groupby(["document", "layer"])[["attention", "no_op"]].mean().reset_index()
@@ -108,10 +109,11 @@ class Circuits:
         return pd.DataFrame(rows)
 
     def sides(self, layer: int, head: int) -> pd.DataFrame:
-        """Both sides of a head's leading two modes over the first longest window, in roots of nats.
+        """Return both sides of a head's two leading modes over the first longest window, in roots of nats.
 
-        Columns `position`, `query_1`, `key_1`, `query_2`, `key_2`; the product of a mode's sides is its part
-        of a score, up to what all keys share. Signs are such that the sink's key side is positive.
+        The columns are `position`, `query_1`, `key_1`, `query_2` and `key_2`. The product of the two sides of
+        a mode is its part of a score, up to what all keys share. Signs are chosen so that the sink's key side
+        is positive.
         """
         found = self.detectors
         query, key = found.query_sides[layer][head], found.key_sides[layer][head]
@@ -123,11 +125,13 @@ class Circuits:
         return pd.DataFrame(columns)
 
     def profile(self, layer: int, head: int) -> pd.DataFrame:
-        """Bands of one head: `what`, `band`, `share`, `low`, `high`, `random`, `random_low`, `random_high`.
+        """Return the band shares of one head.
 
-        "key direction" and "value": their energy, beside that of a random direction (its mean, r/d, and where
-        95 % of draws lie). "reading": what the leading mode reads at the sink, beside what random
-        directions read there on average, which is the energy of the sink's residual.
+        The columns are `what`, `band`, `share`, `low`, `high`, `random`, `random_low` and `random_high`. For
+        "key direction" and "value", `share` is a share of energy, and `random` that of a random direction:
+        its mean r/d, and the interval of 95 % of draws. For "reading", it is what the leading mode reads at
+        the sink, and `random` is what random directions read there on average, which is the energy of the
+        sink's residual.
         """
         here = {"layer": layer, "head": head}
         value, read = (_only(table, **here) for table in (self.value_shares, self.read_shares))
@@ -155,17 +159,28 @@ def no_op_circuits(
     *,
     batch_size: int = 16,
 ) -> Circuits:
-    """Look at every head's use of the sink at `position`, its detectors and their bands; judge by `RULE`.
+    """Find the heads with a no-op circuit for the sink at `position`, by the rule `Circuits.rule`.
 
-    The bridge to the dark tail, by band of the spectrum: the direction of the residual stream that the
-    leading mode's key side reads (through W_K at the sink's position, with the gains of the norms on the way,
-    whose scales are one number); what the sink's value writes (through W_O, with the gain of a norm after
-    it); and what that mode reads at the sink from the residual there (biases left out). Four passes. Raises
-    InputError for a spectrum of another width, and for a position as `head_use` does.
+    Beside the use of the sink and its detectors, three vectors are split by band of the spectrum: the
+    direction of the residual stream that the key side of the leading mode reads (through W_K at the sink's
+    position, with the gains of the norms on the way, whose scales are one number); what the sink's value
+    writes (through W_O, with the gain of a norm after it); and what the leading mode reads from the residual
+    at the sink (without biases). There are four passes over the windows.
+
+    Args:
+        model: a language model or an image encoder.
+        windows: windows of text, or images.
+        spectrum: the spectrum whose bands are used.
+        position: the position of the sink, as in `head_use`.
+        batch_size: windows in a pass.
+
+    Raises:
+        InputError: for a spectrum of another width, and for a position as `head_use` does.
+
     """
     if spectrum.d != model.d:
         raise InputError(f"a spectrum of width {spectrum.d} for {model.name} of width {model.d}")
-    seen = _seen(model, windows, spectrum, position, batch_size)
+    seen = _seen(model, windows, spectrum, position, batch_size)  # all passes
     frame = head_use.use_table(seen.use, windows.document)
     bands = tuple(str(band) for band in range(1, spectrum.count + 1))
     written, read, sink = (
@@ -193,7 +208,7 @@ def no_op_circuits(
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """What the passes behind `no_op_circuits` show, before it is put into tables."""
+    """The results of the passes behind `no_op_circuits`, before they are put into tables."""
 
     use: Found
     values: Found
@@ -208,6 +223,7 @@ def _seen(
     model: Transformer, windows: Inputs, spectrum: Spectrum, position: Position, batch_size: int
 ) -> Seen:
     sinks = sink_positions(model, windows, position, batch_size)
+    # One pass for the use of the sink and what its value writes, two for the detectors, one for the readings
     use, values = HeadUse(model, sinks), SinkValues(model, spectrum, sinks)
     observe(model, windows, [use, values], batch_size=batch_size)
     found = qk_detectors.detectors(model, windows, sinks.tolist(), batch_size=batch_size)
@@ -217,7 +233,7 @@ def _seen(
 
 
 def judged(use: pd.DataFrame, found: Detectors) -> pd.DataFrame:
-    """One row per head: means with intervals, and the verdict by `RULE`."""
+    """Return one row per head: means with intervals, and the verdict by `RULE`."""
     both = use.merge(found.table, on=["document", "layer", "head"])
     both["dormant"] = both["dormant"].astype(float)
     quantities = ("dormant", *head_use.QUANTITIES, *qk_detectors.QUANTITIES)
@@ -236,7 +252,7 @@ def judged(use: pd.DataFrame, found: Detectors) -> pd.DataFrame:
 
 
 def conditions(row: dict[str, Any]) -> dict[str, bool]:
-    """The parts of `RULE`, by name."""
+    """Return the conditions of `RULE` by name, and whether each holds."""
     return {
         "attention": row["attention"] >= EPSILON,
         "a sink that writes nothing": row["value_ratio"] <= NO_OP,

@@ -20,13 +20,13 @@ from spectral_sinks.remote.client import remotely
 from spectral_sinks.spectra.qk_modes import Modes, random_parts
 
 KEPT = 2
-"""Modes of a head that are followed: those that carry most of the sink's margin."""
+"""Number of modes of a head that are followed: those that carry most of the sink's margin."""
 
 HALF = 0.5
-"""Share of the margin by which the modes that a head needs are counted [ours]."""
+"""Share of the margin that defines how many modes a head needs [ours]."""
 
 DRAWS = 20
-"""Random bases beside each head's modes."""
+"""Number of random bases that each head's modes are compared with."""
 
 QUANTITIES = ("margin", "top_one", "top_two", "always_on", "rival")
 
@@ -38,29 +38,31 @@ class Detectors:
     sinks: Int[Tensor, "windows"]
     """The sink's position in each window."""
     turns: Float[Tensor, "layers size size"]
-    """What the sink's position (in the first window) makes of a key, `key @ turn`."""
+    """The effect of the sink's position (in the first window) on a key, `key @ turn`."""
     found: Found
-    """What `table` is made of, by window."""
+    """The values by window from which `table` is made."""
     documents: Sequence[int]
-    """Document of each window."""
+    """The document of each window."""
     modes: list[Modes]
     """By layer: the leading modes of each head, `[heads, size, 2]`."""
     ranks: Tensor
-    """`[layers, heads, 2]`: place of the leading modes among all by strength, from 1."""
+    """`[layers, heads, 2]`: rank of the leading modes among all modes by strength, from 1."""
     needed: Int[Tensor, "layers heads"]
-    """How many modes, leading ones first, carry half of the margin; 0 where there is no margin."""
+    """How many modes, the leading ones first, carry half of the margin; 0 where there is no margin."""
     controls: Tensor
-    """`[layers, heads, draws, 2]`: shares of the margin in the leading one and two of random bases."""
+    """`[layers, heads, draws, 2]`: shares of the margin in the leading one and two members of random
+    bases."""
     query_sides: list[Tensor]
-    """By layer, `[heads, tokens, 2]`: the leading modes on the queries of the first longest window."""
+    """By layer, `[heads, tokens, 2]`: the query sides of the leading modes in the first longest window."""
     key_sides: list[Tensor]
-    """The same on its keys, placed where the sink is. The product of both sides is in nats."""
+    """The key sides in the same window, with every key at the sink's position. The product of both sides is
+    in nats."""
     shown: int
     """The sink's position in that window."""
 
     @cached_property
     def table(self) -> pd.DataFrame:
-        """A row per document, layer and head: `margin`, `top_one`, `top_two`, `always_on`, `rival`."""
+        """One row per document, layer and head: `margin`, `top_one`, `top_two`, `always_on` and `rival`."""
         return per_document(self.found, self.documents, QUANTITIES)
 
 
@@ -68,28 +70,44 @@ class Detectors:
 def detectors(
     model: Transformer, windows: Inputs, position: Position = 0, *, batch_size: int = 16
 ) -> Detectors:
-    """Modes of each head's query-key form on its real queries and keys, and what they give to the sink.
+    """Find the modes of each head's query-key form, and their contributions to the score of the sink.
 
-    The form is that of each query at its real distance from the sink, `q_i R_(i-s) k`: queries and keys as
-    the softmax meets them (biases, norms of queries and keys, shared key heads and scaling included, before
-    a cap and before what is added to scores), but with every key turned as if it stood at the sink's
-    position, so that a mode tells tokens from one another and not places. Its modes (see `Modes`) come from
-    the second moments of the queries that may see the sink and of these keys minus the mean of the window's
-    other keys (a softmax ignores what all keys share), over all windows: one set of modes per head. Where the
-    sink's position differs between windows (see `head_use`), queries and keys are turned together so that
-    each window's sink stands where the first one's does, which changes no score.
+    The form is that of each query at its real distance from the sink, `q_i R_(i-s) k`. Queries and keys are
+    taken as they enter the softmax, with biases, norms of queries and keys, shared key heads and scaling, but
+    before a cap and before anything is added to the scores. Every key is rotated as if it stood at the sink's
+    position, so that a mode distinguishes tokens and not positions. The modes (see `Modes`) come from second
+    moments over all windows, one set of modes per head: those of the queries that may see the sink, and those
+    of these keys minus the mean of the window's other keys, since a softmax ignores what all keys share.
+    Where the sink's position differs between windows (see `head_use`), queries and keys are rotated together
+    so that each window's sink stands where the first one's does. This does not change any score.
 
-    The sink's *margin* at a query is its score minus the mean score of the other keys that the query may
-    see, at their real positions [ours]. It is the exact sum of the modes' parts; modes are ordered by their
-    part of its mean. The windows of a document then give `margin` in nats; `top_one` and `top_two`, the share
-    of it in the leading one and two modes (parts may cancel, so a share may exceed 1, and means nothing
-    without a margin); and of the leading mode `always_on`, the share of its query side's mean square that is
-    its squared mean (1: the same at every query), and `rival`, its largest key side on another key over that
-    on the sink (0: the sink alone). Two passes. The published recipe takes the SVD of `W_Q^T W_K`, which has
-    neither biases nor norms; the data stand for them here [ours]. Raises InputError as `head_use` does.
+    The sink's *margin* at a query is its score minus the mean score of the other keys that the query may see,
+    at their real positions [ours]. It is exactly the sum of the parts of the modes, and modes are ordered by
+    their part of its mean.
+
+    The published recipe takes the SVD of `W_Q^T W_K`, which contains neither biases nor norms. Here the data
+    replace them [ours]. There are two passes over the windows.
+
+    Args:
+        model: a language model or an image encoder.
+        windows: windows of text, or images.
+        position: the position of the sink, as in `head_use`.
+        batch_size: windows in a pass.
+
+    Returns:
+        The detectors. For each document, layer and head, their `table` holds `margin` in nats; `top_one` and
+        `top_two`, the share of the margin in the leading one and two modes (parts may cancel, so a share may
+        exceed 1, and it means nothing without a margin); `always_on`, the squared mean of the leading mode's
+        query side as a share of its mean square (1: the same at every query); and `rival`, the largest key
+        side of the leading mode on another key over that on the sink (0: the sink alone).
+
+    Raises:
+        InputError: as `head_use` does.
+
     """
     sinks = sink_positions(model, windows, position, batch_size)
     with unturned_keys(model) as unturned:
+        # The first pass gives the moments and thus the modes, the second the parts of the modes
         placed = Placed.of(model, windows, sinks, unturned)
         moments = Moments(model, placed)
         observe(model, windows, [moments], batch_size=batch_size)
@@ -106,15 +124,16 @@ class Placed:
     unturned: dict[int, Tensor]
     sinks: Int[Tensor, "windows"]
     moves: Float[Tensor, "positions layers size size"] | None = None
-    """From a window's sink to the place of the first one's, `key @ move`; None if all are there."""
+    """The map of keys from each sink's position to the first window's, `key @ move`; None if it changes
+    nothing."""
     which: Int[Tensor, "windows"] | None = None
-    """The move of each window."""
+    """The index in `moves` of each window."""
 
     @classmethod
     def of(
         cls, model: Transformer, windows: Inputs, sinks: Int[Tensor, "windows"], unturned: dict[int, Tensor]
     ) -> "Placed":
-        """With what the model's positions do to keys, read from a pass."""
+        """Read from one pass how the model's positions act on keys."""
         distinct, which = sinks.unique(return_inverse=True)
         every = key_turns(model, distinct.tolist(), windows[0] if isinstance(windows, Pixels) else None)
         turns = every[which[0]]
@@ -123,14 +142,14 @@ class Placed:
         return cls(turns, unturned, sinks, torch.linalg.solve(every, turns.expand_as(every)), which)
 
     def keys(self, call: AttentionCall, places: list[int]) -> Float[Tensor, "batch heads keys size"]:
-        """By query head, minus the mean of all but the sink's; float64."""
+        """Return the keys by query head, minus the mean of all keys but the sink's; float64."""
         key = arranged(self.unturned[call.layer], call).repeat_interleave(call.groups, dim=1).double()
         key = key @ self.turns[call.layer].to(key.device)
         sink = at_sink(key, self.sinks[places])[:, :, None]
         return key - (key.sum(2, keepdim=True) - sink) / (key.shape[2] - 1)
 
     def sides(self, call: AttentionCall, places: list[int]) -> tuple[Tensor, Tensor]:
-        """Queries and keys as in `precise`, turned together to the first window's sink."""
+        """Return queries and keys as `precise` does, rotated to the first window's sink."""
         query, key = precise(call)
         if self.moves is None or self.which is None:
             return query, key
@@ -139,9 +158,10 @@ class Placed:
 
 
 class Moments:
-    """Second moments of queries and keys of each head, and of queries with what their margin is against.
+    """Second moments of each head's queries and keys.
 
-    Means over windows, of the means within each.
+    `cross` is the moment of the queries with the key differences of their margin. Each is a mean over windows
+    of the means within a window.
     """
 
     def __init__(self, model: Transformer, placed: Placed) -> None:
@@ -167,7 +187,7 @@ class Moments:
         self.keys[call.layer] += (placed.mT @ placed / placed.shape[2]).sum(0).cpu() / len(self.placed.sinks)
 
     def leading(self) -> tuple[list[Modes], Tensor, Tensor]:
-        """Of each head the modes with the largest parts of the margin, their ranks, how many carry half."""
+        """Return each head's modes with the largest parts of the margin, their ranks, and `needed`."""
         kept: list[Modes] = []
         ranks: list[Tensor] = []
         needed: list[Tensor] = []
@@ -183,7 +203,7 @@ class Moments:
         return kept, torch.stack(ranks), torch.stack(needed)
 
     def controls(self) -> Float[Tensor, "layers heads draws two"]:
-        """Shares of the margin in the leading one and two members of random bases."""
+        """Return the shares of the margin in the leading one and two members of random bases."""
         whole = self.cross.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None]
         drawn: list[Tensor] = []
         for seed in range(DRAWS):
@@ -194,7 +214,7 @@ class Moments:
 
 @dataclass(eq=False)
 class Margins:
-    """What the leading modes give to the sink on each document."""
+    """The observer that measures what the leading modes contribute to the sink's margin in each window."""
 
     placed: Placed
     modes: list[Modes]
@@ -209,6 +229,7 @@ class Margins:
         at = self.placed.sinks[places]
         query, key = self.placed.sides(call, places)
         modes = self.modes[call.layer]
+        # Sides of the leading modes; each side carries the root of the strength, so products are in nats
         root = modes.strength.sqrt()[:, None].to(query.device)
         asked = query @ modes.query.to(query.device) * root
         reads = modes.key.to(key.device) * root
@@ -218,6 +239,7 @@ class Margins:
         for rows in call.blocks():
             able = readers(call, rows, at)[..., None]
             against = at_sink(key, at)[:, :, None] - others_mean(call, rows, at, key)
+            # The margin of each query and its parts: the key at the sink minus the mean of the other keys
             gap = at_sink(held, at)[:, :, None] - others_mean(call, rows, at, held)
             here = asked[:, :, rows]
             total += (query[:, :, rows] * against * able).sum((-2, -1))
@@ -225,6 +247,7 @@ class Margins:
             first += (here * able).sum(-2)
             second += (here.square() * able).sum(-2)
             count += able.sum((-2, -1))
+        # The moments of the query side, and the largest key side on another key
         mean, square = first / count[..., None], second / count[..., None]
         sink = at_sink(placed, at)
         signed = placed * sink.sign()[:, :, None]
@@ -243,7 +266,7 @@ class Margins:
         self.sides.setdefault(call.layer, (asked[0].cpu(), placed[0].cpu()))
 
     def detectors(self, windows: Inputs, moments: Moments) -> Detectors:
-        """Everything in one."""
+        """Return the results of all passes."""
         sides = [self.sides[layer] for layer in sorted(self.sides)]
         return Detectors(
             self.placed.sinks,
@@ -261,14 +284,14 @@ class Margins:
 
 
 def precise(call: AttentionCall) -> tuple[Float[Tensor, "b h queries size"], Float[Tensor, "b h keys size"]]:
-    """Queries times the factor of the scores, and keys by query head, float64."""
+    """Return queries times the scale of the scores, and keys by query head, float64."""
     return call.query.double() * call.scaling, call.key.repeat_interleave(call.groups, dim=1).double()
 
 
 def others_mean(
     call: AttentionCall, rows: slice, at: Int[Tensor, "batch"], x: Float[Tensor, "batch heads keys width"]
 ) -> Float[Tensor, "batch heads rows width"]:
-    """For each of some queries the mean over the keys that it may see, but for the sink."""
+    """Return, for each of some queries, the mean over the keys that it may see, without the sink."""
     seen = call.visible(rows).expand(len(at), -1, -1, -1).clone()
     seen[torch.arange(len(at)), :, :, at] = False
     return seen.to(x.dtype) @ x / seen.sum(-1, keepdim=True).clamp_min(1)

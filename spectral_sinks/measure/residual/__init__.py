@@ -1,7 +1,4 @@
-"""Where the energy of the residual stream lies, and what its bands say.
-
-Also the means that ablations put in place of what they remove.
-"""
+"""The energy and the bands of the residual stream, and the means that ablations put in."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""Where the residual stream keeps its energy: norm and band shares by class of token."""
+"""The energy of the residual stream: norm and band shares by class of token."""
 
 from collections.abc import Sequence
 
@@ -17,7 +17,7 @@ from spectral_sinks.spectra.spectrum import Spectrum
 
 
 def residual_sites(model: Transformer) -> list[Site]:
-    """The residual stream at the embedding and at every exit."""
+    """Return the sites of the residual stream: the embedding and every exit."""
     return [Site("embedding"), *(Site("exit", layer) for layer in range(model.layers))]
 
 
@@ -30,15 +30,31 @@ def energy(
     marked: Bool[Tensor, "images tokens"] | None = None,
     batch_size: int = 16,
 ) -> pd.DataFrame:
-    """Share of each band in the residuals at some sites, by document and class of token.
+    """Measure the share of each band in the residuals at some sites, by document and class of token.
 
-    Columns: `document`; `site` (its kind) and `layer` (-1 for the embedding); `position_class`, "bos" (or
-    "first" where windows do not open with BOS), "other", and "sep" where an encoder's windows end with it;
-    `band`, from 1; `share` of energy, mean over tokens; `norm`, the median norm of the class. A random
-    direction has share r/d in r of d directions. Of images the classes are "cls", "distillation",
-    "registers" and "patches", where there are such tokens; those `marked`, such as outlier tokens, are the
-    class "marked" and leave their own. Raises InputError for a spectrum of another width, and for marks that
-    are not of these images. (Cancedda 2024, section 5)
+    The classes of text are "bos" (or "first" where windows do not open with BOS), "other", and "sep" where an
+    encoder's windows end with [SEP]. The classes of images are "cls", "distillation", "registers" and
+    "patches", as far as there are such tokens.
+
+    Args:
+        model: a language model or an image encoder.
+        windows: windows of text, or images.
+        spectrum: the spectrum whose bands are used.
+        sites: the sites; by default the embedding and all exits.
+        marked: tokens of images, such as outlier tokens, that form the class "marked" and leave their own
+            class.
+        batch_size: windows in a pass.
+
+    Returns:
+        One row per `document`, `site` (its kind), `layer` (-1 for the embedding), `position_class` and `band`
+        (from 1). `share` is the share of energy, mean over tokens; `norm` is the median norm of the class. A
+        random direction has share r/d in r of d directions.
+
+    Raises:
+        InputError: for a spectrum of another width, and for marks that do not fit the images.
+
+    Source: Cancedda 2024, section 5.
+
     """
     if spectrum.d != model.d:
         raise InputError(f"a spectrum of width {spectrum.d} for {model.name} of width {model.d}")
@@ -48,6 +64,7 @@ def energy(
         raise InputError(f"marks of shape {tuple(marked.shape)}: expected those of images, {expected}")
     rows: list[dict[str, object]] = []
     for places, ids in windows.batches(batch_size):
+        # Classes as masks `[batch, tokens]`; marked tokens leave their own class
         classes = _of_images(windows, ids) if isinstance(windows, Pixels) else _of_text(windows, ids)
         if marked is not None:
             here = marked[places]
@@ -63,6 +80,7 @@ def energy(
             return {s: (_shares(spectrum, x, masks).cpu(), _norms(x, masks).cpu()) for s, x in read.items()}
 
         reduced = trace(model, ids.to(model.device), {}, sites, readout=readout)
+        # One row per band, for the classes that the window contains
         for site, (shares, norms) in reduced.items():
             for row, place in enumerate(places):
                 for which, (name, mask) in enumerate(classes.items()):
@@ -85,7 +103,7 @@ def energy(
 
 
 def _of_text(windows: Windows, ids: Tensor) -> dict[str, Tensor]:
-    """Classes of the tokens of a batch of windows, as masks `[batch, tokens]`."""
+    """Return the classes of the tokens of a batch of windows, as masks `[batch, tokens]`."""
     place = torch.arange(ids.shape[1]).expand(ids.shape)
     last = len(place[0]) - 1 if windows.record.get("closes_with_sep") else len(place[0])
     classes = {
@@ -96,7 +114,7 @@ def _of_text(windows: Windows, ids: Tensor) -> dict[str, Tensor]:
 
 
 def _of_images(pixels: Pixels, batch: Tensor) -> dict[str, Tensor]:
-    """Classes of the tokens of a batch of images, as masks `[batch, tokens]`."""
+    """Return the classes of the tokens of a batch of images, as masks `[batch, tokens]`."""
     kinds = pixels.tokens(batch)
     classes: dict[str, Tensor] = {}
     for place, name in enumerate((*pixels.model.prefix, "patches")):
@@ -106,14 +124,14 @@ def _of_images(pixels: Pixels, batch: Tensor) -> dict[str, Tensor]:
 
 
 def _shares(spectrum: Spectrum, x: Tensor, masks: list[Tensor]) -> Tensor:
-    """`batch x classes x bands`: the mean shares of each class of tokens."""
+    """Return the mean shares of each class of tokens, `[batch, classes, bands]`."""
     shares = spectrum.shares(x)
     weights = torch.stack(masks, 1).to(shares.device, shares.dtype)
     return weights @ shares / weights.sum(-1, keepdim=True)
 
 
 def _norms(x: Tensor, masks: list[Tensor]) -> Tensor:
-    """`batch x classes`: the median norm of each class of tokens."""
+    """Return the median norm of each class of tokens, `[batch, classes]`."""
     norms = x.float().norm(dim=-1)
     absent = torch.full_like(norms, torch.nan)
     return torch.stack([torch.where(m.to(x.device), norms, absent).nanquantile(0.5, -1) for m in masks], 1)

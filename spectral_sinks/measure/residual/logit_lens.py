@@ -20,21 +20,21 @@ from spectral_sinks.remote.client import remotely
 from spectral_sinks.spectra.spectrum import Spectrum
 
 TOGETHER, ALONE = "bands 1 to k", "band k alone"
-"""The two readings."""
+"""The two readings of a band."""
 
 KEYS = ("document", "site", "layer", "basis", "reading", "band")
 
 TOLERANCE = 1e-2
-"""Relative error above which a final norm is not the product of a scale, a gain and a centring."""
+"""Relative error above which a final norm does not count as the product of a scale, a gain and a centring."""
 
 
 @dataclass(frozen=True, eq=False)
 class Reader:
-    """Final norm and unembedding in the basis of a spectrum: logits are a sum over its directions.
+    """Final norm and unembedding in the basis of a spectrum, in which logits are a sum over directions.
 
-    With gain g, centring C (LayerNorm alone), bias b and basis V, the logits of a residual x are
-    `scale(x) (x V) (W_U diag(g) C V)^T + W_U b`. The scale is that of the *whole* residual, whichever bands
-    are read, so bands add up exactly; a norm of its own for each set of bands would not.
+    With gain g, centring C (LayerNorm only), bias b and basis V, the logits of a residual x are `scale(x) (x
+    V) (W_U diag(g) C V)^T + W_U b`. The scale is computed from the *whole* residual, whichever bands are
+    read. So bands add up exactly, which they would not if each set of bands had its own norm.
     """
 
     spectrum: Spectrum
@@ -43,13 +43,13 @@ class Reader:
 
     @classmethod
     def of(cls, model: LanguageModel, spectrum: Spectrum) -> "Reader":
-        """The reader of a model; takes as much memory as its unembedding in float32."""
+        """Return the reader of a model, which takes as much memory as the unembedding in float32."""
         if spectrum.d != model.d:
             raise InputError(f"a spectrum of width {spectrum.d} for {model.name} of width {model.d}")
         model.require_weights("a lens by band")
         if model.reads_through:
             raise InputError(
-                f"the logits of {model.name} are no sum over bands of the residual, which its head reads "
+                f"the logits of {model.name} are not a sum over bands of the residual, which its head reads "
                 f"through {model.reads_through}"
             )
         weight = model.unembedding_weight.detach().float()
@@ -58,6 +58,7 @@ class Reader:
             reading = reading - reading.mean(0)
         reading = model.final_gain.to(weight.device)[:, None] * reading
         final, head = _parts(model)
+        # The bias of the norm passes the unembedding, that of the unembedding does not
         constant = torch.zeros(len(weight), device=weight.device)
         for part, bias in ((weight, getattr(final, "bias", None)), (None, getattr(head, "bias", None))):
             if bias is not None:
@@ -69,10 +70,11 @@ class Reader:
     def steps(
         self, coordinates: Float[Tensor, "rows d"], bands: Sequence[int] | None = None
     ) -> Iterator[tuple[int, Float[Tensor, "rows vocabulary"], Float[Tensor, "rows vocabulary"]]]:
-        """For each of some bands (all): its number, the logits of bands 1 to it, and of it alone.
+        """Yield, for each band, its number, the logits of bands 1 to it, and the logits of it alone.
 
-        Both hold the constant. `coordinates` are those of the scaled residual in the basis. The running
-        logits are changed in place by what comes next; bands between those asked for are added at once.
+        All bands are read by default. Both logits include the constant. `coordinates` are those of the scaled
+        residual in the basis. The running logits are changed in place by the next step. Bands between those
+        requested are added at once.
         """
         running = self.constant.expand(len(coordinates), -1).clone()
         edges, done = self.spectrum.edges, 0
@@ -87,9 +89,10 @@ class Reader:
 
 
 def scale(model: LanguageModel, x: Float[Tensor, "rows d"]) -> Float[Tensor, "rows 1"]:
-    """What the final norm multiplies each residual by, besides its gain, float32.
+    """Return the scale that the final norm applies to each residual, besides its gain, float32.
 
-    Found by running the norm. Raises InputError where the norm is not a scale, a gain and a centring.
+    It is measured by running the norm. Raises InputError where the norm is not a scale, a gain and a
+    centring.
     """
     norm, _ = _parts(model)
     with torch.no_grad():
@@ -101,7 +104,7 @@ def scale(model: LanguageModel, x: Float[Tensor, "rows d"]) -> Float[Tensor, "ro
     found = (normed * linear).sum(-1, keepdim=True) / linear.square().sum(-1, keepdim=True).clamp_min(1e-30)
     if (normed - found * linear).norm() > TOLERANCE * normed.norm():
         raise InputError(
-            f"the final norm of {model.name} is no scale times a gain: it cannot be split by band"
+            f"the final norm of {model.name} is not a scale times a gain: it cannot be split by band"
         )
     return found
 
@@ -116,15 +119,30 @@ def band_lens(
     alone: bool = True,
     batch_size: int = 8,
 ) -> pd.DataFrame:
-    """The next-token distribution read from bands 1 to k of the residual, and from band k alone.
+    """Read the next-token distribution from bands 1 to k of the residual, and from band k alone.
 
-    One row per `document`, `site` (its kind), `layer` (-1 for the embedding), `basis` (a key of `spectra`),
-    `reading` ("bands 1 to k", and with `alone` "band k alone") and `band` k (those of `bands`, or all):
-    `nll` of the next token in nats, `kl` of the model's own distribution from the lens's, and `top1`, how
-    often both have the same most likely token. All bands at the last exit are the model itself, at another
-    the logit lens. Each band is reached by adding its part to the logits of those before it, with the final
-    norm's scale of the whole residual. Raises InputError for a spectrum of another width, for bands that it
-    has not, and for an encoder, whose head is no sum over bands.
+    All bands at the last exit are the model itself, and at another exit the logit lens. Each band is added to
+    the logits of the bands before it, with the scale that the final norm has for the whole residual.
+
+    Args:
+        model: a causal language model.
+        windows: the text.
+        spectra: the spectra to read with, by name.
+        sites: the sites to read at; by default the embedding and all exits.
+        bands: the bands k; all by default.
+        alone: whether to read band k alone as well.
+        batch_size: windows in a pass.
+
+    Returns:
+        One row per `document`, `site` (its kind), `layer` (-1 for the embedding), `basis` (a key of
+        `spectra`), `reading` ("bands 1 to k" or "band k alone") and `band`. The values are `nll` of the next
+        token in nats; `kl`, the divergence KL(model || lens) in nats; and `top1`, how often both have the
+        same most likely token.
+
+    Raises:
+        InputError: for a spectrum of another width, for bands that it does not have, and for an encoder whose
+            logits are not a sum over bands.
+
     """
     sites = residual_sites(model) if sites is None else list(sites)
     for spectrum in spectra.values():
@@ -155,7 +173,7 @@ def _scored(
     readings: Sequence[str],
     bands: Sequence[int] | None,
 ) -> dict[tuple[Site, str, str, int], list[Tensor]]:
-    """Scores of every prediction of a batch by site, basis, reading and band, in parts."""
+    """Score every prediction of a batch, by site, basis, reading and band, in parts."""
     made = {name: Reader.of(model, r) if isinstance(r, Spectrum) else r for name, r in readers.items()}
     read, final = trace(model, ids, {}, sites, readout=lambda final, read, weights: (read, final))
     targets = ids[:, 1:].flatten()
@@ -166,6 +184,7 @@ def _scored(
     found: dict[tuple[Site, str, str, int], list[Tensor]] = {}
     for start in range(0, len(truth), step):
         here = slice(start, start + step)
+        # The model's own distribution is computed once for each chunk of predictions
         goal = Goal.of(model, truth[here], targets[here])
         for name, reader in made.items():
             scorer = Scorer(model, reader, goal)
@@ -177,7 +196,7 @@ def _scored(
 
 @dataclass(frozen=True, eq=False)
 class Goal:
-    """What some predictions are scored against: the next tokens, and the model's own distribution."""
+    """The targets that predictions are scored against: the next tokens, and the model's own distribution."""
 
     targets: Tensor
     probabilities: Float[Tensor, "rows vocabulary"]
@@ -192,10 +211,11 @@ class Goal:
 
 
 class Scorer:
-    """Scores logits that a reader builds up.
+    """Scores the logits that a reader builds up.
 
-    KL needs the expected logit under the model's own distribution p. It is `p W`, a row of width d made once,
-    times the coordinates: no pass over the vocabulary per band, but where a soft cap bends the sum.
+    KL needs the expected logit under the model's own distribution p. It is the row `p W` of width d, computed
+    once, times the coordinates. So no band needs another pass over the vocabulary, unless a soft cap makes
+    logits nonlinear.
     """
 
     def __init__(self, model: LanguageModel, reader: Reader, goal: Goal) -> None:
@@ -207,7 +227,7 @@ class Scorer:
     def scores(
         self, scaled: Float[Tensor, "rows d"], readings: Sequence[str], bands: Sequence[int] | None
     ) -> dict[tuple[str, int], Float[Tensor, "rows 3"]]:
-        """NLL, KL and agreement of every prediction, by reading and band, from scaled residuals."""
+        """Return NLL, KL and agreement of every prediction, by reading and band, from scaled residuals."""
         coordinates = scaled @ self.reader.spectrum.vectors.to(scaled.device, scaled.dtype)
         sums = torch.nn.functional.pad((coordinates * self.expected).double().cumsum(-1), (1, 0))
         found: dict[tuple[str, int], Tensor] = {}
@@ -215,7 +235,7 @@ class Scorer:
         for band, running, part in self.reader.steps(coordinates, bands):
             for reading, logits, start in ((TOGETHER, running, 0), (ALONE, part, edges[band - 1])):
                 if reading in readings:
-                    cross = self.base + sums[:, edges[band]] - sums[:, start]
+                    cross = self.base + sums[:, edges[band]] - sums[:, start]  # expected logit
                     found[reading, band] = self._score(logits, cross)
         return found
 
@@ -227,6 +247,7 @@ class Scorer:
             logits = self.model.capped(logits)
             cross = (goal.probabilities * logits).sum(-1)
         most = logits.amax(-1, keepdim=True)
+        # Log of the sum of the exponentials
         total = ((logits - most).exp_().sum(-1).log() + most[:, 0]).double()
         nll = total - logits.gather(-1, goal.targets[:, None])[:, 0]
         agrees = logits.gather(-1, goal.top[:, None]) >= most
@@ -234,6 +255,6 @@ class Scorer:
 
 
 def _parts(model: LanguageModel) -> tuple[Any, Any]:
-    """The final norm and the unembedding modules."""
+    """Return the modules of the final norm and of the unembedding."""
     get = model.module.get_submodule
     return get(model.layout.final_norm), get(model.layout.unembedding)

@@ -1,4 +1,4 @@
-"""Massive activations: which tokens' residuals stand out, by the published rule and by a robust one."""
+"""Massive activations: tokens whose residuals stand out, by the published rule and by a robust one."""
 
 from dataclasses import dataclass
 
@@ -21,10 +21,12 @@ from spectral_sinks.remote.client import remotely
 from spectral_sinks.spectra.edits import EditFunction
 
 ACTIVATION, TIMES = 100.0, 1000.0
-"""Massive: above the first, and from this many medians of its hidden state on (Sun et al. 2024)."""
+"""An activation is massive if it is above the first, and at least the second times the median of its hidden
+state (Sun et al. 2024)."""
 
 Z, RATIO = 10.0, 2.0
-"""A token has high norm beyond this robust z-score in its layer and this many medians [ours]."""
+"""A token has high norm if its robust z-score in its layer is above the first, and its norm above the second
+times the median [ours]."""
 
 
 def robust_levels(
@@ -47,42 +49,42 @@ def high_norm_cutoff(levels: Float[NDArray[np.float64], "2 sites"]) -> Float[NDA
 class Residuals:
     """Size of every token's residual at the embedding (site 0) and at the exit of each layer l (site l + 1).
 
-    NaN behind the end of a shorter window.
+    Values behind the end of a shorter window are NaN.
     """
 
     norm: Float[NDArray[np.float32], "windows sites tokens"]
     peak: Float[NDArray[np.float32], "windows sites tokens"]
-    """Largest activation by magnitude."""
+    """Magnitude of the largest activation."""
     dimension: Int[NDArray[np.int64], "windows sites tokens"]
-    """Where that is."""
+    """The channel of the largest activation."""
     median: Float[NDArray[np.float32], "windows sites"]
-    """Median magnitude of the activations of a window's hidden state."""
+    """Median magnitude of the activations in a window's hidden state."""
 
     def massive(self) -> Bool[NDArray[np.bool_], "windows sites tokens"]:
-        """The published criterion: above 100, and at least 1000 times the median (Sun et al. 2024)."""
+        """Return the tokens with an activation above 100 and 1000 medians or more (Sun et al. 2024)."""
         return (self.peak > ACTIVATION) & (self.peak >= TIMES * self.median[..., None])
 
     def levels(
         self, usual: Bool[NDArray[np.bool_], "windows tokens"]
     ) -> Float[NDArray[np.float64], "2 sites"]:
-        """Median norm of usual tokens at each site, and 1.4826 times the median deviation from it."""
+        """Return the median norm of usual tokens by site, and 1.4826 times the median deviation from it."""
         return robust_levels(np.moveaxis(self.norm, 1, 2)[usual])
 
     def z(self, levels: Float[NDArray[np.float64], "2 sites"]) -> NDArray[np.float64]:
-        """Robust z-score of every norm at its site, `[windows, sites, tokens]`."""
+        """Return the robust z-score of every norm at its site, `[windows, sites, tokens]`."""
         median, spread = levels[..., None]
         return (self.norm - median) / spread
 
     def high(
         self, levels: Float[NDArray[np.float64], "2 sites"]
     ) -> Bool[NDArray[np.bool_], "windows sites tokens"]:
-        """Tokens of high norm: z above 10, and above twice the median [ours]."""
+        """Return the tokens of high norm: z above 10, and norm above twice the median [ours]."""
         return self.norm.astype(np.float64) > high_norm_cutoff(levels)[:, None]
 
 
 @remotely
 def observe(model: Transformer, windows: Inputs, batch_size: int = 16) -> tuple[PositionAttention, Residuals]:
-    """Attention received by every position and the size of every residual, of windows read whole."""
+    """Return the attention received by every position and the size of every residual, for whole windows."""
     sites = residual_sites(model)
     shape = (len(windows), len(sites), windows.length)
     norm, peak = (np.full(shape, np.nan, dtype=np.float32) for _ in range(2))
@@ -104,6 +106,7 @@ def observe(model: Transformer, windows: Inputs, batch_size: int = 16) -> tuple[
                 median[place, index] = middle
         found.clear()
 
+    # Edits that change nothing record the sizes, in the same passes that read attention
     edits: dict[Site, EditFunction] = {site: recorder(index) for index, site in enumerate(sites)}
     attention = watch(model, windows, batch_size, edits, after)
     return attention, Residuals(norm, peak, dimension, median)
@@ -116,17 +119,17 @@ def _sizes(x: Float[Tensor, "tokens d"]) -> tuple[Tensor, ...]:
 
 
 def repeated_windows(windows: Windows) -> Bool[NDArray[np.bool_], "windows"]:
-    """Windows of which one token fills at least half."""
+    """Return the windows in which one token fills at least half of the positions."""
     return np.array([int(row.bincount().max()) >= len(row) / 2 for row in windows.rows])
 
 
 def usual_levels(
     model: Transformer, attention: PositionAttention, residuals: Residuals, batch_size: int = 16
 ) -> Float[NDArray[np.float64], "2 sites"]:
-    """`Residuals.levels` of the tokens after the first, in windows that do not repeat one token; of patches.
+    """Return `Residuals.levels` of usual tokens: those after the first, or the patches of images.
 
-    Where all windows do, all of their tokens may have high norm: the levels are then those of the same
-    windows with random tokens (seed 0) after the first [ours].
+    Windows that repeat one token are left out. If all windows do, all of their tokens may have high norm.
+    Then the levels come from the same windows with random tokens (seed 0) after the first [ours].
     """
     windows = attention.windows
     if isinstance(windows, Pixels):
@@ -149,13 +152,25 @@ def usual_levels(
 def massive_activations(
     model: Transformer, windows: Inputs, *, tokens: int = TOKENS, batch_size: int = 16
 ) -> pd.DataFrame:
-    """Tokens that stand out by either rule: one row per `document`, `window`, `layer` and `position`.
+    """Find the tokens whose residuals stand out by either rule, one row per token and layer.
 
-    `layer` is -1 for the embedding, else the layer left; `token` the id (of images the kind: place in the
-    prefix, or the number of prefix tokens for a patch); `activation` the largest by magnitude, at
-    `dimension`, and `median_ratio` how many medians of the hidden state that is; `norm_ratio` and `z` the
-    norm in medians of usual tokens and as a robust z-score; `massive` by the published rule (Sun et al.
-    2024), `high_norm` by the robust one. Raises InputError as `attention_by_position` does.
+    Args:
+        model: a language model or an image encoder.
+        windows: windows of text, or images.
+        tokens: number of tokens read in each window.
+        batch_size: windows in a pass.
+
+    Returns:
+        One row per `document`, `window`, `layer` (the layer whose exit it is; -1 for the embedding) and
+        `position`. `token` is the id (for images the kind of token: its index in the prefix, or the number of
+        prefix tokens for a patch). `activation` is the largest magnitude, at channel `dimension`, and
+        `median_ratio` is its ratio to the median of the hidden state. `norm_ratio` is the norm over the
+        median of usual tokens, and `z` its robust z-score. `massive` marks the published rule (Sun et al.
+        2024), `high_norm` the robust one.
+
+    Raises:
+        InputError: as `attention_by_position` does.
+
     """
     attention, residuals = observe(model, opened(model, windows, tokens), batch_size)
     return massive_table(attention, residuals, usual_levels(model, attention, residuals, batch_size))
@@ -164,7 +179,7 @@ def massive_activations(
 def massive_table(
     attention: PositionAttention, residuals: Residuals, levels: Float[NDArray[np.float64], "2 sites"]
 ) -> pd.DataFrame:
-    """The rows of `massive_activations`."""
+    """Return the rows of `massive_activations`."""
     massive, high = residuals.massive(), residuals.high(levels)
     window, site, position = np.nonzero(massive | high)
     at = (window, site, position)

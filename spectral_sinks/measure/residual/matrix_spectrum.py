@@ -1,4 +1,4 @@
-"""The spectrum of a model wherever it is: from its weights, its checkpoint, or computed where they are."""
+"""The spectrum of a model, from its weights, from its checkpoint, or computed by a server."""
 
 import hashlib
 from typing import Any
@@ -28,24 +28,36 @@ def read_spectrum(
     revision: str | None = None,
     use_cache: bool = True,
 ) -> Spectrum:
-    """The spectrum of a model's unembedding, embedding, or any matrix named by its parameter.
+    """Return the spectrum of a model's unembedding, embedding, or any matrix named by its parameter.
 
-    From a name or folder, and for a model at a server, only the tensors it needs are read; where a server has
-    the unembedding and nobody else, it is decomposed there, and cached by name, commit and server. A named
-    matrix reads the residual stream along whichever of its sides has the model's width; a square one is taken
-    as `nn.Linear` stores it (columns read). `folded` and `centred` are conventions of the unembedding.
+    Given a name or folder, or a model on a server, only the tensors that are needed are read. If only the
+    server has the unembedding, it is decomposed there, and the result is cached by name, commit and server. A
+    named matrix reads the residual stream along the side that has the model's width. A square one is taken as
+    `nn.Linear` stores it (columns read).
 
-    Of an image encoder "classifier", or the default, is what its head reads of the residual stream, a row for
-    each class and token; "embedding" is the patch embedding; without a head, name a matrix. A head of fewer
-    rows than d leaves a null space: `rank` and `null()` of the spectrum.
+    For an image encoder, "classifier" or the default is what its head reads of the residual stream, with one
+    row per class and token, and "embedding" is the patch embedding. If it has no head, name a matrix. A head
+    with fewer rows than d leaves a null space: see `rank` and `null()` of the spectrum.
 
-    Raises InputError for an unknown matrix, none named for an image encoder without a head, one without a
-    side of the model's width, NaN or Inf, or a convention that the matrix does not have.
+    Args:
+        model: a model, or its name or folder.
+        matrix: "unembedding", "embedding", "classifier", or the name of a parameter.
+        convention: `raw`, `folded` or `centred`. Only the unembedding and the classifier have the last two.
+        bands: number of bands.
+        revision: revision of the checkpoint, where it is read by name.
+        use_cache: whether a cached spectrum is used, and a computed one stored.
+
+    Raises:
+        InputError: for an unknown matrix; where none is named for an image encoder without a head; for a
+            matrix that does not have a side of the model's width, or that holds NaN or Inf; and for a
+            convention that the matrix does not have.
+
     """
     if not isinstance(model, LanguageModel) or model.remote is None or not model.weightless:
         return matrices.read_spectrum(
             model, matrix, convention=convention, bands=bands, revision=revision, use_cache=use_cache
         )
+    # First the checkpoint, then the server
     revision = revision or model.remote.commit
     try:
         return matrices.read_spectrum(
@@ -70,7 +82,7 @@ def read_spectrum(
 
 @remotely
 def decomposed(model: LanguageModel, convention: Convention) -> tuple[Tensor, Tensor]:
-    """Singular values `[d]` and right singular vectors `[d, d]` of the unembedding, float64."""
+    """Return the singular values `[d]` and right singular vectors `[d, d]` of the unembedding, float64."""
     if model.weightless:
         if convention != "raw":
             raise InputError(
@@ -90,7 +102,10 @@ def decomposed(model: LanguageModel, convention: Convention) -> tuple[Tensor, Te
 
 
 def _columns(model: LanguageModel) -> Tensor:
-    """The unembedding `[vocabulary, d]`, read through its module: a unit vector gives a column."""
+    """Return the unembedding `[vocabulary, d]`, read through its module.
+
+    A unit vector at its input gives one column.
+    """
 
     def readout(final: Tensor, *_: Any) -> Tensor:
         head = model.nn.get(model.layout.unembedding)

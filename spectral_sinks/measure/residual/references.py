@@ -1,4 +1,4 @@
-"""Means over documents that edits put in a token's place: residuals, values, keys; massive channels."""
+"""Means over documents for use in edits (residuals, values, keys), and candidates for massive channels."""
 
 from collections.abc import Sequence
 
@@ -21,10 +21,11 @@ from spectral_sinks.remote.client import remotely
 def mean_residual(
     model: Transformer, windows: Windows | Pixels, site: Site, batch_size: int = 16
 ) -> Float[Tensor, "tokens d"]:
-    """Mean over windows or images of the residual at a site, by position: the reference for the fill `Mean`.
+    """Return the mean residual at a site by position, over windows or images.
 
-    An encoder reads windows masked, as where its NLL is measured. One mean over all patches of all images is
-    that of the last rows: `reference[len(model.prefix):] = reference[len(model.prefix):].mean(0)`.
+    It is the reference for the fill `Mean`. An encoder reads masked windows, as when its NLL is measured. For
+    one mean over all patches of all images, average the last rows: `reference[len(model.prefix):] =
+    reference[len(model.prefix):].mean(0)`.
     """
     return mean_residuals(model, windows, [site], batch_size)[site]
 
@@ -32,7 +33,7 @@ def mean_residual(
 def mean_residuals(
     model: Transformer, windows: Windows | Pixels, sites: Sequence[Site], batch_size: int = 16
 ) -> dict[Site, Tensor]:
-    """`mean_residual` at several sites from one pass, `[tokens, d]` each, float64."""
+    """Return `mean_residual` at several sites from one pass, `[tokens, d]` each, float64."""
     total = {site: torch.zeros(windows.length, model.d, dtype=torch.float64) for site in sites}
     count = torch.zeros(windows.length, 1, dtype=torch.float64)
     for _, ids in windows.batches(batch_size):
@@ -54,9 +55,9 @@ def mean_residuals(
 def mean_values(
     model: LanguageModel, windows: Windows, position: int | None = 0, *, batch_size: int = 16
 ) -> Float[Tensor, "layers key_heads size"]:
-    """Mean over windows of the values of a position, or of all tokens (None), by layer and key head.
+    """Return the mean over windows of a position's values, or of all tokens' (None), by layer and key head.
 
-    From the windows of one document it is that document's own value, for a swap.
+    If the windows are those of one document, the result is that document's own value, for a swap.
     """
     return _means(model, windows, position, "value", batch_size)
 
@@ -64,7 +65,10 @@ def mean_values(
 def mean_keys(
     model: LanguageModel, windows: Windows, position: int = 0, *, batch_size: int = 16
 ) -> Float[Tensor, "layers key_heads size"]:
-    """Mean over windows of the keys of a position as the softmax meets them, rotated to that position."""
+    """Return the mean over windows of a position's keys, by layer and key head.
+
+    The keys are those that enter the softmax, rotated to that position.
+    """
     return _means(model, windows, position, "key", batch_size)
 
 
@@ -93,9 +97,22 @@ def _means(
 def massive_channels(
     model: LanguageModel, windows: Windows, site: Site, position: int = 0, count: int = 2
 ) -> list[int]:
-    """The channels of the residual that are largest, in absolute mean over windows, at a position of a site.
+    """Return the channels that are largest at one position of a site, by absolute mean over windows.
 
-    Candidates to fix or zero by `channels`; whether they are massive is another question. (Sun et al. 2024)
+    They are candidates that `channels` can fix or zero. Whether they are massive is a separate question. (Sun
+    et al. 2024)
+
+    Args:
+        model: a language model.
+        windows: the text.
+        site: the site.
+        position: the position.
+        count: number of channels.
+
+    Raises:
+        InputError: for a number of channels that the model does not have, and for a position beyond the
+            windows.
+
     """
     if not 1 <= count <= model.d:
         raise InputError(f"{count} channels of {model.d}: give at least 1")

@@ -1,4 +1,4 @@
-"""Who reads and writes which part of the residual stream, from the weights alone."""
+"""Which parts of the residual stream each component reads and writes, from the weights alone."""
 
 from collections.abc import Mapping
 from typing import Literal
@@ -21,14 +21,26 @@ def weight_shares(
     *,
     convention: Literal["raw", "folded"] = "raw",
 ) -> pd.DataFrame:
-    """Share of each reader's and writer's energy (squared norm) inside each of some subspaces.
+    """Measure the share of each reader's and writer's energy (squared norm) inside each of some subspaces.
 
-    One row per `part` (q, k, v, gate, up read; o, down write), `layer`, `unit` (the head, a key head for k
-    and v; an expert; -1 for a plain MLP) and `subspace`, with its `rank` and the `share`. A random subspace
-    holds `rank / d` on average, with standard deviation `null_sd`; `effective_rank` says over how many
-    directions the matrix spreads its energy. `folded` multiplies in the gain of the norm that the part reads
-    through or, for a writer, that its output passes. NaN where a matrix is all zero. Raises InputError for
-    subspaces of another width. (Cancedda 2024, section 3)
+    Args:
+        model: a language model or an image encoder.
+        subspaces: subspaces of the residual stream, by name.
+        convention: `raw` reads the weights as stored. `folded` multiplies them by the gain of the norm that
+            the part reads through or, for a writer, that its output passes.
+
+    Returns:
+        One row per `part` (q, k, v, gate and up read; o and down write), `layer`, `unit` (the head, a key
+        head for k and v; an expert; -1 for a plain MLP) and `subspace`, with its `rank` and the `share`. The
+        share is NaN where a matrix is all zero. A random subspace holds `rank / d` on average, with standard
+        deviation `null_sd`. `effective_rank` is the number of directions over which the matrix spreads its
+        energy.
+
+    Raises:
+        InputError: for subspaces of another width.
+
+    Source: Cancedda 2024, section 3.
+
     """
     if convention not in ("raw", "folded"):
         raise InputError(f"convention {convention!r}: weights are read 'raw' or 'folded'")
@@ -43,7 +55,7 @@ def weight_shares(
 def _shares(
     model: Transformer, subspaces: Mapping[str, Subspace], convention: str
 ) -> list[dict[str, object]]:
-    """The rows of `weight_shares`."""
+    """Return the rows of `weight_shares`."""
     model.require_weights("who reads and writes what")
     ranks = [subspace.rank for subspace in subspaces.values()]
     bases = torch.cat([subspace.orthonormal().double() for subspace in subspaces.values()], dim=1)
@@ -75,6 +87,6 @@ def _shares(
 
 
 def _effective_rank(matrix: Tensor, total: Tensor) -> float:
-    """`(tr G)^2 / tr G^2` of `G = W^T W`: the number of directions over which energy spreads."""
+    """Return `(tr G)^2 / tr G^2` of `G = W^T W`, the number of directions over which energy spreads."""
     gram = matrix @ matrix.T if matrix.shape[0] < matrix.shape[1] else matrix.T @ matrix
     return float(total.square() / gram.square().sum())

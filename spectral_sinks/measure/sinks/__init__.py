@@ -1,7 +1,4 @@
-"""Which tokens are attention sinks, and whether they are dark.
-
-Also how a sink is edited, compared and designated.
-"""
+"""Attention sinks: find them, test whether they are dark, and edit, compare and designate them."""
 
 import lazy_loader
 

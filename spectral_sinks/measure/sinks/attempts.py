@@ -1,4 +1,4 @@
-"""What is tried to make a position or token the sink, and how each attempt is judged."""
+"""The interventions that may turn a position or token into the sink, and the test that each has to pass."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -41,52 +41,61 @@ LIGHTEST_FIRST = (
     "old sink's residual",
     f"old sink's residual, {MASK}",
 )
-"""What is tried, in this order [ours]. Masks alone: one row of attention, one column, both. Then the token is
-given what the old sink has: key and value in every layer, as others see it; the dark band of its residual, at
-what the layer reads that attends to it most; the whole residual there, so that its own content is lost."""
+"""The interventions that are tried, in this order [ours]. Masks come first: the row of the token, the column
+of the old sink, and both. Then the token receives a part of the old sink: its key and value in every layer,
+as other tokens see them; the dark tail of its residual, at the site read by the layer that attends to the old
+sink most; or the whole residual there, which erases the token's own content."""
 
 SCALE = "scale its norm"
-"""The known negative control: at that site the token's norm becomes the old sink's."""
+"""The known negative control: the token's norm at that site becomes the old sink's norm."""
 
 RANDOM = "old sink's random band"
-"""The control of the dark band: as many directions of the same residual, followed by the seed."""
+"""The control of the dark tail, followed by a seed: as many random directions of the same residual."""
 
 TIE = 1e-4
-"""A lead up to this is a tie: two copies of one key differ by rounding [ours]."""
+"""A lead up to this size counts as a tie, since two copies of one key differ by rounding [ours]."""
 
 Found = Mapping[str, NDArray[np.float64]]
-"""By document: `nll`; `mass [layers, heads]` of the designated sink; `given [layers, tokens]` by the mean of
-heads; `others [tokens]`, what the other tokens are given by the mean of layers and heads; `norm_ratio`,
-`old_norm_ratio [sites]`, `shares`, `other_shares [sites, spaces]`, where site l is what layer l reads."""
+"""Results of one pass, by document.
+
+- `nll`: nats per token.
+- `mass` `[layers, heads]`: attention to the designated sink.
+- `given` `[layers, tokens]`: attention to each position, mean over heads.
+- `others` `[tokens]`: attention to each token outside the designated sink, mean over layers and heads.
+- `norm_ratio`, `old_norm_ratio` `[sites]`: norm of the designated and of the old sink over the median of the
+  rest. Site l is what layer l reads.
+- `shares`, `other_shares` `[sites, spaces]`: shares of energy of the designated sink and of the other tokens.
+"""
 
 
 @dataclass(frozen=True)
 class Try:
-    """One attempt: what it cost and where attention went."""
+    """One attempt: whether it worked, what it cost, and where attention went."""
 
     name: str
     works: bool
     reason: str
     delta_nll: Estimate
     mass: Estimate
-    """Attention given to the designated sink, mean over layers and heads."""
+    """Attention to the designated sink, mean over layers and heads."""
     old_mass: Estimate
-    """The same of the old sink."""
+    """Attention to the old sink, mean over layers and heads."""
     head: Estimate
-    """Attention that the strongest head gives the designated sink."""
+    """Attention to the designated sink in the strongest head."""
     lead: Estimate
-    """Attention given to the designated sink beyond that given to the strongest other position."""
+    """Attention to the designated sink minus attention to the strongest other position."""
     rival: int
-    """That position."""
+    """The strongest other position."""
     norm_ratio: float
-    """Of the designated sink to the median of the others, at what the layer reads that attends to it most."""
+    """Norm of the designated sink over the median of the other tokens, at the site read by the layer that
+    attends to it most."""
 
     def row(self) -> dict[str, Any]:
         return row(self)
 
 
 class Attempts:
-    """The passes behind one designation: each makes or takes apart a sink on the same windows."""
+    """The passes behind one designation: each creates or removes a sink on the same windows."""
 
     def __init__(
         self,
@@ -98,6 +107,22 @@ class Attempts:
         tokens: int,
         batch_size: int,
     ) -> None:
+        """Run the untouched pass and find the old sink.
+
+        Args:
+            model: a language model.
+            windows: the text, in windows of one length.
+            position: the position to designate; give either this or `token`.
+            token: the token id to designate.
+            dark: the dark tail; without it, interventions on it are not tried.
+            tokens: number of first tokens over which attention is measured.
+            batch_size: windows in a pass.
+
+        Raises:
+            InputError: unless exactly one of position and token is given; for windows of different lengths;
+                for a position or token that has no query after it; and for fewer than two documents.
+
+        """
         if (position is None) == (token is None):
             raise InputError("which sink? give a position or a token: designate(model, windows, 4), token=13")
         Restrict(position, token=token).check(model)
@@ -111,6 +136,7 @@ class Attempts:
                 f"position {position}: no query comes after it among the first {self.tokens} tokens; give "
                 f"0 to {self.tokens - 2}, or longer windows and a larger `tokens`"
             )
+        # Leave out windows in which no query follows the designated sink
         self.ids = torch.stack(windows.rows)
         has = self.queries(self.ids).any(1)
         self.left_out = int((~has).sum())
@@ -120,30 +146,37 @@ class Attempts:
             raise InputError(f"token {token} has no query after it among the first {self.tokens} tokens")
         if len(set(self.document.tolist())) < 2:
             raise InputError("a designation needs intervals: give at least two documents that have the sink")
+        # The old sink is the position that receives the most attention in the untouched pass
         self.old = 0
         (base,) = self.run([CombinedEdit()])
         self.old = int(base["others"].mean(0).argmax())
         layer = int(base["given"][..., self.old].mean(0).argmax())
         self.site = site_of(layer)
-        """What the layer reads that attends to the old sink most."""
+        """The site read by the layer that attends to the old sink most."""
 
     def marks(self, ids: Tensor) -> Bool[Tensor, "windows length"]:
-        """Where the designated sink is."""
+        """Return where the designated sink is."""
         return ids == self.token if self.position is None else _column(self.position, ids)
 
     def queries(self, ids: Tensor) -> Bool[Tensor, "windows tokens"]:
-        """The queries that count: after the first occurrence, and not the designated sink's own."""
+        """Return the queries that count.
+
+        They come after the first occurrence, and the designated sink's own queries are excluded.
+        """
         marks = self.marks(ids)[:, : self.tokens]
         return (marks.cumsum(1) > 0) & ~marks
 
     def controls(self, count: int) -> list[str]:
-        """What shall not work, or not as well."""
+        """Return the names of the controls, which should not work, or not as well."""
         random = self.dark is not None and any("dark" in name for name in self.names)
         return [SCALE, *(f"{RANDOM} {seed}" for seed in range(count if random else 0))]
 
     @property
     def names(self) -> list[str]:
-        """Which of `LIGHTEST_FIRST` can be tried: a token can take what an earlier one has only."""
+        """Names of the interventions in `LIGHTEST_FIRST` that can be tried.
+
+        A token can only receive a part of an earlier token.
+        """
         later = self.position is not None and self.position < self.old
         return [
             name
@@ -152,7 +185,10 @@ class Attempts:
         ]
 
     def parts(self, name: str, other: int | None = None) -> CombinedEdit:
-        """One of `LIGHTEST_FIRST` or of the controls, here or at another position or token."""
+        """Return one intervention of `LIGHTEST_FIRST` or of the controls.
+
+        It acts on the designated sink, or on another position or token if `other` is given.
+        """
         position, token = self.position, self.token
         if other is not None:
             position, token = (other, None) if token is None else (None, other)
@@ -178,11 +214,12 @@ class Attempts:
 
     @property
     def _factor(self) -> float:
+        """Norm of the old sink over the norm of the designated one, untouched, at `site`."""
         (base,), site = self.run([CombinedEdit()]), layer_of(self.site)
         return float(base["old_norm_ratio"][:, site].mean() / base["norm_ratio"][:, site].mean())
 
     def others(self, generator: np.random.Generator, count: int) -> list[int]:
-        """Random positions, or tokens of the texts drawn by how often they occur."""
+        """Draw random other positions, or random other tokens by their frequency in the texts."""
         if self.position is not None:
             taken = {*range(self.old + 1), self.position}
             count = min(count, self.tokens - 1 - len(taken))
@@ -191,7 +228,7 @@ class Attempts:
         return [token for token in dict.fromkeys(drawn.tolist()) if token != self.token][:count]
 
     def run(self, several: Sequence[CombinedEdit], spaces: Sequence[Subspace] = ()) -> list[Found]:
-        """A pass over all windows under each of several changes, means by document."""
+        """Run all windows under each of several interventions, and return the means by document."""
         found: list[dict[str, list[Tensor]]] = [{} for _ in several]
         for ids in self.ids.split(self.batch_size):
             marks, queries = self.marks(ids), self.queries(ids)
@@ -214,7 +251,7 @@ class Attempts:
         ]
 
     def judge(self, name: str, found: Found, base: Found) -> Try:
-        """What a pass shows, by `DESIGNATION`."""
+        """Return the outcome of a pass by the rule `DESIGNATION`."""
         mass, among = found["mass"].mean((1, 2)), found["others"]
         rival = int(among.mean(0).argmax())
         heads = found["mass"].reshape(len(mass), -1)
@@ -228,6 +265,7 @@ class Attempts:
             )
         if not head.low > EPSILON:
             lacking.append(f"its strongest head gives it {head.value:.3f} [{head.low:.3f}, {head.high:.3f}]")
+        # The norm is reported at the site read by the layer that attends to the sink most
         layer = int(found["mass"].mean((0, 2)).argmax())
         return Try(
             name,
@@ -253,7 +291,7 @@ def _shown(
     old: int,
     spaces: Sequence[Subspace],
 ) -> list[dict[str, Tensor]]:
-    """What `Found` holds, by window, of a pass under each of several changes."""
+    """Run one batch under each of several interventions; return the entries of `Found` by window."""
     found: list[dict[str, Tensor]] = []
     for parts in several:
         seen, _ = observe(model, ids, parts, queries, spaces=spaces)
@@ -265,17 +303,17 @@ def _shown(
 
 
 def site_of(layer: int) -> Site:
-    """What a layer reads."""
+    """Return the site that a layer reads."""
     return Site("exit", layer - 1) if layer else Site("embedding")
 
 
 def layer_of(site: Site) -> int:
-    """The layer that reads a site."""
+    """Return the layer that reads a site."""
     return 0 if site.kind == "embedding" else site.layer + 1
 
 
 def row(value: Any) -> dict[str, Any]:
-    """The scalars of a result, each `Estimate` as its parts."""
+    """Return the scalars of a result as a dictionary, each `Estimate` split into its parts."""
     found: dict[str, Any] = {}
     for name, one in vars(value).items():
         if isinstance(one, Estimate):
@@ -287,4 +325,5 @@ def row(value: Any) -> dict[str, Any]:
 
 
 def _column(position: int, ids: Tensor) -> Bool[Tensor, "windows length"]:
+    """Return a mask of one position, with the shape of `ids`."""
     return (torch.arange(ids.shape[1]) == position).expand(ids.shape)

@@ -1,7 +1,7 @@
-"""The most attended tokens of each layer: are they dark, and does the dark band at them matter?
+"""Test whether the most attended tokens of each layer are dark, and whether the dark tail at them matters.
 
-For sinks that are spread out: tokens that receive much attention from later ones, wherever they stand, beside
-tokens of the same layer that are alike in position and frequency.
+This is for sinks that are spread out: tokens that receive much attention from later ones, at any position.
+They are compared with tokens of the same layer that are similar in position and frequency.
 """
 
 from collections.abc import Sequence
@@ -22,44 +22,58 @@ from spectral_sinks.spectra.subspace import Subspace, random_subspace
 from spectral_sinks.stats import holm, mean_interval, rank_correlation, sequential_p, sign_flip
 
 TOP = 0.05
-"""Share of the tokens of a layer that are its most attended ones [ours]."""
+"""The share of a layer's tokens that count as its most attended ones [ours]."""
 
 MASKS = 5
-"""Draws of each control of the NLL: they are averaged, and compared by document."""
+"""Draws of each control of the NLL. They are averaged, and compared by document."""
 
 GIVEN = ("position", "usual", "count")
-"""What the rank correlation of attention and darkness is taken given."""
+"""The variables that the partial rank correlation of attention and darkness controls for."""
 
 
 def attended(
     model: LanguageModel, windows: Windows, spectrum: Spectrum, *, draws: int = 20, batch_size: int = 8
 ) -> pd.DataFrame:
-    """Every token of every layer, one row each: what `received` says, over chance.
+    """Return one row for each token in each layer: the columns of `received`, relative to chance.
 
-    `relative` is the attention from later tokens over what they would give if they attended evenly; `late`
-    marks positions that fewer than half of the queries follow; `dark`, `random 0`, ... are shares of the
-    energy of what the layer reads in the dark band and in random subspaces of its rank. Raises InputError as
-    `received` does.
+    `relative` is the attention from later tokens divided by what they would give under uniform attention.
+    `late` marks positions that fewer than half of the queries follow. `dark`, `random 0`, ... are the shares
+    of energy, in the residual that the layer reads, in the dark tail and in random subspaces of its rank.
+
+    Args:
+        model: a language model.
+        windows: the text.
+        spectrum: the spectrum whose dark tail is tested.
+        draws: number of random subspaces.
+        batch_size: windows in a pass.
+
+    Raises:
+        InputError: as `received` does.
+
     """
     dark = spectrum.dark()
     spaces: dict[str, Subspace] = {"dark": dark}
     spaces |= {f"random {seed}": random_subspace(dark.d, dark.rank, seed) for seed in range(draws)}
     table = received(model, windows, spaces, batch_size=batch_size)
+    # Attention that each position would receive under uniform attention
     length = table.groupby("window")["position"].transform("max").to_numpy() + 1
     sums = np.concatenate([[0.0], np.cumsum(1 / np.arange(1, length.max() + 1))])
     k = table["position"].to_numpy()
     with np.errstate(invalid="ignore"):
-        later = (sums[length] - sums[k + 1]) / (length - 1 - k)  # queries strictly after k
+        # Under uniform attention query i gives 1 / (i + 1); the mean is over the queries strictly after k
+        later = (sums[length] - sums[k + 1]) / (length - 1 - k)
     uniform = later if model.causal else 1 / length
     table[list(spaces)] **= 2
     return table.assign(relative=table["attention"] / uniform, late=k >= length / 2)
 
 
 def most_attended(table: pd.DataFrame) -> pd.DataFrame:
-    """Of `attended`, the tokens after the first that half of the queries follow, and which are `top`.
+    """Return the rows of `attended` to compare: tokens after the first that half of the queries follow.
 
-    `top` are the 5 % of a layer with the highest `relative`. Beside it what each is matched by: its `count`
-    in the layer, the `usual` attention at its position, and the `stratum` that both make.
+    The column `top` marks the 5 % of a layer's tokens with the highest `relative`. The other new columns
+    serve for matching: `count` is the number of times that the token occurs in the layer, `usual` is the mean
+    of `relative` at the position, and `stratum` groups tokens of similar position and frequency (see
+    `strata`).
     """
     inner = table[(table["position"] > 0) & ~table["late"]].reset_index(drop=True)
     by = inner.groupby("layer")["relative"]
@@ -72,7 +86,7 @@ def most_attended(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def shuffled(part: pd.DataFrame, seed: int) -> NDArray[np.bool_]:
-    """The labels `top` dealt anew within each stratum of a layer."""
+    """Return the labels `top` of one layer, permuted within each stratum."""
     stratum, top = part["stratum"].to_numpy(), part["top"].to_numpy()
     order = np.lexsort((np.random.default_rng(seed).random(len(part)), stratum))
     dealt = np.empty_like(top)
@@ -81,18 +95,25 @@ def shuffled(part: pd.DataFrame, seed: int) -> NDArray[np.bool_]:
 
 
 def attended_darkness(inner: pd.DataFrame) -> tuple[pd.DataFrame, pd.Series]:
-    """Dark share of the most attended against their matches, by layer; and the excess by document.
+    """Compare the dark share of the most attended tokens with that of their matches, by layer.
 
-    Of `most_attended`. Columns: `relative`, `top`, `matched`, their difference `excess` with `low` and `high`
-    over documents, and `random_low`, `random_high`, the range of the same in random subspaces; `p` of
-    permutations within strata (one-sided) and `p_holm` over layers; `rho`, the rank correlation of attention
-    with the dark share given position and frequency, with interval, and its range in random subspaces. The
-    excess by document is the mean over layers.
+    Args:
+        inner: the table of `most_attended`.
+
+    Returns:
+        A table with one row per layer, and the excess by document, mean over layers. The columns are
+        `relative`; `top` and `matched` (dark shares); their difference `excess`, with `low` and `high` over
+        documents; `random_low` and `random_high`, the range of the excess in random subspaces; the one-sided
+        `p` of permutations within strata, their number `permutations`, and `p_holm` over layers; `rho`, the
+        rank correlation of attention with the dark share given position and frequency, with its interval
+        `rho_low` to `rho_high` and its range in random subspaces, `rho_random_low` to `rho_random_high`.
+
     """
     names = [name for name in inner.columns if name == "dark" or name.startswith("random ")]
     rows: list[dict[str, object]] = []
     excess: list[pd.Series] = []
     for layer, part in inner.groupby("layer"):
+        # Match each top token with the mean of the other tokens in its stratum
         others = part[~part["top"]].groupby("stratum")[names].mean()
         top = part[part["top"] & part["stratum"].isin(others.index)]
         control = others.loc[top["stratum"]].set_index(top.index)
@@ -113,14 +134,17 @@ def attended_darkness(inner: pd.DataFrame) -> tuple[pd.DataFrame, pd.Series]:
 
 
 def _permuted(part: pd.DataFrame) -> tuple[float, int]:
-    """One-sided p value of the most attended of a layer being this dark, and the permutations drawn."""
+    """Return a one-sided p value for the dark share of the most attended, and the number of permutations."""
     dark = part["dark"].to_numpy()
     observed = float(dark[part["top"]].mean())
     return sequential_p(observed, lambda seed: float(dark[shuffled(part, seed)].mean()))
 
 
 def _linked(part: pd.DataFrame, names: list[str]) -> dict[str, float]:
-    """Rank correlation of attention with dark share given position and frequency; mean over documents."""
+    """Return the partial rank correlation of attention with dark share, mean over documents.
+
+    It controls for position and frequency (`GIVEN`).
+    """
     links = {
         name: [
             rank_correlation(of["relative"], of[name], [of[column] for column in GIVEN])
@@ -137,11 +161,24 @@ def _linked(part: pd.DataFrame, names: list[str]) -> dict[str, float]:
 def attended_cost(
     model: LanguageModel, windows: Windows, spectrum: Spectrum, inner: pd.DataFrame, *, draws: int = MASKS
 ) -> pd.DataFrame:
-    """What removing the dark band at the most attended tokens of each layer costs, nats per token, by layer.
+    """Measure the cost in NLL of removing the dark tail at the most attended tokens of each layer.
 
-    Of `most_attended`, at what the layer reads. `most attended`, `matched` (as many tokens dealt anew within
-    strata) and `random` (random subspaces at the same tokens), each the mean of `draws`; `above_matched` and
-    `above_random` paired by document, with `_low`, `_high`, and p of sign flips, with Holm over layers.
+    Costs are in nats per token. The edit acts on the residual that the layer reads. The costs are `most
+    attended`; `matched`, for as many tokens, permuted within strata; and `random`, for random subspaces at
+    the same tokens. Both controls are means over the draws.
+
+    Args:
+        model: a language model.
+        windows: the text.
+        spectrum: the spectrum whose dark tail is removed.
+        inner: the table of `most_attended`.
+        draws: draws of each control.
+
+    Returns:
+        One row per layer: each cost and the differences `above_matched` and `above_random`, which are paired
+        by document, with `_low` and `_high`; and the p values of sign flips `p_matched` and `p_random`, also
+        with Holm's correction over layers (`_holm`).
+
     """
     return costs(removal(model, windows, spectrum.dark(), inner, range(draws)))
 
@@ -149,7 +186,10 @@ def attended_cost(
 def removal(
     model: LanguageModel, windows: Windows, dark: Subspace, inner: pd.DataFrame, draws: Sequence[int]
 ) -> pd.DataFrame:
-    """NLL without the dark band at the most attended tokens of a layer, and the controls, by document."""
+    """Return the change of NLL without the dark tail at the most attended tokens, and for the controls.
+
+    There is one row per layer, kind, draw and document.
+    """
     cells: dict[str, tuple[Site, Subspace, torch.Tensor]] = {}
 
     def mask(part: pd.DataFrame, chosen: NDArray[np.bool_]) -> torch.Tensor:
@@ -165,7 +205,7 @@ def removal(
             cells[f"{layer}|matched|{seed}"] = site, dark, mask(part, shuffled(part, seed))
             cells[f"{layer}|random|{seed}"] = site, random_subspace(dark.d, dark.rank, seed), top
     rows: list[pd.DataFrame] = []
-    for places, ids in windows.batches(16):  # a mask says which tokens of one batch
+    for places, ids in windows.batches(16):  # a mask is for one batch
         here = Windows.of_ids(list(ids), model, [windows.document[place] for place in places])
         edits = {
             name: {site: remove(space, tokens=tokens[places, : ids.shape[1]])}
@@ -179,7 +219,7 @@ def removal(
 
 
 def costs(effects: pd.DataFrame) -> pd.DataFrame:
-    """By layer: the three costs, and the most attended above each control, paired by document."""
+    """Return the three costs by layer, and the paired differences of the first from each control."""
     by = effects.groupby(["layer", "kind", "document"])["delta_nll"].mean().unstack("kind")
     rows: list[dict[str, object]] = []
     for layer, part in by.groupby("layer"):

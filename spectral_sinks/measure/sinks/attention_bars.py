@@ -17,15 +17,17 @@ from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.spectra.subspace import Subspace
 
 TAIL, OF = 4, 33
-"""Last tokens that are no candidates, of texts of about how many (the paper's): too few look back at them."""
+"""Number of last tokens that are not candidates, and the text length in the paper, about 33 tokens. Too few
+queries follow the last tokens."""
 
 
 def later_attention(
     weights: Float[Tensor, "batch heads tokens tokens"],
 ) -> Float[Tensor, "batch tokens 2"]:
-    """Mean and variance, over the queries strictly after each key, of attention to it averaged over heads.
+    """Return the mean and variance of the attention to each key over the queries strictly after it.
 
-    Queries that a sliding window keeps from the key count as 0. NaN for the last token: nothing follows.
+    Attention is averaged over heads first. Queries whose sliding window excludes the key count as 0. The last
+    token has NaN, since no query follows it.
     """
     attention = weights.double().mean(1).tril(-1)
     count = attention.shape[-1] - 1 - torch.arange(attention.shape[-1], device=attention.device)
@@ -38,14 +40,26 @@ def later_attention(
 def received(
     model: LanguageModel, windows: Windows, subspaces: Mapping[str, Subspace], *, batch_size: int = 8
 ) -> pd.DataFrame:
-    """Attention that every token receives from later ones in every layer, and where its residual lies.
+    """Measure the attention that every token receives from later ones, and where its residual lies.
 
-    One row per `document`, `window`, `layer` and `position`: the `token` id, `attention` (mean over later
-    queries and heads), `variance` (over later queries, of the mean over heads), the `norm` of the residual
-    that enters the layer, which its keys are made of, and for each subspace the ratio `|P x| / |x|` (chance
-    is about `sqrt(r / d)`). All later queries count, so whole attention maps are read, one layer at a time:
-    the model is switched to eager attention for this pass and back. Raises InputError for a subspace of
-    another width.
+    Every layer is measured. All later queries count, so whole attention maps are read, one layer at a time.
+    The model is switched to eager attention for this pass and back.
+
+    Args:
+        model: a language model.
+        windows: the text.
+        subspaces: subspaces of the residual stream, by name.
+        batch_size: windows in a pass.
+
+    Returns:
+        One row per `document`, `window`, `layer` and `position`. The columns are the `token` id; `attention`,
+        the mean over later queries and heads; `variance`, over later queries, of the mean over heads; `norm`
+        of the residual that enters the layer, from which its keys are computed; and for each subspace the
+        ratio `|P x| / |x|` of that residual (by chance about `sqrt(r / d)`).
+
+    Raises:
+        InputError: for a subspace of another width.
+
     """
     for subspace in subspaces.values():
         if subspace.d != model.d:
@@ -55,7 +69,7 @@ def received(
     sites = [Site("embedding"), *(Site("exit", layer) for layer in range(model.layers - 1))]
 
     def ratios(x: Tensor) -> Tensor:
-        """`batch x tokens x (1 + subspaces)`: the norm, and the part of it inside each subspace."""
+        """Return the norm, and the share of it inside each subspace, `[batch, tokens, 1 + subspaces]`."""
         squares = (x.float() @ bases.to(x.device)).square()
         inside = torch.stack([part.sum(-1) for part in squares.split(ranks, dim=-1)], dim=-1).sqrt()
         norm = x.float().norm(dim=-1, keepdim=True)
@@ -91,11 +105,11 @@ def received(
 
 
 def candidates(table: pd.DataFrame, model: LanguageModel) -> pd.DataFrame:
-    """The rows of `received` that may be bars, after the paper's exclusions.
+    """Return the rows of `received` that may be bars, after the exclusions of the paper.
 
-    Left out are layers before the sink is in place (before the first in which position 0 receives at least
-    half of the most it receives in any [ours]), position 0 and every other BOS, and the last 4 tokens of 33,
-    or as large a share of longer windows [ours]. Raises InputError where nothing is left.
+    It excludes layers before the sink forms (before the first in which position 0 receives at least half of
+    its maximum over layers [ours]), position 0 and every other BOS, and the last 4 of 33 tokens, or the same
+    share of longer windows [ours]. Raises InputError where no row is left.
     """
     mass = table[table["position"] == 0].groupby("layer")["attention"].mean()
     first = int(mass.index[mass >= mass.max() / 2].min())
@@ -111,10 +125,12 @@ def candidates(table: pd.DataFrame, model: LanguageModel) -> pd.DataFrame:
 
 
 def mark_bars(table: pd.DataFrame, most: float = 0.1, even: float = 0.5) -> pd.Series:
-    """Which candidates are bars: by layer, the `most` by attention, and of these the `even` least variable.
+    """Mark the candidates that are bars, by quantiles of attention and variance in each layer.
 
-    The paper's absolute thresholds (0.018 and 0.01) hold for its texts of about 33 tokens: both numbers fall
-    with length, so quantiles of each layer take their place, and the share of bars is `most x even`.
+    A bar is among the share `most` of a layer with the highest attention, and among the share `even` of these
+    with the lowest variance. The absolute thresholds of the paper (0.018 and 0.01) hold for its texts of
+    about 33 tokens. Both quantities fall with length, so quantiles replace them, and the share of bars is
+    `most x even`. Raises InputError for shares outside 0 to 1.
     """
     if not (0 < most < 1 and 0 < even <= 1):
         raise InputError(f"quantiles {most} and {even}: expected shares between 0 and 1")
@@ -124,11 +140,11 @@ def mark_bars(table: pd.DataFrame, most: float = 0.1, even: float = 0.5) -> pd.S
 
 
 def strata(table: pd.DataFrame, places: int = 16, counts: int = 5) -> pd.Series:
-    """A number for each row: tokens of one layer, about as far into the text and about as frequent.
+    """Return a stratum number for each row: tokens of one layer that are similar in position and frequency.
 
-    Positions are cut evenly into `places`, and the first of these by powers of two, since attention received
-    changes fast there and again towards the end; frequencies are the token's count among the rows of its
-    layer, cut by quantile.
+    Positions are cut evenly into `places` groups, and the first of these by powers of two, since attention
+    received changes fast at the beginning and again towards the end. The frequency of a token is its count
+    among the rows of its layer. It is cut into `counts` groups by quantile.
     """
     even = table["position"] * places // (table["position"].max() + 1)
     position = even + np.log2(table["position"]).astype(int) / 100
@@ -138,7 +154,7 @@ def strata(table: pd.DataFrame, places: int = 16, counts: int = 5) -> pd.Series:
 
 
 def matched(table: pd.DataFrame, marked: pd.Series, column: str) -> pd.DataFrame:
-    """The marked rows, with the `control`: the mean of the column over unmarked rows of the same stratum.
+    """Return the marked rows with a `control`: the mean of the column over unmarked rows of the same stratum.
 
     Marked rows whose stratum has no other row are left out.
     """

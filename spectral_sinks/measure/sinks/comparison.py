@@ -1,4 +1,4 @@
-"""`compare`: what moves of the sink do, each beside itself at random other positions."""
+"""Compare interventions on a sink, each with the same intervention at random other positions (`compare`)."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,21 +30,25 @@ UNTOUCHED = "untouched"
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """What moves do to one model on one set of windows; the first move of every table is `untouched`."""
+    """The effects of several interventions on one model and one set of windows.
+
+    The column `move` of every table holds the name of the intervention. The first is `untouched`.
+    """
 
     rows: pd.DataFrame
-    """By document: `move`, `nll`, `delta_nll` and `kl` (nats per token), `mass` (attention given to all
-    chosen positions), `unspent` (to no token); with `control_of`, the same move at another position."""
+    """By document: `move`; `nll`, `delta_nll` and `kl` in nats per token; `mass`, the attention to all chosen
+    positions; `unspent`, the attention that goes to no token; and `control_of`, the name of the intervention
+    that this row repeats at another position, or an empty string."""
     attention: pd.DataFrame
-    """By document, layer, head and chosen position: `attention` it is given, of moves and not of controls."""
+    """By document, layer, head and chosen position: `attention` received. Controls are not listed."""
     residuals: pd.DataFrame
-    """By document, site and chosen position: `norm_ratio` to the median of the tokens not chosen; with a
-    spectrum `dark_share`, and `other_dark_share` of those."""
+    """By document, site and chosen position: `norm_ratio` to the median of the tokens that are not chosen.
+    With a spectrum also `dark_share`, and `other_dark_share` of the tokens that are not chosen."""
 
     def summary(self) -> pd.DataFrame:
-        """A row per move: means over documents with 95 % intervals, `_low` and `_high`.
+        """Return one row per intervention: means over documents with 95 % intervals, `_low` and `_high`.
 
-        `control_least` and `control_most` are the range of `delta_nll` over the move's random positions.
+        `control_least` and `control_most` are the range of `delta_nll` over the control's random positions.
         """
         baseline = self.rows[self.rows["move"] == UNTOUCHED].set_index("document")
         found: list[dict[str, Any]] = []
@@ -86,15 +90,30 @@ def compare(
     tokens: int = TOKENS,
     batch_size: int = 16,
 ) -> Comparison:
-    """NLL, attention and residuals before and after each move, the untouched pass made the same way.
+    """Measure NLL, attention and residuals under each of several interventions, and under none.
 
-    A move is a function of an `AttentionCall` such as `MaskKey(0)`, a mapping from sites to edits, a
-    `Prefix`, or a list of them that act together. Attention given to position k is the mean of A[i, k] over
-    the queries i after the last of `positions`, among the first `tokens`: over positions it sums to 1 with
-    what is unspent. `controls` repeats each move that acts at one position at that many random others, drawn
-    from `seed` among the first `tokens`. NLL with a prefix is that of the text alone.
+    The untouched pass runs through the same code. The attention received by position k is the mean of A[i, k]
+    over the queries i after the last of `positions`, among the first `tokens`. Summed over positions it is 1,
+    together with what is unspent. With a prefix, the NLL is of the text alone.
 
-    Raises InputError for what is no move, what the model does not have, and positions beyond the windows.
+    Args:
+        model: a language model.
+        windows: the text.
+        moves: interventions by name. Each is an attention edit such as `MaskKey(0)` or another function of an
+            `AttentionCall`, a mapping from sites to edits, a `Prefix`, or a list of them that act together.
+        positions: the positions whose attention and residuals are measured.
+        spectrum: gives the dark tail, whose share is then measured.
+        controls: number of random other positions, among the first `tokens`, at which each intervention that
+            acts at one position is repeated.
+        seed: of the random positions.
+        tokens: number of first tokens over which attention is measured; at most the length of the shortest
+            window.
+        batch_size: windows in a pass.
+
+    Raises:
+        InputError: for an object that is not an intervention, for sites, heads and the like that the model
+            does not have, and for positions beyond the windows.
+
     """
     shortest = min(len(row) for row in windows.rows)
     tokens = min(tokens, shortest)
@@ -105,10 +124,11 @@ def compare(
             f"first {tokens} tokens"
         )
     if UNTOUCHED in moves:
-        raise InputError(f"the name {UNTOUCHED!r} is that of the pass without a move")
+        raise InputError(f"the name {UNTOUCHED!r} is that of the pass without an intervention")
     cells = {UNTOUCHED: CombinedEdit()} | {name: CombinedEdit.of(changes) for name, changes in moves.items()}
     origin = dict.fromkeys(cells, "")
     generator = np.random.default_rng(seed)
+    # Repeat each intervention at one position at random other positions
     for name, parts in list(cells.items())[1:]:
         check_parts(parts, model, windows)
         if controls and parts.position is not None:
@@ -120,6 +140,7 @@ def compare(
     spaces = [] if spectrum is None else [spectrum.dark()]
     places: list[int] = []
     found: dict[str, list[dict[str, Tensor]]] = {name: [] for name in cells}
+    # Measure all cells on each batch, as many to a job as fit
     for chosen, ids in windows.batches(batch_size):
         places += chosen
 
@@ -128,6 +149,7 @@ def compare(
 
         for name, values in zip(cells, by_job(model, ids, list(cells.values()), run), strict=True):
             found[name].append(values)
+    # Average over the windows of each document and make the tables
     owners = [windows.document[place] for place in places]
     weights = [len(windows.rows[place]) - 1 for place in places]  # predicted tokens
     documents = np.unique(owners)
@@ -154,7 +176,7 @@ def compare(
 
 
 def check_parts(parts: CombinedEdit, model: LanguageModel, windows: Windows) -> None:
-    """Raise InputError for parts that mean nothing on this model and these windows."""
+    """Raise InputError for interventions that are not defined on this model and these windows."""
     parts.prefix.check(model)
     for site, edit in parts.edits.items():
         check_edit(site, edit, model, windows)
@@ -162,11 +184,14 @@ def check_parts(parts: CombinedEdit, model: LanguageModel, windows: Windows) -> 
             raise InputError("fill 'swap' takes another document: give at least two windows")
     for look in parts.looks:
         with attending(model, look):
-            pass  # asks the move itself
+            pass  # the attention edit checks itself on entry
 
 
 def other_positions(generator: np.random.Generator, tokens: int, count: int, taken: set[int]) -> list[int]:
-    """Random positions with queries after them, none of those taken."""
+    """Draw random positions that are not taken and have queries after them.
+
+    Raises InputError if too few are left.
+    """
     free = [k for k in range(tokens - 1) if k not in taken]
     if len(free) < count:
         raise InputError(f"{count} controls at other positions: {len(free)} are left")
@@ -182,7 +207,7 @@ def _moved(
     tokens: int,
     spaces: Sequence[Subspace],
 ) -> list[dict[str, Tensor]]:
-    """A pass under each of some changes, beside the untouched one: per window, what goes into the tables."""
+    """Run one batch untouched and under each intervention; return the table entries by window."""
     queries = (torch.arange(tokens) > max(positions)).expand(len(ids), tokens)
     base, reference = observe(model, ids, CombinedEdit(), queries, spaces=spaces)
     passes = (
@@ -193,7 +218,7 @@ def _moved(
 
 
 def _reduced(seen: EditEffect, positions: list[int], untouched_nll: Tensor) -> dict[str, Tensor]:
-    """Per window, what goes into the tables."""
+    """Reduce one pass to the entries of the tables, by window."""
     marks = torch.zeros(len(seen.nll), seen.norms.shape[-1], dtype=torch.bool)
     marks[:, positions] = True
     together = seen.chosen(marks)
@@ -214,7 +239,7 @@ def _reduced(seen: EditEffect, positions: list[int], untouched_nll: Tensor) -> d
 def _long(
     name: str, documents: NDArray[np.int64], axes: Mapping[str, Sequence[Any]], columns: Mapping[str, Any]
 ) -> pd.DataFrame:
-    """One row per document and place on the axes."""
+    """Return a table with one row per document and point on the axes."""
     index = pd.MultiIndex.from_product([documents, *axes.values()], names=["document", *axes])
     flat = {key: np.asarray(values).reshape(-1) for key, values in columns.items()}
     return pd.DataFrame(flat, index=index).reset_index().assign(move=name)

@@ -1,4 +1,4 @@
-"""Designate a sink: which is the lightest move that makes a position or token the sink after the fact?"""
+"""Designate a sink: find the lightest intervention that makes a given position or token the sink."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,61 +21,65 @@ from spectral_sinks.stats import Estimate
 NONE = "none works"
 
 DESIGNATION = (
-    "a move works: of the queries after the designated sink, among the first tokens, the mean over layers "
-    "and heads of the attention given to it is above that given to any other position, and one head gives it "
-    "more than 0.3. The sink is dark: at what the layer reads that attends to it most, it keeps more of its "
-    "energy in the dark band than in any random subspace of that rank, and more than the other tokens do"
+    "an intervention works if the designated sink receives more attention than any other position (mean over "
+    "layers and heads, and over the queries after it among the first tokens), and more than 0.3 in one head. "
+    "The sink is dark if, in the residual read by the layer that attends to it most, it keeps more of its "
+    "energy in the dark tail than in any random subspace of that rank, and more than the other tokens do"
 )
-"""The rule of `designate`; "more" and "above" are with the whole interval over documents."""
+"""The rule of `designate`. "More" means that the whole interval over documents lies above."""
 
 
 @dataclass(frozen=True, eq=False)
 class Designation:
-    """Whether a position or token could be made the sink, by what, at what cost, and whether it is dark."""
+    """The result of `designate`: the intervention that works, its cost, and whether the new sink is dark."""
 
     model: str
     target: str
     old: int
-    """The position that received most before."""
+    """The position that received the most attention before."""
     move: str
-    """The lightest move that works, or "none works"."""
+    """Name of the lightest intervention that works, or "none works"."""
     changes: tuple[AttentionHook | Interventions, ...]
-    """The move itself, as `compare` takes it; empty where none works or nothing is needed."""
+    """The intervention itself, as `compare` takes it. Empty where none works or nothing is needed."""
     documents: int
     left_out: int
-    """Windows without the token."""
+    """Number of windows without the token."""
     baseline_nll: Estimate
-    """Nats per token, untouched."""
+    """Nats per token in the untouched model."""
     nll: Estimate
-    """The same under the move; least and most: under the move at random other positions or tokens."""
+    """Nats per token under the intervention. `least` and `most` are the range under the same intervention at
+    random other positions or tokens."""
     delta_nll: Estimate
     mass_before: Estimate
-    """Attention given to the designated sink, mean over layers and heads."""
+    """Attention to the designated sink in the untouched model, mean over layers and heads."""
     mass: Estimate
     old_mass_before: Estimate
-    """Attention given to the old sink."""
+    """Attention to the old sink in the untouched model."""
     old_mass: Estimate
     verdict: Literal["dark", "dark by the move", "not dark", "unknown"]
-    """Whether the new sink is dark; "by the move" where that gave it the old sink's residual or dark band;
-    "unknown" where none works or no spectrum was given."""
+    """Whether the new sink is dark. "dark by the move" means that the intervention gave it the old sink's
+    residual or dark tail. "unknown" means that none works or that no spectrum was given."""
     site: Site
-    """Where that was looked at: what the layer reads that attends to it most."""
+    """The site at which darkness is tested: what is read by the layer that attends to the sink most."""
     share_before: Estimate
-    """Share of the token's energy in the dark band; least and most: in random subspaces of its rank."""
+    """Share of the token's energy in the dark tail, in the untouched model. `least` and `most` are the range
+    over random subspaces of its rank."""
     share: Estimate
     others: Estimate
-    """The same of the other tokens, under the move."""
+    """Dark share of the other tokens, under the intervention."""
     tried: pd.DataFrame
-    """One row per attempt, lightest first, then the controls: norm scaled, random bands of the old sink."""
+    """One row per attempt, the lightest first, then the controls: the scaled norm and random directions of
+    the old sink."""
     where: pd.DataFrame
-    """Attention given to each `position` by `layer`, `before` and `after`, mean over documents and heads."""
+    """Attention received by each `position` in each `layer`, `before` and `after`, mean over documents and
+    heads."""
 
     @property
     def works(self) -> bool:
         return self.move != NONE
 
     def row(self) -> dict[str, Any]:
-        """One row of a table: `NAME`, `NAME_low`, `NAME_high`, `NAME_least`, `NAME_most`."""
+        """Return one row of a table: `NAME`, `NAME_low`, `NAME_high`, `NAME_least`, `NAME_most`."""
         return row(self)
 
     def __repr__(self) -> str:
@@ -101,16 +105,31 @@ def designate(
     tokens: int = TOKENS,
     batch_size: int = 16,
 ) -> Designation:
-    """Make a position or a token the sink after the fact, by the lightest of `LIGHTEST_FIRST` that works.
+    """Make a position or a token the sink, by the lightest intervention of a fixed list that works.
 
-    All are tried, whether or not a lighter one works, and judged by `DESIGNATION`; "none works" is an answer.
-    The old sink is the position that receives most, and is masked only for queries from the new one on (for
-    a token: for all). Every occurrence of a token is moved, and their attention counts together; windows
-    without one are left out. `controls`: the chosen move at random other positions or tokens, and random
-    bands in place of the dark one. `spectrum` gives the dark band, and `draws` random subspaces beside it.
+    All interventions of the list are tried, whether or not a lighter one works, and each is judged by the
+    rule `DESIGNATION`. "none works" is a possible answer. The old sink is the position that receives the most
+    attention. It is masked only for queries from the new sink on (for a token: for all queries). For a token,
+    the edit acts at every occurrence, and the attention to all occurrences counts together. Windows without
+    the token are left out.
 
-    Raises InputError unless one of position and token is given, for windows of different lengths, a position
-    or token that they do not have, and fewer than two documents.
+    Args:
+        model: a language model.
+        windows: the text, in windows of one length.
+        position: the position to designate; give either this or `token`.
+        token: the token id to designate.
+        spectrum: gives the dark tail.
+        controls: number of random other positions or tokens at which the chosen intervention is repeated, and
+            of random subspaces that replace the dark tail.
+        draws: number of random subspaces that the dark share is compared with.
+        seed: of the random positions or tokens.
+        tokens: number of first tokens over which attention is measured.
+        batch_size: windows in a pass.
+
+    Raises:
+        InputError: unless exactly one of position and token is given; for windows of different lengths; for a
+            position or token that they do not have; and for fewer than two documents.
+
     """
     dark = None if spectrum is None else spectrum.dark()
     attempts = Attempts(model, windows, position, token, dark, tokens, batch_size)
@@ -118,6 +137,7 @@ def designate(
     if dark is not None:
         spaces = [dark, *(random_subspace(model.d, dark.rank, number) for number in range(draws))]
     passes = _passes(attempts, attempts.names, spaces)
+    # Judge every attempt and every control against the untouched pass
     before = passes["nothing"]
     tried = {name: attempts.judge(name, found, before) for name, found in passes.items()}
     controlled = _passes(attempts, attempts.controls(controls))
@@ -126,12 +146,14 @@ def designate(
     after, judged = passes.get(move, before), tried.get(move, tried["nothing"])
     parts = attempts.parts(move)
 
+    # Repeat the chosen intervention at random other positions or tokens
     moved: list[float] = []
     if parts.looks or parts.edits:
         others = attempts.others(np.random.default_rng(seed), controls)
         moved = [
             float(found["nll"].mean()) for found in attempts.run([attempts.parts(move, o) for o in others])
         ]
+    # Test darkness at what the layer reads that attends to the new sink most
     layer = int(after["mass"].mean((0, 2)).argmax())
     share_before, share, rest = (_share(found, layer) for found in (before, after, _others(after)))
     verdict = "not dark"
@@ -169,7 +191,7 @@ def _passes(attempts: Attempts, names: Sequence[str], spaces: Sequence[Subspace]
 
 
 def _share(found: Found, layer: int) -> Estimate:
-    """Share in the dark band at what a layer reads, among random subspaces; NaN without a spectrum."""
+    """Return the dark share at what a layer reads, with random subspaces; NaN without a spectrum."""
     shares = found["shares"][:, layer]
     if not shares.shape[1]:
         return Estimate(*[float("nan")] * 3)
@@ -177,7 +199,7 @@ def _share(found: Found, layer: int) -> Estimate:
 
 
 def _others(found: Found) -> Found:
-    """The same with the shares of the other tokens."""
+    """Return the same results with the shares of the other tokens."""
     return dict(found) | {"shares": found["other_shares"]}
 
 

@@ -1,4 +1,4 @@
-"""Before and after a move: NLL, where attention goes, and what lies in the residuals, in one pass each."""
+"""One pass under an intervention: NLL, attention received by each position, and residuals."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -23,15 +23,15 @@ from spectral_sinks.spectra.edits import Edit, as_edits
 from spectral_sinks.spectra.subspace import Subspace
 
 Change = AttentionHook | Interventions | Prefix
-"""A move of attention, functions at sites, or tokens put before the text."""
+"""An attention edit, edits at sites, or tokens before the text."""
 
 Changes = Change | Sequence[Change]
-"""One change, or several that act together."""
+"""One intervention, or several that act together."""
 
 
 @dataclass(frozen=True)
 class CombinedEdit:
-    """Changes sorted by what they act on."""
+    """Interventions by what they act on: attention (`looks`), sites (`edits`) and the text (`prefix`)."""
 
     looks: tuple[AttentionHook, ...] = ()
     edits: Mapping[Site, Edit] = field(default_factory=dict[Site, Edit])
@@ -39,7 +39,7 @@ class CombinedEdit:
 
     @classmethod
     def of(cls, changes: Changes) -> "CombinedEdit":
-        """Raises InputError for what is no change, and for two edits at one site."""
+        """Sort interventions. Raises InputError for any other object, and for two edits at one site."""
         looks: list[AttentionHook] = []
         edits: dict[Site, Edit] = {}
         prefix = Prefix(())
@@ -55,8 +55,8 @@ class CombinedEdit:
                 looks.append(cast(AttentionHook, change))
             else:
                 raise InputError(
-                    f"{change!r} is no move: give functions of an AttentionCall such as MaskKey(0), a "
-                    "mapping from sites to edits, a Prefix, or a list of them"
+                    f"{change!r} is not an intervention: give functions of an AttentionCall such as "
+                    "MaskKey(0), a mapping from sites to edits, a Prefix, or a list of them"
                 )
         return cls(tuple(looks), edits, prefix)
 
@@ -67,7 +67,7 @@ class CombinedEdit:
 
     @property
     def position(self) -> int | None:
-        """The one position that the changes act at; None where there is none, or several."""
+        """The one position at which the interventions act; None where there is none, or several."""
         found = {look.position for look in self.looks if isinstance(look, AtToken)}
         for edit in self.edits.values():
             found |= {None} if edit.positions is None else edit.positions
@@ -75,12 +75,12 @@ class CombinedEdit:
 
     @property
     def source(self) -> int:
-        """The last position that the changes copy from; -1 where they copy nothing."""
+        """The last position that the interventions copy from; -1 where they copy nothing."""
         copied = [edit.copies_from for edit in self.edits.values()]
         return max([-1, *copied, *(look.source for look in self.looks if isinstance(look, CopyKey))])
 
     def moved_to(self, position: int) -> "CombinedEdit":
-        """The same changes at another position."""
+        """Return the same interventions at another position."""
         looks = [replace(k, position=position) if isinstance(k, AtToken) else k for k in self.looks]
         edits = {site: edit.at_position(position) for site, edit in self.edits.items()}
         return CombinedEdit(tuple(looks), edits, self.prefix)
@@ -88,20 +88,24 @@ class CombinedEdit:
 
 @dataclass(frozen=True)
 class EditEffect:
-    """What one pass over a batch of windows shows; positions are those of the text without its prefix."""
+    """The measurements of one pass over a batch of windows.
+
+    Positions are those of the text without its prefix.
+    """
 
     nll: Float[Tensor, "batch"]
-    """Nats per token, mean over the text's own predicted tokens."""
+    """Nats per token, mean over the predicted tokens of the text itself."""
     kl: Float[Tensor, "batch"]
-    """KL(untouched || moved) of the next-token distributions, nats."""
+    """KL(untouched || edited) of the next-token distributions, in nats."""
     given: Float[Tensor, "batch layers heads tokens"]
-    """Attention given to each position, mean over the queries counted."""
+    """Attention received by each position, mean over the queries that count."""
     prefix: Float[Tensor, "batch layers heads"]
-    """Attention given to the prefix; the rest of 1 went to no token (a learned sink, a dropped weight)."""
+    """Attention received by the prefix. The rest, up to 1, went to no token (a learned sink, a dropped
+    weight)."""
     norms: Float[Tensor, "batch sites positions"]
-    """Norm of the residual at the embedding and each exit."""
+    """Norm of the residual at the embedding and at each exit."""
     shares: Float[Tensor, "batch sites positions spaces"]
-    """Share of its energy in each of the subspaces given."""
+    """Share of the residual's energy in each of the given subspaces."""
 
     @property
     def unspent(self) -> Float[Tensor, "batch layers heads"]:
@@ -109,9 +113,10 @@ class EditEffect:
         return 1 - self.prefix - self.given.sum(-1)
 
     def chosen(self, chosen: Bool[Tensor, "batch positions"]) -> dict[str, Tensor]:
-        """What some tokens of each window show, mean over them: attention summed, residuals by site.
+        """Return the measurements of some tokens of each window.
 
-        `norm_ratio` is to the median of the other tokens; `shares` and `other_shares` are of energy.
+        Attention is summed over these tokens, and the residuals are averaged, by site. `norm_ratio` is
+        relative to the median of the other tokens. `shares` and `other_shares` are shares of energy.
         """
         here = chosen[:, None].double()
         among = chosen[:, None, None, : self.given.shape[-1]]
@@ -134,10 +139,22 @@ def observe(
     spaces: Sequence[Subspace] = (),
     reference: Reference | None = None,
 ) -> tuple[EditEffect, Reference | None]:
-    """One pass under some changes, through `attending` even where nothing changes.
+    """Run one pass under some interventions, through `attending` even where nothing changes.
 
-    `queries` marks, by window, those among the first tokens whose attention is counted. Without `reference`
-    the pass makes one, to compare others with.
+    Args:
+        model: a language model.
+        ids: the token ids of the windows.
+        parts: the interventions.
+        queries: marks, in each window, the queries among the first tokens whose attention counts.
+        spaces: the subspaces whose share of energy is measured.
+        reference: the untouched pass to compare with. Without it this pass makes one.
+
+    Returns:
+        The measurements, and the reference if this pass made one, else None.
+
+    Raises:
+        InputError: where the prefix and the text are longer than the context.
+
     """
     size = len(parts.prefix.ids)
     text = parts.prefix(ids.to(model.device))
@@ -147,6 +164,7 @@ def observe(
             f"{model.context}"
         )
     last = size + queries.shape[1]
+    # Each row averages over the queries that count, [batch, prefix + tokens]
     rows = torch.nn.functional.pad(queries / queries.sum(1, keepdim=True), (size, 0)).to(model.device)
     received: dict[int, Tensor] = {}
 
@@ -162,6 +180,7 @@ def observe(
     sites = residual_sites(model)
 
     def readout(final: Tensor, read: dict[Site, Tensor], _: list[Tensor]) -> tuple[Any, ...]:
+        # NLL, KL and residuals are those of the text, without the prefix
         own = final[:, size:]
         if reference is None:
             scores, made = untouched(model, own, ids)
@@ -176,6 +195,7 @@ def observe(
         return (*(x.cpu() for x in found), made)
 
     with ExitStack() as stack:
+        # `watch` is last, so it sees attention after all edits
         for look in (*parts.looks, watch):
             stack.enter_context(attending(model, look))
         nll, kl, norms, shares, made = trace(model, text, parts.edits, sites, readout=readout)

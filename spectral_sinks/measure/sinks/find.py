@@ -1,4 +1,4 @@
-"""Find the attention sinks of a model, and the attention and norms of every position beside them."""
+"""Find the attention sinks of a model, with the attention and norms of every position."""
 
 import warnings
 from dataclasses import dataclass
@@ -31,61 +31,65 @@ from spectral_sinks.stats import Estimate
 
 @dataclass(frozen=True, eq=False)
 class Sinks:
-    """What `find_sinks` found."""
+    """The sinks that `find_sinks` found, with the attention and residuals that they were found from."""
 
     model: str
     epsilon: float
     sinks: tuple[Sink, ...]
-    """Largest attention first."""
+    """The sinks, the one that receives the most attention first."""
     members: Bool[NDArray[np.bool_], "windows tokens"]
-    """Where these sinks are."""
+    """The tokens that belong to these sinks."""
     attention: PositionAttention
     residuals: Residuals
     massive: pd.DataFrame
-    """Massive activations and tokens of high norm: see `massive_activations`."""
+    """Massive activations and tokens of high norm, as from `massive_activations`."""
     levels: Float[NDArray[np.float64], "2 sites"]
-    """Median norm of usual tokens by site, and their robust spread."""
+    """Median norm of usual tokens at each site, and their robust spread."""
     sink_rate: Estimate
     """Sink^eps of position 0."""
     sink_rate_of_seen: Estimate
-    """The same with the mean over only those queries that can see position 0 (sliding windows)."""
+    """Sink^eps of position 0 where the mean is over only the queries that can see it (sliding windows)."""
     total_mass: Estimate
-    """Attention to all sinks together: mean over queries, heads and layers."""
+    """Attention to all sinks together, mean over queries, heads and layers."""
     uniform_total_mass: float
-    """The same of uniform attention."""
+    """The value of `total_mass` under uniform attention."""
     high_norm_mass: Estimate
-    """Attention to all tokens of high norm together, as each layer reads them, sinks or not."""
+    """Attention to all tokens of high norm together, whether or not they are sinks. A token counts in a layer
+    if the residual that the layer reads has high norm."""
     uniform_high_norm_mass: float
+    """The value of `high_norm_mass` under uniform attention."""
     high_norm_share: float
-    """Share of (text, layer, position) of high norm."""
+    """Share of (text, layer, position) with high norm."""
     to_sink_logit: Estimate
-    """Attention that went to a learned logit without a value."""
+    """Attention that goes to a learned logit without a value."""
     repeated: int
-    """Windows of which one token fills at least half."""
+    """Number of windows in which one token fills at least half of the positions."""
 
     @property
     def tokens(self) -> int:
-        """T."""
+        """T, the number of tokens read in each window."""
         return self.attention.tokens
 
     @property
     def dispersed(self) -> bool:
-        """Whether windows repeat one token and attention goes to tokens of high norm that are no sinks.
+        """Whether windows repeat one token and attention goes to tokens of high norm that are not sinks.
 
-        Where a token repeats, all of it may look like a first token: no position stands out, and Sink^eps is
-        low though attention does nothing else. [ours]: the mass on high norm is over twice that on sinks.
+        Where one token repeats, all of its occurrences may look like a first token. Then no position stands
+        out, and Sink^eps is low although attention does nothing else. The threshold is [ours]: the mass on
+        tokens of high norm is more than twice the mass on sinks.
         """
         return self.repeated > 0 and self.high_norm_mass.value > 2 * self.total_mass.value
 
     @property
     def onset_layer(self) -> int | None:
-        """Onset of the largest sink."""
+        """Onset layer of the largest sink; None if there is no sink."""
         return self.sinks[0].onset_layer if self.sinks else None
 
     def by_head(self) -> pd.DataFrame:
-        """Attention by `document`, `layer` and `head`.
+        """Return the attention by `document`, `layer` and `head`.
 
-        `mass` to all sinks together (mean over queries), `first` to position 0, and `to_sink_logit`.
+        The columns are `mass` (to all sinks together, mean over queries), `first` (to position 0), and
+        `to_sink_logit`.
         """
         mass = self.attention.by_document(self.attention.mass(self.members[:, None]))
         rest = self.attention.by_document(self.attention.to_sink_logit)
@@ -97,7 +101,7 @@ class Sinks:
         return table.rename_axis(["document", "layer", "head"]).reset_index()
 
     def rates(self) -> pd.DataFrame:
-        """Sink^eps_k by `position`: `mean` over documents, `low` and `high` of its interval."""
+        """Return Sink^eps_k by `position`: its `mean` over documents, with an interval `low` to `high`."""
         rates = self.attention.rate(self.epsilon).T
         rows = [Estimate.of(row[~np.isnan(row)]) for row in rates]
         table = pd.DataFrame(
@@ -106,14 +110,17 @@ class Sinks:
         return table.rename_axis("position").reset_index()
 
     def norms(self) -> pd.DataFrame:
-        """Norm by `layer` (-1: the embedding) and `position` in medians of usual tokens: `norm_ratio`."""
+        """Return the norm by `layer` (-1: the embedding) and `position`.
+
+        The column `norm_ratio` is in units of the median norm of usual tokens.
+        """
         ratio = self.attention.by_document(self.residuals.norm / self.levels[0, :, None]).mean(0)
         index = pd.MultiIndex.from_product([range(-1, ratio.shape[0] - 1), range(ratio.shape[1])])
         table = pd.DataFrame({"norm_ratio": ratio.ravel()}, index)
         return table.rename_axis(["layer", "position"]).reset_index()
 
     def record(self) -> dict[str, Any]:
-        """Everything but the tables and arrays, as JSON holds it."""
+        """Return everything except the tables and arrays, as a dictionary that JSON can hold."""
         published = self.massive[self.massive["massive"]]
         return {
             "model": self.model,
@@ -148,10 +155,24 @@ def find_sinks(
     draws: int = 20,
     batch_size: int = 16,
 ) -> Sinks:
-    """The sinks of a model over the first `tokens` of each window, by the rule in `discovery.RULE`.
+    """Find the attention sinks of a language model in the first `tokens` of each window.
 
-    Warns where windows repeat one token. Raises InputError as `attention_by_position` does, for a spectrum
-    of another width, and for an epsilon outside 0 to 1.
+    The rule is the entry `rule` of `Sinks.record`. A `SpectralWarning` is issued where windows repeat one
+    token.
+
+    Args:
+        model: a language model.
+        windows: the text.
+        spectrum: the spectrum whose dark tail is tested.
+        tokens: T, the number of tokens read in each window; 64 by default.
+        epsilon: attention received above which a head has a sink; 0.3 by default.
+        draws: number of random subspaces that the dark tail is compared with.
+        batch_size: windows in a pass.
+
+    Raises:
+        InputError: as `attention_by_position` does, for a spectrum of another width, and for an epsilon
+            outside 0 to 1.
+
     """
     if not 0 <= epsilon < 1:
         raise InputError(f"epsilon {epsilon}: attention received lies between 0 and 1")
@@ -160,10 +181,13 @@ def find_sinks(
     read = opened(model, windows, tokens)
     if isinstance(read, Pixels):
         raise InputError("sinks of images are found by kind of token: vision_sinks(model, pixels)")
+    # One set of passes gives the attention and the norms of all positions
     attention, residuals = observe(model, read, batch_size)
     levels = usual_levels(model, attention, residuals, batch_size)
     high = residuals.high(levels)
+    # Site l is what layer l reads; the last exit is read by no layer
     reads = high[:, :-1]
+    # Which tokens are sinks, and which of the rest they are compared with
     places = places_of(attention, epsilon)
     members = np.any([np.zeros_like(high[:, 0]), *(place.member for place in places)], axis=0)
     others = (attention.ids >= 0) & ~members
@@ -199,10 +223,10 @@ def find_sinks(
     if found.repeated:
         over = (
             f"dispersal: {found.high_norm_share:.0%} of the tokens have high norm and receive "
-            f"{found.high_norm_mass.value:.0%} of the attention together, so a low sink rate is no absence "
-            "of sinks"
+            f"{found.high_norm_mass.value:.0%} of the attention together, so a low sink rate does not mean "
+            "that there are no sinks"
             if found.dispersed
-            else "their sink rate says little of other texts"
+            else "their sink rate says little about other texts"
         )
         warnings.warn(
             f"{found.repeated} of {len(attention.windows)} windows repeat one token; {over}",

@@ -1,4 +1,4 @@
-"""Which positions and which tokens are sinks: the rule, and the places that it finds."""
+"""The rule that decides which positions and tokens are sinks, and the search for them."""
 
 from collections import Counter
 from typing import NamedTuple
@@ -10,43 +10,49 @@ from numpy.typing import NDArray
 from spectral_sinks.measure.attention.by_position import PositionAttention
 
 SHARE, FEWEST = 0.5, 0.25
-"""Documents in which a sink is one: of those that have it, and of all, as shares [ours]."""
+"""Shares of documents that make a sink [ours]. The first is a share of all documents for a position, and of
+the documents that contain it for a token. The second is the share of all documents that a token needs in
+addition."""
 
 RULE = (
     "a position is a sink of a text if at least one head gives it more than epsilon (alpha_k), and at "
-    "least half of the queries come at or after it. Listed: positions that are sinks in half of the "
-    "documents; and tokens that, elsewhere, are sinks in half of the documents that hold them, in three "
-    "and a quarter of all at least. dark: of the residual that its strongest layer reads, it keeps more "
-    "energy in the dark band than in any random subspace of that rank, and more than the other tokens do, "
-    "with the whole interval"
+    "least half of the queries come at or after it. A position is listed if it is a sink in half of the "
+    "documents. A token is listed if, at other positions, it is a sink in half of the documents that "
+    "contain it, in at least three documents, and in at least a quarter of all. dark: in the residual that "
+    "the layer with the strongest sink reads, the sink keeps more energy in the dark tail than in any random "
+    "subspace of that rank, and more than the other tokens do, and the whole interval lies above"
 )
-"""The rule of `find_sinks`; all of it [ours] but alpha_k and epsilon."""
+"""The rule of `find_sinks`. All of it is [ours] except alpha_k and epsilon."""
 
 
 class Place(NamedTuple):
-    """Where a sink is, before anything is measured."""
+    """The location of a sink before anything is measured there."""
 
     position: int | None
     token: int | None
-    """None at a position that holds different tokens."""
+    """None for a position that holds different tokens."""
     held: Counter[int]
-    """Tokens there, and in how many windows."""
+    """The tokens there, each with its number of windows."""
     member: Bool[NDArray[np.bool_], "windows tokens"]
 
 
 def above(
     attention: PositionAttention, epsilon: float
 ) -> Bool[NDArray[np.bool_], "windows layers heads tokens"]:
-    """Where a head gives a position more than epsilon, among positions with half of the queries."""
+    """Return where a head gives a position more than epsilon.
+
+    Only positions with half of the queries at or after them count.
+    """
     return (attention.alpha > epsilon) & _counted(attention)[:, None, None]
 
 
 def _counted(attention: PositionAttention) -> Bool[NDArray[np.bool_], "windows tokens"]:
+    """Return the positions that have at least half of the queries at or after them."""
     return (attention.ids >= 0) & (attention.queries >= attention.lengths[:, None] / 2)
 
 
 def places_of(attention: PositionAttention, epsilon: float) -> list[Place]:
-    """The positions and tokens that are sinks by `RULE`."""
+    """Return the positions and tokens that are sinks by `RULE`."""
     ids = attention.ids
     drawn: NDArray[np.bool_] = np.any(above(attention, epsilon), axis=(1, 2))
     positions = np.flatnonzero(in_documents(attention, drawn).mean(0) >= SHARE)
@@ -56,6 +62,7 @@ def places_of(attention: PositionAttention, epsilon: float) -> list[Place]:
         member[:, position] = ids[:, position] >= 0
         held = Counter(ids[member].tolist())
         found.append(Place(int(position), next(iter(held)) if len(held) == 1 else None, held, member))
+    # Tokens count only at positions that are not listed themselves
     elsewhere = _counted(attention)
     elsewhere[:, positions] = False
     for token in np.unique(ids[drawn & elsewhere]).tolist():
@@ -70,5 +77,5 @@ def places_of(attention: PositionAttention, epsilon: float) -> list[Place]:
 def in_documents(
     attention: PositionAttention, values: Bool[NDArray[np.bool_], "windows *rest"]
 ) -> NDArray[np.bool_]:
-    """Whether something is so in any window of each document."""
+    """Return whether something holds in any window of each document."""
     return attention.by_document(values.astype(float)) > 0

@@ -1,4 +1,4 @@
-"""One sink in numbers: how large, since which layer, at what norm, how dark."""
+"""Measurements of one sink: its attention, its layers, the norm of its residual, and its dark share."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -25,48 +25,58 @@ from spectral_sinks.stats import Estimate
 
 @dataclass(frozen=True)
 class Sink:
-    """A position, or a token at other positions, that draws attention; intervals are over documents."""
+    """A sink: a position, or a token that draws attention at other positions.
+
+    Intervals are over documents.
+    """
 
     position: int | None
-    """None for a sink that goes with its token."""
+    """None for a sink that is tied to a token rather than to a position."""
     token: str | None
-    """As text; None at a position that holds different tokens."""
+    """The token as text; None for a position that holds different tokens."""
     tokens: dict[str, int]
-    """The most frequent tokens there, and in how many windows."""
+    """The most frequent tokens at the sink (at most three), each with the number of windows that have it
+    there."""
     documents: int
-    """In how many documents it is a sink."""
+    """Number of documents in which it is a sink."""
     share_of_documents: float
     layer: int
-    """The layer that gives it most attention: the numbers below are of this layer and of what it reads."""
+    """The layer that gives the sink the most attention. The estimates below are for this layer and for the
+    residual that it reads."""
     attention_mass: Estimate
-    """alpha_k, mean over heads."""
+    """Attention received (alpha_k), mean over heads."""
     uniform_mass: float
-    """The same of uniform attention."""
+    """The value of `attention_mass` under uniform attention."""
     norm_ratio: Estimate
-    """Residual norm, in medians of the other tokens of the text."""
+    """Norm of the sink's residual over the median norm of the tokens of the same text that are not sinks."""
     dark_share: Estimate
-    """Share of residual energy in the dark band, and the range of random subspaces of that rank; NaN where
-    no spectrum was given."""
+    """Share of the sink's residual energy in the dark tail, with the range over random subspaces of the same
+    rank. NaN where no spectrum was given."""
     other_dark_share: Estimate
-    """The same of the tokens that are no sinks."""
+    """Dark share of the tokens that are not sinks."""
     onset_layer: int
-    """First layer in which it is a sink of half as many documents as in its best."""
+    """First layer in which the number of documents with this sink reaches half of its maximum over the
+    layers."""
     erasure_layer: int | None
-    """First layer after the last such; None if that is the last layer."""
+    """The layer after the last one that reaches it; None if the last layer of the model does."""
     norm_onset: int | None
-    """First exit (-1: the embedding) where it has high norm in half of the documents; None for never."""
+    """First exit (-1: the embedding) at which the sink has high norm in half of the documents; None if there
+    is none."""
     norm_erasure: int | None
-    """First exit after the last such; None if that is the last, or there is none."""
+    """The exit after the last one at which it does; None if the last exit does, or none."""
 
     @property
     def dark(self) -> bool | None:
-        """Whether the dark band carries it, by `RULE`; None with fewer than two documents."""
+        """Whether the dark tail carries the sink, by `RULE`; None without intervals.
+
+        There are none without a spectrum, or with fewer than two documents.
+        """
         if np.isnan([self.dark_share.low, self.other_dark_share.high]).any():
             return None
         return self.dark_share.low > max(self.dark_share.most, self.other_dark_share.high)
 
     def record(self) -> dict[str, Any]:
-        """All of it, as JSON holds it."""
+        """Return all fields as a dictionary that JSON can hold."""
         found: dict[str, Any] = {}
         for field in fields(self):
             value = getattr(self, field.name)
@@ -76,7 +86,7 @@ class Sink:
 
 
 def as_json(name: str, value: Estimate) -> dict[str, Any]:
-    """A mean and its interval under a name."""
+    """Return a mean under `name` and its interval under `NAME_interval`."""
     return {name: value.value, f"{name}_interval": [value.low, value.high]}
 
 
@@ -92,13 +102,34 @@ def measure_sinks(
     draws: int,
     batch_size: int,
 ) -> list[Sink]:
-    """The numbers of every sink beside other tokens, in the layer that gives it most; largest first."""
+    """Measure every sink in the layer that gives it the most attention, and compare it with other tokens.
+
+    Args:
+        model: the model that was observed.
+        attention: attention received by every position.
+        residuals: norms of the residuals at every site.
+        high: which tokens have high norm at each site.
+        spectrum: the spectrum whose dark tail is tested; None leaves all dark shares NaN.
+        places: the sinks to measure.
+        others: the tokens that are not sinks.
+        epsilon: attention received above which a head has a sink.
+        draws: number of random subspaces of the rank of the dark tail.
+        batch_size: windows in a pass.
+
+    Returns:
+        The sinks, the one that receives the most attention first.
+
+    """
+    # Mean over heads of the attention received by each sink, [windows, layers]
     alphas = [_mean(np.moveaxis(attention.alpha.mean(2), 1, 2), place.member) for place in places]
+    # The layer that gives each sink the most attention
     layers = [int(np.nanmean(attention.by_document(alpha), axis=0).argmax()) for alpha in alphas]
     shares = _dark_shares(model, attention, spectrum, layers, places, others, draws, batch_size)
+    # Which tokens are sinks of some head, [windows, layers, tokens]
     drawn: NDArray[np.bool_] = np.any(above(attention, epsilon), axis=2)
     found: list[Sink] = []
     for place, alpha, layer, share in zip(places, alphas, layers, shares, strict=True):
+        # In which documents and layers it is a sink, and at which sites it has high norm
         present = in_documents(attention, np.any(drawn & place.member[:, None], axis=2))
         documents = int(present.any(1).sum())
         onset, erasure = _spell(present.sum(0) >= present.sum(0).max() / 2)
@@ -130,7 +161,7 @@ def measure_sinks(
 def _mean(
     values: Float[NDArray[Any], "windows tokens *rest"], member: Bool[NDArray[np.bool_], "windows tokens"]
 ) -> NDArray[np.float64]:
-    """Mean of the values at the members of each window; NaN in a window without any."""
+    """Return the mean of the values over the members of each window, NaN in a window without members."""
     chosen = np.where(member.reshape(*member.shape, *(1,) * (values.ndim - 2)), values, 0.0).sum(1)
     count = member.sum(1).reshape(-1, *(1,) * (values.ndim - 2))
     return np.where(count > 0, chosen / np.maximum(count, 1), np.nan)
@@ -141,7 +172,10 @@ def _norm_ratio(
     place: Place,
     others: Bool[NDArray[np.bool_], "windows tokens"],
 ) -> Float[NDArray[np.float64], "windows"]:
-    """Mean norm of the sink's tokens over the median of the others, by window; NaN without either."""
+    """Return the mean norm of the sink's tokens over the median norm of the others, by window.
+
+    The ratio is NaN in a window without sink tokens or without others.
+    """
     usual = np.array(
         [np.median(row[other]) if other.any() else np.nan for row, other in zip(norm, others, strict=True)]
     )
@@ -151,7 +185,10 @@ def _norm_ratio(
 def _over_documents(
     attention: PositionAttention, values: NDArray[Any], controls: NDArray[Any] | None = None
 ) -> Estimate:
-    """Mean and interval over the documents that have a value; random controls are columns, averaged first."""
+    """Return the mean and interval over the documents that have a value.
+
+    Each column of `controls` is one random draw; it is averaged over documents first.
+    """
     sample = attention.by_document(values)
     if np.isnan(sample).all():
         return Estimate(float("nan"), float("nan"), float("nan"))
@@ -160,7 +197,7 @@ def _over_documents(
 
 
 def _spell(present: Bool[NDArray[np.bool_], "places"]) -> tuple[int | None, int | None]:
-    """First place where something is present, and the first after the last such, if there is one."""
+    """Return the first index where something is present, and the index after the last one, or None."""
     where = np.flatnonzero(present)
     if not len(where):
         return None, None
@@ -169,7 +206,7 @@ def _spell(present: Bool[NDArray[np.bool_], "places"]) -> tuple[int | None, int 
 
 
 def _uniform(attention: PositionAttention) -> Float[NDArray[np.float64], "windows tokens"]:
-    """alpha_k of attention spread evenly over all that a query may see but for a sliding window."""
+    """Return alpha_k for attention that is spread evenly over all visible keys, ignoring sliding windows."""
     if not attention.causal:
         return np.where(attention.ids >= 0, 1 / attention.lengths[:, None], np.nan)
     sums = np.cumsum(1 / np.arange(attention.tokens, 0, -1))[::-1]
@@ -193,7 +230,11 @@ def _dark_shares(
     draws: int,
     batch_size: int,
 ) -> list[Float[NDArray[np.float64], "windows columns"]]:
-    """For each sink: its share in the dark band, that of other tokens, its share in each random subspace."""
+    """Return dark shares by window, one array per sink.
+
+    The columns are the share of the sink in the dark tail, the share of the other tokens there, and the share
+    of the sink in each random subspace. Everything is NaN without a spectrum.
+    """
     if not layers or spectrum is None:
         return [np.full((len(others), 2 + draws), np.nan) for _ in layers]
     dark = spectrum.dark()

@@ -1,4 +1,4 @@
-"""Is there a sink, and is it dark? One verdict per model, by a stated rule."""
+"""Decide whether a model has a sink and whether it is dark, by one stated rule."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,22 +20,23 @@ from spectral_sinks.spectra.subspace import Subspace, random_subspace
 from spectral_sinks.stats import Estimate, null_rank
 
 ONSET = 2.0
-"""A layer has the sink once its mean attention received exceeds this many times uniform attention [ours]."""
+"""A layer has the sink if its mean attention received exceeds this many times uniform attention [ours]."""
 
 RULE = (
-    "no sink: no head whose attention received by position 0 at T = 64 has its 95 % interval above 0.3. "
-    "dark: of the residual that the layer with the strongest sink reads, position 0 keeps more of its energy "
-    "in the dark band than in any random subspace of that rank, and more than the other tokens do, and "
-    "removing the band cuts that layer's sink by more than removing any random subspace. not dark: the rest"
+    "no sink: in no head does the 95 % interval of the attention received by position 0 at T = 64 lie above "
+    "0.3. dark: in the residual that the layer with the strongest sink reads, position 0 keeps more of its "
+    "energy in the dark tail than in any random subspace of that rank, and more than the other tokens do; "
+    "removing the tail also reduces that layer's sink by more than removing any random subspace. not dark: "
+    "otherwise"
 )
-"""The rule of `sink_verdict`; "more" is with the whole interval."""
+"""The rule of `sink_verdict`. "More" means that the whole interval lies above."""
 
 Verdict = Literal["dark", "not dark", "no sink"]
 
 
 @dataclass(frozen=True)
 class SinkVerdict:
-    """What was measured on one model, and what follows by `RULE`."""
+    """The measurements of one model, and the verdict that follows from them by `RULE`."""
 
     model: str
     verdict: Verdict
@@ -45,13 +46,13 @@ class SinkVerdict:
     onset: int | None
     """First layer whose sink mass exceeds twice that of uniform attention; None where there is none."""
     site: Site
-    """What that layer reads: where the carrier is looked at and filtered."""
+    """What that layer reads: the site at which the dark share is measured and the filter acts."""
     rank: int
     documents: int
     opens_with_bos: bool
     draws: int
     nll: Estimate
-    """Nats per token, untouched."""
+    """Nats per token in the untouched model."""
     rate: Estimate
     """Sink^0.3: share of (text, layer, head) with attention received above 0.3."""
     head: Estimate
@@ -59,18 +60,18 @@ class SinkVerdict:
     mass: Estimate
     """Mean attention received in the strongest layer."""
     share: Estimate
-    """Share of position 0's energy in the dark band."""
+    """Share of the energy of position 0 in the dark tail."""
     others: Estimate
-    """The same of the other tokens."""
+    """Dark share of the other tokens."""
     cut: Estimate
-    """Share of the strongest layer's mass that is lost without the dark band."""
+    """Share of the strongest layer's sink mass that is lost without the dark tail."""
     delta: Estimate
-    """NLL difference without the dark band, nats per token."""
+    """Difference in NLL without the dark tail, nats per token."""
     reached: int
-    """Random draws whose NLL difference reaches that of the dark band."""
+    """Number of random draws whose difference in NLL reaches that of the dark tail."""
 
     def row(self) -> dict[str, Any]:
-        """One row of a table of models: `NAME`, `NAME_low`, `NAME_high`, `NAME_least`, `NAME_most`."""
+        """Return one row of a table of models: `NAME`, `NAME_low`, `NAME_high`, `NAME_least`, `NAME_most`."""
         found: dict[str, Any] = {}
         for name, value in vars(self).items():
             if isinstance(value, Estimate):
@@ -90,14 +91,27 @@ def sink_verdict(
     draws: int = 20,
     batch_size: int = 16,
 ) -> SinkVerdict:
-    """Measure the sink at position 0, its carrier and its dependence on the dark band, and judge by `RULE`.
+    """Measure the sink at position 0, and judge by a stated rule whether it is dark.
 
-    An encoder is judged over its whole windows where the rule says T = 64. Raises InputError where attention
-    cannot be read, windows are shorter than 64 tokens, or there are fewer
-    than two documents, which have no interval.
+    The rule compares the dark share of position 0, and the sink without the dark tail, with random subspaces.
+    For an encoder, attention is measured over whole windows where the rule states T = 64.
+
+    Args:
+        model: a language model.
+        windows: the text.
+        spectrum: the spectrum whose dark tail is tested.
+        name: the name of the model in the result; by default its own.
+        draws: number of random subspaces.
+        batch_size: windows in a pass.
+
+    Raises:
+        InputError: where attention cannot be read, windows are shorter than 64 tokens, or there are fewer
+            than two documents, which have no interval.
+
     """
     if windows.record["documents"] < 2:
         raise InputError("a verdict needs intervals: give at least two documents")
+    # The layer and the head with the strongest sink, and the onset
     heads = attention_by_head(model, windows, batch_size=batch_size)
     by_layer = heads.groupby(["layer", "document"])["attention"].mean()
     mass = by_layer.groupby("layer").mean()
@@ -107,6 +121,7 @@ def sink_verdict(
     uniform = uniform_attention() if model.causal else uniform_attention(tokens=windows.length, causal=False)
     over = mass[mass > ONSET * uniform]
 
+    # The dark share of position 0, and what removing the dark tail does
     dark = spectrum.dark()
     randoms = [random_subspace(model.d, dark.rank, seed) for seed in range(draws)]
     shares = carrier_shares(model, windows, site, dark, randoms, batch_size)
@@ -147,7 +162,7 @@ def sink_verdict(
 
 
 def judge(head: Estimate, share: Estimate, others: Estimate, cut: Estimate) -> tuple[Verdict, str]:
-    """The verdict by `RULE`, and the comparison that decided it."""
+    """Return the verdict by `RULE`, and the comparison that decided it."""
     if not head.low > EPSILON:
         return "no sink", f"strongest head {head.value:.3f} [{head.low:.3f}, {head.high:.3f}]"
     lacking: list[str] = []
@@ -171,9 +186,19 @@ def carrier_shares(
     randoms: list[Subspace],
     batch_size: int = 16,
 ) -> pd.DataFrame:
-    """Share of energy in the dark band by document: `carrier` (position 0), `others` (the mean of the rest).
+    """Return the dark shares of position 0 and of the other tokens, by document.
 
-    Columns `random 0`, `random 1`, ...: the share of position 0 in random subspaces.
+    The columns are `carrier` (position 0) and `others` (mean of the rest). The columns `random 0`, `random
+    1`, ... are the shares of position 0 in random subspaces.
+
+    Args:
+        model: a language model.
+        windows: the text.
+        site: the site of the residuals.
+        dark: the dark tail.
+        randoms: the random subspaces.
+        batch_size: windows in a pass.
+
     """
     names = ["carrier", "others", *(f"random {seed}" for seed in range(len(randoms)))]
     tables: list[pd.DataFrame] = []

@@ -15,22 +15,24 @@ from spectral_sinks.errors import InputError
 from spectral_sinks.stats import mean_interval, summarise
 
 COLUMNS = ("x0", "y0", "x1", "y1")
-"""Left, top, right and bottom edge in pixels of the upright picture, the origin in its corner."""
+"""Left, top, right and bottom edge in pixels of the upright picture; the origin is its top left corner."""
 
 OVERLAP = 0.5
 """Intersection over union above which an object counts as found (Everingham et al. 2010)."""
 
 Boxes = Mapping[str, ArrayLike]
-"""The boxes of each image `[boxes, 4]`, by its name."""
+"""The boxes of each image, `[boxes, 4]`, by the name of the image."""
 
 
 def read_boxes(path: str | Path) -> dict[str, Float[NDArray[np.float64], "boxes 4"]]:
-    """Boxes by image, from a folder of Pascal VOC files (.xml), or a table (.csv, .json) of one box a row.
+    """Read boxes by image, from a folder of Pascal VOC files (.xml) or a table (.csv, .json).
 
-    A table has the columns name, x0, y0, x1, y1. VOC counts pixels from 1 and both edges in, so its left and
-    top edges move by 1; all of its objects are taken, "difficult" ones too.
+    A table has one box per row and the columns name, x0, y0, x1 and y1. VOC counts pixels from 1 and includes
+    both edges, so its left and top edges are reduced by 1. All objects are read, also those marked
+    "difficult".
 
-    Raises InputError for a file that is not there or not readable, missing columns, no boxes and empty ones.
+    Raises InputError for a file that does not exist or cannot be read, missing columns, no boxes, and empty
+    boxes.
     """
     path = Path(path).expanduser()
     try:
@@ -57,7 +59,7 @@ def _by_name(rows: Any, source: str) -> dict[str, NDArray[np.float64]]:
         try:
             box = [float(row[column]) for column in COLUMNS]
         except (TypeError, ValueError) as error:
-            raise InputError(f"{source}: a box of {row['name']} is no four numbers: {error}") from error
+            raise InputError(f"{source}: a box of {row['name']} is not four numbers: {error}") from error
         if not np.isfinite(box).all() or box[0] >= box[2] or box[1] >= box[3]:
             raise InputError(
                 f"{source}: the box {box} of {row['name']} is empty: expected x0 < x1 and y0 < y1"
@@ -81,7 +83,7 @@ def _voc(file: Path) -> list[dict[str, Any]]:
 
 
 def overlap(box: ArrayLike, boxes: ArrayLike) -> Float[NDArray[np.float64], "boxes"]:
-    """Intersection over union of one box with each of several; 0 for a box of NaN."""
+    """Return the intersection over union of one box with each of several; 0 for a box of NaN."""
     one, others = np.asarray(box, dtype=np.float64), np.asarray(boxes, dtype=np.float64).reshape(-1, 4)
     if not np.isfinite(one).all():
         return np.zeros(len(others))
@@ -92,15 +94,15 @@ def overlap(box: ArrayLike, boxes: ArrayLike) -> Float[NDArray[np.float64], "box
 
 
 def corloc(table: pd.DataFrame) -> pd.DataFrame:
-    """CorLoc by method of what `discover` found: the share of images whose box meets a given one.
+    """Return CorLoc by method, from the table of `discover`: the share of images whose box meets a given one.
 
-    A row for each method, the measured one first: `mean`, `low`, `high`, `n` over the images that have
-    boxes, and `ahead`, by how much the first is ahead of the row's method, paired by image, with its 95 %
-    interval. Several draws of one image are averaged first. Raises InputError without given boxes.
+    There is one row per method, the measured one first: `mean`, `low`, `high` and `n` over the images that
+    have boxes, and `ahead`, the difference between the first method and this one, paired by image, with its
+    95 % interval. Several draws of one image are averaged first. Raises InputError if no boxes are given.
     """
     known = table[table["iou"].notna()] if "iou" in table else table[:0]
     if known.empty:
-        raise InputError("no image has a given box, so nothing says what was found: discover(..., boxes=...)")
+        raise InputError("no image has a given box to compare with: discover(..., boxes=...)")
     known = known.assign(located=known["located"].astype(float))
     found = summarise(known, ["method"], "located")
     shares = known.pivot_table(index="document", columns="method", values="located", aggfunc="mean")

@@ -1,4 +1,4 @@
-"""What an image encoder gives of some images: tokens, logits, and the features that stand for an image."""
+"""The output of an image encoder: tokens, logits, and the features that represent an image."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from spectral_sinks.interventions.tracing import Interventions, Resume, trace
 from spectral_sinks.models.vision import VisionModel
 
 NEIGHBOURS = 5
-"""Nearest images of which the share that stays is told."""
+"""Number of nearest images for which the share that stays is reported."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +35,16 @@ def encode(
     reads: Sequence[Site] = (),
     resume: Resume | None = None,
 ) -> tuple[EncoderOutput, dict[Site, Tensor]]:
-    """Run one pass: the encoder's output, and the residuals at the sites in `reads`."""
+    """Run one pass; return the output of the model, and the residuals at the sites `reads`.
+
+    Args:
+        model: an image encoder.
+        batch: the pixels.
+        edits: the edit at each site.
+        reads: the sites whose residuals are returned.
+        resume: the residual from which the pass begins.
+
+    """
 
     def readout(final: Tensor, read: dict[Site, Tensor], _: list[Tensor]) -> tuple[Any, ...]:
         return final, model.logits() if model.classes else None, read
@@ -49,7 +58,7 @@ def encode(
 
 
 def token_kinds(model: VisionModel) -> Mapping[str, list[int] | slice]:
-    """Where the tokens of each kind stand: "cls", "distillation", "registers", "patches"."""
+    """Return the positions of the tokens of each kind: "cls", "distillation", "registers" and "patches"."""
     kinds: dict[str, Any] = {
         name: [place] for place, name in enumerate(model.prefix) if place not in model.registers
     }
@@ -58,7 +67,7 @@ def token_kinds(model: VisionModel) -> Mapping[str, list[int] | slice]:
 
 
 def features(model: VisionModel, output: EncoderOutput) -> dict[str, Tensor]:
-    """The vectors that stand for an image, `[batch, d]`: [CLS], where there is one, and the mean patch."""
+    """Return the vectors that represent an image, `[batch, d]`: [CLS] if there is one, and the mean patch."""
     vectors = {} if model.cls is None else {"cls": output.tokens[:, model.cls]}
     return vectors | {"patches": output.tokens[:, len(model.prefix) :].mean(1)}
 
@@ -80,7 +89,7 @@ def same_top_class(
 
 
 def classes_of(model: VisionModel, pixels: Pixels, labels: Tensor | None) -> Tensor | None:
-    """Labels as classes of the head, matched by name where they have names; None where they are others."""
+    """Return labels as classes of the head, matched by name if they have names; None if these differ."""
     names = getattr(pixels.images, "label_names", None)
     if labels is None or not model.classes or not names:
         return classes_in_range(model, labels)
@@ -90,7 +99,7 @@ def classes_of(model: VisionModel, pixels: Pixels, labels: Tensor | None) -> Ten
 
 
 def classes_in_range(model: VisionModel, labels: Tensor | None) -> Tensor | None:
-    """Labels that are numbers of the head's classes. Raises InputError for others."""
+    """Return labels that are numbers of the head's classes. Raises InputError for other numbers."""
     if labels is None or not model.classes:
         return None
     if int(labels.min()) < 0 or int(labels.max()) >= model.classes:
@@ -104,8 +113,10 @@ def classes_in_range(model: VisionModel, labels: Tensor | None) -> Tensor | None
 def neighbours(
     gallery: Float[Tensor, "n d"], vectors: Float[Tensor, "n d"]
 ) -> tuple[Float[Tensor, "n"], Float[Tensor, "n"]]:
-    """Whether the nearest row of the gallery by cosine, its own left out, is the same for a vector as for
-    its own row, and the share of the five nearest that is.
+    """Test whether each vector keeps the nearest neighbours of its own row in the gallery, by cosine.
+
+    The own row is left out. The first result is 1 where the nearest row is the same, the second the share of
+    the five nearest rows that stay.
     """
     count = min(NEIGHBOURS, len(gallery) - 1)
     itself = torch.eye(len(gallery), dtype=torch.bool)

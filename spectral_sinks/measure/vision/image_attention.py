@@ -1,4 +1,4 @@
-"""What the tokens of images receive, by kind: the prefix at fixed positions, and patches."""
+"""The attention that tokens of images receive, by kind: the prefix at fixed positions, and patches."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,7 +18,10 @@ from spectral_sinks.stats import Estimate
 
 @dataclass(frozen=True, eq=False)
 class ImageAttention:
-    """Attention to every token of images and what it moves; documents are images, intervals are over them."""
+    """The attention to every token of images, and the norm of what its value writes.
+
+    Each image is a document, and intervals are over images.
+    """
 
     model: str
     epsilon: float
@@ -32,7 +35,7 @@ class ImageAttention:
 
     @property
     def tokens(self) -> int:
-        """T: tokens of an image."""
+        """T, the number of tokens of an image."""
         return self.attention.tokens
 
     @property
@@ -46,7 +49,7 @@ class ImageAttention:
         return self.above(self.epsilon)
 
     def above(self, threshold: float) -> Bool[NDArray[np.bool_], "images tokens"]:
-        """Tokens to which at least one head gives more than a threshold."""
+        """Return the tokens to which at least one head gives more than a threshold."""
         return np.any(self.attention.alpha > threshold, axis=(1, 2))
 
     @cached_property
@@ -61,24 +64,25 @@ class ImageAttention:
 
     @property
     def value_ratio(self) -> Float[NDArray[np.float64], "images layers heads tokens"]:
-        """What each token's value writes in means over the tokens."""
+        """Norm of what each token's value writes, over the mean of all tokens."""
         with np.errstate(invalid="ignore"):
             return self.written / self.written.mean(-1, keepdims=True, dtype=np.float64)
 
     @cached_property
     def kinds(self) -> dict[str, Bool[NDArray[np.bool_], "images tokens"]]:
-        """Where each kind of token is; "sink patch" is part of "patch"."""
+        """Masks of the tokens of each kind; "sink patch" is part of "patch"."""
         ids = self.attention.ids
         found = {name: ids == place for place, name in enumerate((*self.prefix, "patch"))}
         return found | {"sink patch": found["patch"] & self.members}
 
     def by_head(self) -> pd.DataFrame:
-        """A row per `document` (image), `layer`, `head` and `kind` of token.
+        """Return one row per `document` (image), `layer`, `head` and `kind` of token.
 
-        `tokens` of the kind; `mass`, the attention to all of them (mean over queries; their alpha_k added),
-        beside `uniform`; `largest`, the largest alpha_k; `above`, the share of them above epsilon;
-        `weighted`, their share of norm-weighted attention; `value_ratio`, their mean; `no_op_mass`, the mass
-        on those of them that are sinks and whose value ratio is at most 0.2. NaN without a token of the kind.
+        `tokens` is the number of tokens of the kind. `mass` is the attention to all of them (the sum of their
+        alpha_k), and `uniform` its value under uniform attention. `largest` is the largest alpha_k, and
+        `above` the share of the tokens above epsilon. `weighted` is their share of norm-weighted attention,
+        and `value_ratio` the mean. `no_op_mass` is the mass on those that are sinks and whose value ratio is
+        at most 0.2. `largest`, `above` and `value_ratio` are NaN without a token of the kind.
         """
         alpha = self.attention.alpha
         no_op = np.where(self.members[:, None, None] & (self.value_ratio <= NO_OP), alpha, 0.0)
@@ -103,11 +107,12 @@ class ImageAttention:
         return pd.concat(parts, ignore_index=True)
 
     def by_kind(self) -> pd.DataFrame:
-        """A row per `kind`, with `_low` and `_high` over images.
+        """Return one row per `kind`, with `_low` and `_high` over images.
 
-        `sink_rate` is Sink^eps_k, the share of (layer, head) with alpha_k above epsilon, mean over the tokens
-        of the kind; `any_rate` the share with such a token at all; `mass` and `weighted` the mean over heads
-        and layers, beside `uniform`; `share_of_images` has such a sink.
+        `sink_rate` is Sink^eps_k: the share of (layer, head) with alpha_k above epsilon, mean over the tokens
+        of the kind. `any_rate` is the share of (layer, head) with any such token. `mass` and `weighted` are
+        means over heads and layers, and `uniform` is the mass under uniform attention. `share_of_images` is
+        the share of images with such a sink.
         """
         table = self.by_head()
         table["sink_rate"], table["any_rate"] = (
@@ -126,10 +131,11 @@ class ImageAttention:
         return pd.DataFrame(rows)
 
     def by_layer(self) -> pd.DataFrame:
-        """A row per `layer`: how much of its attention goes to sinks, and to sinks that write nothing.
+        """Return how much of each `layer`'s attention goes to sinks, and to sinks that write nothing.
 
-        `mass` on all sinks of the image together, beside `uniform`; `no_op_mass`, what of it is in heads in
-        which that sink's value ratio is at most 0.2; means over heads and queries, with `_low` and `_high`.
+        `mass` is the attention to all sinks of the image together, and `uniform` its value under uniform
+        attention. `no_op_mass` is the part of it in heads in which that sink's value ratio is at most 0.2.
+        All are means over heads and queries, with `_low` and `_high`.
         """
         here = self.members[:, None, None]
         mass = total_of(self.attention.alpha, here).mean(2)
@@ -142,10 +148,11 @@ class ImageAttention:
         return pd.DataFrame(rows).assign(uniform=uniform)
 
     def patches(self) -> pd.DataFrame:
-        """Patches that are sinks, by the absolute and the relative `rule`, with `_low` and `_high`.
+        """Return how many patches are sinks, by the absolute and the relative `rule`.
 
-        `threshold` on alpha_k, and how many `times_uniform` that is; `per_image`, the mean number of such
-        patches; `share_of_patches`; and `share_of_images` that have any.
+        `threshold` applies to alpha_k, and `times_uniform` is its multiple of uniform attention. `per_image`
+        is the mean number of such patches, `share_of_patches` their share, and `share_of_images` the share of
+        images that have any. Both `per_image` and `share_of_images` have `_low` and `_high`.
         """
         rows: list[dict[str, Any]] = []
         for rule, threshold in (("absolute", self.epsilon), ("relative", self.relative)):
@@ -157,14 +164,14 @@ class ImageAttention:
         return pd.DataFrame(rows)
 
     def maps(self, layer: int, head: int | None = None) -> Float[NDArray[np.float64], "images rows columns"]:
-        """What every patch of an image receives, alpha_k, in one head or as the mean over a layer's heads."""
+        """Return the alpha_k of every patch of an image, in one head or as the mean over a layer's heads."""
         alpha = self.attention.alpha[:, layer]
         chosen = alpha.mean(1) if head is None else alpha[:, head]
         return chosen[:, len(self.prefix) :].reshape(-1, *self.grid)
 
 
 def total_of(values: NDArray[Any], here: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """Sum over some tokens."""
+    """Return the sum over some tokens."""
     return np.where(here, values, 0.0).sum(-1)
 
 
@@ -173,7 +180,7 @@ def _share(total: NDArray[Any], count: NDArray[Any]) -> NDArray[np.float64]:
 
 
 def interval(name: str, values: Any) -> dict[str, float]:
-    """Mean over images with its interval."""
+    """Return the mean over images with its interval."""
     if not len(values):
         return {name: float("nan"), f"{name}_low": float("nan"), f"{name}_high": float("nan")}
     found = Estimate.of(values)

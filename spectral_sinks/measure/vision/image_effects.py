@@ -1,4 +1,4 @@
-"""What an intervention does to what an image encoder gives: logits, features, neighbours, a linear probe."""
+"""The effect of interventions on the output of an image encoder: logits, features, neighbours, probes."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,14 +34,17 @@ from spectral_sinks.stats import mean_interval
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ImageEffect(InterventionEffect):
-    """The effect of one intervention on what an image encoder computes.
+    """The effect of one intervention on the output of an image encoder.
 
-    `table` has one row per image. A number is NaN where an image has none: a probe is not tested on the
-    images that it was fitted on.
+    `table` has one row per image. A value is NaN where an image has none: a probe is not tested on the images
+    that it was fitted on.
     """
 
     def summary(self, quantities: Sequence[str] | None = None) -> pd.DataFrame:
-        """A row per quantity (all by default): `mean`, `low`, `high` (95 % BCa) over `n` images."""
+        """Return one row per quantity, all by default: `mean`, `low` and `high` (95 % BCa) over images.
+
+        `n` is the number of images that have a value.
+        """
         rows: list[dict[str, object]] = []
         for quantity in quantities or self.table.columns.drop(["document", "image"], errors="ignore"):
             values = self.table[quantity].dropna()
@@ -70,20 +73,41 @@ def evaluate_images(
     probe: Literal["cls", "patches"] | None = None,
     batch_size: int = 16,
 ) -> dict[str, ImageEffect]:
-    """The effects of several interventions on what an image encoder gives, each against one untouched pass.
+    """Return the effects of several interventions on the output of an image encoder.
 
-    By image, with a classifier head: `kl` from the untouched logits (nats), `top1_agreement`, and with labels
-    of its classes `accuracy` and `cross_entropy`, each beside `baseline_...` and `delta_...`. Always, of the
-    tokens after the final norm, `..._cosine` and relative `..._error` to the untouched ones, for `cls`,
-    `distillation`, `registers` and `patches` (means over tokens); `..._nearest`, whether the untouched image
-    that is nearest by cosine of [CLS], or of the mean patch, is still the same, and `..._nearest5`, the share
-    of the five nearest that stays. With `probe`, `probe_accuracy` of a ridge classifier from the untouched
-    [CLS] or mean patch to the labels, fitted on half of the images of each class, read on the other half.
+    Each is compared with one untouched pass. The table of each effect has one row per image. With a
+    classifier head its columns are:
 
-    `labels` are those of `pixels` by default: where its images name their classes, these are matched with the
-    head's by name, and there is no accuracy where they are others. Labels given as numbers are classes of the
-    head; for a probe alone they may be any. Raises InputError for sites or widths that the model does not
-    have, a probe without labels, and a swap in a batch of one.
+    - `kl`: divergence from the untouched logits, nats.
+    - `top1_agreement`: whether the most likely class is the same.
+    - `accuracy` and `cross_entropy`, with labels of the head's classes, each with `baseline_...` and
+      `delta_...`.
+
+    For tokens after the final norm, and compared with the untouched model, it always has:
+
+    - `..._cosine` and the relative `..._error` of `cls`, `distillation`, `registers` and `patches` (means
+      over tokens).
+    - `..._nearest`: whether the nearest untouched image, by cosine of [CLS] or of the mean patch, is still
+      the same.
+    - `..._nearest5`: the share of the five nearest that stays.
+
+    `probe_accuracy` is that of a ridge classifier from the untouched [CLS] or mean patch to the labels,
+    fitted on half of the images of each class and tested on the other half.
+
+    Args:
+        model: an image encoder.
+        pixels: the images.
+        cells: interventions by name.
+        labels: labels of the images; those of `pixels` by default. If the images name their classes, these
+            are matched with the head's by name, and there is no accuracy where they differ. Labels given as
+            numbers are classes of the head; for a probe alone they may be any.
+        probe: the vector that the probe reads; None for no probe.
+        batch_size: images in a pass.
+
+    Raises:
+        InputError: for sites or widths that the model does not have, a probe without labels, and a swap in a
+            batch of one image.
+
     """
     cells = {name: as_edits(interventions) for name, interventions in cells.items()}
     for edits in cells.values():
@@ -97,6 +121,7 @@ def evaluate_images(
     if probe == "cls" and model.cls is None:
         raise InputError(f"{model.name} has no [CLS] token: probe its 'patches'")
     classes = classes_of(model, pixels, truth) if labels is None else classes_in_range(model, truth)
+    # One untouched pass per batch keeps the residuals at which cells begin
     starts = {first_exit(edits) for edits in cells.values()}
     exits = [Site("exit", layer) for layer in sorted(s for s in starts if s is not None and s >= 0)]
     base: list[dict[str, Tensor]] = []
@@ -113,6 +138,7 @@ def evaluate_images(
             right = None if classes is None else classes[places]
             columns[name].append({"removed_energy_share": removed} | _moved(model, untouched, found, right))
             vectors[name].append(features(model, found))
+    # Neighbours and probes need the features of all images
     gallery = _joined(base)
     reads = _probed(gallery, truth, probe)
     described: dict[str, Any] = {"document": list(pixels.document)}
@@ -131,7 +157,7 @@ def evaluate_images(
 
 
 def check_image_edit(site: Site, edit: Edit, model: VisionModel, pixels: Pixels, batch_size: int) -> None:
-    """Raise InputError for a filter that means nothing at a site of this model or on these images."""
+    """Raise InputError for a filter that is not defined at a site of this model or on these images."""
     site.check(model)
     edit.check_width(model.d, site, model.name)
     if edit.swaps and len(pixels) % batch_size == 1:
@@ -149,7 +175,10 @@ def check_image_edit(site: Site, edit: Edit, model: VisionModel, pixels: Pixels,
 def _edited(
     model: VisionModel, batch: Tensor, edits: dict[Site, Edit], residuals: dict[Site, Tensor]
 ) -> tuple[EncoderOutput | None, Tensor]:
-    """A pass begun at the lowest site (None where nothing changes), and the share of energy taken out."""
+    """Run a pass from the lowest edited site, and return its output and the share of energy removed.
+
+    The output is None if nothing changes.
+    """
     first, kinds = first_exit(edits), model.kinds(batch)
     if first is None:
         return None, torch.zeros(len(batch), dtype=torch.float64)
@@ -176,7 +205,7 @@ def _edited(
 def _moved(
     model: VisionModel, old: EncoderOutput, new: EncoderOutput, truth: Tensor | None
 ) -> dict[str, Tensor]:
-    """How far logits and tokens are from the untouched ones, by image."""
+    """Return the differences of logits and tokens from the untouched ones, by image."""
     found: dict[str, Tensor] = {}
     if old.logits is not None and new.logits is not None:
         p, q = old.logits.log_softmax(-1), new.logits.log_softmax(-1)
@@ -196,7 +225,10 @@ def _moved(
 def _probed(
     gallery: dict[str, Tensor], labels: Tensor | None, probe: str | None
 ) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
-    """What a probe fitted on half of the untouched images says of the features of the other half."""
+    """Fit a probe on half of the untouched images, and return a function that tests it.
+
+    The test is on the features of the other half.
+    """
     if probe is None or labels is None:
         return lambda _: {}
     fit, held = split(labels, 0.5)

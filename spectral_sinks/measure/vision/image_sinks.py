@@ -1,4 +1,4 @@
-"""Attention sinks of images: the prefix at its fixed positions, and patches that move with the image."""
+"""Attention sinks of images: prefix tokens at fixed positions, and patches that differ between images."""
 
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -24,30 +24,30 @@ from spectral_sinks.stats import Estimate
 
 RULE = (
     "a token is a sink of an image if at least one head gives it more than epsilon (alpha_k over all "
-    "queries); listed are the kinds of token (each of the prefix; patches) that are sinks in half of the "
-    "images. relative: the same with epsilon x 64 / T in the place of epsilon, as many times uniform "
-    "attention as epsilon is at the 64 tokens of the published setting. A sink is a no-op in a head where "
-    f"its value ratio is at most {NO_OP}. dark: as for text, against the patches that are no sinks"
+    "queries). A kind of token (each token of the prefix; patches) is listed if it is a sink in half of the "
+    "images. relative: the same with epsilon x 64 / T instead of epsilon, which is as many times uniform "
+    "attention as epsilon is at the 64 tokens of the published setting. A sink is a no-op in a head in which "
+    f"its value ratio is at most {NO_OP}. dark: as for text, compared with the patches that are not sinks"
 )
-"""The rule of `vision_sinks`; all of it [ours] but alpha_k, epsilon and the value ratio."""
+"""The rule of `vision_sinks`. All of it is [ours] except alpha_k, epsilon and the value ratio."""
 
 
 @dataclass(frozen=True, eq=False)
 class VisionSinks(ImageAttention):
-    """What `vision_sinks` found."""
+    """The sinks that `vision_sinks` found, with the attention to every token."""
 
     sinks: tuple[Sink, ...] = ()
-    """Kinds that are sinks by `RULE`, `token` says which; largest attention first."""
+    """The kinds of token that are sinks by `RULE` (`token` holds the kind), the most attended first."""
     dark_known: bool = False
     """Whether a spectrum was given."""
 
     @property
     def onset_layer(self) -> int | None:
-        """Onset of the largest sink."""
+        """Onset layer of the largest sink; None if there is no sink."""
         return self.sinks[0].onset_layer if self.sinks else None
 
     def record(self) -> dict[str, Any]:
-        """Everything but the tables by head and the arrays, as JSON holds it."""
+        """Return everything except the tables by head and the arrays, as a dictionary that JSON can hold."""
         sinks = [sink.record() for sink in self.sinks]
         if not self.dark_known:
             sinks = [{k: v for k, v in sink.items() if "dark" not in k} for sink in sinks]
@@ -81,11 +81,23 @@ def vision_sinks(
     draws: int = 20,
     batch_size: int = 16,
 ) -> VisionSinks:
-    """The sinks of an image encoder by kind of token, by the rule in `vision_sinks.RULE`.
+    """Find the attention sinks of an image encoder by kind of token: those of the prefix, and patches.
 
-    With a spectrum of the residual stream, the share of each sink's residual in its dark band is measured
-    beside that of patches that are no sinks and of `draws` random subspaces. Raises InputError for tokens of
-    text, a spectrum of another width, an epsilon outside 0 to 1, and attention that cannot be seen.
+    The rule is the entry `rule` of `VisionSinks.record`.
+
+    Args:
+        model: an image encoder.
+        pixels: the images.
+        spectrum: a spectrum of the residual stream. With it, the dark share of each sink is measured, and
+            compared with that of patches that are not sinks and with random subspaces.
+        epsilon: attention received above which a head has a sink.
+        draws: number of random subspaces.
+        batch_size: images in a pass.
+
+    Raises:
+        InputError: for tokens of text, a spectrum of another width, an epsilon outside 0 to 1, and attention
+            that cannot be seen.
+
     """
     check_inputs(model, pixels)
     if not 0 <= epsilon < 1:
@@ -94,6 +106,7 @@ def vision_sinks(
         raise InputError(f"a spectrum of width {spectrum.d} for {model.name} of width {model.d}")
     writes = [written_norms(model, layer) for layer in range(model.layers)]
     attention, residuals = observe(model, pixels, batch_size)
+    # Norms of what each value writes, in a second set of passes
     written = np.zeros(attention.alpha.shape, dtype=np.float32)
 
     def look(call: AttentionCall, places: list[int]) -> None:
@@ -102,6 +115,7 @@ def vision_sinks(
 
     look_at(model, pixels, [look], batch_size=batch_size)
     found = VisionSinks(model.name, epsilon, model.prefix, pixels.grid, attention, written, residuals)
+    # A prefix token is one sink for all images; of patches only the sinks of each image count
     places: list[Place] = []
     for token, kind in enumerate((*model.prefix, "patch")):
         member = found.kinds[kind] & found.members
@@ -118,5 +132,5 @@ def vision_sinks(
 
 
 def as_rows(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """Rows, with None for NaN."""
+    """Return the rows of a table as dictionaries, with None for NaN."""
     return table.astype(object).where(table.notna(), None).to_dict("records")

@@ -1,4 +1,4 @@
-"""What outlier tokens hold: their own place and pixels (local), or the class of the image (global)."""
+"""Linear probes of what outlier tokens hold: their own position and pixels (local), or the class (global)."""
 
 import warnings
 from typing import Any
@@ -19,26 +19,37 @@ from spectral_sinks.models.vision import VisionModel
 from spectral_sinks.stats import mean_interval
 
 ROWS = 20_000
-"""Patches that a local probe is fitted on, at most: drawn from those of the images that it may see."""
+"""Number of patches that a local probe is fitted on, at most. They are drawn from the images for fitting."""
 
 
 def token_probes(
     found: Outliers, layer: int | None = None, *, seed: int = 0, batch_size: int = 16
 ) -> pd.DataFrame:
-    """What linear probes read from outliers, from other patches, and from [CLS] (Darcet et al. 2024, 2.1).
+    """Measure what linear probes read from outliers, other patches and [CLS] (Darcet et al. 2024, 2.1).
 
-    Features are the residual at the exit of `layer` (the strongest, by default) through the final norm. All
-    probes are ridge regressions on standardised features, fitted on half of the images and read on the other.
+    The features are the residual at the exit of `layer` after the final norm. All probes are ridge
+    regressions on standardised features, fitted on half of the images and tested on the other half.
 
-    - "position accuracy", "position distance" (patches): a classifier of a patch's place, fitted on patches
-      of both kinds together; "pixel error": squared error of its normalised pixels, 1 for their mean.
-    - "class accuracy", where the images have labels: a classifier of the image from one token of it, an
-      outlier or another patch at random, or [CLS], in images that have both; "shuffled" from an outlier, with
-      shuffled labels.
+    - "position accuracy" and "position distance" (in patches): a classifier of a patch's position, fitted on
+      patches of both kinds together.
+    - "pixel error": squared error of a patch's normalised pixels; predicting their mean gives 1.
+    - "class accuracy", where the images have labels: a classifier of the image from one of its tokens (a
+      random outlier, another random patch, or [CLS]), in images that have both kinds of patches. "shuffled"
+      is the probe of an outlier, fitted on shuffled labels.
 
-    A row per `question` and `tokens` ("outliers", "others", "difference" of both in an image, "cls",
-    "shuffled"): `mean` over images, `low`, `high`, `images`. Raises InputError without outliers, and for
-    fewer than four images.
+    Args:
+        found: the outliers.
+        layer: the layer (-1: the embedding); by default the one with most outliers.
+        seed: of the random patches and of the halves.
+        batch_size: images in a pass.
+
+    Returns:
+        One row per `question` and `tokens` ("outliers", "others", "difference" of both in an image, "cls",
+        "shuffled"): the `mean` over `images` images, with `low` and `high`.
+
+    Raises:
+        InputError: where there are no outliers, and for fewer than four images.
+
     """
     layer = found.strongest if layer is None else layer
     if layer is not None and not -1 <= layer < found.norm.shape[1] - 1:
@@ -47,7 +58,7 @@ def token_probes(
         raise InputError(f"{found.model} has no outliers at layer {layer}: there is nothing to compare")
     given = found.pixels
     if len(given) < 4:
-        raise InputError(f"probes of {len(given)} images: give four at least, half of which are held out")
+        raise InputError(f"probes of {len(given)} images: give at least four, half of which are held out")
     return probe_tokens(
         features(given.model, given, layer, batch_size),
         torch.from_numpy(found.member[:, layer + 1].copy()),
@@ -61,7 +72,7 @@ def token_probes(
 def features(
     model: VisionModel, given: Pixels, layer: int, batch_size: int = 16
 ) -> Float[Tensor, "images tokens d"]:
-    """The residual at a layer's exit (-1: the embedding) through the final norm, float32."""
+    """Return the residual at a layer's exit (-1: the embedding) after the final norm, float32."""
     site = Site("embedding") if layer < 0 else Site("exit", layer)
     norm = model.module.get_submodule(model.layout.final_norm)
 
@@ -77,7 +88,7 @@ def features(
 
 
 def patches_of(image: Float[Tensor, "channels height width"], size: int) -> Float[Tensor, "patches values"]:
-    """The pixels of each patch, row by row."""
+    """Return the pixels of each patch, row by row."""
     cut = image.unfold(1, size, size).unfold(2, size, size)
     return cut.permute(1, 2, 0, 3, 4).flatten(2).flatten(0, 1).float()
 
@@ -90,7 +101,17 @@ def probe_tokens(
     labels: Int[Tensor, "images"] | None = None,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """`token_probes` of given features; tokens before the patches are the prefix, the first of them [CLS]."""
+    """Run the probes of `token_probes` on given features.
+
+    Args:
+        tokens: the features. Tokens before the patches are the prefix, whose first token is [CLS].
+        outlier: which patches are outliers.
+        pixels: the pixels of each patch.
+        grid: rows and columns of patches.
+        labels: the class of each image.
+        seed: of the random patches and of the halves.
+
+    """
     count, patches = outlier.shape
     x = tokens[:, -patches:]
     generator = torch.Generator().manual_seed(seed)
@@ -111,15 +132,28 @@ def local(
     tested: Tensor,
     generator: torch.Generator,
 ) -> list[dict[str, Any]]:
-    """Probes for a patch's own place and pixels."""
+    """Return the rows of the probes for a patch's own position and pixels.
+
+    Args:
+        x: the features of the patches, `[images, patches, d]`.
+        outlier: which patches are outliers.
+        pixels: the pixels of each patch.
+        grid: rows and columns of patches.
+        taught: the images that the probes are fitted on.
+        tested: the images that they are tested on.
+        generator: draws the patches that the probes are fitted on.
+
+    """
     patches = x.shape[1]
     place = torch.arange(patches).expand(len(taught), -1).flatten()
     chosen = torch.randperm(len(place), generator=generator)[:ROWS]
     known, values = x[taught].flatten(0, 1)[chosen], pixels[taught].flatten(0, 1)[chosen]
+    # A classifier of the position, and the distance of its answers
     where = LinearProbe.fitted(known, place[chosen])
     guess = where.predict(x[tested].flatten(0, 1)).view(len(tested), patches)
     truth = torch.arange(patches).expand_as(guess)
     apart = torch.stack([guess // grid[1] - truth // grid[1], guess % grid[1] - truth % grid[1]]).double()
+    # The ridge penalty of the pixel probe is chosen on a fifth of its rows
     fifth = len(chosen) // 5
     penalty = min(
         PENALTIES,
@@ -156,7 +190,19 @@ def whole(
     tested: Tensor,
     generator: torch.Generator,
 ) -> list[dict[str, Any]]:
-    """Probes for the class of the image, from one token of it."""
+    """Return the rows of the probes for the class of the image from one of its tokens.
+
+    Args:
+        x: the features of the patches, `[images, patches, d]`.
+        outlier: which patches are outliers.
+        cls: the features of [CLS], `[images, d]`; None if there is no such token.
+        labels: the class of each image.
+        taught: the images that the probes are fitted on.
+        tested: the images that they are tested on.
+        generator: draws one patch of each image, and shuffles labels.
+
+    """
+    # One random patch of each kind, in images that have both kinds
     both = outlier.any(1) & (~outlier).any(1)
     taught, tested = taught[both[taught]], tested[both[tested]]
     weights = torch.rand(outlier.shape, generator=generator)
@@ -183,7 +229,7 @@ def whole(
 
 
 def _mean_where(value: Tensor, member: Tensor) -> Tensor:
-    """Mean of each row over some of its places; NaN where there are none."""
+    """Return the mean of each row over some of its entries; NaN where there are none."""
     return (value * member).sum(1) / member.sum(1)
 
 

@@ -1,4 +1,4 @@
-"""One object of an image from the features of its patches: LOST, and DINO-seg as its baseline."""
+"""Find one object of an image from the features of its patches: LOST, and DINO-seg as its baseline."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor
 from spectral_sinks.errors import InputError
 
 CANDIDATES = 100
-"""Patches of lowest degree among which the seed is expanded. (Siméoni et al. 2021)"""
+"""Number of patches of lowest degree among which the seed is expanded. (Siméoni et al. 2021)"""
 
 MASS = 0.6
 """Share of [CLS]'s attention that DINO-seg keeps. (Caron et al. 2021)"""
@@ -21,23 +21,23 @@ MASS = 0.6
 
 @dataclass(frozen=True, eq=False)
 class Discovery:
-    """Where one object of an image is, in patches."""
+    """The location of one object in an image, in patches."""
 
     mask: Bool[NDArray[np.bool_], "rows columns"]
-    """The patches of the object, connected by their sides; none where the seed does not belong to them."""
+    """The patches of the object, connected by their sides; none if the seed does not belong to them."""
     seed: tuple[int, int]
-    """Row and column of the patch that it was found from."""
+    """Row and column of the patch from which the object was found."""
     degree: Int[NDArray[np.int64], "rows columns"] | None = None
-    """With how many other patches each correlates positively (LOST)."""
+    """Number of other patches with which each patch correlates positively (LOST)."""
 
     @property
     def found(self) -> bool:
-        """Whether anything stands out: some patch belongs to the object and some other does not."""
+        """Whether the object is some of the patches and not all."""
         return bool(self.mask.any() and not self.mask.all())
 
     @property
     def box(self) -> tuple[int, int, int, int] | None:
-        """Left, top, right and bottom edge of the mask, counted in patches; None for an empty one."""
+        """Left, top, right and bottom edge of the mask, counted in patches; None for an empty mask."""
         if not self.mask.any():
             return None
         (top, bottom), (left, right) = (np.flatnonzero(self.mask.any(axis))[[0, -1]] for axis in (1, 0))
@@ -46,10 +46,10 @@ class Discovery:
     def in_pixels(
         self, patch_size: int, read: tuple[int, int], shown: tuple[int, int] | None = None
     ) -> Float[NDArray[np.float64], "4"]:
-        """The box as x0, y0, x1, y1 in pixels; NaN for an empty mask.
+        """Return the box as x0, y0, x1, y1 in pixels; NaN for an empty mask.
 
-        `read` is the height and width of what the model read, `shown` those of the picture that was resized
-        to it, whole.
+        `read` is the height and width of the model's input. `shown` is the height and width of the picture,
+        which was resized to it as a whole.
         """
         if self.box is None:
             return np.full(4, np.nan)
@@ -63,16 +63,16 @@ def lost(
     bias: float = 0.0,
     candidates: int = CANDIDATES,
 ) -> Discovery:
-    """The object by LOST: what correlates with the patch that correlates with the fewest others.
+    """Find the object by LOST: what correlates with the patch that correlates with the fewest others.
 
-    The seed is the patch of lowest degree, the first of several; it is expanded by those of the `candidates`
-    patches of lowest degree that correlate positively with it. The object is the connected patches around the
-    seed whose correlations with the expanded seed have a positive sum. `bias` is added to every correlation,
-    as for features that are not centred (Darcet et al. 2024, section 3.3, who give no number). Where all
-    patches correlate positively the object is the whole image, which `found` tells.
+    The seed is the patch of lowest degree, the first in case of a tie. It is expanded by those of the
+    `candidates` patches of lowest degree that correlate positively with it. The object is the connected
+    patches around the seed whose correlations with the expanded seed have a positive sum. `bias` is added to
+    every correlation, for features that are not centred (Darcet et al. 2024, section 3.3, who do not state a
+    number). If all patches correlate positively, the object is the whole image, and `found` is False.
 
-    Raises InputError for another shape, no patches, NaN or Inf, and no candidates.
-    (Siméoni et al. 2021, section 3; strictly positive as in their code, where the paper has >= 0)
+    Raises InputError for another shape, no patches, NaN or Inf, and no candidates. (Siméoni et al. 2021,
+    section 3; strictly positive as in their code, where the paper has >= 0)
     """
     x = torch.as_tensor(features)
     if candidates < 1:
@@ -83,7 +83,7 @@ def lost(
 def correlations(
     features: Float[Tensor, "rows columns d"], bias: float = 0.0
 ) -> Float[NDArray[np.float64], "patches patches"]:
-    """Inner products of patches, row by row, plus `bias`. Raises InputError as `lost` does."""
+    """Return the inner products of patches, row by row, plus `bias`. Raises InputError as `lost` does."""
     x = features.detach().cpu().double()
     if x.ndim != 3 or not x.numel():
         raise InputError(f"features of shape {tuple(x.shape)}: expected [rows, columns, d]")
@@ -98,7 +98,7 @@ def expand(
     grid: tuple[int, int],
     candidates: int = CANDIDATES,
 ) -> Discovery:
-    """LOST from the correlations of patches, which stand row by row in a grid of rows and columns."""
+    """Find the object by LOST from the correlations of patches, row by row in a grid of rows and columns."""
     positive = correlation > 0
     degree = positive.sum(1) - positive.diagonal()
     order = np.argsort(degree, kind="stable")
@@ -112,13 +112,14 @@ def expand(
 
 
 def dino_seg(attention: Float[Tensor, "rows columns"] | NDArray[Any], *, mass: float = MASS) -> Discovery:
-    """The object by DINO-seg: the largest connected part of the patches that hold most of the attention.
+    """Find the object by DINO-seg: the largest connected part of the patches that hold most of the attention.
 
-    The fewest patches that hold the share `mass` of what [CLS] gives to patches are kept; of connected parts
-    of one size, the first. The seed is the patch of the part with most attention.
+    It keeps the fewest patches that together hold the share `mass` of what [CLS] gives to patches. Of
+    connected parts of equal size it takes the first. The seed is the patch of the part with the most
+    attention.
 
-    Raises InputError for another shape, no attention, negative or not finite values, and a share outside
-    0 to 1. (Caron et al. 2021; as the baseline of Siméoni et al. 2021, section 4)
+    Raises InputError for another shape, no attention, negative or not finite values, and a share outside 0 to
+    1. (Caron et al. 2021; as the baseline of Siméoni et al. 2021, section 4)
     """
     weights = torch.as_tensor(attention).detach().cpu().double().numpy()
     if weights.ndim != 2 or not np.isfinite(weights).all() or (weights < 0).any() or not weights.sum() > 0:

@@ -32,18 +32,36 @@ def register_neurons(
     measured: Outliers | None = None,
     batch_size: int = 16,
 ) -> pd.DataFrame:
-    """MLP neurons that make outlier patches: `layer`, `neuron`, `activation`, `elsewhere`, strongest first.
+    """Find the MLP neurons that make outlier patches, the strongest first.
 
-    Outliers are the patches with a norm above `cutoff` at the exit of `layer` (from the end where negative).
-    Neurons, as the MLP's last matrix reads them, of the layers up to `top_layer` are ranked by `activation`:
-    the mean magnitude at outliers, over those of an image and then over images; `elsewhere` is that at the
-    other patches of these images. The cut-off is by default that of `outliers`, z above 10 and two medians of
-    the layer; the top layer the first at whose exit at least half of these patches are outliers already, by
-    the same rule there [ours]. Both are in `attrs`, with how many outliers there are. `DINOV2_LARGE` has the
-    published setting (150, layer -2, layers to 17, 50 neurons). `measured` are outliers of the same model and
-    pixels, whose norms are then not measured again. Raises InputError for layers that the model does not
-    have, and where no patch is an outlier. (Jiang et al. 2025. Their code also counts [CLS] where its norm is
-    high; this function never does.)
+    Outliers are the patches whose norm exceeds `cutoff` at the exit of `layer`. Neurons are the inputs of the
+    MLP's last matrix, in the layers up to `top_layer`. They are ranked by their mean magnitude at outliers,
+    over the outliers of an image and then over images. `DINOV2_LARGE` has the published setting (cut-off 150,
+    layer -2, layers up to 17, 50 neurons). In the published code, [CLS] counts as well where its norm is
+    high; here it does not.
+
+    Args:
+        model: an image encoder.
+        pixels: the images.
+        layer: the layer at whose exit outliers are found; counted from the end where negative.
+        cutoff: the norm above which a patch is an outlier. By default it is that of `outliers`: z above 10,
+            and twice the median of the layer.
+        top_layer: the last layer whose neurons count. By default it is the first at whose exit at least half
+            of these patches are outliers already, by the same rule there [ours].
+        count: number of neurons.
+        measured: the outliers of the same model and pixels, if known; their norms are not measured again.
+        batch_size: images in a pass.
+
+    Returns:
+        One row per neuron: `layer`, `neuron`, `activation` (its mean magnitude at outliers) and `elsewhere`
+        (its mean magnitude at the other patches of these images). The cut-off, the layers and the number of
+        outliers are in `attrs`.
+
+    Raises:
+        InputError: for layers that the model does not have, and where no patch is an outlier.
+
+    Source: Jiang et al. 2025.
+
     """
     if not -model.layers <= layer < model.layers or count < 1:
         raise InputError(f"layer {layer}, {count} neurons: {model.name} has layers 0 to {model.layers - 1}")
@@ -57,11 +75,13 @@ def register_neurons(
             f"{norms[:, layer].max():.4g}, the cut-off {cut:.4g}; give more or larger images, "
             "another layer, or a cut-off"
         )
+    # Share of the outliers that are outliers at each exit already, `[layers]`
     share = np.moveaxis(member, 1, 2)[marked].mean(0)
     top = int(np.argmax(share >= 0.5)) if top_layer is None else top_layer
     if not 0 <= top < model.layers:
         raise InputError(f"top layer {top}: {model.name} has layers 0 to {model.layers - 1}")
     start, images = len(model.prefix), np.flatnonzero(marked.any(1))
+    # Sums over images of the mean magnitude at outliers and elsewhere, `[2, neurons]` by layer
     sums: dict[int, Tensor] = {}
     here = torch.zeros(0)
 
@@ -91,7 +111,7 @@ def register_neurons(
 
 @contextmanager
 def _activations(model: VisionModel, layers: range, see: Any) -> Iterator[None]:
-    """Inside the block, `see(layer, activations)` is called with every MLP's neurons."""
+    """Inside the block, call `see(layer, activations)` with the neurons of every MLP."""
     with ExitStack() as stack:
         for layer in layers:
             hook: Any = lambda _, given, layer=layer: see(layer, given[0].detach())  # noqa: E731

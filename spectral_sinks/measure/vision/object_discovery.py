@@ -1,4 +1,4 @@
-"""Objects that an image encoder sets apart, beside boxes that take no look at the image."""
+"""Object discovery with an image encoder, compared with boxes that do not depend on the image."""
 
 import warnings
 from collections import Counter
@@ -24,7 +24,7 @@ from spectral_sinks.measure.vision.patch_features import Features, patch_values
 from spectral_sinks.models.vision import VisionModel
 
 DRAWS = 20
-"""Shuffles of each image's patches."""
+"""Number of shuffles of each image's patches."""
 
 
 def discover(
@@ -41,22 +41,40 @@ def discover(
     seed: int = 0,
     batch_size: int = 16,
 ) -> pd.DataFrame:
-    """The box of one object in each image, and of controls where boxes are given to compare with.
+    """Find the box of one object in each image, and control boxes where boxes are given to compare with.
 
-    LOST on the `features` of the patches in a layer, by default the last: the outputs of its key, query or
-    value projection, before any rotation, or the residual stream that leaves it. With "attention" it is
-    DINO-seg on what [CLS] gives to the patches, the mean of heads. Each picture is resized whole to a square
-    of `size`, by default that of the model, so that no border is lost; `interventions` act meanwhile.
+    The method is LOST on `features` of the patches, or DINO-seg with `features="attention"`. Each picture is
+    resized as a whole to a square of `size`, so that no border is lost.
 
-    One row for each image and method: `document`, `name`, `method`, `draw`, `x0`, `y0`, `x1`, `y1` and
-    the centre of the seed patch `seed_x`, `seed_y` in pixels of the picture, `share` of the patches that are
-    the object's, `found` (whether it is some patches and not all), and, where boxes are given (those of
-    `read_boxes`, or a file of them), `iou` with the best of them and `located` (iou above 0.5). Controls:
-    "shuffled", the same on patches in random places, `draws` times; "centred", a centred box of the
-    average size of the given ones, in shares of the picture; "whole", the whole image. `corloc` sums up.
+    The controls are "shuffled", the method on patches in random positions, `draws` times; "centred", a
+    centred box of the average size of the given ones, as shares of the picture; and "whole", the whole image.
+    `corloc` summarises the table.
 
-    Raises InputError for features that the model has not, a layer that does not exist, boxes of no image
-    here or outside of theirs, and what `pixels` and `lost` refuse.
+    Args:
+        model: an image encoder.
+        images: the images.
+        features: what LOST compares: "keys", "queries" or "values" for the outputs of that projection, before
+            any rotation, or "exit" for the residual after the layer. "attention" is DINO-seg on the attention
+            of [CLS] to the patches, mean over heads.
+        layer: the layer; the last by default.
+        boxes: boxes of `read_boxes`, or a file or folder of them.
+        interventions: the edit at each site.
+        size: side of the square in pixels; that of the model by default.
+        bias: added to every correlation, as in `lost`.
+        draws: number of shuffles of each image's patches.
+        seed: of the shuffles.
+        batch_size: images in a pass.
+
+    Returns:
+        One row per image and method: `document`, `name`, `method`, `draw`; the box `x0`, `y0`, `x1`, `y1` and
+        the centre of the seed patch `seed_x`, `seed_y`, in pixels of the picture; `share`, the share of
+        patches that belong to the object; `found`, whether the object is some of the patches and not all;
+        and, where boxes are given, `iou` with the best of them and `located` (iou above 0.5).
+
+    Raises:
+        InputError: for features that the model does not have, a layer that does not exist, boxes that match
+            no image or lie outside of their image, and as `pixels` and `lost` do.
+
     """
     if features not in get_args(Features):
         raise InputError(f"features {features!r}: choose from {', '.join(get_args(Features))}")
@@ -72,11 +90,13 @@ def discover(
     read = pixels(cast(Any, images), model, size=size)
     names = list(getattr(images, "names", map(str, range(len(read)))))
     boxes = read_boxes(boxes) if isinstance(boxes, str | Path) else boxes
+    # Boxes of each image, or None
     given = None if boxes is None else _matched(boxes, names)
     method = "DINO-seg" if features == "attention" else f"LOST {features}"
     rows: list[dict[str, Any]] = []
     shown: list[tuple[int, int]] = []
     seen = patch_values(model, read, features, layer, interventions or {}, batch_size)
+    # The method itself on each image, and on shuffled patches where there are boxes to compare with
     for place, values in tqdm(seen, method, len(read), unit="image", leave=False, disable=None):
         shown.append(_size(read.images[place]))
         if given is not None:
@@ -100,7 +120,7 @@ def discover(
 
 
 def _finder(values: Tensor, bias: float) -> Callable[[NDArray[np.int64]], Discovery]:
-    """A function that finds the object when patch `order[i]` stands in place i."""
+    """Return a function that finds the object when patch `order[i]` stands at position i."""
     grid = (values.shape[0], values.shape[1])
     if values.ndim == 2:
         flat = values.flatten().numpy()
@@ -119,7 +139,7 @@ def _row(found: Discovery, patch_size: int, read: tuple[int, int], shown: tuple[
 def _blind(
     given: Sequence[NDArray[Any] | None], names: Sequence[str], shown: Sequence[tuple[int, int]]
 ) -> list[dict[str, Any]]:
-    """The controls that take no look at the image."""
+    """Return the rows of the controls that do not depend on the image."""
     sides = [
         (boxes[:, 2:] - boxes[:, :2]) / [width, height]
         for boxes, (height, width) in zip(given, shown, strict=True)
@@ -136,7 +156,7 @@ def _blind(
 
 
 def _best(table: pd.DataFrame, given: Sequence[NDArray[Any] | None]) -> list[float]:
-    """Overlap of each row's box with the given box that it meets best."""
+    """Return the overlap of each row's box with the best of the given boxes."""
     found: list[float] = []
     for place, box in zip(table["document"], table[list(COLUMNS)].to_numpy(dtype=float), strict=True):
         boxes = given[place]
@@ -157,7 +177,7 @@ def _check(boxes: NDArray[Any] | None, name: str, shown: tuple[int, int]) -> Non
 
 
 def _matched(boxes: Boxes, names: Sequence[str]) -> list[NDArray[Any] | None]:
-    """The boxes of each image, by its name or else by the last part of it."""
+    """Return the boxes of each image, matched by its name or else by the last part of it."""
     last = Counter(Path(name).name for name in names)
     found: list[NDArray[Any] | None] = []
     for name in names:
@@ -179,5 +199,5 @@ def _matched(boxes: Boxes, names: Sequence[str]) -> list[NDArray[Any] | None]:
 
 
 def _size(image: Any) -> tuple[int, int]:
-    """Height and width."""
+    """Return height and width."""
     return (image.shape[-2], image.shape[-1]) if isinstance(image, Tensor) else (image.height, image.width)

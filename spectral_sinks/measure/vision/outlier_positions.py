@@ -1,4 +1,4 @@
-"""Where outlier patches lie on images, and how alike they are to their neighbours, beside other patches."""
+"""Where outlier patches lie on images, and how similar they are to their neighbours."""
 
 from typing import Any
 
@@ -15,13 +15,14 @@ COLUMNS = ["quantity", "control", "outliers", "others", "difference", "low", "hi
 
 
 def outlier_places(found: Outliers, layer: int | None = None) -> pd.DataFrame:
-    """Outliers against other patches: cosine to neighbours after the patch embedding, distance to the border.
+    """Compare outliers with other patches in their similarity to neighbours and their distance to the border.
 
-    A row per `quantity` and `control`, what each outlier is compared with: "same image" (its other patches),
-    "same border distance" (those of them as far from the border), "same place" (that place in images where it
-    is no outlier). `outliers`, `others` and their `difference` are means over the `images` that have such a
-    pair, `low` to `high` the interval of the difference. No rows without outliers at `layer` (the strongest,
-    by default). Raises InputError for a layer that the model does not have.
+    Similarity is the cosine after the patch embedding. There is one row per `quantity` and `control`. The
+    controls are "same image" (the other patches of the image), "same border distance" (those of them that are
+    as far from the border), and "same place" (the same position in images where it is not an outlier).
+    `outliers`, `others` and their `difference` are means over the `images` that have such a pair, and `low`
+    to `high` is the interval of the difference. The table is empty without outliers at `layer`, by default
+    the layer with most outliers. Raises InputError for a layer that the model does not have.
     """
     layer = found.strongest if layer is None else layer
     if layer is None:
@@ -52,12 +53,12 @@ Member = Bool[NDArray[np.bool_], "images patches"]
 
 
 def same_image(value: Values, outlier: Member) -> Values:
-    """Mean over the patches of each image that are no outliers, for each patch; NaN without any."""
+    """Return the mean over the patches of each image that are not outliers, for each patch; NaN if none."""
     return np.broadcast_to(_mean(value, ~outlier, axis=1), value.shape)
 
 
 def same_ring(value: Values, outlier: Member, border: NDArray[np.int64]) -> Values:
-    """Mean over the patches of each image that are no outliers and as far from the border."""
+    """Return the mean over the image's patches that are not outliers and as far from the border."""
     found = np.empty(value.shape)
     for distance in np.unique(border):
         ring = border == distance
@@ -66,7 +67,7 @@ def same_ring(value: Values, outlier: Member, border: NDArray[np.int64]) -> Valu
 
 
 def same_place(value: Values, outlier: Member) -> Values:
-    """Mean at each place over the images in which it is no outlier."""
+    """Return, for each position, the mean over the images in which it is not an outlier."""
     return np.broadcast_to(_mean(value, ~outlier, axis=0), value.shape)
 
 
@@ -77,7 +78,7 @@ def _mean(value: Values, member: Member, axis: int) -> NDArray[np.float64]:
 
 
 def _row(quantity: str, control: str, value: Values, other: Values, outlier: Member) -> dict[str, Any]:
-    """Means over outliers that have a partner, of each image and then over images."""
+    """Return one row: means over outliers that have a partner, within each image and then over images."""
     paired = outlier & np.isfinite(other)
     image = paired.any(1)
     own, its = (_mean(np.nan_to_num(x), paired, axis=1)[image, 0] for x in (value, other))

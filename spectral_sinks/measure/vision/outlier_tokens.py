@@ -1,4 +1,4 @@
-"""Outlier tokens of image encoders: patches whose norm stands out, since which layer, and where they lie."""
+"""Outlier tokens of image encoders: patches whose norm stands out, their onset, and their locations."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,13 +20,13 @@ from spectral_sinks.models.vision import VisionModel
 from spectral_sinks.stats import mean_interval
 
 PUBLISHED = 150.0
-"""Norm beyond which a patch is an outlier at the output of DINOv2-g, picked by hand (Darcet et al. 2024)."""
+"""Norm above which a patch is an outlier at the output of DINOv2-g, chosen by hand (Darcet et al. 2024)."""
 
 RULE = (
     f"robust: a patch's norm lies over {Z:g} robust standard deviations above the median of all patches at "
     f"that layer, and above {RATIO:g} medians"
 )
-"""What is an outlier unless a cut-off is given [ours]."""
+"""The rule for outliers unless a cut-off is given [ours]."""
 
 Rule = Literal["robust", "published"] | float
 
@@ -42,9 +42,9 @@ class Outliers:
     cutoff: Float[NDArray[np.float64], " sites"]
     """Norm above which a patch is an outlier."""
     median: Float[NDArray[np.float64], " sites"]
-    """Of all patches."""
+    """Median norm of all patches."""
     spread: Float[NDArray[np.float64], " sites"]
-    """1.4826 times the median deviation from it."""
+    """1.4826 times the median deviation from that median."""
 
     @property
     def patches(self) -> Float[NDArray[np.float64], "images sites patches"]:
@@ -58,7 +58,7 @@ class Outliers:
 
     @property
     def strongest(self) -> int | None:
-        """The layer with most outliers (-1: the embedding), the first of equals; None without any."""
+        """The first layer with the most outliers (-1: the embedding); None without any."""
         share = self.member.mean((0, 2))
         return int(share.argmax()) - 1 if share.any() else None
 
@@ -66,7 +66,7 @@ class Outliers:
     def onset_layer(self) -> int | None:
         """The first layer at which half of the strongest layer's outliers are outliers; None without any.
 
-        That is [ours].
+        This definition is [ours].
         """
         if self.strongest is None:
             return None
@@ -75,10 +75,11 @@ class Outliers:
         return int(np.flatnonzero(kept >= 0.5)[0]) - 1
 
     def summary(self) -> pd.DataFrame:
-        """A row per layer (-1: the embedding): `share` of patches that are outliers, with its interval.
+        """Return one row per layer (-1: the embedding), with the share of patches that are outliers.
 
-        Beside it `images` that have any, `cutoff`, `median` and `largest` norm of patches, and the mean norm
-        of each prefix token in medians of patches, by its name.
+        `share` has its interval, `low` and `high`. The other columns are the number of `images` that have
+        any; the `cutoff`; the `median` and the `largest` norm of patches; and, under its name, the mean norm
+        of each prefix token over the median of the patches.
         """
         rows: list[dict[str, Any]] = []
         for site in range(self.norm.shape[1]):
@@ -94,7 +95,7 @@ class Outliers:
 
     @property
     def table(self) -> pd.DataFrame:
-        """A row per outlier: `image`, `layer`, `row`, `column`, `norm`, `ratio` to the median, robust `z`."""
+        """One row per outlier: `image`, `layer`, `row`, `column`, `norm`, `ratio` to the median, and `z`."""
         image, site, patch = np.nonzero(self.member)
         norm = self.patches[image, site, patch]
         row, column = np.divmod(patch, self.pixels.grid[1])
@@ -103,15 +104,15 @@ class Outliers:
         return pd.DataFrame(table)
 
     def frequency(self, layer: int) -> Float[NDArray[np.float64], "rows columns"]:
-        """Share of images in which each patch is an outlier at a layer."""
+        """Return the share of images in which each patch is an outlier at a layer."""
         return self.member[:, layer + 1].mean(0).reshape(self.pixels.grid)
 
     def map(self, image: int, layer: int) -> Float[NDArray[np.float64], "rows columns"]:
-        """Norms of the patches of one image at a layer."""
+        """Return the norms of the patches of one image at a layer."""
         return self.patches[image, layer + 1].reshape(self.pixels.grid)
 
     def record(self) -> dict[str, Any]:
-        """The findings as JSON holds them."""
+        """Return the findings as a dictionary that JSON can hold."""
         peak = None if self.strongest is None else self.summary().iloc[self.strongest + 1]
         return {
             "model": self.model,
@@ -185,7 +186,10 @@ def _norms(
 
 @torch.no_grad()
 def neighbour_cosines(given: Pixels, image: int) -> Float[NDArray[np.float64], "rows columns"]:
-    """Mean cosine of each patch to its neighbours above, below, left and right, after the patch embedding."""
+    """Return the mean cosine of each patch to its neighbours above, below, left and right.
+
+    The patches are taken after the patch embedding.
+    """
     model = given.model
     convolution = next(part for part in model.tower.embeddings.modules() if isinstance(part, torch.nn.Conv2d))
     x = convolution.forward(given[image][None].to(model.device, model.dtype))[0].double()
@@ -203,7 +207,7 @@ def neighbour_cosines(given: Pixels, image: int) -> Float[NDArray[np.float64], "
 
 
 def border_distance(grid: tuple[int, int]) -> NDArray[np.int64]:
-    """Patches between each patch and the nearest border of the image, `[rows, columns]`."""
+    """Return the number of patches between each patch and the nearest border, `[rows, columns]`."""
     rows, columns = (np.minimum(np.arange(n), np.arange(n)[::-1]) for n in grid)
     return np.minimum(rows[:, None], columns)
 
@@ -215,7 +219,10 @@ def outlier_onset(
     rule: Rule = "robust",
     batch_size: int = 16,
 ) -> pd.DataFrame:
-    """The outliers of a training run's checkpoints: a row per `step` and layer, as in `Outliers.summary`."""
+    """Measure the outliers of a training run's checkpoints, one row per `step` and layer.
+
+    The other columns are those of `Outliers.summary`.
+    """
     tables: list[pd.DataFrame] = []
     for step, model in checkpoints:
         found = outliers(model, pixels(given.images, model), rule=rule, batch_size=batch_size)

@@ -1,4 +1,4 @@
-"""What the patches of an image are compared by: what attention reads of them, or the residual stream."""
+"""The features by which patches of an image are compared: projections of a layer, or the residual stream."""
 
 from collections.abc import Iterator
 from typing import Literal, cast
@@ -14,13 +14,23 @@ from spectral_sinks.models.attention_capture import AttentionCall, attending
 from spectral_sinks.models.vision import VisionModel
 
 Features = Literal["keys", "queries", "values", "exit", "attention"]
-"""Outputs of a projection (before any rotation), the residual after a layer, or what [CLS] gives."""
+"""Outputs of a projection (before any rotation), the residual after a layer, or the attention of [CLS]."""
 
 
 def patch_values(
     model: VisionModel, read: Pixels, features: Features, layer: int, edits: Interventions, batch_size: int
 ) -> Iterator[tuple[int, Float[Tensor, "rows columns *d"]]]:
-    """What the patches of each image are compared by."""
+    """Yield the features by which the patches of each image are compared, with the index of the image.
+
+    Args:
+        model: an image encoder.
+        read: the images.
+        features: the kind of features.
+        layer: the layer.
+        edits: the edit at each site.
+        batch_size: images in a pass.
+
+    """
     for places, batch in read.batches(batch_size):
         grid = model.grid(batch)
         count = grid[0] * grid[1]
@@ -51,7 +61,7 @@ def _features(
 def _attention(
     model: VisionModel, batch: Tensor, layer: int, edits: Interventions
 ) -> Float[Tensor, "batch tokens"]:
-    """What [CLS] gives to each token, the mean of heads."""
+    """Return the attention of [CLS] to each token, mean over heads."""
     found: list[Tensor] = []
     cls = model.cls or 0
 

@@ -1,4 +1,4 @@
-"""What test-time registers change in an image encoder, against the same edit at random neurons."""
+"""The effect of test-time registers on an image encoder, compared with the same edit at random neurons."""
 
 from collections import defaultdict
 from collections.abc import Iterator
@@ -34,19 +34,46 @@ def register_repair(
     measured: Outliers | None = None,
     batch_size: int = 16,
 ) -> pd.DataFrame:
-    """Before and after test-time registers: `state`, `layer`, `measure`, `mean`, `low`, `high`, `n`.
+    """Measure the effect of test-time registers, and of controls, on norms, attention and output.
 
-    States: "original"; "repaired"; and the controls "silenced" (the neurons are 0 on the patches, and no
-    token is added), "tokens alone" (no neuron is moved), "random 1", ... (the edit at as many other neurons
-    of the same layers). Measures by layer: "outlier share" of patches, beyond the original's own robust
-    cut-off of that layer; "largest norm" of a patch; "register norm" of the added tokens; and of [CLS],
-    averaged over heads, "attention entropy" over the patches as a share of that of even attention, "attention
-    on outliers" (the patches that are outliers at `layer` in the original), "attention on registers". Of the
-    model's output, at no layer: "cls cosine" and "error" to the original's, "patch cosine" and "error" over
-    the patches that are no outliers in it, "agreement" of the classes named first, and "accuracy" where there
-    are labels. Intervals over images (95 % BCa).
-    `measured` are the outliers of the same model and pixels, where they have been measured already.
-    Raises InputError for no neurons, for a layer without enough others, and as `install_registers` does.
+    The states are "original"; "repaired"; and the controls "silenced" (the neurons are 0 at the patches, and
+    no token is added), "tokens alone" (tokens are added, and no neuron is changed), and "random 1", ... (the
+    edit at as many other neurons of the same layers).
+
+    By layer, the measures are:
+
+    - "outlier share": share of patches beyond the original model's robust cut-off of that layer.
+    - "largest norm": of a patch.
+    - "register norm": of the added tokens.
+    - "attention entropy": of [CLS] over the patches, mean over heads, as a share of the entropy of uniform
+      attention.
+    - "attention on outliers": of [CLS] to the patches that are outliers at `layer` in the original model.
+    - "attention on registers": of [CLS] to the added tokens.
+
+    For the output, at no layer, they are:
+
+    - "cls cosine" and "cls error": compared with the original model.
+    - "patch cosine" and "patch error": the same over the patches that are not outliers in the original model.
+    - "agreement": whether the most likely class is the same.
+    - "accuracy": where there are labels.
+
+    Args:
+        model: an image encoder.
+        pixels: the images.
+        neurons: the register neurons.
+        registers: number of tokens that are added.
+        layer: the layer at which outliers are found in the original model.
+        draws: number of random controls.
+        seed: of the random controls.
+        measured: the outliers of the same model and pixels, if known; their norms are not measured again.
+        batch_size: images in a pass.
+
+    Returns:
+        One row per `state`, `layer` and `measure`: `mean`, `low` and `high` (95 % BCa) over `n` images.
+
+    Raises:
+        InputError: for no neurons, for a layer without enough other neurons, and as `install_registers` does.
+
     """
     chosen = by_layer(model, neurons)
     if not chosen or draws < 1:
@@ -60,6 +87,7 @@ def register_repair(
     rng = np.random.default_rng(seed)
     for draw in range(draws):
         states[f"random {draw + 1}"] = (others(model, chosen, rng), registers)
+    # Outliers and cut-offs are those of the original model
     known = outliers(model, pixels, measured=measured, batch_size=batch_size)
     marked, cuts = known.member[:, 1:][:, layer], known.cutoff[1:]
     values: dict[tuple[Any, ...], list[NDArray[Any]]] = defaultdict(list)
@@ -68,6 +96,7 @@ def register_repair(
         marks = marked[places]
         labels = None if classes is None else classes[places]
         base: RecordedPass | None = None
+        # The first state is the original, with which the others are compared
         for state, edit in states.items():
             with install_registers(model, *edit):
                 found = recorded_pass(model, batch, attention=True)
@@ -90,10 +119,20 @@ def register_maps(
     layer: int = -1,
     batch_size: int = 16,
 ) -> dict[str, Float[NDArray[np.float32], "images rows columns"]]:
-    """Maps over the patches of each image, before and after test-time registers, for `figures.registers`.
+    """Return maps over the patches of each image, before and after test-time registers.
 
-    "norm before", "norm after" at the exit of `layer`; "attention before", "attention after" of [CLS] in that
-    layer, averaged over heads, where there is a [CLS].
+    They serve `figures.registers`. The maps are "norm before" and "norm after" at the exit of `layer`, and,
+    where there is a [CLS] token, "attention before" and "attention after": the attention of [CLS] in that
+    layer, mean over heads.
+
+    Args:
+        model: an image encoder.
+        pixels: the images.
+        neurons: the register neurons.
+        registers: number of tokens that are added.
+        layer: the layer.
+        batch_size: images in a pass.
+
     """
     maps: dict[str, list[NDArray[Any]]] = defaultdict(list)
     for _, batch in pixels.batches(batch_size):
@@ -110,14 +149,14 @@ def register_maps(
 
 
 def pairs(chosen: dict[int, tuple[int, ...]]) -> list[tuple[int, int]]:
-    """Neurons by layer as pairs."""
+    """Return neurons by layer as pairs."""
     return [(layer, neuron) for layer, found in chosen.items() for neuron in found]
 
 
 def others(
     model: VisionModel, chosen: dict[int, tuple[int, ...]], rng: np.random.Generator
 ) -> list[tuple[int, int]]:
-    """As many random neurons of each layer that are not chosen. Raises InputError where there are too few."""
+    """Draw as many random other neurons of each layer. Raises InputError where there are too few."""
     found: list[tuple[int, int]] = []
     for layer, taken in chosen.items():
         rest = np.setdiff1d(np.arange(mlp_output(model, layer).in_features), taken)
@@ -136,7 +175,7 @@ def by_layers(
     marks: Bool[NDArray[np.bool_], "batch patches"],
     cuts: Float[NDArray[np.float64], "layers"],
 ) -> Iterator[tuple[int, str, NDArray[Any]]]:
-    """What `register_repair` measures at each layer: the layer, the measure and a value for each image."""
+    """Yield what `register_repair` measures by layer: the layer, the measure, and a value for each image."""
     for layer in range(model.layers):
         norms = found.norms[:, layer]
         yield layer, "outlier share", (norms > cuts[layer]).mean(1)

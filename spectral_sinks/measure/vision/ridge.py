@@ -1,4 +1,4 @@
-"""Ridge regression in closed form, and a classifier made of it: what a linear reader finds in features."""
+"""Ridge regression in closed form, and a classifier made of it, to test what is linearly readable."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ PENALTIES = tuple(10.0**power for power in range(-4, 5))
 
 @dataclass(frozen=True, eq=False)
 class Ridge:
-    """A linear map from features, standardised by the rows it was fitted on, to targets."""
+    """A linear map to targets from features, which are standardised by the rows of the fit."""
 
     centre: Float[Tensor, "d"]
     scale: Float[Tensor, "d"]
@@ -27,7 +27,7 @@ class Ridge:
 
 
 def ridge(features: Float[Tensor, "rows d"], targets: Float[Tensor, "rows outputs"], penalty: float) -> Ridge:
-    """The least squares of targets plus `penalty * rows` times the squared weights; the bias is free."""
+    """Fit by least squares, plus `penalty * rows` times the squared weights; the bias is not penalised."""
     features, targets = features.double(), targets.double()
     centre, scale = features.mean(0), features.std(0, correction=0)
     scale = torch.where(scale > 0, scale, 1.0)
@@ -38,7 +38,7 @@ def ridge(features: Float[Tensor, "rows d"], targets: Float[Tensor, "rows output
 
 @dataclass(frozen=True, eq=False)
 class LinearProbe:
-    """A ridge classifier: least squares to one column per class, the largest of which is the answer."""
+    """A ridge classifier: least squares to one column per class, of which the largest is the answer."""
 
     ridge: Ridge
     classes: Int[Tensor, "classes"]
@@ -52,7 +52,7 @@ class LinearProbe:
         penalties: Sequence[float] = PENALTIES,
         seed: int = 0,
     ) -> "LinearProbe":
-        """Fit on all rows with the penalty that serves best on a fifth of each class, held out to choose it.
+        """Fit on all rows, with the penalty that is best on a fifth of each class, held out to choose it.
 
         Raises InputError for fewer than two classes, or a class of fewer than two rows.
         """
@@ -77,7 +77,10 @@ class LinearProbe:
 
 
 def split(labels: Int[Tensor, "rows"], share: float, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Places of rows kept and of rows held out: `share` of each class, one at least, in a random order."""
+    """Return the indices of rows kept and of rows held out.
+
+    The share `share` of each class is held out, at least one row, chosen at random.
+    """
     generator = torch.Generator().manual_seed(seed)
     kept: list[Tensor] = []
     held: list[Tensor] = []

@@ -1,4 +1,4 @@
-"""What an image encoder does without its trained registers, or with others in their place."""
+"""The output of an image encoder without its trained registers, or with others that replace them."""
 
 from collections import defaultdict
 from collections.abc import Collection, Sequence
@@ -36,23 +36,45 @@ def register_ablation(
     measured: Outliers | None = None,
     batch_size: int = 16,
 ) -> pd.DataFrame:
-    """The effect of taking or changing trained registers: `edit`, `measure`, `mean`, `low`, `high`, `n`.
+    """Measure the effect of removing or replacing trained registers on the output of an image encoder.
 
-    "removed" takes the tokens out from the embedding on. The others put something in their place at the exit
-    of every layer, or of those in `layers` (-1 is the embedding, where registers are the same in all images,
-    so that only "zero" differs): "zero"; "mean", each register's own over images, as Sun et al. 2024 fix
-    them at the entry of every layer; "noise", normal with its mean and deviation in every dimension;
-    "swapped", the registers of the next image (the last gets those of the first), which Parodi et al. 2026
-    (arXiv 2604.14433) call shuffling; "shuffled" within an image, each gets the next one's: nothing tells
-    registers apart but what they hold, so this must change neither [CLS] nor patches: a check of the edit.
-    Where zero hurts and mean, noise and swapped do not, zeros are out of distribution, and what an image
-    wrote to its registers does not matter. Measures: "cls cosine", "cls error" (relative), "patch cosine",
-    "patch error" to the untouched model, "agreement" of the classes named first, "accuracy" where there are
-    labels, "outlier share" of patches beyond the untouched model's robust cut-off at the exit of `layer`.
-    Row "none" is the untouched model; intervals over images (95 % BCa). The registers of all images at all
-    those layers are held at once. `measured` are the outliers of the same model and pixels, where they have
-    been measured already. Raises InputError for a model without trained registers, unknown edits or
-    layers, and for fewer than two images.
+    The edits are:
+
+    - "removed": the tokens are removed from the embedding on.
+    - "zero": the registers become zero.
+    - "mean": each register's own mean over images, as Sun et al. 2024 fix them at the entry of every layer.
+    - "noise": normal noise with the mean and deviation of the register in every dimension.
+    - "swapped": the registers of the next image (the last image gets those of the first), which Parodi et al.
+      2026 (arXiv 2604.14433) call shuffling.
+    - "shuffled": within an image, each register gets the content of the next one. Registers differ only in
+      what they hold, so this must change neither [CLS] nor patches. It is a check of the edit.
+
+    All except "removed" act at the exit of every layer, or of those in `layers`. At the embedding, registers
+    are the same in all images, so only "zero" differs there. If zero hurts and mean, noise and swapped do
+    not, zeros are out of distribution, and what an image wrote to its registers does not matter.
+
+    The measures are "cls cosine", "cls error" (relative), "patch cosine" and "patch error", compared with the
+    untouched model; "agreement" of the most likely class; "accuracy" where there are labels; and "outlier
+    share", the share of patches beyond the untouched model's robust cut-off at the exit of `layer`. The
+    registers of all images at all those layers are held in memory at once.
+
+    Args:
+        model: an image encoder with trained registers.
+        pixels: the images, at least two.
+        edits: the edits; all by default.
+        layers: the layers at whose exit edits act, -1 for the embedding; all exits by default.
+        layer: the layer of "outlier share".
+        seed: of the noise.
+        measured: the outliers of the same model and pixels, if known; their norms are not measured again.
+        batch_size: images in a pass.
+
+    Returns:
+        One row per `edit` and `measure`: `mean`, `low` and `high` (95 % BCa) over `n` images. The edit "none"
+        is the untouched model.
+
+    Raises:
+        InputError: for a model without trained registers, unknown edits or layers, and fewer than two images.
+
     """
     require_registers(model)
     where = tuple(range(model.layers)) if layers is None else tuple(sorted(layers))
@@ -66,6 +88,7 @@ def register_ablation(
             f"{model.layers - 1}, and at least two images"
         )
     sites = [Site("embedding") if at < 0 else Site("exit", at) for at in where]
+    # Replacements are made from the registers of all images
     held = _registers(model, pixels, sites, batch_size)
     given = {edit: replaced(held, edit, seed) for edit in edits if edit != "removed"}
     known = outliers(model, pixels, measured=measured, batch_size=batch_size)
@@ -92,7 +115,7 @@ def register_ablation(
 def _registers(
     model: VisionModel, pixels: Pixels, sites: list[Site], batch_size: int
 ) -> Float[Tensor, "images sites registers d"]:
-    """What the registers hold at some sites."""
+    """Return the residuals of the registers at some sites."""
     here = list(model.registers)
     parts = [
         trace(
@@ -110,7 +133,7 @@ def _registers(
 def replaced(
     held: Float[Tensor, "images sites registers d"], edit: RegisterEdit, seed: int = 0
 ) -> Float[Tensor, "images sites registers d"]:
-    """What takes the place of the registers of each image."""
+    """Return the residuals that replace the registers of each image."""
     if edit == "zero":
         return torch.zeros_like(held)
     if edit == "swapped":
@@ -127,7 +150,7 @@ def replaced(
 def _put(
     model: VisionModel, sites: list[Site], values: Float[Tensor, "batch sites registers d"]
 ) -> dict[Site, EditFunction]:
-    """Edits that give registers these values."""
+    """Return edits that set the registers to these values."""
     here = list(model.registers)
 
     def edit(index: int) -> EditFunction:

@@ -103,7 +103,7 @@ def test_maps_that_an_implementation_of_the_models_own_returns() -> None:
     windows = ss.Windows.of_ids(IDS[:2, :12], model)
     expected = ss.attention.attention_by_position(model, windows, tokens=12)
     model.module.set_attn_implementation(reference_attention.NAME)
-    with pytest.warns(ss.SpectralWarning, match="rows sum to 1 in the mean"):
+    with pytest.warns(ss.SpectralWarning, match="rows sum to 1 on average"):
         found = ss.attention.attention_by_position(model, windows, tokens=12)
     with torch.no_grad():
         whole = torch.stack(tiny_models.plain()(IDS[:2, :12], output_attentions=True).attentions, 1)

@@ -226,7 +226,7 @@ def test_masking_the_planted_sink_spreads_its_mass_evenly() -> None:
 @pytest.mark.parametrize(
     ("message", "ask"),
     [
-        ("is no move", lambda m, w: ss.compare(m, w, {"a": 3})),
+        ("is not an intervention", lambda m, w: ss.compare(m, w, {"a": 3})),
         ("two edits at exit 0", lambda m, w: ss.compare(m, w, {"a": [{ss.Site(): abs}, {ss.Site(): abs}]})),
         (
             "is that of the pass without",
