@@ -67,9 +67,7 @@ def null_rank(observed: float, null: Sequence[float]) -> int:
 
 
 def null_p(observed: float, null: Sequence[float]) -> float:
-    """Return the one-sided p value from n draws of a null: (draws that reach the observed value + 1) / (n +
-    1).
-    """
+    """Return the one-sided p value from n draws of a null: (draws that reach the value + 1) / (n + 1)."""
     return (null_rank(observed, null) + 1) / (len(null) + 1)
 
 
@@ -196,9 +194,7 @@ def document_means(
 
 
 def summarise(frame: pd.DataFrame, by: Sequence[str], value: str) -> pd.DataFrame:
-    """Return the mean of a column over documents by group, with its 95 % interval: `mean`, `low`, `high`,
-    `n`.
-    """
+    """Return the mean of a column over documents and its 95 % interval, by group: `mean`, `low`, `high`, `n`."""
     rows: list[dict[str, object]] = []
     for key, group in frame.groupby(list(by), sort=False):
         per_document = group.groupby("document")[value].mean()

@@ -21,7 +21,7 @@ from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.models.masked_lm import RULE
 
 CORPUS = EMBEDDED / "corpus.jsonl"
-"""The shipped corpus: held-out Wikipedia articles (CC BY-SA; each row has its url for attribution)."""
+"""The shipped corpus: held-out Wikipedia articles (CC BY-SA; attribution by the url of each row)."""
 
 Bos = Literal["auto", "always", "never"]
 

@@ -23,13 +23,13 @@ from spectral_sinks.models.remote_tensor import open_remote, read_header, read_t
 
 EMBEDDED = Path(__file__).parent / "embedded"
 DEFAULT = "sinklet"
-"""Name of the embedded model."""
+"""The embedded model."""
 
 TWIN = "sinklet-nobos"
-"""Name of the embedded negative control: the same data, steps and seed, but no BOS."""
+"""The embedded negative control: same data, steps and seed, no BOS."""
 
 TIMEOUT = 5.0
-"""Seconds to wait until the hub answers whether it knows a model."""
+"""Seconds to wait for the hub to say whether it knows a model."""
 
 INDEX = "model.safetensors.index.json"
 
