@@ -117,7 +117,7 @@ class Study:
 
 
 def _together(path: Path, manifest: dict[str, Any], names: Sequence[str]) -> list[str]:
-    """Return the experiments of this run, and those of an earlier one in the folder with the same manifest."""
+    """Return the experiments of this run, and of an earlier one in the folder with the same manifest."""
     try:
         earlier = json.loads(path.read_text())
     except (OSError, ValueError):

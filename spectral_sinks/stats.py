@@ -194,7 +194,7 @@ def document_means(
 
 
 def summarise(frame: pd.DataFrame, by: Sequence[str], value: str) -> pd.DataFrame:
-    """Return the mean of a column over documents and its 95 % interval, by group: `mean`, `low`, `high`, `n`."""
+    """Return a column's mean over documents and its 95 % interval, by group: `mean`, `low`, `high`, `n`."""
     rows: list[dict[str, object]] = []
     for key, group in frame.groupby(list(by), sort=False):
         per_document = group.groupby("document")[value].mean()

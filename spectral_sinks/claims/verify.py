@@ -167,7 +167,7 @@ def _compared(claim: Claim, stated: list[str], found: list[float]) -> Iterator[s
         try:
             number = float(digits)
         except ValueError:
-            yield f"{{{written}}} is no number"
+            yield f"{{{written}}} is not a number"
             continue
         unit = 10.0 ** -len(digits.partition(".")[2])
         tolerance = ROUNDING * unit if claim.tolerance is None else claim.tolerance

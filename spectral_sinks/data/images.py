@@ -222,7 +222,7 @@ def _from_hub(source: str, name: str | None, split: str) -> Any:
         return datasets.load_dataset(source, name, split=split, streaming=True)
     except Exception as error:  # errors of several libraries behind the hub client
         raise InputError(
-            f"{source!r} is no file or folder, and as a data set of the hub it cannot be read ({error})"
+            f"{source!r} is not a file or folder, and as a data set of the hub it cannot be read ({error})"
         ) from error
 
 

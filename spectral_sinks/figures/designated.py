@@ -9,7 +9,7 @@ from spectral_sinks.figures.style import STYLES, saved_figure
 
 PANELS = {
     "heldout_nll": "held-out NLL (nats)",
-    "mass": "attention to the chosen place,\nstrongest layer (+: uniform)",
+    "mass": "attention to the chosen position,\nstrongest layer (+: uniform)",
     "norm_ratio": "its norm / median\nof the others",
     "share": "its share in the dark band\n(triangles: others; grey: random)",
     "to_sink_logit": "attention to the further\nlogit of the softmax",

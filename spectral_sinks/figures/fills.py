@@ -125,7 +125,7 @@ def sink_preserving(table: pd.DataFrame, within: pd.DataFrame, plans: pd.DataFra
                 mean_line(axis, part["share"], part, kind, styles[kind])
             draws = here[here["kind"].str.startswith("random")]
             x = 1.12 * draws["share"]
-            axis.scatter(x, draws["mean"], s=28, label="random kept in the tail's place", **DRAWN)
+            axis.scatter(x, draws["mean"], s=28, label="random kept instead of the tail", **DRAWN)
             axis.set(xlabel="share of the directions deleted", ylabel="NLL above untouched (nats)")
             axis.set_xscale("log")
             axis.set_yscale("symlog", linthresh=0.05)

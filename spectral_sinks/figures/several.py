@@ -68,7 +68,7 @@ def several(
                 own = WAYS[style] | {"linestyle": "none", "markersize": 4.5}
                 mean_line(axis, [place + shift], part[part["draw"] == "observed"], label, own)
                 draws = part[part["draw"] != "observed"]["mean"]
-                label = "the same move, controls" if place == 1 and shift < 0 else ""
+                label = "the same edit, controls" if place == 1 and shift < 0 else ""
                 axis.scatter([place + shift + 0.09] * len(draws), draws, s=28, label=label, **DRAWN)
         axis.set_xticks(
             range(len(MOVES)), [name.replace(", ", ",\n").replace(" ", "\n", 1) for name in MOVES]

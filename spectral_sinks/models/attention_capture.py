@@ -179,7 +179,7 @@ def attending(model: "Transformer", look: AttentionHook) -> Iterator[None]:
     are in another process than the code sent to it.
     """
     if not callable(look):
-        raise InputError(f"{look!r} is no function of an AttentionCall, such as MaskKey(0)")
+        raise InputError(f"{look!r} is not a function of an AttentionCall, such as MaskKey(0)")
     if callable(check := getattr(look, "check", None)):
         check(model)
     if model.remote is not None:

@@ -18,7 +18,7 @@ from spectral_sinks.models.layout import Layout
 from spectral_sinks.models.norms import gain_of
 from spectral_sinks.models.remote_state import Remote
 
-torch.cos(torch.zeros(1))  # the first of a process, in one thread: in several it may be off by 1e-4 (2.13.0)
+torch.cos(torch.zeros(1))  # on one thread, since the first call on several may be off by 1e-4 (2.13.0)
 
 T = TypeVar("T")
 
@@ -102,8 +102,8 @@ class Transformer:
         """
         if self.weightless:
             raise InputError(
-                f"{purpose} reads the weights of {self.name}, and a server that keeps them apart from the "
-                "code that it is sent shows none: load the model here, or use a server that trusts you"
+                f"{purpose} reads the weights of {self.name}, and the server keeps them in another process "
+                "than the code that it is sent: load the model locally, or use a server that trusts you"
             )
 
     @property

@@ -74,7 +74,7 @@ class Source:
         except ValueError as error:
             raise InputError(f"{path} is not JSON ({error})") from error
         if not isinstance(read, dict):
-            raise InputError(f"{path} is no configuration: expected a JSON object")
+            raise InputError(f"{path} is not a configuration: expected a JSON object")
         return read
 
     @cached_property
@@ -84,7 +84,7 @@ class Source:
             try:
                 return json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             except (ValueError, KeyError) as error:
-                raise InputError(f"{index} is no index of safetensors files ({error})") from error
+                raise InputError(f"{index} is not an index of safetensors files ({error})") from error
         name = "model.safetensors"
         if (path := self._at_hand(name)) is not None:
             with _opened(path) as stored:
@@ -153,7 +153,7 @@ def find_source(name: str, revision: str | None = None) -> Source:
         status = error.response.status_code
         if status in (401, 403, 404):
             raise InputError(
-                f"{name!r} is no folder, and the hub knows no such model or revision that you may read "
+                f"{name!r} is not a folder, and the hub has no such model or revision that you may read "
                 f"(status {status}); for a gated model log in with `hf auth login`"
             ) from error
         return _cached(name, revision, error)
@@ -171,7 +171,7 @@ def _cached(name: str, revision: str | None, error: Exception) -> Source:
     if isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
         return Source(name, revision=revision, offline=True)
     raise InputError(
-        f"{name!r} is no folder, is not in the hub's cache, and the hub cannot be reached ({error})"
+        f"{name!r} is not a folder, is not in the hub's cache, and the hub cannot be reached ({error})"
     ) from error
 
 

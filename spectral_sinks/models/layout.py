@@ -241,7 +241,7 @@ def submodule(module: nn.Module, name: str, part: str) -> nn.Module:
     try:
         return module.get_submodule(name)
     except AttributeError as error:
-        raise InputError(f"the {part.replace('_', ' ')} was named {name!r}, which is not there") from error
+        raise InputError(f"the {part.replace('_', ' ')} was named {name!r}, which does not exist") from error
 
 
 def _name_of(model: nn.Module, module: nn.Module | None, part: str) -> str:

@@ -101,8 +101,8 @@ def load(
         module: Any = given._module if isinstance(model, TransformersModel) else model
         if not isinstance(module, torch.nn.Module):
             raise InputError(
-                f"{type(model).__name__} is no model: give a name, a folder, or a model of transformers or "
-                "nnsight"
+                f"{type(model).__name__} is not a model: give a name, a folder, or a model of transformers "
+                "or nnsight"
             )
         if device is not None:
             module = moved(module, device)

@@ -30,8 +30,8 @@ def reduce_model(model: LanguageModel) -> tuple[Any, ...]:
         )
     if module.config._attn_implementation in (BLOCKWISE, WHOLE):
         raise InputError(
-            f"the attention of {model.name} is being changed or looked at by functions of this process, "
-            "which do not travel: leave `attending` first, or run in one process"
+            f"the attention of {model.name} is read or changed by functions of this process, "
+            "which cannot be sent to others: leave `attending` first, or run in one process"
         )
     tensors = {
         **dict(module.named_parameters(remove_duplicate=False)),  # tied weights stay tied

@@ -52,7 +52,7 @@ ROOMS = (
     "interventions",
     "measure",
 )
-"""Modules that a measurement may need on the server."""
+"""What a measurement may need at the server."""
 
 
 FRONT = """
@@ -74,9 +74,7 @@ def __getattr__(name):
 """
 
 SENT = "_spectral_sinks_sent"
-"""Attribute of a function that runs where the model is. Its value is the function itself, so that no wrapper
-inherits it.
-"""
+"""Attribute of a function that is called where the model is. It is itself, so that no wrapper inherits it."""
 
 RENAMED = {
     ("spectral_sinks.measure.replay", "Measured"): ("spectral_sinks.measure.nll.replay", "BatchResult"),
@@ -109,9 +107,7 @@ def sources() -> tuple[bytes, str]:
 
 
 def _front(texts: Mapping[str, str]) -> str:
-    """Return the source of `import spectral_sinks as ss` on the server: public names, each imported on first
-    use.
-    """
+    """What `import spectral_sinks as ss` finds there: public names, each imported when it is asked for."""
     tree = ast.parse(Path(PACKAGE, "__init__.py").read_text("utf-8"))
     imports = [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.module in texts]
     where = {alias.name: node.module for node in imports for alias in node.names}
