@@ -1,4 +1,4 @@
-"""What an experiment is given and what it gives back; running all of them."""
+"""Inputs and results of experiments, and a function that runs all of them."""
 
 import importlib.util
 import json
@@ -34,7 +34,7 @@ from spectral_sinks.sweeps.definition import versions
 __all__ = ["Finding", "Study", "answer", "reproduce", "without_last_band"]
 
 BATCH = 16
-"""Windows in a forward pass."""
+"""Number of windows in a forward pass."""
 
 EXPERIMENTS = (
     "spectrum",
@@ -58,12 +58,14 @@ EXPERIMENTS = (
     "several",
     "no_bos",
 )
-"""In the order of the story; each is a file of the experiments folder."""
+"""Names of the experiments, in the order in which the findings build on each other; each is a file in the
+experiments folder.
+"""
 
 
 @dataclass(frozen=True)
 class Study:
-    """A model, texts and spectra for the experiments, and the folder they write to."""
+    """A model, texts and spectra for the experiments, and the folder for their results."""
 
     model: LanguageModel
     windows: Windows
@@ -71,18 +73,19 @@ class Study:
     embedding: Spectrum
     out: Path
     draws: int = 20
-    """Random subspaces per control."""
+    """Number of random subspaces per control."""
 
     def evaluate(self, cells: Mapping[str, Interventions], title: str = "") -> dict[str, Effect]:
-        """`evaluate_all` on the study's model and windows, with a progress bar."""
+        """Run `evaluate_all` on the study's model and windows, with a progress bar."""
         with tqdm(desc=title, unit="cell", leave=False, disable=None) as bar:
             return evaluate_all(self.model, self.windows, cells, batch_size=BATCH, progress=_tick(bar))
 
     @cached_property
     def below_sink(self) -> int:
-        """The exit below the strongest sink: of the layer before the one that attends most to position 0.
+        """The exit below the strongest sink: that of the layer before the one that attends most to position
+        0.
 
-        Raises InputError for a model of one layer, and where attention cannot be read.
+        Raises InputError for a model with one layer, and if attention cannot be read.
         """
         if self.model.layers < 2:
             raise InputError(f"{self.model.name} has one layer: no exit lies below an attention layer")
@@ -90,7 +93,7 @@ class Study:
         return int(heads.groupby("layer")["attention"].mean().iloc[1:].idxmax()) - 1
 
     def ladder(self, site: Site, **options: Any) -> pd.DataFrame:
-        """`ladder` at a site, with a progress bar."""
+        """Run `ladder` at a site, with a progress bar."""
         with tqdm(desc=str(site), unit="cell", leave=False, disable=None) as bar:
             return ladder(
                 self.model,
@@ -105,18 +108,18 @@ class Study:
             )
 
     def save(self, table: pd.DataFrame, name: str) -> pd.DataFrame:
-        """Write a table as CSV, six significant digits, and return it."""
+        """Write a table as CSV, with six significant digits, and return it."""
         with atomic_write(self.out / f"{name}.csv") as path:
             table.to_csv(path, index=False, float_format="%.6g")
         return table
 
     def figure(self, name: str) -> Path:
-        """Where the figure of that name goes."""
+        """Return the path of the figure with that name."""
         return self.out / f"{name}.png"
 
 
 def _together(path: Path, manifest: dict[str, Any], names: Sequence[str]) -> list[str]:
-    """The experiments of this run, and those of an earlier one in the same folder on all the same things."""
+    """Return the experiments of this run, and of an earlier one in the folder with the same manifest."""
     try:
         earlier = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -135,7 +138,7 @@ def _tick(bar: Any) -> Callable[[int], None]:
 
 @dataclass(frozen=True)
 class Finding:
-    """What an experiment answers: one row per quantity, with its interval and its control."""
+    """The result of an experiment: one row per quantity, with its interval and its control."""
 
     answers: list[dict[str, Any]]
     name: str = ""
@@ -145,7 +148,7 @@ class Finding:
 
 
 def _verdicts(path: Path, findings: Sequence[Finding], names: Sequence[str]) -> pd.DataFrame:
-    """The verdicts of this run, and those of earlier runs of the experiments named."""
+    """Return the verdicts of this run, and those of earlier runs for the named experiments."""
     said = {found.name: found.verdict for found in findings}
     if path.is_file():
         earlier = pd.read_csv(path)
@@ -160,7 +163,9 @@ def answer(
     control: str = "",
     interval: tuple[float, float] | None = None,
 ) -> dict[str, Any]:
-    """A quantity from one value per document (its mean and 95 % interval), or from a single number."""
+    """Return the row of a quantity, from one value per document (with its mean and 95 % interval) or a single
+    number.
+    """
     if isinstance(values, int | float):
         low, high = interval or (float("nan"), float("nan"))
         return {"quantity": quantity, "value": float(values), "low": low, "high": high, "control": control}
@@ -170,7 +175,7 @@ def answer(
 
 
 def without_last_band(rows: pd.DataFrame, place: str, last: int) -> dict[str, Any]:
-    """From a ladder's table: what keeping all but the last band costs, beside random subspaces."""
+    """Return the cost of keeping all but the last band, from a ladder's table, beside random subspaces."""
     by = rows.set_index(["filter", "kept"])
     phi, control = by.loc[("Phi", last)], by.loc[("Rnd", last)]
     return answer(
@@ -182,14 +187,14 @@ def without_last_band(rows: pd.DataFrame, place: str, last: int) -> dict[str, An
 
 
 def experiments_folder() -> Path:
-    """The experiments: shipped inside an installed package, beside it in a clone."""
+    """Return the folder of the experiments: inside an installed package, or beside the package in a clone."""
     here = Path(__file__).parent
     shipped = here / "experiment_scripts"
     return shipped if shipped.is_dir() else here.parent / "experiments"
 
 
 def find_experiment(name: str) -> Callable[[Study], Finding]:
-    """The `run` of an experiment. Raises InputError for a name that is none."""
+    """Return the `run` of an experiment. Raises InputError for an unknown name and for a missing file."""
     if name not in EXPERIMENTS:
         raise InputError(f"no experiment {name!r}: choose from {', '.join(EXPERIMENTS)}")
     path = experiments_folder() / f"{name}.py"
@@ -208,12 +213,27 @@ def reproduce(
     documents: int = 16,
     remote: To = False,
 ) -> list[Finding]:
-    """Run the experiments on a model; tables, figures, NAME_summary.csv and manifest.json land in `out`.
+    """Run the experiments on a model, and write their tables and figures to a folder.
 
-    Of a model at a server, experiments that cannot be had there are left out, with a warning.
+    Each experiment writes NAME_summary.csv, and manifest.json describes the whole run. For a model on a
+    server, experiments that cannot run there are left out, with a warning.
 
-    Raises InputError for an unknown experiment, OSError where `out` cannot be written.
+    Args:
+        model: a language model, or the name, hub id or folder of one.
+        out: the results folder.
+        only: the name of one experiment; by default all are run.
+        documents: the number of documents, from the first of the shipped corpus.
+        remote: where the model's measurements run, as for `load`.
+
+    Returns:
+        The finding of each experiment that ran.
+
+    Raises:
+        InputError: for an unknown experiment.
+        OSError: if `out` cannot be written.
+
     """
+    # find every experiment before anything is computed
     names = EXPERIMENTS if only is None else (only,)
     runs = {name: find_experiment(name) for name in names}
     out = Path(out)
@@ -235,6 +255,7 @@ def reproduce(
         findings.append(replace(found, name=name, seconds=time.monotonic() - began))
         summary = pd.DataFrame([{"experiment": name, **row} for row in found.answers])
         study.save(summary, f"{name}_summary")
+    # the manifest: everything on which the results depend
     manifest = {
         "model": loaded.name,
         "family": loaded.family,

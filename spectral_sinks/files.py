@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and what the operating system says against it."""
+"""Atomic writes of files, and clear errors for failures of the operating system."""
 
 import errno
 import os
@@ -11,7 +11,7 @@ from filelock import Timeout
 from spectral_sinks.errors import InputError
 
 PATIENCE = 60.0
-"""Seconds to wait for a process that writes, which takes milliseconds unless it is suspended."""
+"""Seconds to wait for another process that writes, which takes milliseconds unless it is suspended."""
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
@@ -19,9 +19,10 @@ READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, renamed to it at the end, removed on any error (a full disk).
+    """Yield a temporary path beside `path`, which replaces `path` at the end of the block.
 
-    What was renamed is on the disk, and so is its name: a crash of the machine cannot leave half a file.
+    The temporary file is removed on any error, such as a full disk. Both the content and the new name are
+    synced to the disk, so a crash of the machine cannot leave half a file.
     """
     temporary = path.with_name(f".{path.name}.part")
     try:
@@ -36,7 +37,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def clearly(folder: Path) -> Iterator[None]:
-    """Operating system errors as an InputError that says what to do."""
+    """Turn operating system errors into an InputError that says what to do."""
     try:
         yield
     except Timeout as error:
@@ -55,7 +56,10 @@ def clearly(folder: Path) -> Iterator[None]:
 
 
 def listing(folder: Path) -> list[str]:
-    """Names that are not hidden; none for a folder that is not there."""
+    """Return the names in a folder that are not hidden; an empty list for a folder that does not exist.
+
+    Raises InputError for a folder that cannot be read.
+    """
     try:
         return [name for name in os.listdir(folder) if not name.startswith(".")]
     except FileNotFoundError:
@@ -65,7 +69,7 @@ def listing(folder: Path) -> list[str]:
 
 
 def _sync_folder(folder: Path) -> None:
-    if os.name == "nt":  # has no such thing
+    if os.name == "nt":  # Windows cannot sync a folder
         return
     handle = os.open(folder, os.O_RDONLY)
     try:

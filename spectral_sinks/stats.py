@@ -1,4 +1,4 @@
-"""Intervals, tests and null distributions; the unit of resampling is the document."""
+"""Intervals, tests and null distributions, with documents as the unit of resampling."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,7 +29,10 @@ RESAMPLES = 4999
 
 
 def mean_interval(values: ArrayLike, level: float = 0.95, seed: int = 0) -> tuple[float, float]:
-    """BCa bootstrap interval of the mean of one value per document; (nan, nan) for fewer than two."""
+    """Return the BCa bootstrap interval of the mean of one value per document.
+
+    It is (nan, nan) for fewer than two values, and for values that are not finite.
+    """
     sample = np.asarray(values, dtype=np.float64)
     if sample.size < 2 or not np.isfinite(sample).all():
         return float("nan"), float("nan")
@@ -47,7 +50,9 @@ def mean_interval(values: ArrayLike, level: float = 0.95, seed: int = 0) -> tupl
 
 
 def t_interval(values: ArrayLike, level: float = 0.95) -> tuple[float, float]:
-    """Student's t interval of the mean, for the few seeds of a training; (nan, nan) for fewer than two."""
+    """Return Student's t interval of the mean, for the few seeds of a training run; (nan, nan) for fewer than
+    two.
+    """
     sample = np.asarray(values, dtype=np.float64)
     if sample.size < 2:
         return float("nan"), float("nan")
@@ -58,7 +63,7 @@ def t_interval(values: ArrayLike, level: float = 0.95) -> tuple[float, float]:
 
 
 def sign_flip(values: ArrayLike, seed: int = 0) -> float:
-    """Two-sided p value of a paired permutation test that the mean difference is zero."""
+    """Return the two-sided p value of a paired permutation test that the mean difference is zero."""
     sample = np.asarray(values, dtype=np.float64)
     found = stats.permutation_test(
         (sample,),
@@ -72,17 +77,20 @@ def sign_flip(values: ArrayLike, seed: int = 0) -> float:
 
 
 def null_rank(observed: float, null: Sequence[float]) -> int:
-    """How many draws of a null distribution reach the observed value: 0 when it is beyond them all."""
+    """Return how many draws of a null distribution reach the observed value; 0 if it exceeds all of them."""
     return int(np.sum(np.asarray(null) >= observed))
 
 
 def null_p(observed: float, null: Sequence[float]) -> float:
-    """One-sided p value from a null of n draws: (draws that reach the observed value + 1) / (n + 1)."""
+    """Return the one-sided p value from n draws of a null: (draws that reach the value + 1) / (n + 1)."""
     return (null_rank(observed, null) + 1) / (len(null) + 1)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's adjusted p values, in the order given; they bound the family-wise error (Holm 1979)."""
+    """Return Holm's adjusted p values, in the order given.
+
+    They bound the family-wise error (Holm 1979). Raises InputError for p values outside 0 to 1.
+    """
     p = np.asarray(p_values, dtype=np.float64)
     if p.size and not ((p >= 0) & (p <= 1)).all():
         raise InputError(f"p values from {p.min():g} to {p.max():g}: expected 0 to 1")
@@ -96,11 +104,22 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def largest_within(
     costs: ArrayLike, sizes: ArrayLike, budget: float, level: float = 0.95, seed: int = 0
 ) -> tuple[float, float, float]:
-    """The largest size whose mean cost over documents is within a budget, and its bootstrap interval.
+    """Return the largest size whose mean cost over documents is within a budget, and its bootstrap interval.
 
-    `costs` is `[documents, sizes]`. Documents are resampled and the largest size is found anew: percentiles,
-    since it takes only the values of `sizes`. 0 where no size is within the budget; the interval is NaN with
-    fewer than two documents. Raises InputError for costs of another shape or not finite.
+    The size is 0 if no size is within the budget. The interval is a percentile interval, because the result
+    can only take the values of `sizes`: documents are resampled, and the largest size is found again in each
+    sample. It is NaN for fewer than two documents.
+
+    Args:
+        costs: `[documents, sizes]`.
+        sizes: the sizes.
+        budget: the largest mean cost allowed.
+        level: the level of the interval.
+        seed: the seed of the resampling.
+
+    Raises:
+        InputError: for costs of another shape or that are not finite.
+
     """
     table, size = np.asarray(costs, dtype=np.float64), np.asarray(sizes, dtype=np.float64)
     if table.ndim != 2 or size.shape != table.shape[1:] or not np.isfinite(table).all():
@@ -124,14 +143,17 @@ def largest_within(
 def sequential_p(
     observed: float, draw: Callable[[int], float], *, h: int = 10, n: int = 999
 ) -> tuple[float, int]:
-    """One-sided Monte Carlo p value that stops drawing once the answer is clear, and the draws it used.
+    """Return a one-sided Monte Carlo p value that stops drawing once the answer is clear, and the draws it
+    used.
 
-    `draw(i)` is draw i = 0, 1, ... of the null. Draws are taken until `h` of them reach the observed value:
-    p is then `h / used`; or until `n` are spent: then (how many reach it + 1) / (n + 1), as without stopping.
-    The error rate is kept exactly: under the null, for draws exchangeable with the observed value,
-    `P(p <= a) <= a` for every a, with equality at each value that p can take; ties only make p larger.
-    Large p values, the uninteresting ones, cost about `h / p` draws instead of n. Raises InputError unless
-    1 <= h <= n. (Besag & Clifford 1991, Biometrika 78)
+    `draw(i)` is draw i = 0, 1, ... of the null. Sampling stops as soon as `h` draws reach the observed value,
+    and then p is `h / used`. Otherwise it stops after `n` draws, and p is (draws that reach it + 1) / (n +
+    1), as without early stopping. Large p values, the uninteresting ones, take about `h / p` draws instead of
+    n.
+
+    The error rate is exact. Under the null, for draws exchangeable with the observed value, `P(p <= a) <= a`
+    for every a, with equality at each value that p can take. Ties only make p larger. Raises InputError
+    unless 1 <= h <= n. (Besag & Clifford 1991, Biometrika 78)
     """
     if not 1 <= h <= n:
         raise InputError(f"stopping after {h} of at most {n} draws: expected 1 <= h <= n")
@@ -144,9 +166,10 @@ def sequential_p(
 
 
 def rank_correlation(x: ArrayLike, y: ArrayLike, given: Sequence[ArrayLike] = ()) -> float:
-    """Spearman's rank correlation; with `given`, of what their ranks do not explain linearly (partial).
+    """Return Spearman's rank correlation, or the partial rank correlation with `given`.
 
-    NaN for fewer than three values beyond those given, or where nothing varies.
+    The partial correlation removes from both ranks what the ranks of `given` explain linearly. The result is
+    NaN for fewer values than three plus the number of `given`, and if either side does not vary.
     """
     ranked = [stats.rankdata(np.asarray(values, dtype=np.float64)) for values in (x, y, *given)]
     a, b, *others = ranked
@@ -163,10 +186,10 @@ def rank_correlation(x: ArrayLike, y: ArrayLike, given: Sequence[ArrayLike] = ()
 def document_means(
     values: ArrayLike, documents: ArrayLike, weights: ArrayLike | None = None
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Weighted means over the windows of each document.
+    """Return weighted means over the windows of each document.
 
     Args:
-        values: `[windows, ...]`; a NaN makes the mean of its own document NaN, and no other.
+        values: `[windows, ...]`; a NaN makes only the mean of its own document NaN.
         documents: the document of each window, `[windows]`.
         weights: the weight of each window, such as its number of predicted tokens; equal by default.
 
@@ -186,7 +209,7 @@ def document_means(
 
 
 def summarise(frame: pd.DataFrame, by: Sequence[str], value: str) -> pd.DataFrame:
-    """Mean over documents of a column, with its 95 % interval, by group: `mean`, `low`, `high`, `n`."""
+    """Return a column's mean over documents and its 95 % interval, by group: `mean`, `low`, `high`, `n`."""
     rows: list[dict[str, object]] = []
     for key, group in frame.groupby(list(by), sort=False):
         per_document = group.groupby("document")[value].mean()
@@ -209,11 +232,11 @@ class Estimate:
 
     @classmethod
     def of(cls, values: ArrayLike, controls: ArrayLike | None = None) -> "Estimate":
-        """From a value per document, and a value per random draw."""
+        """Make an estimate from one value per document and, for the controls, one value per random draw."""
         sample = np.asarray(values, dtype=np.float64)
         drawn = np.asarray([np.nan] if controls is None else controls, dtype=np.float64)
         return cls(float(sample.mean()), *mean_interval(sample), float(drawn.min()), float(drawn.max()))
 
     def columns(self, name: str) -> dict[str, float]:
-        """The mean and its interval as columns of a table: `name`, `name_low`, `name_high`."""
+        """Return the mean and its interval as columns of a table: `name`, `name_low`, `name_high`."""
         return {name: self.value, f"{name}_low": self.low, f"{name}_high": self.high}

@@ -1,4 +1,4 @@
-"""Claims that check themselves: which numbers pages state, and where they are in tables.
+"""Claims that check themselves: the numbers that pages state, and where tables hold them.
 
 The format is described at the top of results/claims.toml.
 """
@@ -15,15 +15,16 @@ from spectral_sinks.errors import InputError
 
 
 class Claim(Cell):
-    """A fragment of a page whose numbers in braces are checked, or an order that holds in a table."""
+    """A fragment of a page with numbers in braces that are checked, or a comparison that holds in a table."""
 
     page: str
     text: str
     tolerance: float | None = Field(default=None, gt=0)
-    """In the units of the page; 0.55 of the last stated digit by default."""
+    """In the units of the page; by default 0.55 of a unit of the last stated digit."""
     above: Cell | None = None
-    """Every selected number exceeds this one's."""
+    """A number that every selected number exceeds."""
     below: Cell | None = None
+    """A number that exceeds every selected number."""
 
     @property
     def stated(self) -> list[str]:
@@ -32,25 +33,25 @@ class Claim(Cell):
 
     @property
     def fragment(self) -> str:
-        """The text as the page has it, white space made even."""
+        """The text as the page has it, without braces and with single spaces."""
         return flat(self.text.replace("{", "").replace("}", ""))
 
     @property
     def files(self) -> list[str]:
-        """Tables that it needs."""
+        """The tables that the claim needs."""
         cells = [c for c in (self, self.over, self.minus, self.above, self.below) if c is not None]
         return list(dict.fromkeys(c.file for c in cells if c.file))
 
 
 class Stated(BaseModel):
-    """A fragment with numbers that no table has; only its presence is checked."""
+    """A fragment with numbers that are in no table; only its presence in the page is checked."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     page: str
     text: str
     how: str = Field(min_length=1)
-    """Where they come from."""
+    """The source of the numbers."""
 
     @property
     def fragment(self) -> str:
@@ -63,16 +64,16 @@ class Claims(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     pages: dict[str, str] = {}
-    """Short names of pages: paths in the repository."""
+    """The path of each page in the repository, by its short name."""
     commands: dict[str, str] = {}
-    """Which command writes a table, by file name with `*`; the first that fits."""
+    """The command that writes a table, by file name with `*`; the first match counts."""
     claims: list[Claim] = Field(min_length=1)
     stated: list[Stated] = []
 
     @model_validator(mode="before")
     @classmethod
     def _blocks(cls, data: Any) -> Any:
-        """A [[table]] block gives its claims what they do not say themselves."""
+        """Pass the keys of a [[table]] block to its claims, unless they have their own."""
         if isinstance(data, dict) and "table" in data:
             data = dict(data)
             claims = list(data.pop("claims", []))
@@ -91,13 +92,13 @@ class Claims(BaseModel):
 
     @classmethod
     def read(cls, path: str | Path) -> "Claims":
-        """Raises InputError for a file that is missing, no TOML, or says what is not understood."""
+        """Read a file of claims. Raises InputError if it is missing, is not TOML, or breaks the format."""
         try:
             return cls.model_validate(tomllib.loads(Path(path).read_text(encoding="utf-8")))
         except OSError as error:
             raise InputError(f"{path} cannot be read: {error.strerror}") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise InputError(f"{path} is no TOML: {error}") from error
+            raise InputError(f"{path} is not TOML: {error}") from error
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
@@ -106,10 +107,10 @@ class Claims(BaseModel):
             raise InputError(f"{path}: {where}: {first['msg']} (given: {str(given)[:80]!r})") from error
 
     def command(self, file: str) -> str:
-        """The command that writes a table."""
+        """Return the command that writes a table, or "" if none is known."""
         return next((c for name, c in self.commands.items() if globbed(name).fullmatch(file)), "")
 
 
 def flat(text: str) -> str:
-    """White space made even, so that the lines of a page may break anywhere."""
+    """Replace all white space by single spaces, so that the lines of a page may break anywhere."""
     return " ".join(text.split())

@@ -1,4 +1,4 @@
-"""Numbers in tables: a file, rows, columns."""
+"""Lookup of numbers in tables, by file, rows and columns."""
 
 import json
 import re
@@ -11,36 +11,44 @@ from pydantic import BaseModel, ConfigDict, field_validator
 from spectral_sinks.errors import SpectralError
 
 DEFAULTS = {1: ["value"], 2: ["low", "high"], 3: ["value", "low", "high"]}
-"""Columns of NAME_summary.csv for so many numbers."""
+"""Default columns of NAME_summary.csv, by how many numbers a claim states."""
 
 Selector = str | dict[str, Any]
 Take = Literal["max", "min", "mean", "sum", "count"]
 
 
 class LookupFailure(SpectralError):
-    """A file, row or column that is not there."""
+    """A file, row or column that does not exist."""
 
 
 class Cell(BaseModel):
-    """Where numbers are in a table."""
+    """The location of numbers in a table."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     file: str | None = None
-    """CSV (several with `*`) or JSON in the results folder; a path with a folder is one in the repository."""
+    """CSV (several files with `*`) or JSON in the results folder; a path with a folder is relative to the
+    repository.
+    """
     row: list[Selector] | None = None
-    """Columns and the value of each there, where `*` is any text; a plain string is the `quantity`. A list
-    has several. Without it, all rows."""
+    """The values that select rows, by column, where `*` matches any text; a plain string selects by
+    `quantity`.
+
+    A list selects the rows of all its entries. None selects all rows.
+    """
     column: list[str] | None = None
-    """`name`, or `name:2` for the second number within a text, `name:-1` the last. Of JSON: `key.key.0`."""
+    """Names of columns: `name`, or `name:2` for the second number within a text and `name:-1` for the last.
+
+    In JSON, a column is a path of keys, such as `key.key.0`.
+    """
     take: list[Take] | None = None
-    """One number, or several, from all rows selected."""
+    """Reduces all selected rows to one number; a list gives several."""
     scale: float = 1.0
-    """100 for per cent."""
+    """Factor on the numbers, such as 100 for per cent."""
     over: "Cell | None" = None
-    """Divide by this number."""
+    """A number by which the numbers are divided."""
     minus: "Cell | None" = None
-    """Subtract this number."""
+    """A number that is subtracted."""
     by: list[str] = []
     """Columns that pair the rows of a comparison."""
 
@@ -50,20 +58,25 @@ class Cell(BaseModel):
         return [value] if isinstance(value, str | dict) else value
 
     def columns(self, numbers: int) -> list[str]:
-        """Its columns; those of a summary for that many numbers where it names none."""
+        """Return the names of the columns; by default those of a summary for that many numbers."""
         if self.take:
             return self.column or ["value"]
         return self.column or DEFAULTS.get(numbers, ["value"])
 
     def inherited(self, other: "Cell") -> "Cell":
-        """Another cell, with the file, row and column of this one where it has none of its own."""
+        """Return another cell, with the file, row, column, `by` and scale of this one where it sets none of
+        its own.
+        """
         mine = {key: getattr(self, key) for key in ("file", "row", "column", "by", "scale")}
         own = {key: getattr(other, key) for key in other.model_fields_set}
         return Cell(**mine | own)
 
 
 def table(file: str, results: Path, repository: Path | None, cache: dict[str, Any]) -> Any:
-    """A frame from CSV, or what JSON holds. Raises LookupFailure where it is missing or unreadable."""
+    """Return the data frame of CSV files, or the content of JSON.
+
+    Tables are kept in `cache`. Raises LookupFailure if a file is missing or unreadable.
+    """
     if file in cache:
         return cache[file]
     folder = repository if "/" in file else results
@@ -83,7 +96,7 @@ def table(file: str, results: Path, repository: Path | None, cache: dict[str, An
 
 
 def values(cell: Cell, columns: list[str], found: Any) -> pd.DataFrame:
-    """The numbers of a cell, rows x columns, indexed by its `by`. Raises LookupFailure."""
+    """Return the numbers of a cell as rows x columns, indexed by its `by`. Raises LookupFailure."""
     if not isinstance(found, pd.DataFrame):
         return _of_json(cell, columns, found)
     rows = found
@@ -112,7 +125,7 @@ def values(cell: Cell, columns: list[str], found: Any) -> pd.DataFrame:
 
 
 def globbed(pattern: str) -> re.Pattern[str]:
-    """A pattern in which `*` alone is special."""
+    """Return a pattern in which only `*` is special."""
     return re.compile(".*".join(map(re.escape, pattern.split("*"))), re.DOTALL)
 
 

@@ -1,4 +1,4 @@
-"""Claims against tables and pages: what still holds, and which numbers nothing covers."""
+"""Checks of claims against tables and pages, and a search for numbers that no claim covers."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -12,10 +12,10 @@ from spectral_sinks.claims.claims import Claim, Claims, Stated, flat
 from spectral_sinks.claims.tables import Cell, LookupFailure, table, values
 
 ROUNDING = 0.55
-"""Units of the last stated digit: rounding, and a little for the arithmetic of other machines."""
+"""Tolerance in units of the last stated digit: half, and a little for the arithmetic of other machines."""
 
 NUMBER = re.compile(r"(?<![\w.+-])[-+−]?\d+(?:\.\d+|(?= %))")
-"""What `uncovered` looks for: decimals and percentages."""
+"""The numbers that `uncovered` looks for: decimals and percentages."""
 
 DEFINITIONS = ("5", "95")
 """Percentages that name the dark band and the level of intervals."""
@@ -23,7 +23,7 @@ DEFINITIONS = ("5", "95")
 
 @dataclass(frozen=True)
 class Check:
-    """What became of one claim; `problem` is empty where it holds."""
+    """The result of one claim; `problem` is empty if the claim holds."""
 
     page: str
     text: str
@@ -38,10 +38,10 @@ class Check:
 
 
 def verify(claims: Claims, results: str | Path, repository: str | Path | None = None) -> list[Check]:
-    """Check every claim against the tables in `results`, and, with `repository`, its text in its page.
+    """Check every claim against the tables in `results`, and with `repository` also its text in its page.
 
-    A missing table, row or column, a number that differs and a text that is not in its page once are
-    problems of that claim, not errors.
+    A missing table, row or column, a number that differs, and a text that does not occur in its page exactly
+    once are problems of that claim, not errors.
     """
     tables: dict[str, Any] = {}
     root = None if repository is None else Path(repository)
@@ -74,7 +74,8 @@ def verify(claims: Claims, results: str | Path, repository: str | Path | None = 
 
 
 def uncovered(claims: Claims, repository: str | Path) -> dict[str, list[str]]:
-    """Decimals and percentages of each page, with the words around, that no claim and no `stated` covers.
+    """Return the decimals and percentages of each page that no claim and no `stated` covers, with some
+    context.
 
     Fenced blocks, code and links are left out, and so are "5 %" and "95 %".
     """
@@ -114,7 +115,7 @@ def _in_page(claim: Claim | Stated, paths: dict[str, str], pages: dict[str, str 
 
 
 def _in_table(claim: Claim, results: Path, repository: Path | None, tables: dict[str, Any]) -> Iterator[str]:
-    """What is wrong with the numbers. Raises LookupFailure where they are not found."""
+    """Yield the problems with the numbers. Raises LookupFailure if they are not found."""
 
     def look(cell: Cell, columns: list[str]) -> pd.DataFrame:
         return values(cell, columns, table(cell.file or "", results, repository, tables))
@@ -166,7 +167,7 @@ def _compared(claim: Claim, stated: list[str], found: list[float]) -> Iterator[s
         try:
             number = float(digits)
         except ValueError:
-            yield f"{{{written}}} is no number"
+            yield f"{{{written}}} is not a number"
             continue
         unit = 10.0 ** -len(digits.partition(".")[2])
         tolerance = ROUNDING * unit if claim.tolerance is None else claim.tolerance

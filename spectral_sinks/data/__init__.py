@@ -1,1 +1,1 @@
-"""Texts, images, and what models read of them: windows of token ids and batches of pixels."""
+"""Texts and images, and the inputs that models read from them: windows of token ids and batches of pixels."""

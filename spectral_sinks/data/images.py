@@ -1,4 +1,4 @@
-"""Files become upright RGB pictures with names and labels; every choice made on the way is recorded."""
+"""Loading of images as upright RGB pictures with names and labels, with a record of every conversion."""
 
 import hashlib
 import io
@@ -18,40 +18,42 @@ from tqdm import tqdm
 from spectral_sinks.errors import InputError, SpectralWarning
 
 Raw = Path | bytes | Image.Image
-"""An image that is not decoded yet, or that is at hand."""
+"""An image that is not decoded yet (a path or bytes), or a PIL image."""
 
 PAPER = (255, 255, 255)
-"""What transparent pixels are laid on: white."""
+"""The background of transparent pixels: white."""
 
 DEEP = 65535
-"""The largest grey value of 16 bits."""
+"""The largest 16-bit grey value."""
 
 TURNED = 0x0112
-"""The EXIF tag that says how a picture is turned."""
+"""The EXIF tag of a picture's orientation."""
 
 SHOWN = 500
-"""Images from which on decoding shows its progress."""
+"""Number of images from which decoding shows a progress bar."""
 
 Broken = Literal["skip", "refuse"]
 
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """Pictures in an order of their own, decoded when they are asked for."""
+    """A sequence of pictures that are decoded on access."""
 
     raw: tuple[Raw, ...]
     names: tuple[str, ...]
     labels: tuple[int, ...] | None = None
-    """Class of each picture; None where nothing says so."""
+    """Class index of each picture; None for unlabelled pictures."""
     label_names: tuple[str, ...] = ()
     record: dict[str, Any] = field(default_factory=dict[str, Any])
-    """Source, count, sizes, hash of the pixels, what was converted, which files are broken."""
+    """The source, the number of classes, the sizes, the hash of the pixels, the conversions, and the broken
+    files.
+    """
 
     def __len__(self) -> int:
         return len(self.raw)
 
     def __getitem__(self, place: int) -> Image.Image:
-        """One picture, RGB and upright."""
+        """Return one picture, RGB and upright."""
         return upright(_opened(self.raw[place]))[0]
 
     def __iter__(self) -> Iterator[Image.Image]:
@@ -67,18 +69,28 @@ def images(
     split: str = "train",
     name: str | None = None,
 ) -> Images:
-    """Pictures from a folder, a file, a list of files (.txt, one a line), or a `datasets` id of the hub.
+    """Load pictures from a folder, a file, a list of files (.txt, one per line), or a `datasets` id of the
+    hub.
 
-    A folder is searched through; where all of its images lie in folders of their own, two at least, these
-    are the classes. An iterable of paths, of PIL images or of rows with an image works too, such as a
-    `datasets` object. `labels` names or numbers the classes, one for each image; `limit` keeps the first
-    images, taken in turn from each class. Pictures are turned as their EXIF data say, 16-bit
-    greys are scaled to 8, transparency is laid on white, other colour spaces become RGB, of an animation the
-    first frame is taken.
+    A folder is searched recursively. If all of its images are in subfolders, and these have at least two
+    names, the names are the classes. An iterable of paths, of PIL images, or of rows with an image works too,
+    such as a `datasets` object.
 
-    Broken files are left out with a warning that names them, or raise InputError with `broken="refuse"`.
-    Raises InputError also for a source that is not there or not reachable, no images, and labels of another
-    number.
+    Pictures are rotated according to their EXIF data, 16-bit grey values are scaled to 8 bits, transparency
+    is laid on white, and other colour spaces become RGB. Of an animation, the first frame is taken.
+
+    Args:
+        source: a path, a hub id, or an iterable of images.
+        limit: the number of images to keep. If there are classes, the first images of each are taken in turn.
+        broken: "skip" leaves out broken files with a warning that names them; "refuse" raises InputError.
+        labels: the class of each image, as names or numbers.
+        split: the split of a data set of the hub.
+        name: the configuration of a data set of the hub.
+
+    Raises:
+        InputError: for a source that does not exist or cannot be reached, for no images, for a number of
+            labels other than that of the images, and for a broken file with `broken="refuse"`.
+
     """
     if broken not in ("skip", "refuse"):
         raise InputError(f"broken {broken!r}: choose 'skip' or 'refuse'")
@@ -94,6 +106,7 @@ def images(
         found, classes = [found[i] for i in order], [classes[i] for i in order]
     taken: list[tuple[str, Raw, Any]] = []
     bad: dict[str, str] = {}
+    # decode every image once, for the record; `Images` decodes them again on access
     digest, converted, sizes = hashlib.sha256(), Counter[str](), set[tuple[int, int]]()
     listed = zip(found, classes or [None] * len(found), strict=True)
     total = min(len(found), limit or len(found))
@@ -136,9 +149,9 @@ def images(
 
 
 def upright(image: Image.Image) -> tuple[Image.Image, list[str]]:
-    """A picture in RGB as it is to be seen, and what was done to it.
+    """Convert a picture to upright RGB; return it with a list of the conversions.
 
-    Raises ValueError for grey values without a known range (floating point), OSError for broken data.
+    Raises ValueError for grey values without a known range (floating point), and OSError for broken data.
     """
     how: list[str] = []
     turned = ImageOps.exif_transpose(image)
@@ -163,7 +176,7 @@ def upright(image: Image.Image) -> tuple[Image.Image, list[str]]:
 
 
 def _opened(raw: Raw) -> Image.Image:
-    """The first frame, decoded whole."""
+    """Return the first frame, fully decoded."""
     if isinstance(raw, Image.Image):
         return raw
     with Image.open(io.BytesIO(raw) if isinstance(raw, bytes) else raw) as image:
@@ -174,7 +187,7 @@ def _opened(raw: Raw) -> Image.Image:
 def _found(
     source: Any, split: str, name: str | None, limit: int | None
 ) -> tuple[list[tuple[str, Raw]], list[Any] | None]:
-    """Names and what is behind them, and the class of each where something says so."""
+    """Return names with undecoded images, and the class of each image if the source tells it."""
     if isinstance(source, str | Path):
         path = Path(source).expanduser()
         if path.is_dir():
@@ -207,14 +220,16 @@ def _extensions() -> set[str]:
 def _from_hub(source: str, name: str | None, split: str) -> Any:
     try:
         return datasets.load_dataset(source, name, split=split, streaming=True)
-    except Exception as error:  # the hub client's own errors, of several libraries
+    except Exception as error:  # errors of several libraries behind the hub client
         raise InputError(
-            f"{source!r} is no file or folder, and as a data set of the hub it cannot be read ({error})"
+            f"{source!r} is not a file or folder, and as a data set of the hub it cannot be read ({error})"
         ) from error
 
 
 def _rows(source: Iterable[Any], limit: int | None) -> tuple[list[tuple[str, Raw]], list[Any] | None]:
-    """Rows of a data set with an image column, and a class column if there is one; or paths and pictures."""
+    """Read rows of a data set with an image column and perhaps a class column, or an iterable of paths and
+    pictures.
+    """
     features = getattr(source, "features", None)
     column = label = None
     given: Any = source
@@ -245,7 +260,7 @@ def _rows(source: Iterable[Any], limit: int | None) -> tuple[list[tuple[str, Raw
 
 
 def _in_turn(classes: Sequence[Any]) -> list[int]:
-    """Places such that each class comes in turn, in its own order."""
+    """Return an order of indices that takes one image of each class in turn."""
     seen = Counter[Any]()
     turn: list[tuple[int, int]] = []
     for place, label in enumerate(classes):

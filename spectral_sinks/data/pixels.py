@@ -1,4 +1,4 @@
-"""Images become what an image encoder reads; every choice made on the way is recorded."""
+"""Preparation of images as the input of an image encoder, with a record of every choice."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from spectral_sinks.data.images import Images
 
 KEPT = 2**30
-"""Bytes of pixels that are kept for the next pass; beyond, images are processed anew in each."""
+"""Bytes of pixels that are kept for the next pass; images beyond that are processed again in each pass."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,19 +24,19 @@ class Pixels:
     """Images as a model reads them, all of one size; each is a document of its own."""
 
     images: Any
-    """A sequence of upright RGB pictures, or a tensor `[images, channels, height, width]` of what is read."""
+    """A sequence of upright RGB pictures, or a tensor `[images, channels, height, width]` of model inputs."""
     model: VisionModel
     options: dict[str, Any]
-    """What the processor is told beside its settings."""
+    """Options passed to the processor in addition to its own settings."""
     record: dict[str, Any] = field(default_factory=dict[str, Any])
-    """How they were made: processor, size, grid, count, hash of the images, labels' names."""
+    """How the inputs were made: processor, size, grid, number and hash of the images, and names of labels."""
     _kept: dict[int, Tensor] = field(default_factory=dict[int, Tensor], repr=False)
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, place: int) -> Float[Tensor, "channels height width"]:
-        """One image as it is read."""
+        """Return the model input of one image."""
         if place not in self._kept:
             made = self._made(place)
             if made.nbytes * (len(self._kept) + 1) > KEPT:
@@ -53,39 +53,39 @@ class Pixels:
 
     @property
     def document(self) -> range:
-        """Each image is a document."""
+        """The document of each image: its own index."""
         return range(len(self))
 
     @property
     def labels(self) -> Int[Tensor, "images"] | None:
-        """Class of each image, where they have one."""
+        """Class index of each image; None for unlabelled images."""
         labels = getattr(self.images, "labels", None)
         return None if labels is None else torch.as_tensor(labels)
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches."""
+        """Number of rows and columns of patches."""
         return self.model.grid(self[0][None])
 
     @property
     def length(self) -> int:
-        """Tokens of an image: prefix and patches."""
+        """Number of tokens per image, prefix and patches."""
         rows, columns = self.grid
         return len(self.model.prefix) + rows * columns
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each image: of all the same."""
+        """Number of tokens of each image, which is the same for all."""
         return [self.length] * len(self)
 
     def batches(self, batch_size: int = 16) -> Iterator[tuple[list[int], Tensor]]:
-        """Places of images, and what the model reads of them `[batch, channels, height, width]`."""
+        """Yield indices of images with their model inputs, `[batch, channels, height, width]`."""
         for start in range(0, len(self), batch_size):
             places = list(range(start, min(start + batch_size, len(self))))
             yield places, torch.stack([self[place] for place in places])
 
     def tokens(self, batch: Float[Tensor, "batch channels height width"]) -> Int[Tensor, "batch tokens"]:
-        """The kind of each token: its place in the model's prefix, `len(prefix)` for a patch."""
+        """Return the kind of each token: its index in the model's prefix, or `len(prefix)` for a patch."""
         return self.model.kinds(batch)
 
 
@@ -95,12 +95,13 @@ def pixels(
     *,
     size: int | None = None,
 ) -> Pixels:
-    """What a model reads of images: its processor's work, or with `size` a plain resize to that square.
+    """Prepare images for a model, by its processor or, with `size`, by a plain resize to a square.
 
-    `images` is what `ss.images` gives, a sequence of PIL images, or a tensor `[images, channels, height,
-    width]` that is ready to be read.
-    Raises InputError for no images, pictures without a processor, a size that holds no whole patch, tensors
-    of another number of channels, and NaN or Inf.
+    `images` is the result of `ss.images`, a sequence of PIL images, or a tensor `[images, channels, height,
+    width]` of model inputs, which is used unchanged.
+
+    Raises InputError for no images, for pictures and a model without a processor, for a size without a whole
+    patch, for tensors with another number of channels, for a tensor with a `size`, and for NaN or Inf.
     """
     if len(images) == 0:
         raise InputError("no images: give at least one")
@@ -143,7 +144,7 @@ def pixels(
 
 
 def _hash(images: Any) -> str:
-    """That of tensors over their numbers; pictures bring their own, or are hashed decoded."""
+    """Return the recorded hash of the images, else a hash of the tensors' values or the decoded pictures."""
     known = getattr(images, "record", {}).get("data_hash")
     if known:
         return known

@@ -1,4 +1,4 @@
-"""Texts become documents, documents become token windows; every choice made on the way is recorded."""
+"""Cutting of texts into documents and token windows, with a record of every choice."""
 
 import hashlib
 import tempfile
@@ -38,14 +38,28 @@ def documents(
     limit: int | None = None,
     separator: str | None = None,
 ) -> list[str]:
-    """Texts, one string a document.
+    """Load texts as a list with one string per document.
 
-    `source` is None for the shipped corpus; a file (.txt is one document, or several between `separator`;
-    .jsonl, .csv and .parquet have one a row, in `column`); a string with white space, taken as the text
-    itself; otherwise a data set id of the hub with `split`, `name` and `column`, streamed. Any iterable of
-    strings or of rows works too, such as a `datasets` object. `limit` keeps the first documents.
+    A source can be:
 
-    Raises InputError for a source that is not there or not reachable, a missing column and empty texts.
+    - None for the shipped corpus;
+    - a file: .txt is one document, or several between `separator`; .jsonl, .csv and .parquet have one
+      document per row, in `column`;
+    - a string with white space, which is the text itself;
+    - any other string, a data set id of the hub, which is streamed;
+    - any iterable of strings or of rows, such as a `datasets` object.
+
+    Args:
+        source: where the texts come from, as listed above.
+        split: the split of a data set of the hub.
+        column: the column that holds the text, where the source has rows.
+        name: the configuration of a data set of the hub.
+        limit: the number of documents to keep, from the first.
+        separator: the string between documents in a .txt file.
+
+    Raises:
+        InputError: for a source that does not exist or cannot be reached, a missing column, and empty texts.
+
     """
     if source is None:
         source = CORPUS
@@ -75,7 +89,7 @@ def documents(
 
 
 def _is_path(source: str) -> bool:
-    """Whether a name without white space is meant as a file rather than as a data set of the hub."""
+    """Whether a name without white space means a file rather than a data set of the hub."""
     return source[0] in "./~" or Path(source).suffix in {".txt", *BUILDERS} or Path(source).exists()
 
 
@@ -94,7 +108,7 @@ def _from_file(path: Path, separator: str | None) -> Iterable[Any]:
 
 
 def _rows(path: Path, builder: str) -> Iterator[Any]:
-    """Rows of a table, streamed: nothing goes through the cache of `datasets`, which may be read-only."""
+    """Stream the rows of a table, without the cache of `datasets`, which may be read-only."""
     files = {"train": str(path)}
     try:
         with tempfile.TemporaryDirectory() as cache:
@@ -109,21 +123,23 @@ def _from_hub(source: str, name: str | None, split: str) -> Iterable[Any]:
     try:
         HfApi().dataset_info(source, timeout=TIMEOUT)
         return datasets.load_dataset(source, name, split=split, streaming=True)
-    except Exception as error:  # the hub client's own errors, of several libraries
+    except Exception as error:  # errors of several libraries behind the hub client
         raise InputError(
-            f"{source!r} is no file, and as a data set of the hub it cannot be read ({error}); "
+            f"{source!r} is not a file, and as a data set of the hub it cannot be read ({error}); "
             "a text itself needs white space"
         ) from error
 
 
 @dataclass(frozen=True, eq=False)
 class Windows:
-    """Unpadded token windows and the document that each comes from."""
+    """Unpadded token windows, with the document that each comes from."""
 
     rows: tuple[Int[Tensor, "tokens"], ...]
     document: tuple[int, ...]
     record: dict[str, Any] = field(default_factory=dict)
-    """How they were cut: policy, counts, first token ids, hash of the ids; how an encoder's are masked."""
+    """How the windows were cut: policy, counts, first token ids, hash of the ids, and the masking rule for an
+    encoder.
+    """
 
     @classmethod
     def of_ids(
@@ -133,10 +149,10 @@ class Windows:
         document: Sequence[int] | None = None,
         **record: Any,
     ) -> "Windows":
-        """Windows of given token ids; without `document`, each window is a document of its own.
+        """Make windows from token ids; without `document`, each window is a document of its own.
 
-        Raises InputError for ids outside the vocabulary, windows of fewer than two tokens, or windows longer
-        than the model's context.
+        Raises InputError for no windows, ids outside the vocabulary, windows of fewer than two tokens, and
+        windows longer than the model's context.
         """
         rows = tuple(torch.as_tensor(row, dtype=torch.long) for row in ids)
         if not rows:
@@ -178,23 +194,25 @@ class Windows:
 
     @property
     def length(self) -> int:
-        """Tokens in the longest window."""
+        """Number of tokens in the longest window."""
         return max(len(row) for row in self.rows)
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens in each window."""
+        """Number of tokens in each window."""
         return [len(row) for row in self.rows]
 
     def tokens(self, batch: Int[Tensor, "batch tokens"]) -> Int[Tensor, "batch tokens"]:
-        """The id of each token of a batch: the batch itself (that of images holds no ids)."""
+        """Return the id of each token of a batch, which is the batch itself (`Pixels.tokens` returns kinds
+        instead).
+        """
         return batch
 
     def batches(self, size: int) -> Iterator[tuple[list[int], Int[Tensor, "batch tokens"]]]:
-        """Windows of one length at a time, at most `size`, and their places in `rows`.
+        """Yield batches of windows of one length, at most `size` in each, with their indices in `rows`.
 
-        From size 3 on, no batch has a single row unless its length occurs once. The first windows of all
-        documents come before the second ones, so that each finds a donor for a swap in another document.
+        For a size of 3 or more, no batch has a single row unless its length occurs once. The first windows of
+        all documents come before the second ones, so that each finds a donor for a swap in another document.
         """
         if size < 1:
             raise InputError(f"batches of {size} windows: give at least 1")
@@ -212,7 +230,7 @@ class Windows:
                 yield chosen, torch.stack([self.rows[i] for i in chosen])
 
     def as_documents(self) -> "Windows":
-        """Each window as a document of its own: for one long text, whose windows are not independent."""
+        """Make each window a document of its own, for one long text, whose windows are not independent."""
         return replace(self, document=tuple(range(len(self))))
 
     def __len__(self) -> int:
@@ -230,17 +248,26 @@ def cut(
     per_document: int | None = 2,
     bos: Bos = "auto",
 ) -> Windows:
-    """Cut documents into unpadded windows of `length` tokens, BOS (and an encoder's SEP) included.
+    """Cut documents into unpadded windows of `length` tokens, including BOS (and SEP for an encoder).
 
-    Windows follow one another from the start of a document, at most `per_document` (None: all). What is
-    left over at its end is dropped, except that a document shorter than one window is one shorter window.
-    With `bos` "always" each window begins with BOS; "never" with none; "auto" does what the model's own
-    tokenizer does to a text. A BOS that the text itself begins with is not doubled. An encoder's windows
-    begin with [CLS] and end with [SEP] by the same rule. Documents shorter than two tokens are left out with
-    a warning, and counted.
+    Consecutive windows are taken from the start of each document. The rest at its end is dropped, but a
+    document shorter than one window becomes one shorter window. A BOS at the start of the text itself is not
+    doubled. The windows of an encoder begin with [CLS] and end with [SEP] by the same rule as for BOS.
+    Documents shorter than two tokens are left out with a warning, and their number is recorded.
 
-    Raises InputError for a model without tokenizer, texts all shorter than two tokens, a window longer than
-    the context, and `bos` "always" without a BOS token.
+    Args:
+        texts: the documents, or a single one.
+        model: the model whose tokenizer is used.
+        length: the number of tokens in a window; by default 256, or the context of the model if that is
+            shorter.
+        per_document: the largest number of windows from one document; None for all.
+        bos: "always" opens each window with BOS, "never" opens none with it, and "auto" follows the model's
+            own tokenizer.
+
+    Raises:
+        InputError: for a model without a tokenizer, texts that are all shorter than two tokens, a window
+            longer than the context, and `bos` "always" without a BOS token.
+
     """
     texts = [texts] if isinstance(texts, str) else list(texts)
     if model.tokenizer is None:
@@ -260,7 +287,7 @@ def cut(
         raise InputError(f"windows of {length} tokens: {model.name} has a context of {model.context}")
     if length < 2 + opened + closed:
         raise InputError(f"windows of {length} tokens: nothing is left to predict")
-    span = length - opened - closed
+    span = length - opened - closed  # tokens of the text in a window
     rows: list[Tensor] = []
     owner: list[int] = []
     short: list[str] = []

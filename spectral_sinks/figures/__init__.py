@@ -1,4 +1,4 @@
-"""Pictures from tables alone: each function takes the rows that an experiment wrote and writes one PNG."""
+"""Figures drawn from tables alone: each function takes the rows of an experiment and writes one PNG."""
 
 # pyright: basic
 # lazy_loader has no types

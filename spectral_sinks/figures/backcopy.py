@@ -10,9 +10,12 @@ from spectral_sinks.figures.style import FIRST, OTHER, STYLES, saved_figure
 
 
 def backcopy(table: pd.DataFrame, peak: float, path: Path) -> None:
-    """By kind of training, norms of BOS and of the others by site after it; the largest ratio over training.
+    """Draw the norms of BOS and of other tokens by site, for each kind of training, and the largest ratio
+    over training.
 
-    A thin line per seed and a thick one for their mean. `table`: kind, seed, step, site, bos, others, ratio.
+    The norms are those after training. Each seed is a thin line, and their mean a thick one. `table`: kind,
+    seed, step, site, bos, others, ratio. A ratio above `peak` counts as a peak and is marked by a dotted
+    line.
     """
     kinds, sites = table["kind"].unique(), table["site"].unique()
     places = np.arange(len(sites))
@@ -28,6 +31,7 @@ def backcopy(table: pd.DataFrame, peak: float, path: Path) -> None:
             axis.set(title=kind, xlabel="after training", ylabel="norm of the residual")
             axis.set_xticks(places, sites)
         axes[0, 0].legend()
+        # last panel: ratio over training, the largest of the exits between first and last site
         axis, middle = axes[0, -1], table[table["site"].isin(sites[1:-1])]
         largest = middle.groupby(["kind", "seed", "step"])["ratio"].max()
         for kind, style in zip(kinds, STYLES.values(), strict=False):

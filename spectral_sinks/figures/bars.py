@@ -11,11 +11,12 @@ from spectral_sinks.figures.style import FIRST, OTHER, STYLES, mean_line, saved_
 
 
 def bars(levels: pd.DataFrame, correlation: pd.DataFrame, tokens: pd.DataFrame, path: Path) -> None:
-    """Dark ratio of bars and others by layer, rank correlation with attention, and which tokens bars are.
+    """Draw the dark ratio of attention bars and other tokens, its rank correlation with attention, and the
+    tokens of bars.
 
-    `levels`: layer, tokens ("bars", "matched", "rest"), mean, low, high, random_low, random_high.
-    `correlation`: layer, kind ("plain", "given both"), mean, low, high, random_low, random_high. `tokens`:
-    text, bars, pairs, rate, most bars first.
+    The first two panels are by layer. `levels`: layer, tokens ("bars", "matched", "rest"), mean, low, high,
+    random_low, random_high. `correlation`: layer, kind ("plain", "given both"), mean, low, high, random_low,
+    random_high. `tokens`: text, bars, pairs, rate, sorted by the number of bars, largest first.
     """
     with saved_figure(path, 1, 3, (11, 3.3)) as axes:
         axis = axes[0, 0]

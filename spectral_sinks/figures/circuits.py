@@ -1,4 +1,4 @@
-"""Figures of what heads do with their sink: a map of all, and a page for one."""
+"""Figures of what heads do with their sink: a map of all heads, and a page for one."""
 
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,12 @@ from matplotlib.patches import Rectangle
 from spectral_sinks.figures.style import FIRST, OTHER, STYLES, saved_figure
 
 LABELS = 400
-"""Heads up to which a map holds numbers."""
+"""Largest number of heads for which a map shows its numbers."""
 
 
 def circuits(heads: pd.DataFrame, path: Path) -> None:
-    """Attention on the sink, its share of norm-weighted attention, and its value ratio, by layer and head.
+    """Draw the attention on the sink, its share of norm-weighted attention, and its value ratio, by layer and
+    head.
 
     `heads`: layer, head, attention, weighted, value_ratio, circuit (outlined).
     """
@@ -47,10 +48,17 @@ def circuits(heads: pd.DataFrame, path: Path) -> None:
 def circuit_page(
     title: str, row: pd.Series, sides: pd.DataFrame, profile: pd.DataFrame, sink: int, path: Path
 ) -> None:
-    """One head: query and key sides of its leading modes over positions, margin, and bands.
+    """Draw one head: query and key sides of its leading modes over positions, the margin of the sink, and
+    bands.
 
-    `row`: a row of the table of heads. `sides`: position, query_1, key_1, query_2, key_2. `profile`: what,
-    band, share, low, high, random, random_low, random_high.
+    Args:
+        title: the title of the page.
+        row: a row of the table of heads.
+        sides: position, query_1, key_1, query_2, key_2.
+        profile: what, band, share, low, high, random, random_low, random_high.
+        sink: the position of the sink.
+        path: the PNG to write.
+
     """
     with saved_figure(path, 2, 3, (10.5, 5.4)) as axes:
         page = axes[0, 0].figure
@@ -92,7 +100,7 @@ def circuit_page(
 
 
 def _margin(axis: Any, row: pd.Series) -> None:
-    """Shares of the margin and the two measures of the leading mode."""
+    """Draw the shares of the margin and the two measures of the leading mode."""
     names = ["top_one", "top_two", "always_on", "rival"]
     values = [float(row[name]) for name in names]
     spread = [[row[n] - row[f"{n}_low"] for n in names], [row[f"{n}_high"] - row[n] for n in names]]

@@ -1,4 +1,4 @@
-"""Figures of controls: an effect beside the distributions that it is compared with."""
+"""Figures of controls: an effect beside the distributions to which it is compared."""
 
 from pathlib import Path
 
@@ -18,10 +18,11 @@ CONTROLS = {
 
 
 def controls(table: pd.DataFrame, tests: pd.DataFrame, layer: int, path: Path) -> None:
-    """Every control at one exit, at all tokens and at the first; the paired excess over draws at every exit.
+    """Draw every control at one exit, and the paired excess of the dark band over the draws at every exit.
 
-    `table`: layer, tokens, control, draw, mean, low, high; `tests`: layer, tokens, observed, control,
-    excess, low, high.
+    The controls at one exit are shown for all tokens and for the first token. `table`: layer, tokens,
+    control, draw, mean, low, high. `tests`: layer, tokens, observed, control, excess, low, high. `layer` is
+    the one exit.
     """
     places = list(table.loc[table["layer"] == layer, "tokens"].unique())
     with saved_figure(path, 1, len(places) + 1, (3.7 * (len(places) + 1), 3.2)) as axes:
@@ -59,10 +60,11 @@ def controls(table: pd.DataFrame, tests: pd.DataFrame, layer: int, path: Path) -
 
 
 def reads(table: pd.DataFrame, below: int, path: Path) -> None:
-    """Cost, and the sink left, when one component alone reads no dark band, beside random draws.
+    """Draw the cost, and the share of the sink that is left, when one component reads no dark band, beside
+    random draws.
 
     `table`: site, place ("layer N", "above", "all layers", "reference", ...), draw ("dark" or a number),
-    mean, low, high, sink_left; `below` is the exit of reference.
+    mean, low, high, sink_left. `below` is the exit of the reference.
     """
     kinds = [kind for kind in table["site"].unique() if kind not in ("exit", "all four")]
     styles = dict(zip(kinds, (FIRST, STYLES["Psi"], STYLES["Omega"], STYLES["Rnd"]), strict=False))

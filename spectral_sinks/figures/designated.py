@@ -1,4 +1,4 @@
-"""Figures of sinks that were chosen: by moves after training, and in training."""
+"""Figures of sinks at a chosen position: by attention edits after training, and by training."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from spectral_sinks.figures.style import STYLES, saved_figure
 
 PANELS = {
     "heldout_nll": "held-out NLL (nats)",
-    "mass": "attention to the chosen place,\nstrongest layer (+: uniform)",
+    "mass": "attention to the chosen position,\nstrongest layer (+: uniform)",
     "norm_ratio": "its norm / median\nof the others",
     "share": "its share in the dark band\n(triangles: others; grey: random)",
     "to_sink_logit": "attention to the further\nlogit of the softmax",
@@ -17,10 +17,15 @@ PANELS = {
 
 
 def designated(tried: pd.DataFrame, where: pd.DataFrame, position: int, old: int, path: Path) -> None:
-    """Cost and attention of every move tried, lightest on top; attention by position before and after.
+    """Draw the cost and the attention of every edit tried, and the attention by position before and after.
 
-    `tried`: name, works, delta_nll, delta_nll_low, delta_nll_high, mass, old_mass; `where`: position, layer,
-    before, after.
+    Args:
+        tried: name, works, delta_nll, delta_nll_low, delta_nll_high, mass, old_mass; the first row is on top.
+        where: position, layer, before, after.
+        position: the position of the chosen sink.
+        old: the position of the old sink.
+        path: the PNG to write.
+
     """
     places = np.arange(len(tried))[::-1]
     with saved_figure(path, 1, 3, (11, 1.4 + 0.26 * len(tried))) as axes:
@@ -54,7 +59,7 @@ def designated(tried: pd.DataFrame, where: pd.DataFrame, position: int, old: int
 
 
 def variants(table: pd.DataFrame, path: Path) -> None:
-    """A dot per run: NLL, attention, norm and darkness where each kind of run should have its sink.
+    """Draw NLL, attention, norm and darkness at the intended sink of each kind of run, with one dot per run.
 
     `table`: kind, heldout_nll, mass, uniform, norm_ratio, share, others, share_most, to_sink_logit.
     """
@@ -81,9 +86,10 @@ def variants(table: pd.DataFrame, path: Path) -> None:
 
 
 def tuned(table: pd.DataFrame, path: Path) -> None:
-    """A dot per run, first key visible and masked: NLL, and attention to the strongest other position.
+    """Draw NLL and attention to position 0 and to the strongest other position, with one dot per run.
 
-    `table`: kind, first_key, nll, first, strongest_other.
+    Each run has one dot with the first key visible and one with it masked. `table`: kind, first_key, nll,
+    first, strongest_other.
     """
     kinds = list(dict.fromkeys(table["kind"]))
     panels = {

@@ -12,10 +12,16 @@ from spectral_sinks.figures.style import FIRST, OTHER, STYLES, mean_line, saved_
 def eu_dark(
     table: pd.DataFrame, overlap: pd.DataFrame, alignment: pd.DataFrame, layer: int, path: Path
 ) -> None:
-    """Principal cosines and alignment by band; what removing each tail, or part of it, costs.
+    """Draw principal cosines and alignment by band of both tails, and the cost of removing each tail or part
+    of it.
 
-    `overlap`: pair, cosine, random_low, random_high. `alignment`: tail, band, share, random_low, random_high.
-    `table`: name, layer, random, rank, energy, delta_nll, low, high, sink_cut, sink_cut_low, sink_cut_high.
+    Args:
+        table: name, layer, random, rank, energy, delta_nll, low, high, sink_cut, sink_cut_low, sink_cut_high.
+        overlap: pair, cosine, random_low, random_high.
+        alignment: tail, band, share, random_low, random_high.
+        layer: the exit of the lower panels.
+        path: the PNG to write.
+
     """
     with saved_figure(path, 2, 3, (11, 6)) as axes:
         axis = axes[0, 0]

@@ -1,4 +1,4 @@
-"""Figures of what takes a component's place: swaps, fills, and how much of the spectrum can go."""
+"""Figures of swaps and other fills, and of how much of the spectrum can be deleted."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ import pandas as pd
 from spectral_sinks.figures.style import mean_line, saved_figure
 
 DRAWN: dict[str, Any] = {"color": "#555555", "marker": "_", "linewidth": 0.5, "zorder": 1}
-"""Random draws, as ticks beside a measured value."""
+"""Style of random draws: ticks beside a measured value."""
 
 WAYS: dict[str, dict[str, Any]] = {
     "zero": {"color": "#000000", "linestyle": "-", "marker": "o"},
@@ -23,10 +23,10 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 def swap(ladder: pd.DataFrame, steps: pd.DataFrame, path: Path, bands: int) -> None:
-    """The ladder at one exit, and the last step at every exit, by what takes the component's place and where.
+    """Draw the ladder at one exit and the step of the last band at every exit, by fill and selected tokens.
 
-    `ladder`: setting, layer, way, filter, kept, mean, low, high; `steps`: setting, layer, way, step, mean,
-    low, high. A row of panels for each setting.
+    Each setting has a row of panels. `ladder`: setting, layer, way, filter, kept, mean, low, high. `steps`:
+    setting, layer, way, step, mean, low, high.
     """
     settings = list(steps["setting"].unique())
     with saved_figure(path, len(settings), 2, (9, 2.7 * len(settings) + 0.2)) as axes:
@@ -48,6 +48,7 @@ def swap(ladder: pd.DataFrame, steps: pd.DataFrame, path: Path, bands: int) -> N
                 draws = random[random["way"] == way]["mean"]
                 label = f"{len(draws)} random subspaces" if place == 0 else ""
                 right.scatter([layer + offset + 0.05] * len(draws), draws, s=28, label=label, **DRAWN)
+            # axes: the ladder on the left, the last step on the right
             left.set_yscale("symlog", linthresh=0.1)
             left.set(xlabel=f"bands kept (of {bands})", ylabel="NLL above untouched (nats)")
             left.set_title(f"{setting}: ladder at the exit of layer {layer}", fontsize=8)
@@ -63,7 +64,8 @@ def swap(ladder: pd.DataFrame, steps: pd.DataFrame, path: Path, bands: int) -> N
 
 
 def fills(table: pd.DataFrame, path: Path, bands: int) -> None:
-    """The ladder under each fill, the sink above it, and the last band beside random subspaces, by exit.
+    """Draw, by exit, the ladder under each fill, the sink above the exit, and the last band beside random
+    subspaces.
 
     `table`: layer, fill, filter ("Phi", "random N", "seed N"), kept, mean, low, high, sink, baseline_sink.
     """
@@ -105,15 +107,17 @@ def fills(table: pd.DataFrame, path: Path, bands: int) -> None:
 
 
 def sink_preserving(table: pd.DataFrame, within: pd.DataFrame, plans: pd.DataFrame, path: Path) -> None:
-    """NLL against the share deleted, the largest share within each budget by exit, and schedules over layers.
+    """Draw NLL against the share deleted, the largest share within each budget by exit, and schedules over
+    layers.
 
-    `table`: where, kind, share, mean, low, high; `within`: where, kind, budget, mean, low, high; `plans`:
+    `table`: where, kind, share, mean, low, high. `within`: where, kind, budget, mean, low, high. `plans`:
     kind, budget, share, mean, low, high, chosen_at.
     """
     kinds = list(within["kind"].unique())
     styles = dict(zip(kinds, (WAYS["mean"], WAYS["zero"], WAYS["swap"]), strict=False))
     places, budgets = list(within["where"].unique()), sorted(within["budget"].unique())
     with saved_figure(path, 2, 3, (11, 5.8)) as axes:
+        # NLL against the share deleted, at the first and the last choice of exits
         for axis, where in zip(axes[0], dict.fromkeys([places[0], places[-1]]), strict=False):
             here = table[table["where"] == where]
             for kind in kinds:
@@ -121,13 +125,14 @@ def sink_preserving(table: pd.DataFrame, within: pd.DataFrame, plans: pd.DataFra
                 mean_line(axis, part["share"], part, kind, styles[kind])
             draws = here[here["kind"].str.startswith("random")]
             x = 1.12 * draws["share"]
-            axis.scatter(x, draws["mean"], s=28, label="random kept in the tail's place", **DRAWN)
+            axis.scatter(x, draws["mean"], s=28, label="random kept instead of the tail", **DRAWN)
             axis.set(xlabel="share of the directions deleted", ylabel="NLL above untouched (nats)")
             axis.set_xscale("log")
             axis.set_yscale("symlog", linthresh=0.05)
             axis.set_ylim(bottom=0)
             axis.set_title(where, fontsize=8)
         axes[0, 0].legend(fontsize=7)
+        # largest share within each budget, the largest budget first
         for axis, budget in zip([axes[0, 2], *axes[1, :2]], budgets[-1:] + budgets[:-1], strict=False):
             for place, kind in enumerate(kinds):
                 part = within[(within["kind"] == kind) & (within["budget"] == budget)]
@@ -137,6 +142,7 @@ def sink_preserving(table: pd.DataFrame, within: pd.DataFrame, plans: pd.DataFra
             axis.set_xticks(range(len(places)), names)
             axis.set(xlabel="exit of layer", ylabel=f"largest share within +{budget:g} nats")
             axis.set_ylim(bottom=-0.05 * axis.get_ylim()[1])
+        # schedules over layers
         axis = axes[1, 2]
         cross = {"color": "#000000", "marker": "+", "markersize": 7, "linestyle": "none"}
         for kind, style in (("greedy", WAYS["mean"]), ("one depth", WAYS["zero"])):

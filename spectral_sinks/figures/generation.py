@@ -1,4 +1,4 @@
-"""Figure of what filters do to generated text."""
+"""Figure of the effect of filters on generated text."""
 
 from pathlib import Path
 
@@ -8,9 +8,11 @@ from spectral_sinks.figures.style import STYLES, mean_line, saved_figure
 
 
 def generation(table: pd.DataFrame, path: Path, new: int) -> None:
-    """Repetition, loops, their onset and the untouched model's NLL against the share removed.
+    """Draw repetition, loops, their onset and the untouched model's NLL against the share of directions
+    removed.
 
     `table`: `filter`, `removed`, `decoding`, `measure`, `mean`, `low`, `high`, and `least`, `most` of Rnd.
+    `new` is the number of generated tokens.
     """
     panels = {
         "loops": "share of texts that loop",

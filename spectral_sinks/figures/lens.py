@@ -10,10 +10,12 @@ from spectral_sinks.figures.style import FIRST, OTHER, mean_line, saved_figure
 
 
 def lens(table: pd.DataFrame, spread: pd.DataFrame, path: Path) -> None:
-    """NLL by exit as bands are added; at the last exit also agreement, and every band alone.
+    """Draw the NLL of the logit lens by exit as bands are added, and at the last exit its agreement with the
+    model.
 
-    `table`: reading ("bands 1 to k", "band k alone"), layer, band, score (nll, kl, top1), mean, low, high.
-    `spread`: the same keys with mean, min and max over random bases, at some bands.
+    At the last exit, one panel has the top-1 agreement as bands are added, and one the KL of every band
+    alone. `table`: reading ("bands 1 to k", "band k alone"), layer, band, score (nll, kl, top1), mean, low,
+    high. `spread`: the same keys with mean, min and max over random bases, for some bands.
     """
     together, alone = "bands 1 to k", "band k alone"
     layers = sorted(table["layer"].unique())
@@ -37,6 +39,7 @@ def lens(table: pd.DataFrame, spread: pd.DataFrame, path: Path) -> None:
             axis.set_xticks(ticks)
         axes[0, 0].legend(ncols=3, fontsize=7, loc="upper center")
 
+        # the last exit: agreement with the model's own output
         last = layers[-1]
         for axis, reading, score, label in (
             (axes[0, 1], together, "top1", "top-1 agreement with the model"),

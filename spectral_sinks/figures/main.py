@@ -1,4 +1,4 @@
-"""The figures of the main findings: spectrum, BOS, ladders of bands, the sink, its birth in training."""
+"""Figures of the main findings: spectrum, BOS, band ladders, the sink, and its emergence in training."""
 
 from pathlib import Path
 
@@ -9,7 +9,12 @@ from spectral_sinks.figures.style import FIRST, OTHER, STYLES, mean_line, saved_
 
 
 def spectrum(values: pd.DataFrame, alignment: pd.DataFrame, path: Path) -> None:
-    """Singular values of both matrices; the E-dark subspace by U band against random subspaces."""
+    """Draw the singular values of both matrices, and E-dark by band of the unembedding against random
+    subspaces.
+
+    `values`: matrix ("unembedding", "embedding"), index, value. `alignment`: band, share, random_low,
+    random_high.
+    """
     with saved_figure(path, 1, 2, (8, 2.9)) as axes:
         for matrix, style in (("unembedding", STYLES["Phi"]), ("embedding", STYLES["Psi"])):
             part = values[values["matrix"] == matrix]
@@ -32,9 +37,11 @@ def spectrum(values: pd.DataFrame, alignment: pd.DataFrame, path: Path) -> None:
 
 
 def bos(table: pd.DataFrame, chance: float, path: Path) -> None:
-    """Norm and dark share of the first token and the others by layer, and what was written to the first.
+    """Draw the norm and dark share of the first token and the others by layer, and what was written to the
+    first.
 
-    `table` has a row per (site, layer, position_class, quantity) with mean, low, high.
+    `table` has one row per (site, layer, position_class, quantity) with mean, low, high. `chance` is the dark
+    share of a random vector, r/d.
     """
     first = next(c for c in table["position_class"].unique() if c != "other")
     stream = table[table["site"].isin(["embedding", "exit"])]
@@ -74,11 +81,12 @@ def bos(table: pd.DataFrame, chance: float, path: Path) -> None:
 
 
 def ladder(table: pd.DataFrame, path: Path, columns: str, title: str) -> None:
-    """NLL change and sink mass above against bands kept, a column of panels for each site.
+    """Draw the NLL change and the sink mass of the layers above against bands kept, with a column of panels
+    per site.
 
     `table`: `columns` (the panel), `filter`, `kept`, `mean`, `low`, `high` of the NLL difference, `sink`
-    (mean sink mass of the layers above), `baseline_sink`; Rnd rows also `least`, `most`, `sink_least`,
-    `sink_most` over draws.
+    (mean sink mass of the layers above), `baseline_sink`. Rnd rows also have `least`, `most`, `sink_least`,
+    `sink_most` over draws. `columns` names the column of the panels, and `title` opens the title of each.
     """
     panels = list(table[columns].unique())
     size = (1.9 * len(panels) + 0.9, 4.2)
@@ -112,10 +120,11 @@ def ladder(table: pd.DataFrame, path: Path, columns: str, title: str) -> None:
 
 
 def sink(heads: pd.DataFrame, removal: pd.DataFrame, path: Path) -> None:
-    """Attention received by position 0 by head, and what removing the dark band does beside random draws.
+    """Draw the attention received by position 0 by head, and the effect of removing the dark band beside
+    random draws.
 
     `heads`: layer, head, mean. `removal`: name ("dark", "dark, first token", ..., "random N"), `delta_nll`,
-    `low`, `high`, `sink_next` (sink mass of the next layer), and the untouched model as "untouched".
+    `low`, `high`, `sink_next` (sink mass of the next layer); the untouched model is the row "untouched".
     """
     with saved_figure(path, 1, 3, (10.5, 2.9)) as axes:
         grid = heads.pivot(index="layer", columns="head", values="mean")
@@ -151,7 +160,8 @@ def sink(heads: pd.DataFrame, removal: pd.DataFrame, path: Path) -> None:
 
 
 def birth(log: pd.DataFrame, path: Path) -> None:
-    """A sink's birth over training: NLL, sink rate, norm ratio and dark share against tokens seen.
+    """Draw the emergence of a sink in training: NLL, sink rate, norm ratio and dark share against tokens
+    seen.
 
     `log`: `tokens`, `heldout_nll`, `sink_rate`, `norm_ratio`, `dark_share`, `other_dark_share`, `run`.
     """

@@ -1,4 +1,4 @@
-"""Figure of a model without BOS: where attention goes, and whether what receives it is dark."""
+"""Figure of a model without BOS: where attention goes, and whether the tokens that receive it are dark."""
 
 from pathlib import Path
 
@@ -12,11 +12,17 @@ from spectral_sinks.figures.style import FIRST, OTHER, STYLES, mean_line, saved_
 def no_bos(
     layer: pd.DataFrame, place: pd.DataFrame, token: pd.DataFrame, cost: pd.DataFrame, path: Path
 ) -> None:
-    """Relative attention by position, the most attended tokens, their darkness, and the NLL without it.
+    """Draw relative attention by position, the most attended tokens, their darkness, and the NLL without it.
 
-    `place`: model, position, mean. `token`: model, text, top, rate, most first. `layer`: model, layer,
-    excess, low, high, random_low, random_high. `cost`: layer, and of
-    "most attended", "matched" and "random" the mean, `_low` and `_high`. The first model is the one without.
+    The first model in `layer` is the one without BOS.
+
+    Args:
+        layer: model, layer, excess, low, high, random_low, random_high.
+        place: model, position, mean.
+        token: model, text, top, rate, sorted by `top`, largest first.
+        cost: layer, and for each of "most attended", "matched" and "random" the mean, `_low` and `_high`.
+        path: the PNG to write.
+
     """
     names = list(layer["model"].unique())
     styles = dict(zip(names, (FIRST, OTHER), strict=False))

@@ -1,4 +1,4 @@
-"""Figures of outlier tokens: norm maps on a contact sheet of images, and their share by layer."""
+"""Figures of outlier tokens: norm maps of some images, and the share of outliers by layer."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,10 +16,11 @@ from spectral_sinks.figures.style import FIRST, OTHER, STYLES, mean_line, saved_
 def norm_maps(
     pictures: Sequence[Any], maps: Mapping[int, NDArray[Any]], cutoffs: Mapping[int, float], path: Path
 ) -> None:
-    """A row for each picture: itself, and the norms of its patches at some layers; outliers are framed.
+    """Draw one row per picture: the picture, and the norms of its patches at some layers, with outliers
+    framed.
 
-    `pictures`: PIL images; `maps`: by layer (-1: the embedding) `[images, rows, columns]`; `cutoffs`: the
-    norm above which a patch is an outlier there. Each layer has one scale for all pictures.
+    `pictures` are PIL images. `maps` has `[images, rows, columns]` by layer (-1: the embedding). `cutoffs`
+    has the norm above which a patch of that layer is an outlier. Each layer has one scale for all pictures.
     """
     layers = list(maps)
     size = (1.5 * (len(layers) + 1), 1.5 * len(pictures) + 0.3)
@@ -40,9 +41,10 @@ def norm_maps(
 
 
 def outlier_shares(shares: pd.DataFrame, prefix: Sequence[str], path: Path) -> None:
-    """Share of outliers among patches by layer with its interval; norms of patches and prefix tokens.
+    """Draw the share of outliers among patches by layer, with its interval, and the norms of patches and
+    prefix tokens.
 
-    `shares` is what `Outliers.summary` gives, `prefix` the names of the tokens whose norms it has.
+    `shares` is the result of `Outliers.summary`, and `prefix` the names of the tokens whose norms it has.
     """
     with saved_figure(path, 1, 2, (7.5, 2.8)) as axes:
         axis = axes[0, 0]

@@ -1,4 +1,4 @@
-"""Figure of test-time registers: where norm and attention lie on some images, before and after."""
+"""Figures of test-time registers: norm and attention on some images before and after, and an ablation."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,11 +20,11 @@ TITLES = {
 
 
 def registers(pictures: Sequence[Any], maps: Mapping[str, NDArray[Any]], path: Path) -> None:
-    """A row for each picture: itself, and its maps of norm and attention before and after.
+    """Draw one row per picture: the picture, and its maps of norm and attention before and after.
 
-    `pictures`: PIL images or arrays `[height, width, channels]`, stretched to their own range; `maps`: those
-    of `register_maps`, of these images first. Before and after share a scale in each row. Raises InputError
-    for fewer maps than pictures.
+    `pictures` are PIL images or arrays `[height, width, channels]`, each scaled to its own range. `maps` is
+    the result of `register_maps`, with these images first. Before and after share a scale in each row. Raises
+    InputError for fewer maps than pictures.
     """
     names = [name for name in TITLES if name in maps]
     if not pictures or not names or any(len(maps[name]) < len(pictures) for name in names):
@@ -80,4 +80,4 @@ def register_ablation(table: pd.DataFrame, path: Path) -> None:
 
 
 MEASURES = ("cls error", "patch error", "agreement", "accuracy")
-"""What the figure of an ablation shows."""
+"""Measures that the figure of an ablation shows."""

@@ -32,13 +32,19 @@ def several(
     stream: pd.DataFrame,
     path: Path,
 ) -> None:
-    """Attention by position and heads with a sink elsewhere after each move, dark tokens, streaming.
+    """Draw attention by position and heads with another sink under each edit, the dark tokens, and streaming.
 
-    `moves`: move, draw, quantity, mean, low, high; `positions`: move, position, attention, uniform; `dark`:
-    quantity, mean; `curve`: share, dark, random_low, random_high, bos; `stream`: kept, which, recent, mean,
-    low, high.
+    Args:
+        moves: move (the edit), draw, quantity, mean, low, high.
+        positions: move, position, attention, uniform.
+        dark: quantity, mean.
+        curve: share, dark, random_low, random_high, bos.
+        stream: kept, which, recent, mean, low, high.
+        path: the PNG to write.
+
     """
     with saved_figure(path, 2, 2, (9.5, 6.2)) as axes:
+        # attention received by position, under each edit
         axis = axes[0, 0]
         for name, style in MOVES.items():
             part = positions[positions["move"] == name]
@@ -52,6 +58,7 @@ def several(
         axis.set(xlabel="position k", ylabel="attention received $\\alpha_k$, mean over heads")
         axis.legend(fontsize=7)
 
+        # heads with more than 0.3 on one token, beside the controls of each edit
         axis = axes[0, 1]
         for place, name in enumerate(MOVES):
             here = moves[moves["move"] == name]
@@ -61,7 +68,7 @@ def several(
                 own = WAYS[style] | {"linestyle": "none", "markersize": 4.5}
                 mean_line(axis, [place + shift], part[part["draw"] == "observed"], label, own)
                 draws = part[part["draw"] != "observed"]["mean"]
-                label = "the same move, controls" if place == 1 and shift < 0 else ""
+                label = "the same edit, controls" if place == 1 and shift < 0 else ""
                 axis.scatter([place + shift + 0.09] * len(draws), draws, s=28, label=label, **DRAWN)
         axis.set_xticks(
             range(len(MOVES)), [name.replace(", ", ",\n").replace(" ", "\n", 1) for name in MOVES]
@@ -69,6 +76,7 @@ def several(
         axis.set_ylabel("heads that give more than 0.3 (of a text)")
         axis.legend(fontsize=7, loc="center left")
 
+        # share of tokens whose energy lies in the dark band
         axis = axes[1, 0]
         axis.fill_between(
             curve["share"],
@@ -89,6 +97,7 @@ def several(
         axis.set(xlabel="x: share of a token's energy", ylabel="share of tokens above x", ylim=(0, 1.05))
         axis.legend(fontsize=7, loc="center", bbox_to_anchor=(0.69, 0.7))
 
+        # streaming: NLL by the number of tokens kept
         axis = axes[1, 1]
         counts = sorted(stream["kept"].unique())
         for which, (label, way, shift) in SETS.items():

@@ -11,16 +11,23 @@ from matplotlib.ticker import MaxNLocator, ScalarFormatter
 from spectral_sinks.figures.style import FIRST, saved_figure
 
 NUMBERS = 12
-"""Cells along an axis up to which a map shows its numbers."""
+"""Largest side of a map that shows its numbers."""
 
 LABELS = {"mass": "attention to all sinks", "first": "attention to position 0 (no sinks found)"}
 
 
 def sinks(heads: pd.DataFrame, rates: pd.DataFrame, norms: pd.DataFrame, path: Path, epsilon: float) -> None:
-    """Mass on the sinks by head, sink rate by position, residual norm by position and layer.
+    """Draw the mass on the sinks by head, the sink rate by position, and the residual norm by position and
+    layer.
 
-    `heads`: layer, head, mass, first (shown where nothing has mass: no sinks). `rates`: position, mean, low,
-    high. `norms`: layer (-1: the embedding), position, norm_ratio.
+    Args:
+        heads: layer, head, mass, first; `first` is shown where no head has any mass, since no sinks were
+            found.
+        rates: position, mean, low, high.
+        norms: layer (-1: the embedding), position, norm_ratio.
+        path: the PNG to write.
+        epsilon: the threshold of the sink rate.
+
     """
     with saved_figure(path, 1, 3, (11.5, 3.1)) as axes:
         shown = "mass" if heads["mass"].any() else "first"

@@ -1,4 +1,4 @@
-"""The style that all figures share: legible in greyscale, axes with units."""
+"""The style that all figures share: legible in greyscale, with units on the axes."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +26,10 @@ OTHER: dict[str, Any] = {"color": "#8a8a8a", "linestyle": "--", "marker": "s"}
 def saved_figure(
     path: Path, rows: int, columns: int, size: tuple[float, float], **axes: Any
 ) -> Iterator[Any]:
-    """A figure and its axes, written to `path` when the block ends."""
+    """Yield the axes of a new figure, which is written to `path` at the end of the block.
+
+    `axes` are options of `Figure.subplots`.
+    """
     style: Any = {
         "font.size": 8,
         "axes.spines.top": False,
@@ -43,6 +46,6 @@ def saved_figure(
 
 
 def mean_line(axis: Any, x: Any, table: pd.DataFrame, label: str, style: dict[str, Any]) -> None:
-    """A mean with its interval as error bars."""
+    """Draw a mean, with its interval as error bars."""
     errors = np.clip([table["mean"] - table["low"], table["high"] - table["mean"]], 0, None)
     axis.errorbar(x, table["mean"], yerr=errors, label=label, capsize=1.5, elinewidth=0.7, **style)

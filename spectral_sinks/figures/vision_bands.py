@@ -1,4 +1,4 @@
-"""Figures of bands kept and removed in an image encoder, and of where its tokens keep their energy."""
+"""Figures of bands kept and removed in an image encoder, and of the energy of its tokens by band."""
 
 from pathlib import Path
 from typing import Any
@@ -32,10 +32,11 @@ TAILS: dict[str, tuple[str, str]] = {
 def vision_bands(
     table: pd.DataFrame, path: Path, quantities: tuple[str, ...], rank: int | None = None
 ) -> None:
-    """Quantities against bands kept and removed by exit, and by layer what the tail does beside random draws.
+    """Draw quantities against bands kept and removed by exit, and the removal of the tail beside random
+    draws.
 
-    `table` is that of `image_ladder`, of several exits. `rank` is the number of bands that the matrix reads
-    in: beyond it bands are cut from its null space, which is shaded.
+    `table` is the result of `image_ladder` for several exits. `rank` is the number of bands in which the
+    matrix reads. Bands beyond it are cut from its null space, which is shaded.
     """
     layers = sorted(table["layer"].unique())
     shown = layers if len(layers) <= 4 else [layers[round(i)] for i in np.linspace(0, len(layers) - 1, 4)]
@@ -77,7 +78,9 @@ def vision_bands(
 
 
 def _beside_random(axis: Any, part: pd.DataFrame, layers: list[int]) -> None:
-    """What removing the last band, the null space and the rest does, and the range over random subspaces."""
+    """Draw the effect of removing the last band, the null space and the rest, and the range over random
+    subspaces.
+    """
     present = [name for name in TAILS if (part["filter"] == name).any()]
     for place, name in enumerate(present):
         label, marker = TAILS[name]
@@ -106,10 +109,11 @@ def _limits(axis: Any, part: pd.DataFrame) -> None:
 
 
 def token_spectra(table: pd.DataFrame, path: Path, rank: int | None = None) -> None:
-    """Share of energy by band and layer, a panel for each class of token, relative to an even spread.
+    """Draw the share of energy by band and layer, relative to an even spread, with a panel per class of
+    tokens.
 
-    `table` has a row per `position_class`, `layer` (-1: the embedding) and `band` with the `mean` share;
-    `rank` bands are read, the others lie in the null space.
+    `table` has one row per `position_class`, `layer` (-1: the embedding) and `band`, with the share in
+    `mean`. The first `rank` bands are read, and the others lie in the null space.
     """
     kinds = list(dict.fromkeys(table["position_class"]))
     count = int(table["band"].max())

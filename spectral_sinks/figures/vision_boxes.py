@@ -1,4 +1,4 @@
-"""Figures of object discovery: boxes on pictures, and how many are right."""
+"""Figures of object discovery: boxes on pictures, and the share of correct ones."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from spectral_sinks.errors import InputError
 from spectral_sinks.figures.style import FIRST, OTHER, saved_figure
 
 ACROSS = 5
-"""Pictures in a row."""
+"""Number of pictures in a row."""
 
 
 def vision_boxes(
@@ -24,11 +24,18 @@ def vision_boxes(
     boxes: Mapping[str, Any] | None = None,
     method: str | None = None,
 ) -> None:
-    """The box found on each picture (solid, its seed a dot) and the boxes given (dashed).
+    """Draw the box found on each picture (solid, with its seed as a dot) and the boxes given (dashed).
 
-    `pictures` are those of `images`; `table` is what `discover` gives of them, of which `method` is shown,
-    by default the first; `boxes` what `read_boxes` gives. Raises InputError for a method that is not in the
-    table.
+    Args:
+        pictures: the result of `images`.
+        table: the result of `discover` for these pictures.
+        path: the PNG to write.
+        boxes: the result of `read_boxes`.
+        method: the method in the table whose boxes are drawn; by default the first.
+
+    Raises:
+        InputError: for a method that is not in the table.
+
     """
     method = table["method"].iloc[0] if method is None else method
     shown = table[(table["method"] == method) & (table["draw"] == 0)]
@@ -58,7 +65,7 @@ def vision_boxes(
 
 
 def vision_corloc(levels: pd.DataFrame, path: Path) -> None:
-    """CorLoc of each method of what `corloc` gives, with its interval."""
+    """Draw the CorLoc of each method in the result of `corloc`, with its interval."""
     with saved_figure(path, 1, 1, (4, 0.5 + 0.35 * len(levels))) as axes:
         axis = axes[0, 0]
         for place, row in enumerate(levels.to_dict("records")):

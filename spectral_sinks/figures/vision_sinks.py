@@ -1,4 +1,4 @@
-"""Figures of the attention sinks of images: which head gives how much to what, and where on the image."""
+"""Figures of the attention sinks of images: how much each head attends to each kind of token, and where."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,13 +10,14 @@ from numpy.typing import NDArray
 from spectral_sinks.figures.style import saved_figure
 
 SHOWN = 8
-"""Images that a figure of maps shows at most."""
+"""Largest number of images in a figure of maps."""
 
 
 def vision_sinks(heads: pd.DataFrame, path: Path) -> None:
-    """Attention to each kind of token by layer and head, a panel for each kind, mean over images.
+    """Draw the attention to each kind of token by layer and head, as a mean over images, with a panel per
+    kind.
 
-    `heads`: layer, head, kind, mass, uniform. A kind that no image has is left out.
+    `heads`: layer, head, kind, mass, uniform. A kind of token that no image has is left out.
     """
     means = heads.groupby(["kind", "layer", "head"], sort=False)[["mass", "uniform"]].mean().reset_index()
     kinds = [kind for kind in means["kind"].unique() if means.loc[means["kind"] == kind, "uniform"].any()]
@@ -46,11 +47,18 @@ def attention_maps(
     uniform: float,
     path: Path,
 ) -> None:
-    """Images, and below each what its patches receive (alpha_k), a row for each layer or head.
+    """Draw images, and below each the attention that its patches receive (alpha_k), with a row per layer or
+    head.
 
-    `images` is `[images, 3, height, width]` on any scale, each shown from its least to its largest value;
-    `maps` holds `[images, rows, columns]` for each title. Each row of maps has one scale, from 0 to its
-    largest value (four times uniform at least); the ring is around each image's largest patch.
+    Args:
+        images: `[images, 3, height, width]` on any scale; each is shown from its smallest to its largest
+            value.
+        maps: `[images, rows, columns]` for each title. Each row of maps has one scale, from 0 to its largest
+            value, or to four times uniform if that is larger. A ring marks the largest patch of each image.
+        titles: the title of each row of maps.
+        uniform: the attention that each patch receives if attention is uniform.
+        path: the PNG to write.
+
     """
     count = min(SHOWN, len(images))
     size = (1.25 * count + 1.1, 1.3 * (len(maps) + 1))
@@ -71,7 +79,7 @@ def attention_maps(
                 side.set_visible(False)
         axes[0, 0].set_ylabel("image", fontsize=8)
         aside = axes[0, 0].figure.colorbar(axes[0, 0].images[0], ax=list(axes[0]))
-        aside.ax.set_visible(False)  # it keeps the row as wide as those below
+        aside.ax.set_visible(False)  # it keeps the row as wide as the rows below
         for row, title in enumerate(titles, start=1):
             axes[row, 0].set_ylabel(title, fontsize=8)
             bar = axes[row, 0].figure.colorbar(axes[row, count - 1].images[0], ax=list(axes[row]))

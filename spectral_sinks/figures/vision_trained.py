@@ -18,7 +18,8 @@ LIMIT: dict[str, Any] = {"color": "#444444", "linewidth": 0.7, "linestyle": ":"}
 
 
 def vision_trained(table: pd.DataFrame, path: Path) -> None:
-    """Over training (above) and by layer after it (below): accuracy, norms, attention by kind of token.
+    """Draw accuracy, norms, and attention by kind of token, over training (top) and by layer after it
+    (bottom).
 
     `table`: run, step, layer, kind, accuracy, largest, z, top, rate, uniform.
     """

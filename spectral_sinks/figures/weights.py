@@ -1,4 +1,4 @@
-"""Figure of who reads and writes which band."""
+"""Figure of the bands that the matrices of each layer read and write."""
 
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,15 @@ CONTRAST = 2.0
 
 
 def weights(bands: pd.DataFrame, dark: pd.DataFrame, count: int, chance: float, path: Path) -> None:
-    """Share of each band in each reader and writer, against chance; and the dark shares by layer.
+    """Draw the share of each band in each reader and writer against chance, and the dark shares by layer.
 
-    `bands`: part, layer, unit, band, rank, share, of one convention. `dark`: part, layer, unit, convention
-    ("raw", "folded"), share, random_low, random_high.
+    Args:
+        bands: part, layer, unit, band, rank, share, of one convention.
+        dark: part, layer, unit, convention ("raw", "folded"), share, random_low, random_high.
+        count: the number of bands.
+        chance: the dark share of a random direction, r/d.
+        path: the PNG to write.
+
     """
     parts = [part for part in bands["part"].cat.categories if (bands["part"] == part).any()]
     with saved_figure(path, 2, len(parts), (1.75 * len(parts) + 1.2, 5.6)) as axes:
@@ -59,7 +64,7 @@ def weights(bands: pd.DataFrame, dark: pd.DataFrame, count: int, chance: float, 
 
 
 def _dark(axis: Any, table: pd.DataFrame, units: int, chance: float) -> None:
-    """Dark share by layer, a tick of the layer per head: raw, folded, and the range of random subspaces."""
+    """Draw the dark share by layer and head, raw and folded, with the range of random subspaces."""
     raw = table[table["convention"] == "raw"].sort_values(["layer", "unit"])
     folded = table[table["convention"] == "folded"].sort_values(["layer", "unit"])
     offset = (raw["unit"].clip(lower=0).to_numpy() + 0.5) / units - 0.5

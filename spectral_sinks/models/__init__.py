@@ -1,1 +1,1 @@
-"""The only room that knows module names of transformers."""
+"""Loading of models, and the only package that knows the module names of transformers."""

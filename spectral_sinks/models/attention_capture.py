@@ -1,10 +1,11 @@
-"""Attention in blocks of queries, of which everything can be seen and changed.
+"""Attention computed in blocks of queries, with hooks that read or change its inputs.
 
-Kernels show no attention weights, and eager attention holds `tokens x tokens` of every head. This
-implementation hands each layer's queries, keys and values, as the softmax meets them (positions, norms of
-queries and keys, scaling, caps, masks and learned sinks included), to functions that look at them or put
-others in their place, and computes the weights of a block of queries at a time. Registered with transformers
-under `BLOCKWISE`; `attending` puts it in place for the length of a block of code, around any measurement.
+Fused kernels return no attention weights, and eager attention holds a `tokens x tokens` map for every head.
+The implementation in this module computes the weights of one block of queries at a time. It passes the
+queries, keys and values of each layer to hooks, which read or replace them. The hooks see them as the softmax
+does: after positional encoding and the norms of queries and keys, together with the scaling, caps, masks and
+learned sinks. The implementation is registered with transformers under `BLOCKWISE`. `attending` switches it
+on for a block of code, around any measurement.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,48 +26,53 @@ if TYPE_CHECKING:
     from spectral_sinks.models.base import Transformer
 
 WEIGHTS = 2**20
-"""Attention weights held at once: 4 MB in float32."""
+"""Number of attention weights held at once: 4 MB in float32."""
 
 HOOKS = "_spectral_hooks"
-"""Attribute of an attention module under which its hooks are kept."""
+"""Attribute of an attention module that stores its hooks."""
 
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """What one layer's attention computes from; `dataclasses.replace` makes another."""
+    """The inputs of one layer's attention; `dataclasses.replace` makes a changed copy."""
 
     layer: int
     query: Float[Tensor, "batch heads queries size"]
     key: Float[Tensor, "batch key_heads keys size"]
     value: Float[Tensor, "batch key_heads keys size"]
     scaling: float
-    """Factor of the products of queries and keys."""
+    """Factor on the dot products of queries and keys."""
     causal: bool
-    """Whether a query sees no later key, where there is no mask."""
+    """Whether a query cannot see later keys; used where there is no mask."""
     mask: Tensor | None = None
-    """True where a query may see a key, `[#batch, #heads, #queries, keys]`; None for all that it can."""
+    """True where a query may see a key, `[#batch, #heads, #queries, keys]`; None where `causal` alone
+    decides.
+    """
     bias: Float[Tensor, "*batch queries keys"] | None = None
-    """Added to the scores (relative positions)."""
+    """Added to the scores, as relative positions are."""
     cap: float | None = None
-    """Scores are `cap tanh(score / cap)` (Gemma 2)."""
+    """Soft cap: scores become `cap tanh(score / cap)` (Gemma 2)."""
     sinks: Float[Tensor, "heads"] | None = None
-    """Learned logit in each head's softmax that has no value (gpt-oss): rows sum to less than 1."""
+    """A learned logit in the softmax of each head that has no value (gpt-oss), so rows sum to less than 1."""
     options: dict[str, Any] = field(default_factory=dict[str, Any])
-    """What else the model passed on."""
+    """Any other arguments that the model passed."""
     ids: Int[Tensor, "batch tokens"] | None = None
     """Token ids from the beginning of the text to the last query; None where they are not known.
-    The reordering of rows by a beam search is not followed."""
+
+    A beam search reorders the rows of a batch, and the ids do not follow that.
+    """
     past: int = 0
-    """Tokens before the first query: those whose keys come from a cache."""
+    """Number of tokens before the first query, whose keys come from a cache."""
     kept: Bool[Tensor, "*batch queries keys"] | None = None
-    """False where a weight is dropped after the softmax: rows then sum to less than 1."""
+    """False where a weight is dropped after the softmax, so that rows sum to less than 1."""
     extra_key: Float[Tensor, "#batch extra_heads extra size"] | None = None
-    """Keys beyond those of the tokens, which every query sees; the weights of the tokens leave them out."""
+    """Keys in addition to those of the tokens, which every query sees; `weights` returns no columns for them.
+    """
     extra_value: Float[Tensor, "#batch extra_heads extra size"] | None = None
 
     @property
     def groups(self) -> int:
-        """Query heads per key head."""
+        """Number of query heads per key head."""
         return self.query.shape[1] // self.key.shape[1]
 
     @property
@@ -76,12 +82,14 @@ class AttentionCall:
 
     @property
     def key_positions(self) -> Int[Tensor, "keys"]:
-        """Positions of the keys: a cache may have let go of the first ones."""
+        """Positions of the keys in the text; they may start above 0, because a cache may have dropped the
+        first keys.
+        """
         gone = max(0, self.past + self.query.shape[2] - self.key.shape[2])
         return gone + torch.arange(self.key.shape[2], device=self.query.device)
 
     def visible(self, rows: slice = slice(None)) -> Bool[Tensor, "#batch #heads rows keys"]:
-        """Which keys some queries may see."""
+        """Return which keys the queries in `rows` may see."""
         queries, keys = self.query.shape[2], self.key.shape[2]
         places = torch.arange(queries, device=self.query.device)[rows, None] + keys - queries
         if self.mask is not None:
@@ -91,7 +99,10 @@ class AttentionCall:
         return (seen if self.causal else torch.ones_like(seen))[None, None]
 
     def scores(self, rows: slice = slice(None)) -> Float[Tensor, "batch heads rows keys"]:
-        """Scaled, capped and biased products of some queries with all keys; -inf where they are not seen."""
+        """Return the scores of the queries in `rows` with all keys: scaled, capped and biased dot products.
+
+        The score of a key that a query cannot see is -inf.
+        """
         scores = self._products(self.key, rows)
         if self.bias is not None:
             scores = scores + self.bias[..., rows, :]
@@ -102,15 +113,17 @@ class AttentionCall:
         return scores if self.cap is None else self.cap * torch.tanh(scores / self.cap)
 
     def _by_query_head(self, keys: Tensor) -> Float[Tensor, "batch heads columns size"]:
-        """Keys or values of key heads, repeated for the query heads that share them."""
+        """Repeat the keys or values of each key head for the query heads that share it."""
         return keys.repeat_interleave(self.query.shape[1] // keys.shape[1], dim=1)
 
     def weights(self, rows: slice = slice(None)) -> Float[Tensor, "batch heads rows keys"]:
-        """Attention weights of some queries, float32 at least; a query that sees nothing has zeros."""
+        """Return the attention weights of the queries in `rows`, in float32 at least; zeros for a query that
+        sees nothing.
+        """
         return self._shared(rows)[..., : self.key.shape[2]]
 
     def _shared(self, rows: slice) -> Float[Tensor, "batch heads rows columns"]:
-        """How the softmax shares itself out: to the keys, the extra keys, and the learned sink."""
+        """Return the softmax over the keys, the extra keys and the learned sink, in this order of columns."""
         columns = [self.scores(rows)]
         if self.extra_key is not None:
             columns.append(self._products(self.extra_key, rows))
@@ -126,13 +139,13 @@ class AttentionCall:
         return torch.cat([keys, weights[..., self.key.shape[2] :]], dim=-1)
 
     def blocks(self) -> Iterator[slice]:
-        """The queries in blocks whose weights fit into `WEIGHTS`."""
+        """Return slices of the queries, each small enough that its weights fit into `WEIGHTS`."""
         batch, heads, queries, _ = self.query.shape
         step = max(1, WEIGHTS // (batch * heads * self.key.shape[2]))
         return (slice(start, min(start + step, queries)) for start in range(0, queries, step))
 
     def output(self) -> Float[Tensor, "batch queries heads size"]:
-        """Values mixed by the weights."""
+        """Return the values averaged with the attention weights."""
         value = self._by_query_head(self.value)
         if self.extra_value is not None:
             extra = self._by_query_head(self.extra_value).expand(len(value), -1, -1, -1)
@@ -145,23 +158,28 @@ class AttentionCall:
 
 
 AttentionHook = Callable[[AttentionCall], AttentionCall | None]
-"""Sees what a layer's attention computes from, and may return what it shall compute from instead."""
+"""A function that receives the inputs of one layer's attention, and returns changed inputs or None."""
 
 
 @contextmanager
 def attending(model: "Transformer", look: AttentionHook) -> Iterator[None]:
-    """Inside the block, every attention layer of the model is shown to `look` at each pass, in order.
+    """Call an attention hook in every attention layer, at each forward pass inside the block.
 
-    What `look` returns takes the place of the call. Blocks nest: the inner one sees what the outer one made.
-    Outputs agree with the model's own attention to rounding. Where `look` has a method `check(model)`, that
-    is asked first. With a model that is elsewhere, `look` goes along with every job of the block and acts
-    there; what it collects stays there, so such a look is refused: `remotely` sends a function that collects
-    and returns. Raises InputError for a model that does not run its attention through transformers'
-    interface, for one with an attention implementation of its own, which may be no softmax, and for one
-    whose weights are in another process than the code that it is sent.
+    The hook `look` is called with an `AttentionCall`, in the order of the layers. If it returns an
+    `AttentionCall`, the layer computes from that one instead. If `look` has a method `check(model)`, that is
+    called first. Blocks can be nested: the inner hook receives what the outer hook returned. The outputs
+    agree with those of the model's own attention up to rounding.
+
+    For a remote model, `look` is sent with every job of the block and runs on the server. Whatever it
+    collects stays on the server, so a hook that collects is refused. Use `remotely` instead, which sends a
+    function that collects and returns.
+
+    Raises InputError for a model that does not run its attention through transformers' interface, for a model
+    with an attention implementation of its own (which may not be a softmax), and for a model whose weights
+    are in another process than the code sent to it.
     """
     if not callable(look):
-        raise InputError(f"{look!r} is no function of an AttentionCall, such as MaskKey(0)")
+        raise InputError(f"{look!r} is not a function of an AttentionCall, such as MaskKey(0)")
     if callable(check := getattr(look, "check", None)):
         check(model)
     if model.remote is not None:
@@ -209,7 +227,10 @@ def attending(model: "Transformer", look: AttentionHook) -> Iterator[None]:
 
 
 class _Text:
-    """What the passes inside a block read: the ids so far, where each goes on from the one before."""
+    """The token ids and the cache length of the current pass, for the hooks of a block.
+
+    The ids of a pass that continues a cached one are appended to the ids of that pass.
+    """
 
     def __init__(self) -> None:
         self.ids: Tensor | None = None
@@ -265,13 +286,13 @@ def _attention(
 
 
 def _blockwise(*given: Any, **options: Any) -> tuple[Tensor, Tensor]:
-    """Output, and the weights among the first `TOKENS` tokens."""
+    """Return the output, and the attention weights among the first `TOKENS` tokens."""
     call = _attention(*given, **options)
     return call.output(), call.weights(slice(0, TOKENS))[..., :TOKENS].clone()
 
 
 def _whole(*given: Any, **options: Any) -> tuple[Tensor, Tensor]:
-    """Output, and all weights."""
+    """Return the output, and all attention weights."""
     call = _attention(*given, **options)
     return call.output(), call.weights()
 

@@ -1,10 +1,10 @@
-"""Attention that is fast and still shows the maps of the opening tokens.
+"""Fast attention that also returns the attention maps of the first tokens.
 
-The kernels behind torch's `scaled_dot_product_attention` return no attention weights; eager attention keeps
-whole `tokens x tokens` maps. Attention received is defined over the first tokens alone, so this
-implementation runs the kernel, and the maps of those tokens beside it, from the queries and keys that the
-kernel itself is given (positions, grouped heads and masks included). Registered with transformers under
-`OPENING`, for every model that supports `sdpa`.
+The kernels behind torch's `scaled_dot_product_attention` return no attention weights, and eager attention
+keeps whole `tokens x tokens` maps. Attention received is defined over the first tokens only. So this
+implementation runs the kernel and, separately, computes the maps of those tokens. It computes them from the
+queries and keys that the kernel receives, with positions, grouped heads and masks. It is registered with
+transformers under `OPENING`, for every model that supports `sdpa`.
 """
 
 from collections.abc import Iterator
@@ -22,14 +22,18 @@ if TYPE_CHECKING:
     from spectral_sinks.models.base import Transformer
 
 OPENING = "sdpa_opening"
-"""Name of the implementation."""
+"""Name of the implementation in this module."""
 
 BLOCKWISE, WHOLE = "blockwise", "blockwise_whole"
-"""Names of the implementations of `attending`, which show the opening's maps and whole maps."""
+"""Names of the implementations of `attending`: the first returns the maps of the first tokens, the second
+whole maps.
+"""
 
 TOKENS = 64
-"""Tokens of the opening: attention received is averaged over these queries, since it falls with length (Gu et
-al. 2025)."""
+"""Number of first tokens whose maps are returned.
+
+Attention received is averaged over these queries, since it falls with length (Gu et al. 2025).
+"""
 
 
 def opening_attention(
@@ -43,7 +47,10 @@ def opening_attention(
     is_causal: bool | None = None,
     **options: Any,
 ) -> tuple[Float[Tensor, "batch tokens heads size"], Float[Tensor, "batch heads opening opening"]]:
-    """The kernel's output, and the attention weights among the first `TOKENS` tokens."""
+    """Return the output of the kernel, and the attention weights among the first `TOKENS` tokens.
+
+    The signature is that of an attention implementation of transformers.
+    """
     output, _ = sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout, scaling, is_causal, **options
     )
@@ -61,9 +68,10 @@ def opening_attention(
 
 
 def is_softmax(implementation: str) -> bool:
-    """Whether an attention implementation is one of transformers' or ours, which all compute a softmax.
+    """Whether an attention implementation is known to compute a softmax: one of transformers' or of this
+    package.
 
-    What else is registered with transformers under a name may compute anything.
+    Any other implementation registered with transformers may compute anything.
     """
     known = ("eager", "sdpa", "flex_attention", OPENING, BLOCKWISE, WHOLE)
     return "flash" in implementation or implementation.removeprefix("paged|") in known
@@ -71,7 +79,11 @@ def is_softmax(implementation: str) -> bool:
 
 @contextmanager
 def whole_maps(model: "Transformer") -> Iterator[None]:
-    """Inside the block a trace sees whole maps: eager attention, what `attending` makes of it, or its own."""
+    """Let a trace inside the block read whole attention maps.
+
+    The model is switched to eager attention, or to the whole-map version of `attending` if that is active. A
+    model with an attention implementation of its own keeps it.
+    """
     before = model.config._attn_implementation
     whole = WHOLE if before == BLOCKWISE else "eager"
     changes = before not in ("eager", WHOLE) and model.own_attention is None

@@ -1,4 +1,4 @@
-"""What a language model and an image encoder share: layers that add to a residual stream."""
+"""The base class of language models and image encoders: layers that add to a residual stream."""
 
 import hashlib
 import json
@@ -18,24 +18,24 @@ from spectral_sinks.models.layout import Layout
 from spectral_sinks.models.norms import gain_of
 from spectral_sinks.models.remote_state import Remote
 
-torch.cos(torch.zeros(1))  # the first of a process, in one thread: in several it may be off by 1e-4 (2.13.0)
+torch.cos(torch.zeros(1))  # on one thread, since the first call on several may be off by 1e-4 (2.13.0)
 
 T = TypeVar("T")
 
 INCIDENTAL = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
-"""Settings that do not change what a model computes."""
+"""Configuration entries that do not change what a model computes."""
 
 
 @dataclass(frozen=True, eq=False)
 class Transformer:
-    """A transformer wrapped by nnsight, with the parts found that read and write its residual stream."""
+    """A transformer wrapped by nnsight, together with the modules that read and write its residual stream."""
 
     nn: Any
-    """The nnsight model, for traces of one's own."""
+    """The nnsight model, for your own traces."""
     layout: Layout
     name: str
     remote: Remote | None = field(default=None, kw_only=True)
-    """Where its traces run; None for this process."""
+    """Where traces run; None for this process."""
 
     @property
     def module(self) -> Any:
@@ -44,12 +44,12 @@ class Transformer:
 
     @cached_property
     def config(self) -> Any:
-        """The configuration that says the sizes below."""
+        """The configuration from which the sizes below are read."""
         return self.module.config
 
     @cached_property
     def causal(self) -> bool:
-        """Whether a token sees only what comes before it."""
+        """Whether a token attends only to itself and to earlier tokens."""
         return False
 
     @property
@@ -84,7 +84,7 @@ class Transformer:
 
     @property
     def device(self) -> torch.device:
-        """Where tensors for it go."""
+        """The device on which the model expects its inputs."""
         return next(self.module.parameters()).device
 
     @property
@@ -97,54 +97,58 @@ class Transformer:
         return False
 
     def require_weights(self, purpose: str) -> None:
-        """Raise InputError where the weights are in another process."""
+        """Raise InputError if the weights are in another process; `purpose` says in the message what needs
+        them.
+        """
         if self.weightless:
             raise InputError(
-                f"{purpose} reads the weights of {self.name}, and a server that keeps them apart from the "
-                "code that it is sent shows none: load the model here, or use a server that trusts you"
+                f"{purpose} reads the weights of {self.name}, and the server keeps them in another process "
+                "than the code that it is sent: load the model locally, or use a server that trusts you"
             )
 
     @property
     def reads_attention(self) -> bool:
-        """Whether a trace can see whole attention weights."""
+        """Whether a trace can read whole attention maps."""
         return self.config._attn_implementation in ("eager", WHOLE) or self.own_attention is not None
 
     @property
     def own_attention(self) -> str | None:
-        """Name of an attention implementation that is not transformers' and may be no softmax, else None."""
+        """Name of an attention implementation that is not one of transformers' and may not be a softmax, or
+        None.
+        """
         name = self.config._attn_implementation
         return None if name is None or is_softmax(name) else name
 
     @cached_property
     def final_gain(self) -> Float[Tensor, "d"]:
-        """The gain of the final norm as it acts, float32: `weight`, or `1 + weight` (Gemma)."""
+        """The effective gain of the final norm in float32: `weight`, or `1 + weight` (Gemma)."""
         return gain_of(self.module.get_submodule(self.layout.final_norm), self.d)
 
     @property
     def centres_residual(self) -> bool:
-        """Whether the final norm removes the residual's own mean (LayerNorm)."""
+        """Whether the final norm subtracts the mean of the residual over channels, as LayerNorm does."""
         return isinstance(self.module.get_submodule(self.layout.final_norm), nn.LayerNorm)
 
     def layer(self, index: int) -> Any:
-        """The nnsight envoy of a layer. Raises InputError for a layer that does not exist."""
+        """Return the nnsight envoy of a layer. Raises InputError for a layer that does not exist."""
         if not 0 <= index < self.layers:
             raise InputError(f"layer {index}: {self.name} has layers 0 to {self.layers - 1}")
         return self.nn.get(self.layout.layers)[index]
 
     def part(self, layer: Any, name: str) -> Any:
-        """A named part inside a layer's envoy; nnsight serves a module called `output` as `E_output`."""
+        """Return the envoy of a named module inside a layer; nnsight calls `output` `E_output`."""
         return layer.get(re.sub(r"\boutput\b", "E_output", name))
 
     def inputs(self, batch: Tensor) -> dict[str, Any]:
-        """What the model's forward pass takes for a batch of what it reads."""
+        """Return the arguments of the model's forward pass for a batch of inputs."""
         raise NotImplementedError
 
     def final(self) -> Any:
-        """Inside a trace, the residual stream `[batch, tokens, d]` after the final norm."""
+        """Inside a trace, return the residual stream `[batch, tokens, d]` after the final norm."""
         return self.nn.get(self.layout.final_norm).output
 
     def head_write(self, layer: int, head: int) -> Float[Tensor, "head_size d"]:
-        """The slice of W_O that carries one head's output into the residual stream."""
+        """Return the slice of W_O that writes the output of one head into the residual stream."""
         if not 0 <= head < self.heads:
             raise InputError(f"head {head}: {self.name} has heads 0 to {self.heads - 1}")
         path = f"{self.layout.layers}.{layer}.{self.layout.attention_projection}"
@@ -153,7 +157,7 @@ class Transformer:
         return weight[head * self.head_size : (head + 1) * self.head_size]
 
     def projection_index(self, which: str) -> Tensor | slice:
-        """Which outputs of the projection named in the layout are `queries`, `keys` or `values`."""
+        """Return which outputs of the layout's projection are `queries`, `keys` or `values`."""
         if not self.layout.fused:
             return slice(None)
         size, order = self.head_size, ("queries", "keys", "values")
@@ -165,12 +169,12 @@ class Transformer:
         return slice(start, start + lengths[order.index(which)])
 
     def check_sums(self, run: Callable[[], T]) -> tuple[T, Tensor]:
-        """What a forward pass gives, and the output of the final norm in it.
+        """Run a forward pass; return its result and the output of the final norm.
 
-        Raises InputError unless each layer's exit is its entry plus what attention and MLP wrote (in a
-        post-norm layer, normed after each).
+        Raises InputError unless the exit of each layer is its entry plus what attention and MLP wrote. In a
+        post-norm layer, each of the two sums passes its norm.
         """
-        seen: dict[str, Tensor] = {}
+        seen: dict[str, Tensor] = {}  # each [batch, tokens, d]
         handles: list[Any] = []
 
         def watch(path: str, key: str) -> None:
@@ -209,15 +213,16 @@ class Transformer:
 
     @property
     def settings(self) -> str:
-        """The configuration without what does not change what is computed, as JSON."""
+        """The configuration as JSON, without the entries that do not change what is computed."""
         kept = {k: v for k, v in self.config.to_dict().items() if k not in INCIDENTAL}
         return json.dumps(kept, sort_keys=True, default=str)
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over all weights and the configuration: what the model computes depends on nothing else.
+        """SHA-256 of all weights and the configuration, which together determine what the model computes.
 
-        Of weights at a server: over their name, the commit they were published as, and the server.
+        For a model whose weights are on a server, the hash covers the configuration, the model's name, the
+        server, the published commit and the dtype.
         """
         digest = hashlib.sha256()
         digest.update(self.settings.encode())
@@ -235,5 +240,5 @@ class Transformer:
 
 @torch.no_grad()
 def normed(layer: nn.Module, name: str, x: Tensor) -> Tensor:
-    """The output of a layer's norm, or the input where there is no such norm."""
+    """Return the output of a layer's norm, or the input where the layer has no such norm."""
     return layer.get_submodule(name).forward(x) if name else x

@@ -1,4 +1,4 @@
-"""Where a checkpoint lies: the embedded model, a folder, or the hub; files and single tensors of it."""
+"""Checkpoints: the embedded models, folders and hub ids, with access to single files and tensors."""
 
 import json
 from dataclasses import dataclass
@@ -30,21 +30,23 @@ INDEX = "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint: `folder` when it is on disk, otherwise the hub id `name` at `revision`."""
+    """A checkpoint: `folder` if it is on disk, otherwise the hub id `name` at `revision`."""
 
     name: str
     folder: Path | None = None
     revision: str | None = None
     offline: bool = False
-    """The hub cannot be reached: only what its cache holds."""
+    """Whether the hub cannot be reached, so that only its local cache is used."""
 
     @property
     def location(self) -> str:
-        """What transformers' `from_pretrained` takes."""
+        """The path or id for transformers' `from_pretrained`."""
         return str(self.folder) if self.folder else self.name
 
     def file(self, name: str) -> Path | None:
-        """A file of the checkpoint, fetched alone from the hub; None if there is no such file."""
+        """Return the path of one file of the checkpoint, downloaded alone from the hub; None if it does not
+        exist.
+        """
         if self.folder:
             path = self.folder / name
             return path if path.is_file() else None
@@ -57,7 +59,7 @@ class Source:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """config.json. Raises InputError where it is missing or is not JSON."""
+        """The content of config.json. Raises InputError if it is missing or not a JSON object."""
         path = self.file("config.json")
         if path is None:
             raise InputError(f"{self.name} has no config.json: expected a Hugging Face checkpoint")
@@ -66,17 +68,17 @@ class Source:
         except ValueError as error:
             raise InputError(f"{path} is not JSON ({error})") from error
         if not isinstance(read, dict):
-            raise InputError(f"{path} is no configuration: expected a JSON object")
+            raise InputError(f"{path} is not a configuration: expected a JSON object")
         return read
 
     @cached_property
     def shards(self) -> dict[str, str]:
-        """From tensor name to the safetensors file that holds it; empty without safetensors."""
+        """Map from each tensor name to the safetensors file that holds it; empty without safetensors."""
         if index := self.file(INDEX):
             try:
                 return json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             except (ValueError, KeyError) as error:
-                raise InputError(f"{index} is no index of safetensors files ({error})") from error
+                raise InputError(f"{index} is not an index of safetensors files ({error})") from error
         name = "model.safetensors"
         if (path := self._at_hand(name)) is not None:
             with _opened(path) as stored:
@@ -87,9 +89,9 @@ class Source:
             return dict.fromkeys(read_header(stream), name)
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor of the checkpoint, nothing else read, not even the rest of its file on the hub.
+        """Read one tensor of the checkpoint, and nothing else, not even the rest of its file on the hub.
 
-        Raises InputError where it is not there.
+        Raises InputError if the tensor does not exist.
         """
         if name not in self.shards:
             raise InputError(f"{self.name} holds no tensor {name!r}")
@@ -103,14 +105,14 @@ class Source:
             return read_tensor(stream, name)
 
     def _at_hand(self, name: str) -> Path | None:
-        """A file that needs no fetching: of the folder, or in the hub's cache."""
+        """Return a file that needs no download, from the folder or from the hub's cache."""
         if self.folder:
             return self.file(name)
         cached = try_to_load_from_cache(self.name, name, revision=self.revision)
         return Path(cached) if isinstance(cached, str) else None
 
     def require_weights(self, allow_pickle: bool = False) -> None:
-        """Raise InputError unless there are weights, safetensors unless pickle is allowed."""
+        """Raise InputError unless there are weights, which must be safetensors unless pickle is allowed."""
         if self.shards:
             return
         pickled = [n for n in ("pytorch_model.bin", "pytorch_model.bin.index.json") if self.file(n)]
@@ -126,7 +128,8 @@ class Source:
 def find_source(name: str, revision: str | None = None) -> Source:
     """Find a checkpoint by the name of an embedded model, a folder, or a hub id.
 
-    Raises InputError within seconds for what is neither a folder nor known to a reachable hub.
+    Raises InputError within seconds for a name that is neither a folder nor known to the hub, where that can
+    be reached.
     """
     if name in (DEFAULT, TWIN):
         return Source(name, FOLDER / name)
@@ -144,7 +147,7 @@ def find_source(name: str, revision: str | None = None) -> Source:
         status = error.response.status_code
         if status in (401, 403, 404):
             raise InputError(
-                f"{name!r} is no folder, and the hub knows no such model or revision that you may read "
+                f"{name!r} is not a folder, and the hub has no such model or revision that you may read "
                 f"(status {status}); for a gated model log in with `hf auth login`"
             ) from error
         return _cached(name, revision, error)
@@ -162,7 +165,7 @@ def _cached(name: str, revision: str | None, error: Exception) -> Source:
     if isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
         return Source(name, revision=revision, offline=True)
     raise InputError(
-        f"{name!r} is no folder, is not in the hub's cache, and the hub cannot be reached ({error})"
+        f"{name!r} is not a folder, is not in the hub's cache, and the hub cannot be reached ({error})"
     ) from error
 
 
@@ -174,7 +177,7 @@ def _opened(path: Path) -> Any:
 
 
 def check_finite(name: str, tensor: Tensor) -> None:
-    """Raise InputError where a weight holds NaN or Inf."""
+    """Raise InputError if a weight holds NaN or Inf."""
     if tensor.device.type != "meta" and not torch.isfinite(tensor).all():
         bad = int((~torch.isfinite(tensor)).sum())
         raise InputError(f"{name} holds {bad} NaN or Inf of {tensor.numel()} values: check the weights")

@@ -1,4 +1,4 @@
-"""What a checkpoint is, from its configuration and tokenizer alone."""
+"""A description of a checkpoint, from its configuration and tokenizer alone."""
 
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,16 @@ from spectral_sinks.models.spectra import UNEMBEDDINGS, read_through
 def describe(
     model: str | Path = DEFAULT, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> dict[str, Any]:
-    """Family, sizes, tied or not, BOS policy and context of a checkpoint; weights are not read.
+    """Return the family, sizes, tying, BOS policy and context of a checkpoint, without reading its weights.
 
-    `causal` is False for an encoder, and `reads_through` names what stands between the residual stream and
-    the unembedding beside one norm.
-    Raises InputError for a name that is neither a folder nor reachable, or a broken configuration.
+    `causal` is False for an encoder. `reads_through` names the modules between the residual stream and the
+    unembedding, other than one norm.
+
+    Raises InputError for a name that is neither a folder nor reachable, and for a broken configuration.
     """
     source = find_source(str(model), revision)
     refuse_code(source, trust_remote_code)
-    _ = source.config  # says what is wrong with a missing or broken config.json
+    _ = source.config  # its errors about a missing or broken config.json are clearer than transformers'
     try:
         config = AutoConfig.from_pretrained(
             source.location,

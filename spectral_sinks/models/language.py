@@ -1,4 +1,4 @@
-"""A language model, causal or masked, as the rest of the package sees it: parts, sizes, BOS policy."""
+"""Language models, causal or masked: their modules, sizes and BOS policy."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,9 +18,9 @@ from spectral_sinks.models.masked_lm import predicts_masked
 
 @dataclass(frozen=True, eq=False)
 class LanguageModel(Transformer):
-    """A transformers language model, causal or masked, wrapped by nnsight, with its parts found.
+    """A causal or masked language model of transformers, wrapped by nnsight, with its modules located.
 
-    Make one with `load`. `nn` is the nnsight model for traces of one's own; `module` the transformers model.
+    Make one with `load`. `nn` is the nnsight model, for your own traces; `module` is the transformers model.
     """
 
     nn: TransformersModel
@@ -33,15 +33,15 @@ class LanguageModel(Transformer):
 
     @cached_property
     def causal(self) -> bool:
-        """Whether it predicts the next token; False for an encoder, which predicts masked tokens."""
+        """Whether the model predicts the next token; False for an encoder, which predicts masked tokens."""
         return not predicts_masked(self.module)
 
     @property
     def reads_through(self) -> str:
-        """What stands between the residual stream and the unembedding beside one norm; "" for nothing.
+        """Modules between the residual stream and the unembedding, other than one norm; "" for none.
 
-        A masked-LM head has a dense layer and an activation there: its unembedding reads their output, and
-        not the residual stream.
+        A masked-LM head has a dense layer and an activation there. Its unembedding reads their output, not
+        the residual stream.
         """
         return self.layout.reads_through
 
@@ -51,12 +51,12 @@ class LanguageModel(Transformer):
 
     @property
     def context(self) -> int | None:
-        """Longest window the model was made for, in tokens; None where its configuration does not say."""
+        """Longest window that the model was made for, in tokens; None if the configuration does not say."""
         return context_of(self.config)
 
     @property
     def device(self) -> torch.device:
-        """Where tensors for it go; the CPU where the weights are in another process."""
+        """The device on which the model expects its inputs; the CPU if the weights are in another process."""
         weight = self.embedding_weight
         return torch.device("cpu") if weight.is_meta else weight.device
 
@@ -73,7 +73,9 @@ class LanguageModel(Transformer):
 
     @property
     def reads_attention(self) -> bool:
-        """Whether a trace can see attention weights; of the first 64 tokens at least for a causal model."""
+        """Whether a trace can read attention weights; of a causal model, at least those of the first 64
+        tokens.
+        """
         seen = ("eager", WHOLE, OPENING, BLOCKWISE) if self.causal else ("eager", WHOLE)
         return self.config._attn_implementation in seen or self.own_attention is not None
 
@@ -93,17 +95,17 @@ class LanguageModel(Transformer):
 
     @property
     def bos(self) -> int | None:
-        """Id of the beginning-of-sequence token ([CLS] of an encoder); None where the tokenizer has none."""
+        """Id of the beginning-of-sequence token ([CLS] of an encoder); None if the tokenizer has none."""
         return None if self.tokenizer is None else opening_token(self.tokenizer, self.causal)
 
     @property
     def sep(self) -> int | None:
-        """Id of the token that ends an encoder's window ([SEP]); None for a causal model."""
+        """Id of the token that ends the window of an encoder ([SEP]); None for a causal model."""
         return None if self.tokenizer is None or self.causal else self.tokenizer.sep_token_id
 
     @property
     def mask(self) -> int:
-        """Id of the mask token. Raises InputError for a causal model, and where the tokenizer has none."""
+        """Id of the mask token. Raises InputError for a causal model, and if the tokenizer has none."""
         if self.causal:
             raise InputError(f"{self.name} is a causal language model: it masks nothing")
         found = None if self.tokenizer is None else self.tokenizer.mask_token_id
@@ -123,31 +125,31 @@ class LanguageModel(Transformer):
 
     @cached_property
     def closes_with_sep(self) -> bool:
-        """Whether the tokenizer itself puts SEP behind a text, for an encoder."""
+        """Whether the tokenizer itself appends SEP to a text, for an encoder."""
         return self.sep is not None and self.tokenizer("a")["input_ids"][-1:] == [self.sep]
 
     def unembed(self, final: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch vocabulary"]:
-        """Logits, float32 at least, of residuals that have passed the final norm."""
-        if self.weightless:  # inside a trace nnsight has the module called where its weights are
+        """Return the logits, in float32 at least, of residuals that have passed the final norm."""
+        if self.weightless:  # inside a trace, nnsight calls the module in the process that has the weights
             logits = self.nn.get(self.layout.unembedding)(final)
         else:
             logits = self.module.get_submodule(self.layout.unembedding).forward(final)
         return self.capped(logits.to(torch.promote_types(logits.dtype, torch.float32)))
 
     def capped(self, logits: Float[Tensor, "*batch vocabulary"]) -> Float[Tensor, "*batch vocabulary"]:
-        """Logits after the model's soft cap, where it has one (Gemma 2)."""
+        """Apply the model's soft cap to logits, if it has one (Gemma 2)."""
         cap = getattr(self.config, "final_logit_softcapping", None)
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def inputs(self, batch: Int[Tensor, "batch tokens"]) -> dict[str, Any]:
-        """What the model's forward pass takes for a batch of token ids."""
+        """Return the arguments of the model's forward pass for a batch of token ids."""
         return {"input_ids": batch}
 
     def check(self) -> None:
-        """Run two tokens and see that the parts add up; raises InputError where they do not.
+        """Run two tokens and check that the modules add up; raises InputError if they do not.
 
-        Each layer's exit must be its entry plus what attention and MLP wrote (in a post-norm layer, normed
-        after each), and the unembedding of the final norm's output must be the logits.
+        The exit of each layer must be its entry plus what attention and MLP wrote (in a post-norm layer, with
+        a norm after each), and the unembedding of the final norm's output must be the logits.
         """
         if self.vocabulary < 2:
             raise InputError(f"{self.name} has a vocabulary of {self.vocabulary}")
@@ -172,7 +174,7 @@ class LanguageModel(Transformer):
 
 
 def opening_token(tokenizer: Any, causal: bool) -> int | None:
-    """Id of the token that opens a text: BOS, or [CLS] of an encoder that has one."""
+    """Return the id of the token that opens a text: BOS, or [CLS] for an encoder that has one."""
     if causal or tokenizer.cls_token_id is None:
         return tokenizer.bos_token_id
     return tokenizer.cls_token_id

@@ -1,4 +1,4 @@
-"""Where a language model keeps its parts: the one table of module names."""
+"""The layout of language models: the one table of their module names."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -13,26 +13,29 @@ FAMILIES = frozenset(
     | {"olmo2", "phi3", "gpt_oss"}
     | {"bert", "roberta", "modernbert"}
 )
-"""Model types whose layout is tested; for any other the layout is checked against a forward pass."""
+"""Model types whose layout is tested; the layout of any other type is checked against a forward pass."""
 
 Fused = Literal["", "blocks", "heads"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Dotted names of a model's parts; all but the first four and the last are names inside a layer."""
+    """Dotted names of a model's modules.
+
+    The first four names and `transform` are relative to the model, the others to a layer.
+    """
 
     layers: str
-    """The list of blocks."""
+    """The list of layers."""
     embedding: str
     unembedding: str
     final_norm: str
     """The norm whose output the unembedding reads."""
     attention: str
-    """The module that returns attention weights second."""
+    """The module whose second output is the attention weights."""
     mlp: str
     attention_norm: str
-    """What attention reads through; empty where it reads the residual itself (OLMo 2)."""
+    """The norm through which attention reads the residual; empty if it reads the residual itself (OLMo 2)."""
     mlp_norm: str
     attention_write: str
     """The module whose output is added to the residual: attention, or the norm after it (Gemma, OLMo 2)."""
@@ -41,19 +44,24 @@ class Layout:
     keys: str
     values: str
     attention_projection: str
-    """W_O: its input is the output of the heads, side by side."""
+    """W_O, whose input is the concatenated outputs of the heads."""
     attention_add_norm: str = ""
-    """The norm of the stream after attention is added to it, in a post-norm layer (BERT); empty elsewhere."""
+    """In a post-norm layer (BERT), the norm of the residual after attention is added to it; otherwise empty.
+    """
     mlp_add_norm: str = ""
-    """The same after the MLP: its output is the layer's exit."""
+    """The same norm after the MLP, whose output is the exit of the layer."""
     transform: str = ""
-    """In a masked-LM head, the dense layer between the stream and the final norm: a name in the model."""
+    """In a masked-LM head, the dense layer between the residual stream and the final norm: a name in the
+    model.
+    """
     fused: Fused = ""
-    """How one matrix holds queries, keys and values: `blocks` one after the other, or by `heads`."""
+    """How one matrix holds queries, keys and values: in three consecutive `blocks`, or interleaved by
+    `heads`.
+    """
 
     @property
     def reads_through(self) -> str:
-        """What stands between the stream and the unembedding beside one norm; "" for nothing."""
+        """Modules between the residual stream and the unembedding, other than one norm; "" for none."""
         return through(self.transform, self.final_norm) if self.transform else ""
 
 
@@ -96,10 +104,12 @@ POST_NORM = {
     "attention_add_norm": "attention.output.LayerNorm",
     "mlp_add_norm": "output.LayerNorm",
 }
-"""The layer of BERT and RoBERTa: each component's output is added to the stream, and the sum is normed."""
+"""Layout of a layer of BERT and RoBERTa, where the output of each component is added to the residual and the
+sum passes a norm.
+"""
 
 TRANSFORMS = {"cls.predictions.transform.dense": "", "lm_head.dense": "", "head.dense": "model.final_norm, "}
-"""The dense layer of a masked-LM head, and what comes before it."""
+"""The dense layer of a masked-LM head, and the modules before it."""
 
 PROJECTIONS: tuple[tuple[tuple[str, ...], Fused], ...] = (
     (("q_proj", "k_proj", "v_proj"), ""),
@@ -110,28 +120,28 @@ PROJECTIONS: tuple[tuple[tuple[str, ...], Fused], ...] = (
 )
 
 OF_MODEL = ("layers", "embedding", "unembedding", "final_norm", "transform")
-"""Parts that are named in the model; the others are named in a layer."""
+"""Names that are relative to the model; the others are relative to a layer."""
 
 
 SHIFTED = frozenset({"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm"})
-"""Model types whose positions start behind the id of the padding token."""
+"""Model types whose position ids start after the id of the padding token."""
 
 
 def context_of(config: Any) -> int | None:
-    """Longest window in tokens, by a configuration; None where it does not say."""
+    """Return the longest window in tokens according to a configuration; None if it does not say."""
     longest = getattr(config, "max_position_embeddings", None)
     return longest - config.pad_token_id - 1 if longest and config.model_type in SHIFTED else longest
 
 
 def through(transform: str, final_norm: str) -> str:
-    """A masked-LM head's way to its unembedding, for reports."""
+    """Describe the modules of a masked-LM head before its unembedding, for reports."""
     return f"{TRANSFORMS.get(transform, '')}{transform}, an activation and {final_norm}"
 
 
 def find_layout(model: nn.Module, given: Mapping[str, str] | None = None) -> Layout:
-    """The layout of a transformers model; `given` names parts by hand.
+    """Find the layout of a transformers model; `given` names modules by hand.
 
-    Raises InputError that says which part was not found and how to name it.
+    Raises InputError for a module that is not found, with a message that says how to name it.
     """
     given = dict(given or {})
     known = {field.name for field in fields(Layout)}
@@ -141,6 +151,7 @@ def find_layout(model: nn.Module, given: Mapping[str, str] | None = None) -> Lay
         if part in given:
             submodule(model, given[part], part)
 
+    # names in the model
     found: dict[str, Any] = {
         part: given.get(part) or first(model, part, SEARCHED[part]) for part in ("layers", "final_norm")
     }
@@ -153,6 +164,7 @@ def find_layout(model: nn.Module, given: Mapping[str, str] | None = None) -> Lay
     layers = submodule(model, found["layers"], "layers")
     if not isinstance(layers, nn.ModuleList) or len(layers) == 0:
         raise InputError(f"{found['layers']} is not a list of layers; name it by parts={{'layers': '...'}}")
+    # names in a layer: norms, and the modules that write to the residual
     layer = layers[0]
     if has(layer, POST_NORM["attention_add_norm"]):
         given = POST_NORM | given
@@ -175,6 +187,7 @@ def find_layout(model: nn.Module, given: Mapping[str, str] | None = None) -> Lay
         "post_feedforward_layernorm" if post_normed else found["mlp"]
     )
 
+    # names in attention: its projections, fused or separate
     attention = submodule(layer, found["attention"], "attention")
     prefix = found["attention"] + "."
     fused: Fused = ""
@@ -199,7 +212,7 @@ def find_layout(model: nn.Module, given: Mapping[str, str] | None = None) -> Lay
 
 
 def has(module: nn.Module, name: str) -> bool:
-    """Whether a module has a part of that dotted name."""
+    """Whether a module has a submodule of that dotted name."""
     try:
         module.get_submodule(name)
     except AttributeError:
@@ -208,7 +221,7 @@ def has(module: nn.Module, name: str) -> bool:
 
 
 def first(module: nn.Module, part: str, names: tuple[str, ...], prefix: str = "") -> str:
-    """The first of some names that a module has; raises InputError where it has none."""
+    """Return the first of some names that a module has; raises InputError if it has none of them."""
     for name in names:
         if has(module, name):
             return name
@@ -224,11 +237,11 @@ def _missing(part: str, tried: list[str], prefix: str = "") -> str:
 
 
 def submodule(module: nn.Module, name: str, part: str) -> nn.Module:
-    """A part that was named by hand; raises InputError where it is not there."""
+    """Return a submodule that was named by hand; raises InputError if it does not exist."""
     try:
         return module.get_submodule(name)
     except AttributeError as error:
-        raise InputError(f"the {part.replace('_', ' ')} was named {name!r}, which is not there") from error
+        raise InputError(f"the {part.replace('_', ' ')} was named {name!r}, which does not exist") from error
 
 
 def _name_of(model: nn.Module, module: nn.Module | None, part: str) -> str:

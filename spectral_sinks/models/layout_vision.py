@@ -1,4 +1,4 @@
-"""Where an image encoder keeps its parts: the table of module names."""
+"""The layout of image encoders: the table of their module names."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +7,7 @@ from spectral_sinks.errors import InputError
 from spectral_sinks.models.layout import Layout, first, has, submodule
 
 TOWERS = ("dinov2", "dinov2_with_registers", "vit", "deit", "model", "vision_model", "vision_tower", "")
-"""Where the encoder stands in a model with a head."""
+"""Names under which a model may hold the encoder."""
 
 SEARCHED: dict[str, tuple[str, ...]] = {
     "layers": ("layers", "encoder.layer", "encoder.layers", "model.layer", "layer"),
@@ -29,9 +29,9 @@ HEADS = ("classifier", "cls_classifier", "distillation_classifier")
 
 
 def vision_layout(module: Any, given: Mapping[str, str] | None = None) -> Layout:
-    """The layout of an image encoder; `given` names parts by hand.
+    """Find the layout of an image encoder; `given` names modules by hand.
 
-    Raises InputError that says which part was not found and how to name it.
+    Raises InputError for a module that is not found, with a message that says how to name it.
     """
     given = dict(given or {})
     if unknown := sorted(set(given) - {*SEARCHED, "attention_write", "mlp_write", "unembedding"}):
@@ -42,6 +42,7 @@ def vision_layout(module: Any, given: Mapping[str, str] | None = None) -> Layout
             f"{type(module).__name__} holds no image encoder that is known: expected DINOv2, DINOv3, ViT, "
             "DeiT, or the vision tower of CLIP or SigLIP"
         )
+    # names in the model
     start = f"{tower}." if tower else ""
     found: dict[str, Any] = {}
     for part in OF_TOWER:
@@ -49,6 +50,7 @@ def vision_layout(module: Any, given: Mapping[str, str] | None = None) -> Layout
             submodule(module, given[part], part)
         name = given.get(part) or start + first(module.get_submodule(tower), part, SEARCHED[part], start)
         found[part] = name
+    # names in a layer, and in its attention
     layer: Any = module.get_submodule(found["layers"])[0]
     for part in set(given) - {*OF_TOWER, "unembedding"}:
         submodule(layer, given[part], part)

@@ -1,4 +1,4 @@
-"""`load`: a model by name, folder, hub id or object."""
+"""`load`: a language model by name, folder, hub id or object."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -38,34 +38,50 @@ def load(
     remote: To = False,
     factors: str | None = None,
 ) -> LanguageModel:
-    """A language model: the embedded `sinklet`, a Hugging Face id, a folder, or a loaded model.
+    """Load a language model: the embedded `sinklet`, a Hugging Face id, a folder, or a model object.
 
-    A checkpoint of a masked language model (by its `architectures`: BERT, RoBERTa, ModernBERT) becomes an
-    encoder, `causal` False, unless its configuration says `is_decoder`.
+    A checkpoint whose `architectures` name a masked language model (BERT, RoBERTa, ModernBERT) is loaded as
+    an encoder, with `causal` False, unless its configuration sets `is_decoder`. A model given as an object
+    stays on its device, in its dtype and with its attention, and is put into evaluation mode.
 
-    `dtype` "auto" is the checkpoint's own. `attention` is transformers' `attn_implementation`: sink mass can
-    be read from "eager" and from "sdpa_opening", which is torch's fast kernel with the maps of the first 64
-    tokens beside it; "auto" is the implementation of its own that the checkpoint's configuration names
-    (`attn_implementation`), else the latter where the model supports it (not Gemma 2, gpt-oss and encoders),
-    else eager. `parts` names modules by hand where they are not found. A model given as an object stays on
-    its device, in its dtype and with its attention, and is put into evaluation mode.
+    Args:
+        model: the name of an embedded model, a Hugging Face id, a folder, or a model of transformers, nnsight
+            or this package.
+        tokenizer: the tokenizer; by default the checkpoint's own.
+        device: the device to which the model is moved.
+        dtype: the dtype of the weights; "auto" is the checkpoint's own.
+        device_map: transformers' `device_map`.
+        revision: the revision of a hub model.
+        attention: transformers' `attn_implementation`. Sink mass can be read from "eager", and from
+            "sdpa_opening", which is torch's fast kernel with the maps of the first 64 tokens. "auto" is the
+            custom implementation that the checkpoint's configuration names (`attn_implementation`), if there
+            is one; else "sdpa_opening" if the model supports it (not Gemma 2, gpt-oss and encoders); else
+            "eager".
+        parts: names of modules, for a model whose layout is not found.
+        allow_pickle: whether pickled weights may be loaded, which can run code.
+        trust_remote_code: whether the checkpoint may run code of its own.
+        remote: where the model's measurements run. False is this process. True is the NDIF server that
+            nnsight is configured for, and a URL is another server; eager attention is requested from a server
+            by default, and no weights are loaded into this process. "local" rehearses a remote run in this
+            process, with the weights.
+        factors: the dtype in which bases are sent to a server; by default the model's dtype.
 
-    With `remote` all measurements of the model run at the NDIF server that nnsight is configured for (True,
-    or an address), eager attention is asked for there, and no weights are loaded here; "local" rehearses
-    that in this process, on the weights. Bases travel in the model's dtype, or in `factors`.
+    Raises:
+        InputError: for a name that is neither a folder nor reachable; for missing, pickled (unless allowed)
+            or non-finite weights; for a checkpoint that runs code of its own (unless trusted); for a model
+            without a head over the vocabulary; for a model whose modules are not found or do not add up; and
+            for an encoder that is to run remotely.
 
-    Raises InputError for a name that is neither a folder nor reachable, for missing, pickled (unless
-    allowed) or non-finite weights, for a checkpoint that runs code of its own (unless trusted), for a model
-    without a head over the vocabulary, for one whose parts are not found or do not add up, and for an
-    encoder that is to run elsewhere.
     """
     if isinstance(model, LanguageModel):
         place = remote_state(remote, model.remote and model.remote.commit, factors)
         return model if place is None else replace(model, remote=place)
+    # a model on a server: only its configuration and tokenizer are loaded
     if remote not in (False, "local"):
         if device is not None or device_map is not None:
             raise InputError("a model at a server has the server's devices: give no device and no device_map")
         return _afar(model, tokenizer, attention, dtype, parts, revision, trust_remote_code, remote, factors)
+    # the transformers module, its tokenizer and its name
     if isinstance(model, (str, Path)):
         if (
             isinstance(dtype, str)
@@ -86,8 +102,8 @@ def load(
         module: Any = given._module if isinstance(model, TransformersModel) else model
         if not isinstance(module, torch.nn.Module):
             raise InputError(
-                f"{type(model).__name__} is no model: give a name, a folder, or a model of transformers or "
-                "nnsight"
+                f"{type(model).__name__} is not a model: give a name, a folder, or a model of transformers "
+                "or nnsight"
             )
         if device is not None:
             module = moved(module, device)
@@ -96,6 +112,7 @@ def load(
         name = getattr(module.config, "name_or_path", "") or type(module).__name__
         if tokenizer is None and Path(name).is_dir():
             tokenizer = load_tokenizer(Source(name, Path(name)), trust_remote_code)
+    # checks of the attention, the weights and the layout
     masked = predicts_masked(module)
     if getattr(module.config, "_attn_implementation", "") == OPENING:
         _check_opening(name, module)
@@ -126,7 +143,7 @@ def _afar(
     remote: To,
     factors: str | None,
 ) -> LanguageModel:
-    """A model that stays at a server."""
+    """Return a model whose weights stay on a server."""
     if not isinstance(model, str | Path):
         raise InputError(f"{type(model).__name__}: a server knows models by name: give a Hugging Face id")
     source = find_source(str(model), revision)
@@ -186,7 +203,11 @@ def _masked(source: Source) -> bool:
 
 
 def _check_opening(name: str, module: Any) -> None:
-    """Raise InputError where the kernel would leave out a cap, a learned sink, or keys beyond the opening."""
+    """Raise InputError for a model whose attention the `OPENING` implementation cannot compute or map.
+
+    These are encoders, whose tokens attend beyond the first tokens, and models without sdpa attention, such
+    as those with a cap or a learned sink, which the kernel would leave out.
+    """
     if predicts_masked(module):
         raise InputError(
             f"{name}: tokens of a {type(module).__name__} attend to later ones, and {OPENING!r} maps the "
@@ -197,7 +218,7 @@ def _check_opening(name: str, module: Any) -> None:
 
 
 def _layout(name: str, module: Any, parts: Mapping[str, str] | None) -> Layout:
-    """`find_layout`, which says of a model without attention heads (Mamba, RWKV) what it lacks."""
+    """Find the layout, with a clearer error for a model without attention heads (Mamba, RWKV)."""
     try:
         return find_layout(module, parts)
     except InputError as error:
@@ -211,15 +232,15 @@ def _layout(name: str, module: Any, parts: Mapping[str, str] | None) -> Layout:
 
 
 def moved(module: Any, device: str | torch.device) -> Any:
-    """The module on a device. Raises InputError where that cannot be."""
+    """Move the module to a device. Raises InputError if that fails."""
     try:
         return module.to(device)
-    except (RuntimeError, AssertionError) as error:  # no such device, none here, or too little memory on it
+    except (RuntimeError, AssertionError) as error:  # an unknown or absent device, or too little memory
         raise InputError(f"the model cannot be put on device {str(device)!r}: {error}") from error
 
 
 def load_tokenizer(source: Source, trust_remote_code: bool) -> Any:
-    """The checkpoint's tokenizer; None where it ships none (token ids can still be measured)."""
+    """Load the checkpoint's tokenizer; None if it ships none (token ids can still be measured)."""
     if not any(source.file(name) for name in ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")):
         return None
     try:
@@ -234,7 +255,7 @@ def load_tokenizer(source: Source, trust_remote_code: bool) -> Any:
 
 
 def refuse_code(source: Source, trust_remote_code: bool) -> None:
-    """Raise InputError for a checkpoint that wants to run its own code, unless it is trusted."""
+    """Raise InputError for a checkpoint that needs code of its own, unless it is trusted."""
     if trust_remote_code or "auto_map" not in source.config:
         return
     if source.config.get("model_type") not in CONFIG_MAPPING:

@@ -18,7 +18,7 @@ from spectral_sinks.models.loading import moved, refuse_code
 from spectral_sinks.models.vision import VisionModel
 
 TWO_TOWERS = {"clip": "CLIPVisionModel", "siglip": "SiglipVisionModel"}
-"""Model types with a text tower beside the image tower, and what is loaded of them."""
+"""Model types that have a text tower beside the image tower, and the class that loads the image tower."""
 
 
 def load_vision(
@@ -33,17 +33,29 @@ def load_vision(
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
 ) -> VisionModel:
-    """An image encoder: a Hugging Face id, a folder, or a loaded transformers model.
+    """Load an image encoder: a Hugging Face id, a folder, or a loaded transformers model.
 
-    DINOv2 with and without registers, DINOv3, ViT, DeiT, and the vision towers of CLIP and SigLIP, with the
-    classifier head that the checkpoint has. `processor` is an image processor, by default the checkpoint's
-    own. `attention` is transformers' `attn_implementation`; sinks are seen under all of them. `parts` names
-    modules by hand where they are not found. A model given as an object stays on its device, in its dtype and
-    with its attention, and is put into evaluation mode.
+    The supported families are DINOv2 with and without registers, DINOv3, ViT, DeiT, and the vision towers of
+    CLIP and SigLIP. A classifier head is loaded if the checkpoint has one. A model given as an object stays
+    on its device, in its dtype and with its attention, and is put into evaluation mode.
 
-    Raises InputError for a name that is neither a folder nor reachable, for missing, pickled (unless allowed)
-    or non-finite weights, for a checkpoint that runs code of its own (unless trusted), and for a model that
-    is no image encoder or whose parts are not found or do not add up.
+    Args:
+        model: a Hugging Face id, a folder, or a transformers model.
+        processor: an image processor; by default the checkpoint's own.
+        device: the device to which the model is moved.
+        dtype: the dtype of the weights; "auto" is the checkpoint's own.
+        revision: the revision of a hub model.
+        attention: transformers' `attn_implementation`. Sinks can be measured under all of them.
+        parts: names of modules, for a model whose layout is not found.
+        allow_pickle: whether pickled weights may be loaded, which can run code.
+        trust_remote_code: whether the checkpoint may run code of its own.
+
+    Raises:
+        InputError: for a name that is neither a folder nor reachable; for missing, pickled (unless allowed)
+            or non-finite weights; for a checkpoint that runs code of its own (unless trusted); for a model
+            that is not an image encoder, or whose modules are not found or do not add up; and for a device or
+            dtype given with a model object.
+
     """
     if isinstance(model, VisionModel):
         return model
@@ -100,7 +112,9 @@ def _load(
 
 
 def _class_of(source: Source) -> Any:
-    """The transformers class: the one named where it has a classifier head, else the encoder alone."""
+    """Return the transformers class: the one named in the configuration if it has a classifier head, else the
+    encoder's.
+    """
     named = (source.config.get("architectures") or [""])[0]
     if "ForImageClassification" in named and hasattr(transformers, named):
         return getattr(transformers, named)
@@ -109,10 +123,11 @@ def _class_of(source: Source) -> Any:
 
 
 def load_processor(source: Source) -> Any:
-    """The checkpoint's image processor, run by Pillow; None where it ships none.
+    """Load the checkpoint's image processor, with Pillow as its backend; None if it ships none.
 
-    Where transformers has the named one only for torchvision (DINOv3) and that is not installed, the same
-    settings are run by ViT's, with a warning. Raises InputError for one that cannot be read.
+    transformers has some processors only for torchvision (DINOv3). If torchvision is not installed, ViT's
+    processor runs with the same settings, with a warning. Raises InputError for a processor that cannot be
+    read.
     """
     if source.file("preprocessor_config.json") is None:
         return None

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from spectral_sinks.models.language import LanguageModel
 
 SHARE = 0.15
-"""Share of a window's tokens that is masked (Devlin et al. 2019, 3.1)."""
+"""Share of a window's tokens that are masked (Devlin et al. 2019, 3.1)."""
 
 RULE = (
     "15 % of a window's tokens, at least one, become the mask token; special tokens never; drawn by a "
@@ -29,10 +29,10 @@ GENERATORS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
 def is_masked_lm(architectures: Iterable[str], model_type: str | None, decoder: bool | None) -> bool:
-    """Whether a model of these class names predicts masked tokens; a configuration made a `decoder` does not.
+    """Whether a model with these class names predicts masked tokens.
 
-    Without names, by the model type. Raises InputError for an encoder without a head over the vocabulary,
-    such as a classifier.
+    A configuration with `is_decoder` set (`decoder`) does not. Without class names, the model type decides.
+    Raises InputError for an encoder without a head over the vocabulary, such as a classifier.
     """
     names = list(architectures)
     encoder = model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
@@ -49,30 +49,35 @@ def is_masked_lm(architectures: Iterable[str], model_type: str | None, decoder: 
 
 
 def predicts_masked(module: Any) -> bool:
-    """Whether a transformers model predicts masked tokens; raises InputError as `is_masked_lm`."""
+    """Whether a transformers model predicts masked tokens; raises InputError as `is_masked_lm` does."""
     config = module.config.get_text_config()
     names = [kind.__name__ for kind in type(module).__mro__]
     return is_masked_lm(names, config.model_type, getattr(config, "is_decoder", False))
 
 
 def masked_count(tokens: int) -> int:
-    """How many tokens of a window are masked; special tokens count in its length, as in BERT's own data."""
+    """Return how many tokens of a window are masked.
+
+    Special tokens count towards the length of the window, as in BERT's own data.
+    """
     return max(1, round(SHARE * tokens))
 
 
 def masked_positions(model: "LanguageModel", ids: Int[Tensor, "batch tokens"]) -> Int[Tensor, "batch masked"]:
-    """The positions in each window whose tokens are masked and predicted, in order.
+    """Return the positions in each window whose tokens are masked and predicted, in order.
 
-    They follow from the window's own ids alone: 15 %, at least one, special tokens never. Raises InputError
-    for a model without a mask token, and for a window with too few tokens that are not special.
+    They depend only on the ids of the window: 15 % of its tokens, at least one, and never special tokens.
+    Raises InputError for a model without a mask token, and for a window with too few tokens that are not
+    special.
     """
-    _ = model.mask  # says what is missing
+    _ = model.mask  # raises an error that says what is missing
     special = frozenset(model.tokenizer.all_special_ids)
     return torch.tensor([_drawn(tuple(row), special) for row in ids.tolist()], device=ids.device)
 
 
 def masked_ids(model: "LanguageModel", ids: Int[Tensor, "batch tokens"]) -> Int[Tensor, "batch tokens"]:
-    """Windows as an encoder reads them when its NLL is measured: the mask token at `masked_positions`.
+    """Return windows with the mask token at `masked_positions`, as an encoder reads them when its NLL is
+    measured.
 
     Raises InputError as `masked_positions` does.
     """

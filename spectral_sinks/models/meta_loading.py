@@ -1,4 +1,4 @@
-"""A model that stays at a server: its configuration and tokenizer are read, its weights are not."""
+"""Models that stay on a server: configuration and tokenizer are read, weights are not."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -25,10 +25,22 @@ def load_on_meta(
     trust_remote_code: bool,
     masked: bool = False,
 ) -> tuple[TransformersModel, Layout]:
-    """The nnsight model of a checkpoint without memory for a single weight, and where its parts are.
+    """Return the nnsight model of a checkpoint without memory for any weight, and its layout.
 
-    `attention` "auto" is eager, the implementation that returns its maps and that every server has. Raises
-    InputError for a configuration that cannot be read.
+    Args:
+        source: the checkpoint.
+        tokenizer: its tokenizer, or None.
+        attention: transformers' `attn_implementation`; "auto" is eager attention, which returns its maps and
+            which every server has.
+        dtype: the dtype of the model; "auto" is the one of the configuration.
+        parts: names of modules, for a model whose layout is not found.
+        revision: the revision that the server is asked for.
+        trust_remote_code: whether the checkpoint may run code of its own.
+        masked: whether it is a masked language model.
+
+    Raises:
+        InputError: for a configuration from which no model can be built.
+
     """
     try:
         config = AutoConfig.from_pretrained(
@@ -48,8 +60,8 @@ def load_on_meta(
         kind = "masked" if masked else "causal"
         raise InputError(f"{source.name} cannot be built as a {kind} language model: {error}") from error
     nn = wrap(module.eval(), tokenizer, device="meta")
-    nn.repo_id, nn.revision = source.location, revision  # what the server knows it by
-    if source.folder is not None:  # which a server on this machine sees too
+    nn.repo_id, nn.revision = source.location, revision  # by which the server identifies the model
+    if source.folder is not None:  # a server on this machine can read the folder too
         huggingface._ID_CACHE[nn.repo_id] = nn.repo_id
     if trust_remote_code:
         nn.kwargs["trust_remote_code"] = True

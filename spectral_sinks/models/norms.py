@@ -1,4 +1,4 @@
-"""Norms as they act: the gain of RMSNorm, LayerNorm and LayerScale, whatever form it is stored in."""
+"""The effective gain of RMSNorm, LayerNorm and LayerScale, in whatever form it is stored."""
 
 from typing import Any
 
@@ -10,9 +10,10 @@ from spectral_sinks.errors import InputError
 
 
 def gain_of(norm: Any, d: int) -> Float[Tensor, "d"]:
-    """What a norm multiplies each coordinate by, float32: `weight`, `1 + weight` (Gemma), a layer scale.
+    """Return the factor by which a norm multiplies each coordinate, in float32.
 
-    Raises InputError for a module that is no norm with a gain.
+    It is `weight`, `1 + weight` (Gemma), or the factor of a LayerScale. Raises InputError for a module that
+    is not a norm with a gain.
     """
     if (scale := getattr(norm, "lambda1", None)) is not None:  # LayerScale of DINOv2 and DINOv3
         return scale.detach().float().cpu()
@@ -20,7 +21,7 @@ def gain_of(norm: Any, d: int) -> Float[Tensor, "d"]:
     if weight is None:
         return torch.ones(d)
     probe = torch.ones(d, device=weight.device, dtype=weight.dtype)
-    probe[1::2] = -1  # mean 0 and mean square 1: both kinds of norm multiply it by their gain alone
+    probe[1::2] = -1  # mean 0 and mean square 1, so both kinds of norm only apply their gain to it
     with torch.no_grad():
         acts = (norm.forward(probe[None]) - norm.forward(-probe[None]))[0].float() / 2 * probe.float()
     for gain in (weight.detach().float(), 1 + weight.detach().float()):

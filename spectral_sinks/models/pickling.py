@@ -1,7 +1,7 @@
-"""A model on its way to another process: pickled as its weights, shared where the pickler shares memory.
+"""Pickling of models, so that they can be sent to other processes.
 
-`pickle` copies the weights; the pickler of `torch.multiprocessing` hands over memory that both sides then
-use. nnsight's wrapper stays behind and is put on again.
+`pickle` copies the weights. The pickler of `torch.multiprocessing` passes shared memory, which both processes
+then use. nnsight's wrapper is not pickled, and is applied again on the other side.
 """
 
 import copyreg
@@ -18,7 +18,10 @@ from spectral_sinks.models.wrapping import wrap
 
 
 def reduce_model(model: LanguageModel) -> tuple[Any, ...]:
-    """How `pickle` takes a model apart. Raises InputError for one that is spread over several devices."""
+    """Return what `pickle` needs to rebuild a model.
+
+    Raises InputError for a model that is spread over several devices, and for one inside `attending`.
+    """
     module = model.module
     if len(set((getattr(module, "hf_device_map", None) or {}).values())) > 1:
         raise InputError(
@@ -27,8 +30,8 @@ def reduce_model(model: LanguageModel) -> tuple[Any, ...]:
         )
     if module.config._attn_implementation in (BLOCKWISE, WHOLE):
         raise InputError(
-            f"the attention of {model.name} is being changed or looked at by functions of this process, "
-            "which do not travel: leave `attending` first, or run in one process"
+            f"the attention of {model.name} is read or changed by functions of this process, "
+            "which cannot be sent to others: leave `attending` first, or run in one process"
         )
     tensors = {
         **dict(module.named_parameters(remove_duplicate=False)),  # tied weights stay tied
@@ -55,7 +58,7 @@ def rebuild_model(
     name: str,
     tokenizer: Any,
 ) -> LanguageModel:
-    """The model again, on the tensors given, without copying them."""
+    """Rebuild the model on the given tensors, without copying them."""
     with torch.device("meta"):
         module = kind(config)
     module.config._attn_implementation = attention

@@ -1,4 +1,4 @@
-"""Where a model is when it is not here, and the jobs that were sent there."""
+"""The state of a remote model: its server, what is known about it, and the jobs sent so far."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,48 +11,49 @@ from nnsight.schema.config import CONFIG
 from spectral_sinks.errors import InputError
 
 To = Literal[False, True, "local"] | str
-"""Where traces run: False in this process, True at the server that nnsight is configured for, "local" in a
-rehearsal of it, or the address of another server."""
+"""Where traces run: False for this process, True for the server that nnsight is configured for, "local" for a
+rehearsal of it, or the URL of another server.
+"""
 
 
 @dataclass(frozen=True)
 class Sent:
-    """A job that was sent: what is needed to ask for it, and what it cost."""
+    """A job that was sent: its identification and its cost."""
 
     id: str
     host: str
     payload: int
-    """Bytes sent."""
+    """Number of bytes sent."""
     submitted: float
-    """Seconds since 1970."""
+    """Time of submission, in seconds since 1970."""
     seconds: float | None = None
-    """Until its result was here; None for one that was not waited for."""
+    """Seconds until its result arrived; None for a job that was not waited for."""
     received: int | None = None
-    """Bytes of its result."""
+    """Number of bytes of its result."""
 
 
 @dataclass
 class Remote:
-    """Where a model's traces run, what was found out about it, and the jobs so far."""
+    """Where a model's traces run, what is known about it there, and the jobs so far."""
 
     to: To
     commit: str | None = None
-    """The commit of the checkpoint that the configuration was read from."""
+    """The commit of the checkpoint from which the configuration was read."""
     factors: torch.dtype | None = None
-    """Dtype in which bases travel; that of the model where None."""
+    """Dtype in which bases are sent; None for the model's dtype."""
     dtype: torch.dtype | None = None
-    """Dtype that was asked for; the server's own where None."""
+    """The dtype that was asked for; None for the server's own."""
     examined: dict[str, Any] | None = None
-    """What a pass of one token showed; None before it."""
+    """What a pass of one token showed about the server's model; None before that pass."""
     facts: dict[str, Any] = field(default_factory=dict)
-    """What the far end said of itself with its last result."""
+    """What the server reported about itself with its last result."""
     jobs: list[Sent] = field(default_factory=list)
     looks: tuple[Callable[..., Any], ...] = ()
-    """What acts on attention there (`attending`), the outermost first."""
+    """The attention hooks (`attending`) that run on the server, the outermost first."""
 
     @contextmanager
     def under(self, *looks: Callable[..., Any]) -> Iterator[None]:
-        """Inside the block every job goes with these looks beside those around them."""
+        """Send these attention hooks with every job inside the block, after the hooks of enclosing blocks."""
         before = self.looks
         self.looks = (*before, *looks)
         try:
@@ -67,7 +68,7 @@ class Remote:
         return self.to if isinstance(self.to, str) else CONFIG.API.HOST
 
     def record(self) -> dict[str, Any]:
-        """For manifests and results: where it ran, versions and settings there, and the jobs."""
+        """Return a record for manifests and results: host, versions and settings there, and jobs."""
         return {
             "host": self.host,
             "commit": self.commit,
@@ -79,7 +80,10 @@ class Remote:
 
 
 def remote_state(to: To, commit: str | None, factors: str | None, dtype: Any = "auto") -> Remote | None:
-    """What `load(remote=...)` says. Raises InputError for what is no place, and for an unknown dtype."""
+    """Return the state for the argument `remote` of `load`; None for this process.
+
+    Raises InputError for a value of `to` that names no location, and for an unknown dtype of the bases.
+    """
     if to is False:
         return None
     if to is not True and to != "local" and not str(to).startswith(("http://", "https://")):

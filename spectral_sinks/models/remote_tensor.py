@@ -1,4 +1,4 @@
-"""One tensor of a safetensors file on the hub, by range requests: the rest of the file is not fetched."""
+"""Reading one tensor of a safetensors file on the hub by range requests, without the rest of the file."""
 
 import json
 from typing import Any, BinaryIO
@@ -18,12 +18,12 @@ DTYPES = {
 
 
 def open_remote(name: str, revision: str | None, file: str) -> Any:
-    """A seekable stream over a file of a hub repository."""
+    """Open a seekable stream over a file of a hub repository."""
     return HfFileSystem().open(f"{name}@{revision}/{file}" if revision else f"{name}/{file}", "rb")
 
 
 def read_header(stream: BinaryIO) -> dict[str, Any]:
-    """Names, dtypes, shapes and byte ranges of the tensors of a safetensors stream."""
+    """Return the dtypes, shapes and byte ranges of the tensors of a safetensors stream, by name."""
     size = int.from_bytes(stream.read(8), "little")
     try:
         header = json.loads(stream.read(size))
@@ -34,7 +34,7 @@ def read_header(stream: BinaryIO) -> dict[str, Any]:
 
 
 def read_tensor(stream: BinaryIO, name: str) -> Tensor:
-    """One tensor of a safetensors stream. Raises InputError for a quantized one or a short read."""
+    """Read one tensor of a safetensors stream. Raises InputError for a quantized tensor or a short read."""
     entry = read_header(stream)[name]
     if entry["dtype"] not in DTYPES:
         raise InputError(f"{name} is stored as {entry['dtype']}: expected {', '.join(DTYPES)}")

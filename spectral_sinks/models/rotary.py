@@ -1,4 +1,4 @@
-"""What a model's positions do to keys, read from the running model: rotary embeddings of any kind."""
+"""The effect of positions on keys, read from the running model, for rotary embeddings of any kind."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,13 +14,13 @@ from spectral_sinks.models.norms import gain_of
 
 
 def key_norm(model: Transformer, layer: int) -> Any | None:
-    """The norm that keys pass before they are turned (Qwen3, Gemma 3, OLMo 2); None without one."""
+    """Return the norm that keys pass before the rotation (Qwen3, Gemma 3, OLMo 2), or None."""
     attention = f"{model.layout.layers}.{layer}.{model.layout.attention}"
     return getattr(model.module.get_submodule(attention), "k_norm", None)
 
 
 def key_gain(model: Transformer, layer: int) -> Float[Tensor, "key_heads size"]:
-    """The gain of the norm that keys pass, by head; ones where they pass none."""
+    """Return the gain of the norm of the keys, by head; ones if there is no such norm."""
     norm, size = key_norm(model, layer), model.head_size
     if norm is None:
         return torch.ones(model.key_heads, size)
@@ -29,9 +29,10 @@ def key_gain(model: Transformer, layer: int) -> Float[Tensor, "key_heads size"]:
 
 @contextmanager
 def unturned_keys(model: Transformer) -> Iterator[dict[int, Tensor]]:
-    """Inside the block, the last pass's keys by layer as they were before positions turned them.
+    """Inside the block, collect the last pass's keys by layer as they are before the rotation by position.
 
-    They are the outputs of the projection, or of the norm after it; `arranged` puts them in order.
+    They are the outputs of the projection, or of the norm after it. `arranged` brings them into the order of
+    an `AttentionCall`.
     """
     found: dict[int, Tensor] = {}
     handles: list[Any] = []
@@ -54,24 +55,28 @@ def unturned_keys(model: Transformer) -> Iterator[dict[int, Tensor]]:
 
 
 def arranged(unturned: Tensor, call: AttentionCall) -> Float[Tensor, "batch key_heads keys size"]:
-    """Keys before their turn in the order of the call's: heads before tokens."""
+    """Return keys from before the rotation in the order of the keys of a call: heads before tokens."""
     key = call.key
     if unturned.ndim == 3:
         return unturned.view(*unturned.shape[:2], -1, key.shape[-1]).transpose(1, 2)
     either = [x for x in (unturned, unturned.transpose(1, 2)) if x.shape == key.shape]
-    norms = key.norm(dim=-1)  # a turn keeps them up to one factor, which tells tokens from heads
+    # a rotation keeps norms up to one common factor, which tells tokens from heads
+    norms = key.norm(dim=-1)
     return min(either, key=lambda x: float((norms / x.norm(dim=-1).clamp_min(1e-30)).std()))
 
 
 def key_turns(
     model: Transformer, place: int | Sequence[int], pixels: Tensor | None = None
 ) -> Float[Tensor, "*places layers size size"]:
-    """What becomes of keys at a position, or at several, between their projection (or its norm) and products.
+    """Return the matrices that positions apply to keys, between their projection (or its norm) and the dot
+    products.
 
-    With matrix R of a layer, a key `k` enters the products as `k @ R`: a rotation for rotary embeddings,
-    partial or scaled too, the identity without them. Read from one pass on `size` rows, in which row c puts
-    unit vector c in the place of every key; of an image encoder on the image `pixels`
-    `[channels, height, width]`, whose size says where its patches are.
+    With the matrix R of a layer, a key `k` enters the dot products as `k @ R`. R is a rotation for rotary
+    embeddings, also for partial or scaled ones, and the identity without them. All matrices are read from one
+    forward pass on `size` rows, in which row c has unit vector c in place of every key.
+
+    `place` is one position, or several. For an image encoder, `pixels` is the image `[channels, height,
+    width]` of the pass; its size determines the positions of the patches.
     """
     size = model.head_size
     places = torch.as_tensor(place)
@@ -81,7 +86,7 @@ def key_turns(
         options = {**model.inputs(ids), "use_cache": False}
     else:
         options = model.inputs(pixels.to(model.device).expand(size, *pixels.shape))
-    found: list[Tensor] = []
+    found: list[Tensor] = []  # by layer, each [*places, size, size]
 
     def unit(_: Any, __: Any, output: Tensor) -> Tensor:
         rows = units.view(size, *[1] * (output.ndim - 2), size)
@@ -111,7 +116,7 @@ def key_turns(
 
 
 def _source(model: Transformer, layer: int) -> Any:
-    """The module whose output positions turn."""
+    """Return the module whose output is rotated by position."""
     path = f"{model.layout.layers}.{layer}.{model.layout.keys}"
     norm = key_norm(model, layer)
     return model.module.get_submodule(path) if norm is None else norm

@@ -1,4 +1,4 @@
-"""Spectra of a model's matrices, from the model or from the one tensor of its checkpoint."""
+"""Spectra of a model's matrices, from the model or from single tensors of its checkpoint."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -59,20 +59,33 @@ def read_spectrum(
     revision: str | None = None,
     use_cache: bool = True,
 ) -> Spectrum:
-    """The spectrum of a model's unembedding, embedding, or any matrix named by its parameter.
+    """Return the spectrum of a model's unembedding, its embedding, or any matrix, by the name of its
+    parameter.
 
-    From a name or folder only the tensors it needs are read, and the model is not built. A named matrix
-    reads the residual stream along whichever of its sides has the model's width; a square one is taken as
-    `nn.Linear` stores it (columns read). `folded` and `centred` are conventions of the unembedding. Where a
-    head's transform stands between the residual stream and the unembedding, as in BERT, the matrix reads the
-    transform's output, and `reads_through` of the spectrum says so.
+    From a name or folder, only the tensors needed are read, and the model is not built. A matrix named by its
+    parameter reads the residual stream along the side that has the model's width. A square one is taken as
+    `nn.Linear` stores it, so that its columns read. If the transform of a head lies between the residual
+    stream and the unembedding, as in BERT, the unembedding reads the output of the transform, and
+    `reads_through` of the spectrum says so.
 
-    Of an image encoder, "classifier", or the default, is what its classifier head reads, a row for each class
-    and token, and "embedding" the patch embedding; without a head, name a matrix. `centred` removes the mean
-    over classes by token. A head of fewer rows than d leaves a null space, `null()` of the spectrum.
+    For an image encoder, the default and "classifier" are the matrix that the classifier head reads with,
+    with one row for each class and token; "embedding" is the patch embedding. Without a head, name a matrix.
+    `centred` removes the mean over classes for each token. A head with fewer than d rows leaves a null space,
+    which `null()` of the spectrum returns.
 
-    Raises InputError for an encoder without a head, an unknown matrix, one without a side
-    of the model's width, NaN or Inf, or a convention that the matrix does not have.
+    Args:
+        model: a model, or the name, hub id or folder of a checkpoint.
+        matrix: "unembedding", "embedding", or the name of a parameter.
+        convention: how the unembedding is read: `raw`, or `folded` and `centred`, which only an unembedding
+            has.
+        bands: the number of bands.
+        revision: the revision of a hub model.
+        use_cache: whether the decomposition is cached on disk.
+
+    Raises:
+        InputError: for an encoder without a head, an unknown matrix, a matrix without a side of the model's
+            width, NaN or Inf, and a convention that the matrix does not have.
+
     """
     if matrix not in CLASSIFIER and convention != "raw":
         raise InputError(
@@ -81,8 +94,9 @@ def read_spectrum(
     source = None
     if not isinstance(model, LanguageModel | VisionModel):
         source = find_source(str(model), revision)
-        refuse_code(source, trust_remote_code=True)  # only tensors are read: no code of it runs
+        refuse_code(source, trust_remote_code=True)  # only tensors are read, so none of its code runs
         source.require_weights()
+    # the matrix, the gain of the norm before it, and the width of the residual stream
     found: Reading | None = None
     if isinstance(model, VisionModel):
         found = read_model(model, matrix, convention)
@@ -99,6 +113,7 @@ def read_spectrum(
         assert source is not None
         weight, gain, layernorm, tied, width = _from_checkpoint(source, matrix, convention)
         way = read_through(source.shards)
+    # rows read the residual stream: [rows, d]
     if weight.ndim == 2 and weight.shape[1] != width and weight.shape[0] == width:
         weight = weight.T
     if weight.ndim != 2 or weight.shape[1] != width:
@@ -153,7 +168,7 @@ def _from_checkpoint(
         gain = source.tensor(norm).float()
         gain = 1 + gain if str(config.get("model_type", "")).startswith("gemma") else gain
     layernorm = norm is not None and norm.removesuffix("weight") + "bias" in present
-    layernorm = layernorm or read_through(present) != ""  # that of a masked-LM head may have no bias
+    layernorm = layernorm or read_through(present) != ""  # the LayerNorm of a masked-LM head may lack a bias
     width = config.get("hidden_size") or config.get("n_embd")
     if not isinstance(width, int):
         raise InputError(f"{source.name}: config.json names no hidden_size")
@@ -161,7 +176,7 @@ def _from_checkpoint(
 
 
 def read_through(present: Iterable[str]) -> str:
-    """What stands between residual stream and unembedding, by the names of a checkpoint's tensors."""
+    """Describe the modules between residual stream and unembedding, from the tensor names of a checkpoint."""
     names = {name.rpartition(".")[0] for name in present}
     dense = next((name for name in TRANSFORMS if name in names), "")
     norm = next((name for name in (each.rpartition(".")[0] for each in NORMS) if name in names), "")

@@ -1,4 +1,4 @@
-"""What is read of an image encoder's residual stream: from the model, or one tensor of its checkpoint."""
+"""Matrices that read the residual stream of an image encoder, from the model or from its checkpoint."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -15,10 +15,10 @@ from spectral_sinks.models.vision import VISION_FAMILIES, VisionModel
 from spectral_sinks.spectra.spectrum import Convention
 
 CLASSIFIER = ("unembedding", "classifier")
-"""Names of what the classifier head reads."""
+"""Names of the matrix of the classifier head."""
 
 PATCHES = ("patch_embeddings.projection", "patch_embeddings", "patch_embedding")
-"""Names of the patch embedding."""
+"""Module names of the patch embedding."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,12 +33,15 @@ class Reading:
 
 
 def is_vision(source: Source) -> bool:
-    """Whether a checkpoint is that of an image encoder, alone or beside a text tower."""
+    """Whether a checkpoint holds an image encoder, alone or beside a text tower."""
     return source.config.get("model_type") in VISION_FAMILIES | set(TWO_TOWERS)
 
 
 def read_model(model: VisionModel, matrix: str, convention: Convention) -> Reading:
-    """The matrix named, of a model; raises InputError where it has none, or no norm before its head."""
+    """Return the named matrix of a model.
+
+    Raises InputError if the model has no such matrix, or no norm before its head for the convention.
+    """
     if matrix == "embedding":
         return Reading(matrix, model.embedding_weight, model.d)
     if matrix not in CLASSIFIER:
@@ -56,7 +59,10 @@ def read_model(model: VisionModel, matrix: str, convention: Convention) -> Readi
 
 
 def read_checkpoint(source: Source, matrix: str, convention: Convention) -> Reading:
-    """The matrix named, of a checkpoint, whose own names of parameters count; only what is needed is read."""
+    """Return the named matrix of a checkpoint, reading only the tensors needed.
+
+    Parameters are named as in the checkpoint.
+    """
     config: dict[str, Any] = source.config.get("vision_config") or source.config
     family = str(config.get("model_type") or f"{source.config.get('model_type')}_vision_model")
     width = config.get("hidden_size")
@@ -90,18 +96,18 @@ def read_checkpoint(source: Source, matrix: str, convention: Convention) -> Read
 
 
 def stacked(heads: list[Tensor], d: int) -> Float[Tensor, "rows d"]:
-    """The rows of some heads, a block for each token that each of them reads."""
+    """Return the rows of some heads, with one block for each token that each head reads."""
     return torch.cat([part for head in heads for part in head.split(d, dim=1)])
 
 
 def centred(heads: list[Tensor], d: int) -> Float[Tensor, "rows d"]:
-    """The same without the mean over classes of each block: a softmax ignores each of them by itself."""
+    """Return the rows as `stacked` does, each block without its mean over classes, which softmax ignores."""
     blocks = [part.detach().double() for head in heads for part in head.split(d, dim=1)]
     return torch.cat([block - block.mean(0) for block in blocks])
 
 
 def as_rows(weight: Tensor) -> Tensor:
-    """A convolution's kernel `[outputs, ...]` as a matrix; any other tensor as it is."""
+    """Return the kernel of a convolution `[outputs, ...]` as a matrix, and any other tensor unchanged."""
     return weight.flatten(1) if weight.ndim > 2 else weight
 
 
@@ -114,7 +120,7 @@ def _require_norm(family: str, name: str) -> None:
 
 
 def _of_tower(present: list[str], names: Any) -> str | None:
-    """The first of some parts that a checkpoint holds, wherever in it the encoder stands."""
+    """Return the first of some parameters that a checkpoint holds, whatever the encoder is called in it."""
     towers = (*TOWERS, "vision_model.vision_model")
     wanted = [f"{tower}.{name}.weight".lstrip(".") for tower in towers for name in names]
     return next((name for name in wanted if name in present), None)

@@ -1,4 +1,4 @@
-"""An image encoder as the rest of the package sees it: parts, patch grid, prefix tokens, what reads it."""
+"""Image encoders: their modules, patch grid, prefix tokens and classifier head."""
 
 import json
 from dataclasses import dataclass
@@ -21,14 +21,14 @@ VISION_FAMILIES = frozenset(
 """Model types of image encoders whose layout is tested; any other is checked against a forward pass."""
 
 ADDED = "_test_time_registers"
-"""Attribute of the embeddings of an encoder with test-time registers: how many, and for which neurons."""
+"""Attribute of the embeddings of an encoder with test-time registers: their number and their neurons."""
 
 
 @dataclass(frozen=True, eq=False)
 class VisionModel(Transformer):
     """A transformers image encoder, with or without a classifier head, wrapped by nnsight.
 
-    Make one with `load_vision`. The tokens of an image are its `prefix`, then the patches row by row.
+    Make one with `load_vision`. The tokens of an image are its `prefix`, followed by the patches row by row.
     """
 
     processor: Any = None
@@ -52,7 +52,9 @@ class VisionModel(Transformer):
 
     @property
     def image_size(self) -> int | None:
-        """Side in pixels of the images that it was made for; None where the configuration does not say."""
+        """Side in pixels of the images for which the encoder was made; None if the configuration does not
+        say.
+        """
         size = getattr(self.config, "image_size", None)
         return size if isinstance(size, int) or size is None else size[0]
 
@@ -87,13 +89,15 @@ class VisionModel(Transformer):
 
     @property
     def settings(self) -> str:
-        """What is computed with the weights, as JSON: the configuration, and test-time registers."""
+        """What is computed with the weights, as JSON: the configuration and the test-time registers."""
         added = getattr(self.tower.embeddings, ADDED, None)
         return super().settings + (json.dumps(added, sort_keys=True) if added else "")
 
     def at(self, *kinds: str) -> frozenset[int]:
-        """Tokens by kind, as `Filter.tokens` takes them, whatever the size of images: "patches", a name in
-        `prefix`, "registers", or "prefix" for all before the patches. Raises InputError for any other.
+        """Return a set of token kinds, as `Filter.tokens` takes it for images of any size.
+
+        The kinds are "patches", a name in `prefix`, "registers", or "prefix" for all tokens before the
+        patches. Raises InputError for any other.
         """
         groups = {"patches": {len(self.prefix)}, "prefix": {*range(len(self.prefix))}}
         groups |= {"registers": {*self.registers}} | {name: {i} for i, name in enumerate(self.prefix)}
@@ -105,7 +109,9 @@ class VisionModel(Transformer):
         return frozenset().union(*(groups[kind] for kind in kinds))
 
     def grid(self, pixels: Float[Tensor, "batch channels height width"]) -> tuple[int, int]:
-        """Rows and columns of patches. Raises InputError for images without a whole patch."""
+        """Return the number of rows and columns of patches. Raises InputError for images without a whole
+        patch.
+        """
         rows, columns = (side // self.patch_size for side in pixels.shape[-2:])
         if not rows or not columns:
             raise InputError(
@@ -115,24 +121,25 @@ class VisionModel(Transformer):
         return rows, columns
 
     def kinds(self, pixels: Float[Tensor, "batch channels height width"]) -> Int[Tensor, "batch tokens"]:
-        """A number for the kind of each token: place in `prefix`, and `len(prefix)` for a patch."""
+        """Return the kind of each token as a number: its index in `prefix`, or `len(prefix)` for a patch."""
         rows, columns = self.grid(pixels)
         row = [*range(len(self.prefix)), *[len(self.prefix)] * (rows * columns)]
         return torch.tensor(row).expand(len(pixels), -1)
 
     def inputs(self, batch: Float[Tensor, "batch channels height width"]) -> dict[str, Any]:
-        """What the model's forward pass takes; positions are interpolated for images of another size."""
+        """Return the arguments of the forward pass; positions are interpolated for images of another size."""
         self.grid(batch)
         given: dict[str, Any] = {"pixel_values": batch.to(self.dtype)}
-        fixed = not self.family.startswith("dino")  # which interpolate, or turn keys, by themselves
+        fixed = not self.family.startswith("dino")  # DINO models interpolate, or rotate keys, themselves
         if fixed and tuple(batch.shape[-2:]) != (self.image_size, self.image_size):
             given["interpolate_pos_encoding"] = True
         return given
 
     def final(self) -> Any:
-        """Inside a trace, the residual stream `[batch, tokens, d]` after the final norm.
+        """Inside a trace, return the residual stream `[batch, tokens, d]` after the final norm.
 
-        CLIP norms its pooled token alone: the last layer's exit is returned, which is what is read of it.
+        CLIP applies its norm to the pooled token alone. For CLIP, the exit of the last layer is returned,
+        which is what is read from it.
         """
         if self.family == "clip_vision_model":
             return self.layer(self.layers - 1).output
@@ -140,7 +147,7 @@ class VisionModel(Transformer):
 
     @property
     def reading(self) -> tuple[str, ...]:
-        """Names of the matrices that read the residual stream for the head: empty without a head."""
+        """Names of the head's matrices that read the residual stream; empty without a head."""
         return tuple(f"{name}.weight" for name in HEADS if has(self.module, name) and self._linear(name))
 
     def _linear(self, name: str) -> bool:
@@ -159,10 +166,11 @@ class VisionModel(Transformer):
 
     @property
     def unembedding_weight(self) -> Float[Tensor, "rows d"]:
-        """What the classifier reads of the residual stream: a row for each class and token it reads.
+        """The matrix with which the classifier reads the residual stream: one row for each class and token
+        that it reads.
 
-        The head of DINOv2 reads [CLS] beside the mean of the patches, DeiT's two heads read two tokens; their
-        halves stand one below the other. Raises InputError without a head.
+        The head of DINOv2 reads [CLS] and the mean of the patches, and the two heads of DeiT read two tokens;
+        the blocks of rows are stacked. Raises InputError without a head.
         """
         if not self.reading:
             raise InputError(
@@ -175,7 +183,7 @@ class VisionModel(Transformer):
 
     @property
     def embedding_weight(self) -> Float[Tensor, "inputs d"]:
-        """What the patch embedding writes, a row for each of a patch's values."""
+        """The matrix with which the patch embedding writes: one row for each value of a patch."""
         name = next(
             name for name, part in self.tower.embeddings.named_modules() if isinstance(part, torch.nn.Conv2d)
         )
@@ -186,13 +194,18 @@ class VisionModel(Transformer):
         return False
 
     def logits(self) -> Any:
-        """Inside a trace, what the head gives, `[batch, classes]`. Raises InputError without a head."""
+        """Inside a trace, return the output of the head, `[batch, classes]`. Raises InputError without a
+        head.
+        """
         if not self.reading:
             raise InputError(f"{self.name} has no classifier head")
         return self.nn.output.logits
 
     def check(self) -> None:
-        """Run one image and see that layers add up and tokens are as counted; raises InputError otherwise."""
+        """Run one image and check that the layers add up and that the number of tokens is as expected.
+
+        Raises InputError otherwise.
+        """
         side = self.image_size or 2 * self.patch_size
         pixels = torch.zeros(1, self.config.num_channels, side, side, device=self.device)
         options = self.inputs(pixels)

@@ -1,4 +1,4 @@
-"""The matrices that read the residual stream and those that write to it, of every supported family."""
+"""The matrices that read the residual stream and those that write to it, for every supported family."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from spectral_sinks.models.base import Transformer
 from spectral_sinks.models.norms import gain_of
 
 Part = Literal["q", "k", "v", "gate", "up", "o", "down"]
-"""W_q, W_k, W_v, W_gate and W_up read the residual stream, W_o and W_down write to it."""
+"""Names of matrices: W_q, W_k, W_v, W_gate and W_up read the residual stream, W_o and W_down write to it."""
 
 PARTS: tuple[Part, ...] = get_args(Part)
 WRITERS: tuple[Part, ...] = ("o", "down")
@@ -21,12 +21,12 @@ WRITERS: tuple[Part, ...] = ("o", "down")
 UP = ("up_proj", "c_fc", "dense_h_to_4h", "fc1")
 DOWN = ("down_proj", "c_proj", "dense_4h_to_h", "Wo", "fc2")
 FUSED = ("gate_up_proj", "Wi")
-"""Gate and up in one matrix, the gate (what passes the activation) first."""
+"""Gate and up projections in one matrix, with the gate (the input of the activation) first."""
 
 
 @dataclass(frozen=True, eq=False)
 class Weight:
-    """One matrix as the residual stream meets it: each row is a direction that is read or written.
+    """One matrix, with each row a direction of the residual stream that is read or written.
 
     Biases are left out: they read nothing, and what they write does not depend on the text.
     """
@@ -37,18 +37,18 @@ class Weight:
     """The head (a key head for k and v), or the expert of a mixture; -1 for a plain MLP."""
     rows: Float[Tensor, "rows d"]
     gain: Float[Tensor, "d"] | None
-    """Gain of the norm that a reader reads through, or that what is written passes; None without one."""
+    """Gain of the norm before a reader or after a writer; None without one."""
     centres: bool
-    """Whether that norm also removes the mean over the coordinates (LayerNorm)."""
+    """Whether that norm also subtracts the mean over the coordinates (LayerNorm)."""
 
     @property
     def writes(self) -> bool:
         return self.part in WRITERS
 
     def folded(self) -> Float[Tensor, "rows d"]:
-        """The rows with the norm's gain in them, and a LayerNorm's centring, in float32 at least.
+        """Return the rows with the norm's gain and a LayerNorm's centring folded in, in float32 at least.
 
-        A reader's `W norm(x)` is `folded x` up to the norm's scale, one number per token.
+        For a reader, `W norm(x)` is `folded x` up to the scale of the norm, which is one number per token.
         """
         rows = self.rows.to(torch.promote_types(self.rows.dtype, torch.float32))
         if self.writes and self.centres:
@@ -61,10 +61,10 @@ class Weight:
 
 
 def residual_weights(model: Transformer) -> Iterator[Weight]:
-    """The readers and writers of every layer, by head; `gate` only where the MLP has one.
+    """Return the readers and writers of every layer, by head.
 
-    Fused projections are taken apart, and so are the experts of gpt-oss. Raises InputError for an MLP whose
-    matrices are not found.
+    `gate` appears only if the MLP has one. Fused projections are split, and so are the experts of gpt-oss.
+    Raises InputError for an MLP whose matrices are not found.
     """
     layout = model.layout
     for layer in range(model.layers):
@@ -78,7 +78,7 @@ def residual_weights(model: Transformer) -> Iterator[Weight]:
 
 
 def attention_weights(model: Transformer, layer: int) -> Iterator[Weight]:
-    """The readers `q`, `k`, `v` and the writer `o` of one layer's attention, by head."""
+    """Return the readers `q`, `k`, `v` and the writer `o` of one layer's attention, by head."""
     model.require_weights("what attention reads and writes")
     layout = model.layout
     block: Any = model.module.get_submodule(f"{layout.layers}.{layer}")
@@ -108,13 +108,15 @@ def _norm(block: Any, path: str, d: int) -> tuple[Tensor | None, bool]:
 
 
 def _outputs(module: Any) -> Float[Tensor, "outputs inputs"]:
-    """The weight with a row per output; all but `nn.Linear` (GPT-2's Conv1D) store the transpose."""
+    """Return the weight with one row per output; all modules except `nn.Linear` (GPT-2's Conv1D) store the
+    transpose.
+    """
     return (module.weight if isinstance(module, nn.Linear) else module.weight.T).detach()
 
 
 def _mlp(block: Any, model: Transformer) -> Iterator[tuple[Part, int, Tensor]]:
     mlp = block.get_submodule(model.layout.mlp)
-    if model.layout.mlp_add_norm:  # BERT: the writer is no part of the module that reads
+    if model.layout.mlp_add_norm:  # BERT: the module that writes is not inside the one that reads
         yield "up", -1, _outputs(mlp.dense)
         yield "down", -1, _outputs(block.get_submodule(model.layout.mlp_write)).T
         return
@@ -142,7 +144,9 @@ def _mlp(block: Any, model: Transformer) -> Iterator[tuple[Part, int, Tensor]]:
 
 
 def _experts(experts: Any, model: Transformer) -> Iterator[tuple[Part, int, Tensor]]:
-    """Experts as gpt-oss stores them: `experts x d x 2 inner`, gate and up alternating."""
+    """Return the matrices of experts as gpt-oss stores them: `experts x d x 2 inner`, with gate and up
+    alternating.
+    """
     both, down = getattr(experts, "gate_up_proj", None), getattr(experts, "down_proj", None)
     if model.family != "gpt_oss" or not isinstance(both, Tensor) or not isinstance(down, Tensor):
         raise InputError(

@@ -1,4 +1,4 @@
-"""A transformers model inside nnsight's wrapper."""
+"""Wrapping of transformers models by nnsight."""
 
 import warnings
 from typing import Any
@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerFast
 
 
 def wrap(module: Any, tokenizer: Any, **options: Any) -> TransformersModel:
-    """A transformers model as an nnsight model, which takes the options."""
-    # nnsight asks for a tokenizer even where only ids are traced, which never reach it
+    """Wrap a transformers model as an nnsight model; `options` are passed to nnsight."""
+    # nnsight requires a tokenizer even if only ids are traced, which never use it
     placeholder = tokenizer or PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({})))
     task = "text-generation" if module.can_generate() else "fill-mask"
     if task == "fill-mask" and placeholder.mask_token is None:

@@ -1,6 +1,6 @@
-"""A function of a model, called where the model is: at an NDIF server, or in a rehearsal of one.
+"""Running functions of a model where the model is: on an NDIF server, or in a local rehearsal of one.
 
-The checks that come before a run stand here too.
+This package also holds the checks that come before a remote run.
 """
 
 import lazy_loader

@@ -1,8 +1,8 @@
-"""What runs at the far end: the package is unpacked, a function of it called, its result packed.
+"""The code that runs on the server: it unpacks the package, calls a function of it, and packs the result.
 
-A server has nnsight, torch, numpy and transformers, but not this package, and perhaps another Python than the
-client, so bytecode cannot travel. This file does as text, and is executed there: it imports nothing of the
-package until the package's sources, which travel with it, can be found.
+A server has nnsight, torch, numpy and transformers, but not this package, and its Python may differ from the
+client's, so bytecode cannot be sent. This file is sent as text and executed there. It imports nothing of the
+package until the package's sources, which are sent with it, can be found.
 """
 
 import importlib.abc
@@ -16,11 +16,13 @@ import zlib
 PACKAGE = "spectral_sinks"
 
 OPTIONAL = ("datasets", "jaxtyping", "pandas", "psutil", "pyarrow", "scipy")
-"""What the sources import and a server may lack: used at the client alone, or in annotations."""
+"""Libraries that the sources import and a server may lack; they are used only on the client or in
+annotations.
+"""
 
 
 class Placeholder:
-    """A name out of a library that is not there: good for annotations, and for nothing else."""
+    """A name from a missing library, which can only be used in annotations."""
 
     def __init__(self, name):
         self._name = name
@@ -43,7 +45,7 @@ class Placeholder:
 
 
 class Absent(types.ModuleType):
-    """A library that is not there."""
+    """A missing library."""
 
     def __init__(self, name):
         super().__init__(name)
@@ -56,7 +58,7 @@ class Absent(types.ModuleType):
 
 
 class Sources(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Imports the package from texts by module name, and stands in for the libraries that are not there."""
+    """Imports the package from source texts by module name, and replaces missing libraries."""
 
     def __init__(self, texts, digest):
         self.texts, self.digest = texts, digest
@@ -96,21 +98,25 @@ def _installed(name):
 
 
 def _registries():
-    """What transformers knows of attention implementations: the sources register their own."""
+    """Return transformers' registries of attention implementations, to which the sources add their own."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     return [kind._global_mapping for kind in (AttentionInterface, AttentionMaskInterface)]
 
 
 def _classes():
-    """Classes that cloudpickle has made from a user's sources: another job's have other bases."""
+    """Return cloudpickle's registries of classes made from a user's sources, which have other bases in
+    another job.
+    """
     from cloudpickle import cloudpickle
 
     return [cloudpickle._DYNAMIC_CLASS_TRACKER_BY_ID, cloudpickle._DYNAMIC_CLASS_TRACKER_BY_CLASS]
 
 
 def run(nn, sources, digest, job):
-    """The packed outcome of a packed job on the nnsight model of this process, which is left as it was."""
+    """Run a packed job on the nnsight model of this process, undo all other changes, and return the packed
+    outcome.
+    """
     ours = [name for name in sys.modules if name.partition(".")[0] == PACKAGE]
     before = {name: sys.modules.pop(name) for name in ours}
     finder = Sources(json.loads(zlib.decompress(sources)), digest)

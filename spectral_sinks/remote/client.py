@@ -1,7 +1,7 @@
-"""The same functions of a model, called where the model is: at an NDIF server, or in a rehearsal of one.
+"""Calls of functions where their model is: on an NDIF server, or in a local rehearsal of one.
 
-A model that was loaded with `remote=` carries a `Remote`. A function decorated with `remotely` is then sent
-to the model as one nnsight session, whatever number of traces it makes there, and what it returns comes back.
+A model that was loaded with `remote=` carries a `Remote`. A function decorated with `remotely` is sent to the
+model as one nnsight session, however many traces it makes there. Its return value comes back.
 """
 
 import functools
@@ -22,13 +22,15 @@ T = TypeVar("T")
 def remotely(
     function: Callable[Concatenate[M, P], T],
 ) -> Callable[Concatenate[M, P], T]:
-    """A function of a model, its first argument (by place), that is called where the model is: decorate it.
+    """Decorate a function of a model so that it runs where the model is.
 
-    Of a model in this process nothing changes. To one that is elsewhere the function goes as source, as one
-    job; its arguments and what it returns travel, so they are small. There it may use numpy, torch and the
-    filters, models and measurements of this package (`import spectral_sinks as ss` is the same). Raises
-    InputError for what cannot be sent and for what the function itself refuses, and RemoteError where the
-    server or the way to it fails, or the function in any other way.
+    The model is the first argument, passed by position. For a model in this process, nothing changes. For a
+    remote model, the function is sent as source in one job. Its arguments and its return value are
+    transferred, so they should be small. On the server it can use numpy, torch, and the filters, models and
+    measurements of this package (`import spectral_sinks as ss` works as usual).
+
+    Raises InputError for what cannot be sent and for errors that the function raises as InputError. Raises
+    RemoteError if the server or the connection fails, or if the function fails in any other way.
     """
 
     @functools.wraps(function)
@@ -42,16 +44,17 @@ def remotely(
 
 
 def send(model: LanguageModel, function: Callable[..., T], /, *args: Any, **options: Any) -> T:
-    """What a function returns that is called where the model is.
+    """Call a function where its model is, and return its result.
 
-    Raises InputError as the function does, for what cannot be sent and for a job above the size limit, and
-    RemoteError where the server or the way to it fails, after some tries of what may succeed later.
+    Raises InputError as the function does, for what cannot be sent, and for a job above the size limit.
+    Raises RemoteError if the server or the connection fails; a failure that may pass is retried a few times
+    before.
     """
     handshake.require(model)
     return transport.call(model, function, *args, **options)
 
 
 def submit(model: LanguageModel, function: Callable[..., Any], /, *args: Any, **options: Any) -> Sent:
-    """Send a job without waiting for it; `transport.fetch` asks for its result. Raises as `send` does."""
+    """Send a job without waiting for it; `transport.fetch` gets its result. Raises as `send` does."""
     handshake.require(model)
     return transport.submit(model, function, *args, **options)

@@ -1,4 +1,4 @@
-"""What can go wrong between here and a server, one sentence each, and what is worth another try."""
+"""Failures of a server or of the connection to it: one sentence for each, and whether to retry."""
 
 import re
 
@@ -10,7 +10,7 @@ HIDDEN = "[key]"
 
 
 def hidden(text: str) -> str:
-    """A text without the API key: servers repeat a malformed one in their answer."""
+    """Return a text without the API key, because servers repeat a malformed key in their answer."""
     key = CONFIG.API.APIKEY
     return text.replace(key, HIDDEN) if key else text
 
@@ -24,7 +24,7 @@ ANSWERS: tuple[tuple[str, str, bool], ...] = (
     ),
     (
         r"below the minimum|version was not provided|Malformed .* version|architecture on this server",
-        "the versions here and at {host} do not fit together ({said}): see `spectral-sinks remote check`",
+        "the versions of this process and of {host} do not match ({said}): see `spectral-sinks remote check`",
         False,
     ),
     (
@@ -49,7 +49,7 @@ ANSWERS: tuple[tuple[str, str, bool], ...] = (
         "the job took longer than {host} allows ({said}): give fewer cells or documents at once",
         False,
     ),
-    (r"\b429\b|[Tt]oo many requests|[Rr]ate limit", "{host} asks for patience ({said})", True),
+    (r"\b429\b|[Tt]oo many requests|[Rr]ate limit", "{host} limits the rate of requests ({said})", True),
     (
         r"\b50[234]\b|temporarily unavailable|reconnecting|[Tt]ry again|Auth backend unavailable|cancelled|"
         r"ActorDied|Critical server error",
@@ -63,19 +63,24 @@ ANSWERS: tuple[tuple[str, str, bool], ...] = (
         True,
     ),
 )
-"""What a server or the way to it says, by pattern; whether another try may go better. The first that fits."""
+"""Patterns in the error text of a server or connection, the sentence for each, and whether to retry; the
+first match counts.
+"""
 
 
 def explained(error: BaseException, model: str) -> InputError | RemoteError:
-    """One sentence for a failure on the way to a server or at it; the key is never in it.
+    """Return the exception, with one sentence, that explains a failure of a server or of the connection to
+    it.
 
-    What the package itself refused comes back as it is.
+    The sentence never contains the API key. An InputError of this package is returned unchanged.
     """
     if isinstance(error, InputError):
         return error
     said = hidden(" ".join(str(error).split()))
     host = CONFIG.API.HOST
-    if "Traceback" in said:  # of the job at the server: its last line says what, the class name which kind
+    if (
+        "Traceback" in said
+    ):  # of the job on the server: its last line has the class and the message of the error
         said = hidden(str(error).strip().splitlines()[-1].strip())
     short = said if len(said) <= 200 else f"{said[:200]}..."
     connection = isinstance(error, OSError) or type(error).__module__.partition(".")[0] in (

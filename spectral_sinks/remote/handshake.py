@@ -1,4 +1,4 @@
-"""What a server does with a model is looked at before it is relied on."""
+"""Checks of a server's model before results rely on it."""
 
 from typing import Any
 
@@ -12,17 +12,19 @@ from spectral_sinks.remote.transport import call
 
 
 def examine(model: LanguageModel) -> dict[str, Any]:
-    """Run one token through a model that is elsewhere, once, and see that it is the model that is meant.
+    """Run one token through a remote model, once, and check that it is the intended model.
 
-    Returns what the far end said of itself: versions, dtype, attention implementation, commit. Raises
-    InputError where the server changes token ids, has another configuration or another BOS policy, runs in
-    another dtype than was asked for, returns no attention maps though eager attention was asked for, where a
-    function that changes nothing changes something, and where parts do not add up.
+    Returns what the server reported about itself: versions, dtype, attention implementation, and commit.
+
+    Raises InputError in these cases: the server changes token ids; it has another configuration or another
+    BOS policy; it runs in another dtype than the requested one; it returns no attention maps although eager
+    attention was requested; a function that changes nothing changes the result; or the modules of a layer do
+    not add up.
     """
     remote = model.remote
     assert remote is not None
     if remote.examined is None:
-        remote.examined = {}  # the probe itself needs no other
+        remote.examined = {}  # so that the probe's own call does not start another probe
         looks, remote.looks = remote.looks, ()
         try:
             remote.examined = _agreed(model, call(model, probe, _ids(model)))
@@ -32,7 +34,7 @@ def examine(model: LanguageModel) -> dict[str, Any]:
 
 
 def require(model: LanguageModel) -> None:
-    """Look at a model that is elsewhere before the first job relies on it. Raises as `examine` does."""
+    """Examine a remote model before the first job relies on it. Raises as `examine` does."""
     assert model.remote is not None
     if model.remote.examined is None:
         examine(model)
@@ -43,7 +45,7 @@ def _ids(model: LanguageModel) -> Int[Tensor, "1 1"]:
 
 
 def probe(model: LanguageModel, ids: Int[Tensor, "1 tokens"]) -> dict[str, Any]:
-    """What can be told from a pass of one token, and from the tokenizer that the far end has."""
+    """Return what a pass of one token and the server's tokenizer show about the model."""
     nn, layout = model.nn, model.layout
     options = {"logits_to_keep": 1, "use_cache": False} if model.causal else {}
     passes: list[Tensor] = []
@@ -89,7 +91,7 @@ def _near(one: Tensor, other: Tensor) -> bool:
 
 
 def _agreed(model: LanguageModel, found: dict[str, Any]) -> dict[str, Any]:
-    """What is worth keeping of the probe's findings. Raises InputError as `examine` says."""
+    """Return the findings of the probe that are kept. Raises InputError as `examine` does."""
     remote = model.remote
     assert remote is not None
     host = remote.host
@@ -97,7 +99,7 @@ def _agreed(model: LanguageModel, found: dict[str, Any]) -> dict[str, Any]:
         raise InputError(f"{host} runs token ids {found['ids']} where {_ids(model).tolist()} were sent")
     if found["settings"] != model.settings:
         raise InputError(
-            f"{host} runs {model.name} with another configuration than the one read here: give a revision"
+            f"{host} runs {model.name} with another configuration than this process has: give a revision"
         )
     if model.tokenizer is not None and (found["bos"], found["opens_with_bos"]) != (
         model.bos,
@@ -105,14 +107,15 @@ def _agreed(model: LanguageModel, found: dict[str, Any]) -> dict[str, Any]:
     ):
         raise InputError(
             f"the tokenizer of {model.name} at {host} has BOS {found['bos']} (opens texts: "
-            f"{found['opens_with_bos']}), the one here {model.bos} ({model.opens_with_bos}): give a revision"
+            f"{found['opens_with_bos']}), the one in this process {model.bos} ({model.opens_with_bos}): give "
+            "a revision"
         )
     if remote.dtype is not None and found["dtype"] != str(remote.dtype).removeprefix("torch."):
-        raise InputError(f"{host} runs {model.name} in {found['dtype']}, asked for was {remote.dtype}")
+        raise InputError(f"{host} runs {model.name} in {found['dtype']}, not in {remote.dtype} as requested")
     if model.reads_attention and not found["maps"]:
         raise InputError(
-            f"{host} returns no attention maps for {model.name}, though asked for eager attention, so sink "
-            "mass cannot be read: measure the rest with load(..., attention='sdpa')"
+            f"{host} returns no attention maps for {model.name}, though eager attention was requested, so "
+            "sink mass cannot be read: measure the rest with load(..., attention='sdpa')"
         )
     if not found["noop"] or not found["adds_up"]:
         what = (

@@ -1,9 +1,10 @@
-"""Jobs as bytes: a function of this package and its arguments one way, its result and the facts the other.
+"""Jobs as bytes: a function of this package and its arguments are sent, its result and the server's facts
+return.
 
-What a job is made of travels thin. Classes and functions of the package go by name, since its sources go
-along; a user's own functions go as source; the model goes as a reference to the server's; a tensor goes
-without the storage it is a view of; a subspace goes as the columns of its spectrum that it stores, each
-column once for all subspaces of the job, or as the seed it was drawn from.
+Jobs are kept small. Classes and functions of the package are sent by name, since its sources are sent too. A
+user's own functions are sent as source. The model is sent as a reference to the server's. A tensor is sent
+without the storage that it is a view of. A subspace is sent as the columns of its spectrum that it stores,
+each column once for all subspaces of the job, or as the seed from which it was drawn.
 """
 
 import hashlib
@@ -60,7 +61,7 @@ SENT = "_spectral_sinks_sent"
 RENAMED = {
     ("spectral_sinks.measure.replay", "Measured"): ("spectral_sinks.measure.nll.replay", "BatchResult"),
 }
-"""Classes under the names that they had when jobs still waiting at a server were sent."""
+"""Old names of classes, for jobs that were sent under them and still wait at a server."""
 
 DRAWN = re.compile(r"random (\d+) (\d+) (\d+)")
 """The `source` of a random subspace: width, rank, seed."""
@@ -68,7 +69,7 @@ DRAWN = re.compile(r"random (\d+) (\d+) (\d+)")
 
 @cache
 def sources() -> tuple[bytes, str]:
-    """The package's sources, compressed JSON by module name, and their digest."""
+    """Return the package's sources, as compressed JSON by module name, and their digest."""
     files = [
         file
         for room in ROOMS
@@ -86,13 +87,13 @@ def sources() -> tuple[bytes, str]:
 
 @cache
 def bootstrap_source() -> str:
-    """The source of the far end."""
+    """Return the source that the server executes first."""
     return Path(__file__).with_name("bootstrap.py").read_text("utf-8")
 
 
 @dataclass(frozen=True, eq=False)
 class Columns:
-    """Columns of a spectrum, and where each of its directions is among them."""
+    """Columns of a spectrum, and the index of each of its directions among them."""
 
     vectors: Tensor
     place: Tensor
@@ -103,7 +104,7 @@ class Columns:
 
 
 class Packer(CustomCloudPickler):
-    """Pickles a job or a result; `factors` is the dtype in which bases and singular vectors travel."""
+    """Pickles a job or a result; `factors` is the dtype in which bases and singular vectors are sent."""
 
     def __init__(
         self,
@@ -174,7 +175,7 @@ class Packer(CustomCloudPickler):
         return Subspace, (torch.empty(space.d, 0), space.name, space.complemented)
 
     def seen(self) -> dict[str, Columns | Tensor]:
-        """After a first pass: the columns that the subspaces of the job need, each once."""
+        """After a first pass, return the columns that the subspaces of the job need, each once."""
         assert self._factors is not None
         found: dict[str, Columns | Tensor] = {}
         for key, needed in self._columns.items():
@@ -186,7 +187,7 @@ class Packer(CustomCloudPickler):
 
 
 def pack(value: Any, factors: torch.dtype | None = None, model: LanguageModel | None = None) -> bytes:
-    """A value as bytes, a reference in the place of the model. Raises InputError for what cannot be sent."""
+    """Return a value as bytes, with a reference for the model. Raises InputError for what cannot be sent."""
     columns: dict[str, Columns | Tensor] = {}
     try:
         if factors is not None:
@@ -206,7 +207,7 @@ def pack(value: Any, factors: torch.dtype | None = None, model: LanguageModel | 
 
 
 def unpack(data: bytes, model: Any = None) -> Any:
-    """What was packed, with `model` in the place of a model."""
+    """Return the value that was packed, with `model` in place of the reference."""
 
     class Unpacker(pickle.Unpickler):
         def persistent_load(self, pid: Any) -> Any:
@@ -220,17 +221,17 @@ def unpack(data: bytes, model: Any = None) -> Any:
 
 @dataclass(frozen=True)
 class Job:
-    """A function of a model to be called where the model is."""
+    """A function of a model, to be called where the model is."""
 
     layout: Layout
     name: str
     factors: torch.dtype
     call: bytes
-    """Function, positional and named arguments, and what acts on attention meanwhile, packed."""
+    """The function, its positional and named arguments, and the attention hooks around the call, packed."""
 
 
 def serve(nn: Any, job: bytes) -> bytes:
-    """Do a job on the nnsight model of this process: what it returned or why it refused, and the facts."""
+    """Do a job on the nnsight model of this process; return its result or its refusal, and the facts."""
     given: Job = unpack(job)
     model = LanguageModel(nn, given.layout, given.name, getattr(nn, "tokenizer", None))
     function, args, options, looks = unpack(given.call, model)
@@ -242,7 +243,7 @@ def serve(nn: Any, job: bytes) -> bytes:
 
 
 def _under(model: LanguageModel, looks: Sequence[AttentionHook], run: Callable[[], T]) -> T:
-    """Run inside `attending`. Raises InputError where a look has collected what nobody would get."""
+    """Run inside `attending`. Raises InputError if a hook has collected anything, which nobody would get."""
     before = [pack(look, model=model) for look in looks]
     with ExitStack() as stack:
         for look in looks:
@@ -260,7 +261,7 @@ def _under(model: LanguageModel, looks: Sequence[AttentionHook], run: Callable[[
 
 
 def facts(model: LanguageModel) -> dict[str, Any]:
-    """What a result comes from: library versions and settings of the process that the model runs in."""
+    """Return the library versions and settings of the process in which the model runs."""
     import nnsight
     import transformers
 
@@ -275,7 +276,7 @@ def facts(model: LanguageModel) -> dict[str, Any]:
 
 
 def tensor(raw: bytes, dtype: str, shape: tuple[int, ...]) -> Tensor:
-    """A tensor from its bytes."""
+    """Make a tensor from its bytes."""
     kind = getattr(torch, dtype)
     flat = torch.frombuffer(bytearray(raw), dtype=kind) if raw else torch.empty(0, dtype=kind)
     return flat.reshape(shape)

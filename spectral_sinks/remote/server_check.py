@@ -1,4 +1,4 @@
-"""Is everything there for a remote run? One step after the other, each with what to do if not."""
+"""The checks before a remote run, in order, each with a remedy if it fails."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,28 +18,29 @@ from spectral_sinks.remote.failures import explained
 from spectral_sinks.remote.handshake import examine
 
 PATIENCE = 30.0
-"""Seconds for an answer to a small question."""
+"""Seconds to wait for an answer to a small request."""
 
 MUST_AGREE = ("nnsight", "transformers")
-"""Libraries whose minor version must be the same on both sides; of the others a difference is told."""
+"""Libraries whose minor version must be the same on both sides; other differences are only reported."""
 
 TOLD = (*MUST_AGREE, "torch")
 
 
 @dataclass(frozen=True)
 class Step:
-    """One thing that was looked at."""
+    """The result of one check."""
 
     name: str
     ok: bool
     found: str
-    """What was found, or what is wrong and what to do."""
+    """What was found, or the problem and its remedy."""
 
 
 def preflight(model: str = DEFAULT, **options: Any) -> Iterator[Step]:
-    """Reachability, key, versions, model, and a pass of one token, until something is not as it must be.
+    """Check in turn that the server is reachable, the key, the versions, the model, and a pass of one token.
 
-    `options` go to `load`. What is told never holds the key.
+    Yields one `Step` for each check and stops at the first that fails. `options` are passed to `load`. The
+    output never contains the key.
     """
     host = CONFIG.API.HOST
     loaded: list[LanguageModel] = []
@@ -49,7 +50,7 @@ def preflight(model: str = DEFAULT, **options: Any) -> Iterator[Step]:
         _agreed(found)
         return (
             f"dtype {found['dtype']}, attention {found['attention']}, BOS {found['bos']}; writing a residual "
-            "back changes no bit of the logits, parts add up"
+            "back leaves the logits the same bit for bit, and the modules of a layer add up"
         )
 
     def weights() -> str:
@@ -67,7 +68,7 @@ def preflight(model: str = DEFAULT, **options: Any) -> Iterator[Step]:
     for name, look in steps:
         try:
             yield Step(name, True, look())
-        except Exception as error:  # of several libraries
+        except Exception as error:  # errors of several libraries
             yield Step(name, False, str(explained(error, model)))
             return
 
@@ -82,35 +83,37 @@ def _key() -> str:
     key = CONFIG.API.APIKEY
     if not key:
         if CONFIG.API.HOST.startswith(("http://127.0.0.1", "http://localhost")):
-            return "none, and a server on this machine may need none"
+            return "no key, which a server on this machine may not need"
         raise InputError(
             "no API key: get one at https://login.ndif.us and store it with `nnsight login`, or set "
             "NDIF_API_KEY"
         )
     email = _ask("/whoami", {"ndif-api-key": key}).get("email")
     return (
-        "there, and the server knows whose it is" if email else "there; the server does not say whose it is"
+        "present; the server recognises its owner"
+        if email
+        else "present; the server does not say whose it is"
     )
 
 
 def _versions() -> str:
     try:
         there = ndif.get_remote_env(force_refresh=True)
-    except httpx.HTTPError:  # a server at work may take long over it, and a pass tells as well
-        return "the server does not list them now; the pass of one token will"
+    except httpx.HTTPError:  # a busy server may be slow to list them, and a pass reports them as well
+        return "the server does not list its versions now; the pass of one token reports them"
     return _agreed({**there["packages"], "python": there["python_version"].split()[0]})
 
 
 def _agreed(remote: dict[str, Any]) -> str:
-    """Versions on both sides. Raises RemoteError where they must be the same and are not."""
+    """Return the versions on both sides. Raises RemoteError if they must be the same and are not."""
     here = {name: _installed(name) for name in TOLD} | {"python": python_version()}
     for name in MUST_AGREE:
         if _minor(here[name]) != _minor(remote.get(name, "")):
             raise RemoteError(
-                f"{name} {here[name]} here and {remote.get(name, 'none')} at {CONFIG.API.HOST}: "
-                f"pip install {name}=={remote.get(name, '')}"
+                f"{name} is {here[name]} in this process and {remote.get(name, 'none')} at {CONFIG.API.HOST}"
+                f": pip install {name}=={remote.get(name, '')}"
             )
-    return "here / there: " + ", ".join(f"{name} {here[name]} / {remote.get(name, '-')}" for name in here)
+    return "client / server: " + ", ".join(f"{name} {here[name]} / {remote.get(name, '-')}" for name in here)
 
 
 def _running(model: LanguageModel) -> str:
@@ -120,7 +123,7 @@ def _running(model: LanguageModel) -> str:
     if "RUNNING" in states:
         return "yes"
     running = sorted(e["repo_id"] for e in entries.values() if e.get("application_state") == "RUNNING")
-    return f"not yet, a first job asks for it; running are: {', '.join(running) or 'none'}"
+    return f"not yet; the first job requests it. Running models: {', '.join(running) or 'none'}"
 
 
 def _installed(name: str) -> str:

@@ -1,4 +1,4 @@
-"""How jobs travel to a server: packed, sent as one nnsight session each, retried, and fetched."""
+"""Transport of jobs to a server: each is packed, sent as one nnsight session, retried, and fetched."""
 
 import sys
 import time
@@ -23,23 +23,24 @@ from spectral_sinks.remote.serialization import Job, bootstrap_source, pack, sou
 T = TypeVar("T")
 
 PAYLOAD = 2**28
-"""Bytes of a job, at most."""
+"""Largest size of a job in bytes."""
 
 TRIES, LONGEST = 5, 60.0
-"""Tries of what may succeed later, and seconds between them, at most."""
+"""Number of tries for a failure that may pass, and the longest wait between them in seconds."""
 
 RESULT = "ss_result"
 
 
 class TooLarge(InputError):
-    """A job of more bytes than are sent."""
+    """A job above the size limit."""
 
 
 def call(model: LanguageModel, function: Callable[..., T], /, *args: Any, **options: Any) -> T:
-    """What a function returns that is called where the model is.
+    """Call a function where its model is, and return its result.
 
-    Raises InputError as the function does, for what cannot be sent and for a job above the size limit, and
-    RemoteError where the server or the way to it fails, after some tries of what may succeed later.
+    Raises InputError as the function does, for what cannot be sent, and for a job above the size limit.
+    Raises RemoteError if the server or the connection fails; a failure that may pass is retried a few times
+    before.
     """
     job, remote = _fitting(model, function, *args, **options), _remote(model)
     if remote.to == "local":
@@ -47,7 +48,7 @@ def call(model: LanguageModel, function: Callable[..., T], /, *args: Any, **opti
         try:
             answer = _session(model, job, LocalSimulationBackend(model.nn))
         finally:
-            sys.path[:] = path  # nnsight puts back what it hid at the end
+            sys.path[:] = path  # nnsight appends the entries that it hid, instead of restoring their order
         sent = Sent("local", remote.host, len(job), before, time.time() - before, len(answer))
     else:
         sent, answer = _persistently(model.name, lambda: _wait(model, job))
@@ -55,7 +56,7 @@ def call(model: LanguageModel, function: Callable[..., T], /, *args: Any, **opti
 
 
 def submit(model: LanguageModel, function: Callable[..., Any], /, *args: Any, **options: Any) -> Sent:
-    """Send a job without waiting for it; `fetch` asks for its result. Raises as `call` does."""
+    """Send a job without waiting for it; `fetch` gets its result. Raises as `call` does."""
     job = _fitting(model, function, *args, **options)
 
     def once() -> Sent:
@@ -69,9 +70,10 @@ def submit(model: LanguageModel, function: Callable[..., Any], /, *args: Any, **
 
 
 def fetch(job: str, host: str, model: str) -> tuple[bytes | None, bool]:
-    """The packed answer of a job that was submitted, None while it is not done; and whether it is known.
+    """Return the packed answer of a submitted job, or None while it is not done, and whether the job is
+    known.
 
-    Raises RemoteError for a job that failed, and where the server cannot be reached.
+    Raises RemoteError for a job that failed, and if the server cannot be reached.
     """
 
     def once() -> tuple[bytes | None, bool]:
@@ -84,7 +86,7 @@ def fetch(job: str, host: str, model: str) -> tuple[bytes | None, bool]:
 
 
 def received(model: LanguageModel, answer: bytes, sent: Sent) -> Any:
-    """What a packed answer says, noted with the model. Raises InputError for what the far end refused."""
+    """Unpack an answer, and record the job with the model. Raises InputError for what the server refused."""
     remote = _remote(model)
     kind, value, remote.facts = unpack(answer, model)
     remote.jobs.append(sent)
@@ -94,7 +96,7 @@ def received(model: LanguageModel, answer: bytes, sent: Sent) -> Any:
 
 
 def packed(model: LanguageModel, function: Callable[..., Any], /, *args: Any, **options: Any) -> bytes:
-    """A job as bytes. Raises InputError for what cannot be sent."""
+    """Return a job as bytes. Raises InputError for what cannot be sent."""
     factors, looks = _remote(model).factors or model.dtype, _remote(model).looks
     with _modules_along():
         return pack(
@@ -104,19 +106,21 @@ def packed(model: LanguageModel, function: Callable[..., Any], /, *args: Any, **
 
 @contextmanager
 def _modules_along() -> Iterator[None]:
-    """A user's own modules travel as source, as nnsight has it; elsewhere, as to a pool, by name again."""
+    """Send a user's own modules as source inside the block, as nnsight does; outside, they are pickled by
+    name again.
+    """
     before = list_registry_pickle_by_value()
     ndif.pull_env()
     try:
         yield
     finally:
         for name in list_registry_pickle_by_value() - before:
-            unregister_pickle_by_value(ModuleType(name))  # it may not be imported
-        ndif._PULLED_ENV = False  # so that nnsight registers them again for the next
+            unregister_pickle_by_value(ModuleType(name))  # the module itself may not be imported
+        ndif._PULLED_ENV = False  # so that nnsight registers them again for the next job
 
 
 def _fitting(model: LanguageModel, function: Callable[..., Any], /, *args: Any, **options: Any) -> bytes:
-    """A job of no more than `PAYLOAD` bytes. Raises TooLarge."""
+    """Return a job of at most `PAYLOAD` bytes. Raises TooLarge for a larger one."""
     job = packed(model, function, *args, **options)
     if len(job) > PAYLOAD:
         raise TooLarge(
@@ -127,7 +131,7 @@ def _fitting(model: LanguageModel, function: Callable[..., Any], /, *args: Any, 
 
 
 def _session(model: LanguageModel, job: bytes, backend: Any) -> Any:
-    """Run or send a job as one nnsight session; the names are such that nothing else is captured."""
+    """Run or send a job as one nnsight session; its local names avoid that nnsight captures anything else."""
     ss_nn, ss_job, ss_bootstrap = model.nn, job, bootstrap_source()
     ss_sources, ss_digest = sources()
     ss_result: Any = None
@@ -139,7 +143,7 @@ def _session(model: LanguageModel, job: bytes, backend: Any) -> Any:
 
 
 class _Backend(RemoteBackend):
-    """nnsight's, silent, that remembers the job's id and size."""
+    """nnsight's backend without output, which records the job's id and size."""
 
     def __init__(self, model: LanguageModel, blocking: bool = True) -> None:
         nn, to = model.nn, _remote(model).to
@@ -169,12 +173,12 @@ def _wait(model: LanguageModel, job: bytes) -> tuple[Sent, bytes]:
 
 
 def _persistently(model: str, attempt: Callable[[], T]) -> T:
-    """Try, and again after a while, what may succeed later."""
+    """Try, and retry after a while if the failure may pass."""
 
     def once() -> T:
         try:
             return attempt()
-        except Exception as error:  # of several libraries
+        except Exception as error:  # errors of several libraries
             raise explained(error, model) from None
 
     tries = Retrying(

@@ -154,7 +154,7 @@ def test_counts_over_several_files(check: Check) -> None:
         ('text = "{7.4} times", row = "norm*", column = "control:1"', "no number 1"),
         ('text = "{54} %", row = "dark*", column = "low"', "has no number there"),
         ('text = "{7.4} times"', "1 numbers in braces, 2 in the table"),
-        ('text = "{7.4 times}", row = "norm*"', "is no number"),
+        ('text = "{7.4 times}", row = "norm*"', "is not a number"),
         ('text = "{7.5} times", row = "norm*"', "no longer says so; stated 7.5, x_summary.csv has 7.42152"),
         ('text = "{7.6}]", row = "norm*", column = "value"', "stated 7.6, x_summary.csv has 7.42152"),
         ('text = "7.4 times", row = "norm*"', "nothing to check"),
@@ -268,7 +268,7 @@ def test_rerun_runs_commands_and_says_what_it_cannot(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[[table", "is no TOML"),
+        ("[[table", "is not TOML"),
         ("[pages]", "Field required"),
         ('[[claims]]\npage = "q"\ntext = "t"', "page 'q' is not among"),
         ('[pages]\np = "a"\n[[claims]]\npage = "p"\ntext = "t"\ncolum = "x"', "colum: Extra inputs"),

@@ -268,7 +268,7 @@ def test_a_data_set_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ConnectionError("no network")
 
     monkeypatch.setattr("spectral_sinks.data.texts.HfApi.dataset_info", unknown)
-    with pytest.raises(ss.InputError, match=r"is no file, and as a data set of the hub .*no network"):
+    with pytest.raises(ss.InputError, match=r"is not a file, and as a data set of the hub .*no network"):
         ss.documents("owner/set")
 
 

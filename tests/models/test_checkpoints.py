@@ -184,7 +184,7 @@ def test_load_in_all_its_forms(tmp_path: Path) -> None:
     wrapped = ss.load(loaded.nn)
     assert wrapped.nn is loaded.nn and torch.equal(tiny_models.logits(wrapped, ids, {}), expected)
     assert ss.load(folder, dtype=torch.bfloat16).dtype == torch.bfloat16
-    with pytest.raises(ss.InputError, match="int is no model"):
+    with pytest.raises(ss.InputError, match="int is not a model"):
         ss.load(3)  # pyright: ignore[reportArgumentType]
 
 

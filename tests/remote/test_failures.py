@@ -29,13 +29,13 @@ FAILURES: dict[str, tuple[tuple[int, str] | str | Exception, str, int]] = {
     "unknown key": ((403, "Invalid API key."), "does not accept the API key", 1),
     "old client": (
         (400, "Client nnsight version 0.7.0 is below the minimum supported 0.8.0."),
-        "versions here and at .* do not fit.*remote check",
+        "versions of this process and of .* do not match.*remote check",
         1,
     ),
     "other architecture": (
         "The model architecture on this server doesn't match the one your code was traced against: it has no "
         "module at 'model.layers.7'.",
-        "versions here and at .* do not fit",
+        "versions of this process and of .* do not match",
         1,
     ),
     "not running": (
@@ -163,7 +163,7 @@ def test_the_dtype_of_the_server_is_found_out(
     fake.nn._module.to(torch.bfloat16)
     measured(there)
     assert (before, there.dtype) == (torch.float32, torch.bfloat16)
-    with pytest.raises(ss.InputError, match=r"runs .* in bfloat16, asked for was torch.float32"):
+    with pytest.raises(ss.InputError, match=r"runs .* in bfloat16, not in torch.float32 as requested"):
         measured(ss.load(folder, remote=True, dtype="float32"))
 
 

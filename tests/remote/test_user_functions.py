@@ -146,7 +146,7 @@ def test_arguments_by_name_and_what_cannot_come_back() -> None:
         with pytest.raises(ss.InputError, match="cannot be sent to a server or back"):
             returned(there, what)
     with (
-        pytest.raises(ss.InputError, match="'mask' is no function of an AttentionCall"),
+        pytest.raises(ss.InputError, match="'mask' is not a function of an AttentionCall"),
         ss.attending(there, "mask"),
     ):
         pass
