@@ -2,15 +2,20 @@
 
 import importlib.util
 import json
+import os
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import psutil
+import torch
 from tqdm import tqdm
 
 from spectral_sinks.data.texts import Windows, cut
@@ -35,6 +40,9 @@ __all__ = ["Finding", "Study", "answer", "reproduce", "without_last_band"]
 
 BATCH = 16
 """Number of windows in a forward pass."""
+
+PROCESS_BYTES = 2**30
+"""Memory of a process that has imported torch and transformers, generously."""
 
 EXPERIMENTS = (
     "spectrum",
@@ -74,10 +82,12 @@ class Study:
     out: Path
     draws: int = 20
     """Number of random subspaces per control."""
+    silent: bool = False
+    """Without progress bars, which mix up when experiments run side by side."""
 
     def evaluate(self, cells: Mapping[str, Interventions], title: str = "") -> dict[str, Effect]:
         """Run `evaluate_all` on the study's model and windows, with a progress bar."""
-        with tqdm(desc=title, unit="cell", leave=False, disable=None) as bar:
+        with tqdm(desc=title, unit="cell", leave=False, disable=self.silent or None) as bar:
             return evaluate_all(self.model, self.windows, cells, batch_size=BATCH, progress=_tick(bar))
 
     @cached_property
@@ -94,7 +104,7 @@ class Study:
 
     def ladder(self, site: Site, **options: Any) -> pd.DataFrame:
         """Run `ladder` at a site, with a progress bar."""
-        with tqdm(desc=str(site), unit="cell", leave=False, disable=None) as bar:
+        with tqdm(desc=str(site), unit="cell", leave=False, disable=self.silent or None) as bar:
             return ladder(
                 self.model,
                 self.windows,
@@ -206,17 +216,87 @@ def find_experiment(name: str) -> Callable[[Study], Finding]:
     return module.run
 
 
+def _study(model: str | LanguageModel, out: Path, documents: int, silent: bool = False) -> Study:
+    loaded = load(model)
+    windows = cut(read_documents(limit=documents), loaded, per_document=1)
+    spectra = {matrix: read_spectrum(loaded, matrix) for matrix in ("unembedding", "embedding")}
+    return Study(loaded, windows, spectra["unembedding"], spectra["embedding"], out, silent=silent)
+
+
+def _run(study: Study, name: str) -> Finding:
+    """Run one experiment and write its summary."""
+    began = time.monotonic()
+    found = find_experiment(name)(study)
+    found = replace(found, name=name, seconds=time.monotonic() - began)
+    study.save(pd.DataFrame([{"experiment": name, **row} for row in found.answers]), f"{name}_summary")
+    return found
+
+
+def _in_turn(study: Study, names: Sequence[str], only: str | None) -> Iterator[Finding]:
+    for name in names:
+        try:
+            yield _run(study, name)
+        except InputError as error:
+            if study.model.remote is None or only is not None:
+                raise
+            warnings.warn(f"experiment {name!r} is left out: {error}", SpectralWarning, stacklevel=3)
+
+
+def _side_by_side(
+    model: str, out: Path, documents: int, names: Sequence[str], jobs: int
+) -> Iterator[Finding]:
+    """Run experiments in processes, and yield each finding when its experiment ends."""
+    # spawn, since a forked process inherits locks of torch's threads
+    with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        waiting = [pool.submit(_run_alone, model, out, documents, name) for name in names]
+        try:
+            for done in as_completed(waiting):
+                found, warned = done.result()
+                for message, category in warned:
+                    warnings.warn(message, category, stacklevel=3)
+                yield found
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _run_alone(
+    model: str, out: Path, documents: int, name: str
+) -> tuple[Finding, list[tuple[str, type[Warning]]]]:
+    """Run one experiment in a process of a pool; its warnings are for the caller's process to show."""
+    with warnings.catch_warnings(record=True) as warned:
+        found = _run(_study_of_process(model, out, documents, True), name)
+    return found, [(str(one.message), one.category) for one in warned]
+
+
+_study_of_process = cache(_study)
+"""A process that runs several experiments loads the model once."""
+
+
+def idle_jobs(model: LanguageModel) -> int:
+    """Return the number of experiments that can run at the same time: by idle cores and free memory."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    idle = cores - int(psutil.getloadavg()[0] + 0.5)
+    weights = sum(p.numel() * p.element_size() for p in model.module.parameters())
+    # a process holds torch and transformers, the weights, and about as much again in activations and bases
+    held = psutil.virtual_memory().available // (PROCESS_BYTES + 3 * weights)
+    return max(1, min(idle, held))
+
+
 def reproduce(
     model: str | LanguageModel = DEFAULT,
     out: str | Path = "results",
     only: str | None = None,
     documents: int = 16,
     remote: To = False,
+    jobs: int | None = None,
+    progress: Callable[[Finding], None] | None = None,
 ) -> list[Finding]:
     """Run the experiments on a model, and write their tables and figures to a folder.
 
-    Each experiment writes NAME_summary.csv, and manifest.json describes the whole run. For a model on a
-    server, experiments that cannot run there are left out, with a warning.
+    Experiments run side by side, each in a process of its own that computes with one thread. Each writes
+    NAME_summary.csv, and manifest.json describes the whole run. For a model on a server, experiments that
+    cannot run there are left out, with a warning.
 
     Args:
         model: a language model, or the name, hub id or folder of one.
@@ -224,37 +304,40 @@ def reproduce(
         only: the name of one experiment; by default all are run.
         documents: the number of documents, from the first of the shipped corpus.
         remote: where the model's measurements run, as for `load`.
+        jobs: the number of experiments that run at the same time. By default it is the number of idle cores,
+            or fewer if the memory does not hold so many copies of the model. A model that is loaded already
+            or is on a server, and a single experiment, run in this process.
+        progress: called with each finding as soon as its experiment has ended.
 
     Returns:
-        The finding of each experiment that ran.
+        The finding of each experiment that ran, in the order of `EXPERIMENTS`.
 
     Raises:
-        InputError: for an unknown experiment.
+        InputError: for an unknown experiment or fewer than one job.
         OSError: if `out` cannot be written.
 
     """
     # find every experiment before anything is computed
     names = EXPERIMENTS if only is None else (only,)
-    runs = {name: find_experiment(name) for name in names}
+    for name in names:
+        find_experiment(name)
+    if jobs is not None and jobs < 1:
+        raise InputError(f"{jobs} jobs: expected at least one")
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     loaded = load(model, remote=remote)
-    windows = cut(read_documents(limit=documents), loaded, per_document=1)
-    spectra = {matrix: read_spectrum(loaded, matrix) for matrix in ("unembedding", "embedding")}
-    study = Study(loaded, windows, spectra["unembedding"], spectra["embedding"], out)
+    study = _study(loaded, out, documents)
+    if only is None and isinstance(model, str) and loaded.remote is None:
+        jobs = jobs or idle_jobs(loaded)
+        runs = _side_by_side(model, out, documents, names, jobs)
+    else:
+        runs = _in_turn(study, names, only)
     findings: list[Finding] = []
-    for name, run in runs.items():
-        began = time.monotonic()
-        try:
-            found = run(study)
-        except InputError as error:
-            if loaded.remote is None or only is not None:
-                raise
-            warnings.warn(f"experiment {name!r} is left out: {error}", SpectralWarning, stacklevel=2)
-            continue
-        findings.append(replace(found, name=name, seconds=time.monotonic() - began))
-        summary = pd.DataFrame([{"experiment": name, **row} for row in found.answers])
-        study.save(summary, f"{name}_summary")
+    for found in runs:
+        findings.append(found)
+        if progress is not None:
+            progress(found)
+    findings.sort(key=lambda found: names.index(found.name))
     # the manifest: everything on which the results depend
     manifest = {
         "model": loaded.name,
@@ -263,7 +346,7 @@ def reproduce(
         "embedding_hash": study.embedding.fingerprint[:16],
         "convention": study.unembedding.convention,
         "bands": study.unembedding.count,
-        "windows": windows.record,
+        "windows": study.windows.record,
         "dtype": str(loaded.dtype),
         "attention": loaded.config._attn_implementation,
         "versions": versions(),

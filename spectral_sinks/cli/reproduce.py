@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,17 +25,25 @@ class Reproduce:
     """Documents of the shipped corpus to measure on, one window each."""
     remote: RemoteName | None = None
     """ndif: at the server that nnsight is configured for; local: the same, rehearsed here."""
+    jobs: int | None = None
+    """Experiments that run at the same time, each with one thread; by default one for each idle core."""
     json: bool = False
     """Print the summary as one JSON object and nothing else on standard output."""
 
 
 def run_reproduce(options: Reproduce) -> None:
+
+    def tell(found: ss.experiments.Finding) -> None:
+        print(f"{found.name}: {found.seconds:.0f} s", file=sys.stderr, flush=True)
+
     findings = ss.reproduce(
         model=options.model,
         out=options.out,
         only=options.only,
         documents=options.documents,
         remote=remote_of(options.remote),
+        jobs=options.jobs,
+        progress=tell,
     )
     rows = [
         {"experiment": f.name, **answer, "seconds": round(f.seconds, 1)}

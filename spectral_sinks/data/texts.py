@@ -134,7 +134,7 @@ def _from_hub(source: str, name: str | None, split: str) -> Iterable[Any]:
 class Windows:
     """Unpadded token windows, with the document that each comes from."""
 
-    rows: tuple[Int[Tensor, "tokens"], ...]
+    rows: tuple[Int[Tensor, "_"], ...]
     document: tuple[int, ...]
     record: dict[str, Any] = field(default_factory=dict)
     """How the windows were cut: policy, counts, first token ids, hash of the ids, and the masking rule for an
@@ -144,7 +144,7 @@ class Windows:
     @classmethod
     def of_ids(
         cls,
-        ids: Int[Tensor, "windows tokens"] | Sequence[Int[Tensor, " tokens"] | Sequence[int]],
+        ids: Int[Tensor, "windows tokens"] | Sequence[Int[Tensor, "_"] | Sequence[int]],
         model: LanguageModel,
         document: Sequence[int] | None = None,
         **record: Any,

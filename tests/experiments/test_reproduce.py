@@ -1,0 +1,61 @@
+"""Experiments side by side give what they give one after the other."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pandas as pd
+import psutil
+import pytest
+from support import tiny_models
+
+import spectral_sinks as ss
+from spectral_sinks import experiments
+
+
+def test_side_by_side_gives_the_tables_of_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(experiments, "EXPERIMENTS", ("spectrum", "weights"))
+    ended: list[str] = []
+    beside = ss.reproduce(
+        out=tmp_path / "beside", documents=2, jobs=2, progress=lambda found: ended.append(found.name)
+    )
+    ss.reproduce(ss.load(), out=tmp_path / "alone", documents=2)
+    assert [found.name for found in beside] == ["spectrum", "weights"] == sorted(ended)
+    assert all(found.seconds > 0 for found in beside)
+    tables = sorted(path.name for path in (tmp_path / "alone").glob("*.csv"))
+    assert tables == sorted(path.name for path in (tmp_path / "beside").glob("*.csv"))
+    assert {"spectrum_summary.csv", "weights.csv", "weights_summary.csv"} <= set(tables)
+    for name in tables:
+        pd.testing.assert_frame_equal(
+            *(pd.read_csv(tmp_path / side / name) for side in ("beside", "alone")), rtol=1e-4
+        )
+    manifests = [json.loads((tmp_path / side / "manifest.json").read_text()) for side in ("beside", "alone")]
+    assert manifests[0] == manifests[1] and manifests[0]["experiments"] == ["spectrum", "weights"]
+
+
+def test_an_error_of_an_experiment_reaches_the_caller(tmp_path: Path) -> None:
+    """A model of one layer has no exit below its sink."""
+    folder = tmp_path / "model"
+    tiny_models.build(layers=1).save_pretrained(folder)
+    with pytest.raises(ss.InputError):
+        ss.reproduce(str(folder), tmp_path / "out", documents=2, jobs=2)
+
+
+def test_fewer_than_one_job_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ss.InputError, match="0 jobs"):
+        ss.reproduce(out=tmp_path, jobs=0)
+
+
+@pytest.mark.parametrize(
+    ("load", "gigabytes", "jobs"), [(0.2, 64, 8), (5.4, 64, 3), (9.0, 64, 1), (0.0, 3.2, 3), (0.0, 0.1, 1)]
+)
+def test_jobs_are_the_idle_cores_that_the_memory_can_serve(
+    monkeypatch: pytest.MonkeyPatch, load: float, gigabytes: float, jobs: int
+) -> None:
+    monkeypatch.setattr(experiments.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setattr(psutil, "getloadavg", lambda: (load, 0.0, 0.0))
+    memory = SimpleNamespace(available=int(gigabytes * 2**30))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    assert experiments.idle_jobs(tiny_models.model()) == jobs
