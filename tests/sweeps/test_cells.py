@@ -144,7 +144,7 @@ def test_the_mean_is_of_its_model_and_windows() -> None:
         ({"remove": ["4"], "layers": [0, [1, -1]]}, "layer -1"),
         ({"remove": ["4"], "sites": ["head:4"]}, "head 4: LlamaForCausalLM has heads 0 to 3"),
         ({"remove": ["4"], "sites": ["head"]}, "a head site needs its head"),
-        ({"remove": ["4"], "sites": ["embedding:1"]}, "no other has one"),
+        ({"remove": ["4"], "sites": ["embedding:1"]}, "no other site has one"),
         ({"remove": ["4"], "sites": ["nowhere"]}, "site 'nowhere': choose from embedding, queries"),
         ({"remove": ["4"], "fills": ["zeros"]}, "fill 'zeros': choose from zero, mean, swap, noise"),
         ({"remove": ["4"], "tokens": ["last"]}, "tokens 'last': choose 'all', 'first'"),
