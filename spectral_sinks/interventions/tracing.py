@@ -200,8 +200,8 @@ def _maps(model: Transformer, layer: Any) -> Tensor:
     if maps is None:
         raise InputError(
             f"attention weights of {model.name} cannot be read: {layer.path} returns none, so it runs "
-            "another attention implementation than requested, or one that does not return its weights; let it "
-            "return them after its output, or measure without sink mass: attention='sdpa'"
+            "another attention implementation than requested, or one that does not return its weights; let "
+            "it return them after its output, or measure without sink mass: attention='sdpa'"
         )
     return maps
 
