@@ -301,8 +301,11 @@ def repair_table(repair: pd.DataFrame, registers: int) -> Any:
         for state, part in chosen.groupby("state", sort=False)
         for row in part.to_dict("records")
     ]
-    title = f"Effect of {registers} test-time registers on the last layer and the output"
-    return table(title, ("state", "measure", "mean"), rows)
+    return table(
+        f"Effect of {registers} test-time registers on the last layer and the output",
+        ("state", "measure", "mean"),
+        rows,
+    )
 
 
 def spread(row: Any, name: str, low: str = "", high: str = "") -> str:
