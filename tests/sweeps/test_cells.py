@@ -139,7 +139,7 @@ def test_the_mean_is_of_its_model_and_windows() -> None:
         ({"ladder": ["phi"], "kept": [0]}, "bands 1 to 0"),
         ({"ladder": ["rho"]}, "ladder 'rho': choose from phi, psi, omega"),
         ({"remove": ["5"]}, "bands 5 to 5: the spectrum has bands 1 to 4"),
-        ({"keep": ["darkest"]}, "'darkest' in 'darkest' is no band specification"),
+        ({"keep": ["darkest"]}, "'darkest' in 'darkest' is not a band specification"),
         ({"remove": ["4"], "layers": [3]}, "layer 3: LlamaForCausalLM has layers 0 to 2"),
         ({"remove": ["4"], "layers": [0, [1, -1]]}, "layer -1"),
         ({"remove": ["4"], "sites": ["head:4"]}, "head 4: LlamaForCausalLM has heads 0 to 3"),
