@@ -14,7 +14,7 @@ from spectral_sinks.models.language import LanguageModel
 
 @dataclass(frozen=True, eq=False)
 class AttentionEdit:
-    """An edit of attention in some layers and heads, by default in all. A subclass defines `changed`."""
+    """An attention edit in some layers and heads, by default in all. A subclass defines `changed`."""
 
     layers: Collection[int] | None = field(default=None, kw_only=True)
     heads: Collection[int] | None = field(default=None, kw_only=True)
