@@ -79,7 +79,7 @@ def read(recipe: Recipe) -> tuple[Tensor, Tensor, list[str], list[str]]:
     found = ss.images(recipe.images, broken="refuse")
     if found.labels is None:
         raise ss.InputError(
-            f"{recipe.images}: expected one folder of images for each of at least two classes"
+            f"{recipe.images}: expected one folder of images for each class, and at least two classes"
         )
     size = (recipe.side, recipe.side)
     pixels = [np.asarray(image.resize(size, Resampling.BILINEAR)) for image in tqdm(found, mininterval=5)]
