@@ -1,15 +1,18 @@
 """Across models: is there a sink, where does it begin, is its carrier dark, and what does its tail cost?
 
-Question: which models and checkpoints have an attention sink on position 0, and is it dark (Cancedda 2024,
-section 5; "sink implies dark" is measured, never assumed)?
-Design: one row per model by `ss.sink_verdict`, whose rule is stated there: sink strength (Sink^0.3 and mass
-at T = 64), the layer where it begins, the dark share of the residual that its strongest layer reads, the sink
-and the NLL lost without the dark band. The study's model on its windows, and on the same ones without BOS.
-Control: for the share, the cut and the NLL, random subspaces of the dark band's rank; the other tokens.
+Question: which models and checkpoints have an attention sink at position 0, and is it dark (Cancedda 2024,
+section 5)? That a sink is dark is measured, never assumed.
+Design: `ss.sink_verdict` measures one row per model, and its documentation states the rule. The row holds the
+strength of the sink (Sink^0.3 and mass at T = 64), its onset layer, the dark share of the residual that its
+strongest layer reads, and the loss of sink and of NLL without the dark band. The model of the study is
+measured on its windows, and on the same windows without BOS.
+Control: random subspaces of the rank of the dark band, for the share, the cut and the NLL. The share is also
+compared with that of the other tokens.
 
     python experiments/across.py sinklet gpt2 FOLDER runs/sinklet/step-001000.pt --out DIR
 
-Models are names, folders, hub ids, or checkpoints of `train_sinklet.py`: the birth of the sink over steps.
+Models are names, folders, hub ids, or checkpoints of `train_sinklet.py`, which show the birth of the sink
+over training steps.
 """
 
 from dataclasses import dataclass
@@ -39,7 +42,7 @@ def run(study: ss.experiments.Study) -> ss.experiments.Finding:
 
 
 def finish(found: list[ss.sinks.SinkVerdict], study: ss.experiments.Study) -> ss.experiments.Finding:
-    """Write the table and its figure; a few answers per model."""
+    """Write the table and its figure, and return four answers per model with the verdict."""
     table = study.save(pd.DataFrame([verdict.row() for verdict in found]), "across")
     ss.figures.across(table, study.figure("across"))
     answers = []
@@ -74,28 +77,28 @@ def finish(found: list[ss.sinks.SinkVerdict], study: ss.experiments.Study) -> ss
 
 @dataclass(frozen=True)
 class Options:
-    """Models for one table."""
+    """Options of the comparison: the models, and the text."""
 
     models: Positional[tuple[str, ...]]
-    """Names, folders, hub ids, or step-N.pt checkpoints of a training run (its folder has model/)."""
+    """Names, folders, hub ids, or step-N.pt checkpoints of a training run (whose folder has model/)."""
     out: Path = Path("runs/across")
     name: str = "across"
     """Name of the table and the figure."""
     text: str | None = None
-    """Text to measure on; the shipped corpus by default. Each model's own tokenizer cuts it."""
+    """Text to measure on; by default the shipped corpus. The tokenizer of each model splits it."""
     documents: int = 16
     draws: int = 20
 
 
 def open_model(name: str) -> tuple[ss.LanguageModel, str]:
-    """A model by name, or a checkpoint of training with the configuration of its run; and its label."""
+    """Load a model, or a training checkpoint with the configuration of its run; return its label too."""
     path = Path(name)
     if path.suffix != ".pt":
         return ss.load(name), path.name
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path.parent / "model"))
     model.load_state_dict(torch.load(path, weights_only=True)["model"])
     tokenizer = PreTrainedTokenizerFast.from_pretrained(path.parent / "tokenizer")
-    model.set_attn_implementation("sdpa_opening")  # as `load` chooses
+    model.set_attn_implementation("sdpa_opening")  # the implementation that `load` chooses
     label = f"{path.parent.name}, step {int(path.stem.split('-')[1])}"
     return ss.load(model, tokenizer=tokenizer), label
 

@@ -1,11 +1,11 @@
-"""(c) NLL, and the sink itself, against bands kept, at the exit of every layer.
+"""(c) NLL and sink strength as a function of the number of bands kept, at the exit of every layer.
 
-Question: does the loss stay poor until the last 5 % of the spectrum is included, and does keeping it spare
-what the middle would cost (Cancedda 2024, section 4 and Fig. 5 to 9)?
-Design: Phi keeps bands 1 to k; Psi (reading u-e) suppresses only what lies in both tails; Omega keeps 1 to k
-and the last. One layer's exit at a time, all tokens. Beside the NLL, the mean attention that position 0
-receives in the layers above.
-Control: Rnd removes random subspaces of Phi's rank.
+Question: does the loss stay high until the last 5 % of the spectrum are included, and can the middle be
+removed at little cost if they are kept (Cancedda 2024, section 4 and Fig. 5 to 9)?
+Design: Phi keeps bands 1 to k. Psi (reading u-e) removes only what lies in both tails. Omega keeps bands 1 to
+k and the last band. Each filter acts on all tokens at the exit of one layer. The measures are the NLL, and
+the mean attention that position 0 receives in the layers above.
+Control: Rnd removes random subspaces of the rank that Phi removes.
 """
 
 import pandas as pd

@@ -1,12 +1,13 @@
-"""(h) Attention bars: are tokens that all later ones attend to, evenly, darker than the rest?
+"""(h) Attention bars: are tokens to which all later tokens attend evenly darker than the rest?
 
-Question: besides BOS, do the tokens that receive much attention with little variance have a larger dark ratio
-|P_dark x| / |x|, and does attention received go with it (Cancedda 2024, section 7)?
-Design: every token of every layer from the one where the sink is in place, without BOS and the last eighth;
-x is the residual that enters the layer. Bars: by layer, the 10 % that receive most from later tokens, and of
-these the half with the lower variance, 5 % in all. Rank correlation of attention and ratio by text and layer.
-Control: other tokens of the same layer, matched in position and frequency (early and frequent tokens receive
-more attention whatever they hold), the correlation given both, and random subspaces of the same rank.
+Question: apart from BOS, do tokens that receive much attention with little variance have a larger dark ratio
+|P_dark x| / |x|, and does the ratio correlate with the attention received (Cancedda 2024, section 7)?
+Design: the candidates are the tokens of every layer from the one in which the sink is established, without
+BOS and without the last eighth of the text. x is the residual that enters the layer. In each layer, the bars
+are the 10 % of tokens that receive most attention from later tokens, and of these the half with the lower
+variance, which makes 5 %. The rank correlation of attention with the ratio is computed by text and layer.
+Control: other tokens of the same layer, matched in position and frequency, since early and frequent tokens
+receive more attention whatever they hold; the correlation given both; and random subspaces of the same rank.
 """
 
 import numpy as np
@@ -15,10 +16,11 @@ import pandas as pd
 import spectral_sinks as ss
 
 GIVEN = ("position", "usual", "count")
-"""Position, the mean attention that its position receives over the texts, and the token's count."""
+"""Covariates: position, mean attention that the position receives over the texts, and count of the token."""
 
 
 def run(study: ss.experiments.Study) -> ss.experiments.Finding:
+    # candidates, bars, and their matched tokens, for the dark band and the random subspaces
     model, dark = study.model, study.unembedding.dark()
     spaces = {"dark": dark}
     spaces |= {f"random {seed}": ss.random_subspace(dark.d, dark.rank, seed) for seed in range(study.draws)}
@@ -32,6 +34,7 @@ def run(study: ss.experiments.Study) -> ss.experiments.Finding:
     excess = bars.assign(excess=bars["dark"] - bars["control"])
     null = [_excess(ss.sinks.matched(table, marked, name), name) for name in list(spaces)[1:]]
 
+    # mean ratios by layer, and rank correlations, each with the range of the random subspaces
     classes = {"bars": (bars, "dark"), "matched": (bars, "control"), "rest": (table[~marked], "dark")}
     levels = pd.concat(
         ss.stats.summarise(rows, ["layer"], column).assign(tokens=name)
@@ -52,6 +55,7 @@ def run(study: ss.experiments.Study) -> ss.experiments.Finding:
         random_low=[spread.loc[r["layer"], (r["kind"], "min")] for _, r in correlation.iterrows()],
         random_high=[spread.loc[r["layer"], (r["kind"], "max")] for _, r in correlation.iterrows()],
     )
+    # which tokens are bars, and the excess at other quantiles
     tokens = _tokens(table, marked, model)
     steps = pd.DataFrame([_step(table, most) for most in (0.02, 0.05, 0.1, 0.2)])
     for rows, name in (
@@ -109,12 +113,12 @@ def run(study: ss.experiments.Study) -> ss.experiments.Finding:
 
 
 def _excess(bars: pd.DataFrame, column: str) -> float:
-    """Mean over documents of bars above their matches."""
+    """Return by how much bars exceed their matched tokens, mean over documents."""
     return float((bars[column] - bars["control"]).groupby(bars["document"]).mean().mean())
 
 
 def _step(table: pd.DataFrame, most: float) -> dict[str, object]:
-    """The excess at another quantile of attention."""
+    """Return the excess of bars that are marked at another quantile of attention."""
     found = ss.sinks.matched(table, ss.sinks.mark_bars(table, most), "dark")
     by = (found["dark"] - found["control"]).groupby(found["document"]).mean()
     low, high = ss.stats.mean_interval(by)
@@ -122,7 +126,7 @@ def _step(table: pd.DataFrame, most: float) -> dict[str, object]:
 
 
 def _correlations(table: pd.DataFrame, column: str) -> pd.DataFrame:
-    """Rank correlation of attention received with a ratio, by document and layer."""
+    """Return the rank correlation of attention received with a ratio, by document and layer."""
     rows: list[dict[str, object]] = []
     for (document, layer), part in table.groupby(["document", "layer"]):
         pair = part["attention"], part[column]
@@ -137,7 +141,7 @@ def _correlations(table: pd.DataFrame, column: str) -> pd.DataFrame:
 
 
 def _tokens(table: pd.DataFrame, marked: pd.Series, model: ss.LanguageModel) -> pd.DataFrame:
-    """How often each token is a bar, most often first."""
+    """Return how often each token is a bar, the most frequent bar first."""
     found = table.assign(bar=marked).groupby("token")["bar"].agg(["sum", "size"]).reset_index()
     found = found.rename(columns={"sum": "bars", "size": "pairs"}).sort_values(
         ["bars", "token"], ascending=[False, True]

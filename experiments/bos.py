@@ -1,9 +1,9 @@
-"""(b) Where BOS lives: norm and dark share by layer, and which component wrote it.
+"""(b) The residual of BOS: its norm and dark share by layer, and the components that write it.
 
-Question: where does the first token's residual become large and dark, what writes it, and when is it
-erased (Cancedda 2024, section 5)?
-Design: norm and dark share of the residual at the embedding and each exit; what attention and MLP add at
-each layer, split into its dark and its light (all other bands) norm.
+Question: at which layer does the residual of the first token become large and dark, which component writes
+it, and when is it erased (Cancedda 2024, section 5)?
+Design: the norm and the dark share of the residual are measured at the embedding and at each exit. What
+attention and MLP add in each layer is split into a dark norm and a light norm (all other bands).
 Control: the other tokens of the same texts, and the chance share r/d.
 """
 
@@ -37,6 +37,7 @@ def run(study: ss.experiments.Study) -> ss.experiments.Finding:
     chance = u.dark().rank / u.d
     ss.figures.bos(table, chance, study.figure("bos"))
 
+    # the exit with the largest dark norm, and the component that writes most into the dark band
     first = next(name for name in table["position_class"].unique() if name != "other")
     here = dark[(dark["position_class"] == first)]
     exits, others = here[here["site"] == "exit"], dark[(dark["position_class"] == "other")]

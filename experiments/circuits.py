@@ -1,12 +1,14 @@
-"""The no-op circuit behind the sink: which heads have one, and is it written in the dark?
+"""The no-op circuit behind the sink: which heads have one, and does it use the dark band?
 
-Question: do the heads that attend to BOS do nothing there, by one or two modes of their scores whose query
-side is always on; and does what these modes read, and what the sink's value writes, lie in the dark band?
-Design: `ss.no_op_circuits`, whose rule is stated there, on every head, position 0 the sink; attention and
-value ratio by head, share of the sink's margin in the two leading modes, share of the dark band in the
-direction that the key side reads, in what it reads at the sink, and in what the sink's value writes.
-Control: random bases for the modes, chance for the bands; and, for the embedded model, its twin trained
-without BOS, which should have no such head.
+Question: do the heads that attend to BOS write next to nothing from it, and do they attend to it through one
+or two modes of their scores whose query side is always on? Does what these modes read, and what the value of
+the sink writes, lie in the dark band?
+Design: `ss.no_op_circuits` is applied to every head, with position 0 as the sink; its documentation states
+the rule. Each head has its attention and value ratio, the share of the sink's margin in the two leading
+modes, and three dark shares: of the direction that the key side reads, of what it reads at the sink, and of
+what the value of the sink writes.
+Control: random bases for the modes, and chance for the bands. For the embedded model, the control is also its
+twin trained without BOS, which should have no such head.
 """
 
 import pandas as pd
@@ -17,6 +19,7 @@ TWIN = "sinklet-nobos"
 
 
 def run(study: ss.experiments.Study) -> ss.experiments.Finding:
+    # the heads of the model, and the quantities of those with a circuit
     found = ss.no_op_circuits(study.model, study.windows, study.unembedding)
     tables = [found.heads.assign(model=study.model.name)]
     heads = found.heads.set_index(["layer", "head"])
@@ -52,6 +55,7 @@ def run(study: ss.experiments.Study) -> ss.experiments.Finding:
                     f"head {layer}.{head}: dark share of {name}", row[column], f"chance {chance:.3f}"
                 )
             )
+    # the twin without BOS is the negative control of the embedded model
     said = f"{len(found.found)} heads of {len(heads)}"
     if study.model.name == ss.DEFAULT:
         twin = ss.load(TWIN)

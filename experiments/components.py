@@ -1,9 +1,9 @@
-"""(d) The same ladder for what each MLP and each attention adds to the residual stream.
+"""(d) The ladder of `bands.py` for the output of each MLP and each attention component.
 
-Question: which component writes what the tail carries; does masking the tail of one early MLP dwarf all the
-others (Cancedda 2024, section 4)?
-Design: Phi, Psi and Omega on the output of one MLP or one attention at a time, all tokens.
-Control: Rnd removes random subspaces of Phi's rank from the same output.
+Question: which component writes the content of the tail, and does filtering the tail of one early MLP cost
+far more than filtering any other (Cancedda 2024, section 4)?
+Design: Phi, Psi and Omega act on the output of one MLP or one attention component at a time, at all tokens.
+Control: Rnd removes random subspaces of the rank that Phi removes from the same output.
 """
 
 import pandas as pd

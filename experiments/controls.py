@@ -1,14 +1,16 @@
-"""Controls: is it the dark band, or any removal of that rank, that energy, that loss of norm?
+"""Controls: does the dark band matter, or would any removal of the same rank, energy or norm do the same?
 
-Question: which of the effects of removing the dark band remain beside stricter controls than a random
-subspace of the same rank?
-Design: the dark band is removed at every exit; at the exit below the strongest sink from the first token
-alone as well. Its effect among the draws of each control: rank and p value (20 draws cannot give less than
-1/21, so this null alone cannot pass Holm over two layers or more); and, per document, its effect minus the
-mean of the draws, tested by sign flips, the p values adjusted over layers (Holm).
-Control: random subspaces of equal rank; of equal removed energy (matched to 1 % on these residuals, at all
-tokens or at position 0); the same coefficients on other directions; the norm of each token restored, with
-random subspaces treated alike; and a no-op that removes the band and puts it back.
+Question: which effects of removing the dark band remain under stricter controls than a random subspace of the
+same rank?
+Design: the dark band is removed at every exit, and at the exit below the strongest sink also from the first
+token alone. There are two tests. The first ranks the effect among the draws of each control. With 20 draws
+its p value cannot be below 1/21, so this test alone cannot pass Holm over two layers or more. The second
+takes, for each document, the effect minus the mean of the draws, and tests it by sign flips. The p values are
+adjusted over layers (Holm).
+Control: random subspaces of equal rank; random subspaces of equal removed energy (matched to 1 % on these
+residuals, at all tokens or at position 0); the same coefficients on other directions; a removal after which
+the norm of each token is restored, compared with random subspaces that are treated alike; and a no-op that
+removes the band and puts it back.
 """
 
 from typing import Any
@@ -22,7 +24,7 @@ TOKENS = ("all", "first")
 
 
 def residuals(study: ss.experiments.Study) -> dict[ss.Site, torch.Tensor]:
-    """The residual stream at every exit, `[windows, tokens, d]`, of one batch of the longest windows."""
+    """Return the residuals at every exit, `[windows, tokens, d]`, for one batch of the longest windows."""
     sites = [ss.Site("exit", layer) for layer in range(study.model.layers)]
     _, ids = next(study.windows.batches(16))
     return ss.trace(
@@ -35,7 +37,7 @@ def residuals(study: ss.experiments.Study) -> dict[ss.Site, torch.Tensor]:
 
 
 def cells(study: ss.experiments.Study, layer: int, x: torch.Tensor) -> dict[str, dict[ss.Site, Any]]:
-    """The dark band and its controls at one exit; names are tokens|control|draw."""
+    """Make the cells of one exit: the dark band and its controls, named tokens|control|draw."""
     u, site = study.unembedding, ss.Site("exit", layer)
     dark = ss.remove(u.dark())
     made: dict[str, Any] = {}
@@ -58,7 +60,19 @@ def cells(study: ss.experiments.Study, layer: int, x: torch.Tensor) -> dict[str,
 def compare(
     effects: dict[str, ss.Effect], layer: int, tokens: str, observed: str, control: str
 ) -> dict[str, object]:
-    """The observed effect among the draws of a control: rank, p values, the paired difference."""
+    """Compare the observed effect with the draws of a control.
+
+    Args:
+        effects: the effects of the cells of one exit, by name.
+        layer: the layer of the exit.
+        tokens: the tokens that are filtered.
+        observed: the name of the observed removal.
+        control: the name of the control.
+
+    Returns:
+        The rank of the effect among the draws, p values of both tests, and the paired difference.
+
+    """
     values = effects[f"{tokens}|{observed}|"].table.set_index("document")["delta_nll"]
     drawn = [e for name, e in effects.items() if name.startswith(f"{tokens}|{control}|")]
     table = pd.concat([e.table.set_index("document")["delta_nll"] for e in drawn], axis=1)
@@ -107,7 +121,10 @@ def run(study: ss.experiments.Study) -> ss.experiments.Finding:
 
 
 def verdict(test: pd.DataFrame) -> str:
-    """Whether removing the dark band costs more than its control at every exit, by sign flips and Holm."""
+    """State whether removing the dark band costs more than its controls at every exit.
+
+    The test is by sign flips, adjusted by Holm.
+    """
     said, shares = [], []
     for control in ("same rank", "same energy"):
         rows = test[(test["tokens"] == "all") & (test["control"] == control)]

@@ -1,12 +1,13 @@
-"""A designated sink: can we choose which token is the sink, in training or after, and is it then dark?
+"""A designated sink: can the sink token be chosen, during or after training, and is it then dark?
 
-Question: does the sink follow a fixed token put at a chosen place in training; does a learned logit per head,
-or softmax-off-by-one, take its place; can a position be made the sink of a trained model; and does the dark
-tail follow?
-Design: after training, `ss.designate` tries moves from the lightest on and says which works, at what cost in
-NLL, and whether the new sink is dark. In training, variants of sinklet (`train_sinklet.py`: same data,
-budget and seeds) are measured on held-out text, each window as in its training; intervals over seeds.
-Control: the move at random other positions; the plain variants beside the others; random subspaces.
+Question: does the sink follow a fixed token that is put at a chosen position during training? Does a learned
+logit per head, or softmax-off-by-one, replace the sink? Can a position be made the sink of a trained model?
+Does the dark tail follow?
+Design: after training, `ss.designate` tries edits from the lightest on, and reports which one works, its cost
+in NLL, and whether the new sink is dark. For the effect of training, variants of sinklet (`train_sinklet.py`
+with the same data, budget and seeds) are measured on held-out text. Each variant reads windows as in its
+training. Intervals are over seeds.
+Control: the same edit at random other positions, the plain variants of training, and random subspaces.
 
     python experiments/designated.py runs/variants/*/model --out results
 """
@@ -26,16 +27,16 @@ from tyro.conf import Positional
 import spectral_sinks as ss
 
 POSITION = 16
-"""Where the sink is wanted, in training and after."""
+"""The position that is to become the sink, during training and after it."""
 
 LEAST = 16
-"""Queries that a position needs to be looked at as another sink: the mean over fewer says little."""
+"""Number of queries that a position needs to count as another sink, since a mean over fewer is unreliable."""
 
 COLUMNS = ["heldout_nll", "sink_rate", "mass", "to_sink_logit", "norm_ratio", "share", "others"]
 
 
 def run(study: ss.experiments.Study) -> ss.experiments.Finding:
-    """The part after training, on any model."""
+    """Designate a sink after training, for any model."""
     found = ss.designate(
         study.model, study.windows, POSITION, spectrum=study.unembedding, controls=5, draws=study.draws
     )
@@ -70,18 +71,19 @@ def measured(name: str, value: ss.stats.Estimate, control: str) -> dict[str, obj
 
 @dataclass(frozen=True)
 class Options:
-    """Trained variants, each a folder with model, recipe.json and maybe sinks.safetensors."""
+    """Options: folders of trained variants, each with a model, recipe.json and maybe sinks.safetensors."""
 
     models: Positional[tuple[Path, ...]]
     out: Path = Path("runs/designated")
     text: str | None = None
-    """Held-out text; the shipped corpus by default."""
+    """Held-out text; by default the shipped corpus."""
     documents: int = 16
     draws: int = 20
 
 
 def variant(folder: Path, options: Options) -> dict[str, object]:
-    """One row: how strong the sink is where this run should have it, how dark, and where mass goes else."""
+    """Measure one variant: strength and darkness of the sink at its intended position, other attention."""
+    # the model, and windows that open as in its training
     recipe = json.loads((folder / "recipe.json").read_text())
     model = ss.load(folder)
     place = recipe["position"] if recipe["bos"] else 0
@@ -93,6 +95,7 @@ def variant(folder: Path, options: Options) -> dict[str, object]:
     if recipe["bos"]:
         rows = [[*row[:place], 0, *row[place:]] for row in rows]
     windows = ss.Windows.of_ids(rows, model, list(range(len(rows))))
+    # attention and residuals, with the learned sink logit where there is one
     sinks = folder / "sinks.safetensors"
     logit = ss.attention.SinkLogit(load_file(sinks)["sink_logits"]) if sinks.exists() else None
     u = ss.read_spectrum(model)
@@ -105,6 +108,7 @@ def variant(folder: Path, options: Options) -> dict[str, object]:
             readout=lambda final, read, weights: torch.stack([read[site] for site in sites]),
         )  # fmt: skip
     alpha = seen.alpha.mean(0)  # by layer, head and position
+    # the layer with the strongest sink, the strongest other position, and the residual that the layer reads
     layer = int(alpha[:, :, place].mean(1).argmax())
     other = np.delete(np.arange(alpha.shape[-1] - LEAST), place)
     strongest = np.unravel_index(alpha[:, :, other].argmax(), alpha[:, :, other].shape)

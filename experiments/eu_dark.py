@@ -1,12 +1,14 @@
 """(g) E-dark and U-dark: where the two tails overlap, and which of them carries the effect.
 
-Question: is what the embedding hardly writes what the unembedding hardly reads, and does the loss (and the
-sink) follow the one, the other, what they share, or what only one of them has (Cancedda 2024, Eq. 2, Fig. 3)?
-Design: principal angles and alignment by band; then, at one exit at a time, all tokens: U-dark, E-dark and
-their union removed; and at the exit below the strongest sink also what each has outside the other, the half
-of each that is nearest to and farthest from the other, and their intersection (within 45 degrees) if any.
-Control: random subspaces of each rank that is removed, and the line of their NLL by the energy they remove. A
-tied model has one tail: there is nothing to compare, and the answer says so.
+Question: does the embedding write little in the same directions that the unembedding reads little? Do the
+loss and the sink depend on one tail, on the other, on their intersection, or on the part outside the other
+(Cancedda 2024, Eq. 2, Fig. 3)?
+Design: principal angles and the alignment by band are measured first. Then U-dark, E-dark and their union are
+removed at all tokens, at one exit at a time. At the exit below the strongest sink, further parts are removed:
+the part of each tail outside the other, the half of each that is nearest to and farthest from the other, and
+their intersection (within 45 degrees) where it exists.
+Control: random subspaces of each rank that is removed, and a line fitted to their NLL by the energy that they
+remove. A tied model has a single tail, so nothing is compared, and the answer says so.
 """
 
 import numpy as np
@@ -22,6 +24,7 @@ def run(study: ss.experiments.Study) -> ss.experiments.Finding:
         return ss.experiments.Finding(
             [ss.experiments.answer("tied model: E-dark is U-dark, smallest cosine", float(cosines.min()))]
         )
+    # both tails and their union, removed at every exit
     overlap, alignment = _overlap(study, u, e)
     u, e = u.named("U-dark"), e.named("E-dark")
     main = {"U-dark": u, "E-dark": e, "union": ss.spectra.union(u, e)}
@@ -36,6 +39,7 @@ def run(study: ss.experiments.Study) -> ss.experiments.Finding:
     mass = found["U-dark/0"].baseline_sink_mass
     layer = 0 if mass is None or model.layers < 2 else max(range(1, model.layers), key=lambda k: mass[k]) - 1
 
+    # parts of the tails, removed at the exit below the strongest sink
     half = u.rank // 2
     shared = ss.spectra.intersection(u, e).named("intersection")
     parts = {"U outside E": ss.spectra.outside(u, e), "E outside U": ss.spectra.outside(e, u)}
@@ -64,6 +68,7 @@ def run(study: ss.experiments.Study) -> ss.experiments.Finding:
     study.save(alignment, "eu_dark_alignment")
     ss.figures.eu_dark(table, overlap, alignment, layer, study.figure("eu_dark"))
 
+    # answers, with the excess over the line of the random subspaces
     largest = overlap.iloc[0]
     answers = [
         ss.experiments.answer(
@@ -113,7 +118,10 @@ def run(study: ss.experiments.Study) -> ss.experiments.Finding:
 def _overlap(
     study: ss.experiments.Study, u: ss.Subspace, e: ss.Subspace
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Principal cosines, and each tail's share in every band of the other's spectrum, with random ranges."""
+    """Return the principal cosines, and the share of each tail in every band of the other spectrum.
+
+    Both have the range of random subspaces.
+    """
     drawn = [ss.random_subspace(u.d, u.rank, seed) for seed in range(study.draws)]
     null = pd.DataFrame([ss.spectra.principal_cosines(s, u).numpy() for s in drawn])
     overlap = pd.DataFrame(
@@ -142,7 +150,10 @@ def _overlap(
 
 
 def _row(name: str, effect: ss.Effect) -> dict[str, object]:
-    """One removal: rank, energy taken, NLL, and what becomes of the next layer's sink (NaN without one)."""
+    """Return the row of one removal: rank, removed energy, NLL, and the sink mass of the next layer.
+
+    The sink mass is NaN where the next layer has none.
+    """
     label, layer = name.split("/")
     low, high = effect.delta_nll_interval
     column = f"sink_mass_{int(layer) + 1}"

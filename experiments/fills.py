@@ -1,11 +1,13 @@
-"""Fills: how much of a filter's cost is due to leaving the data's distribution?
+"""Fills: how much of the cost of a filter is due to residuals that are out of distribution?
 
-Question: what does the ladder cost when the gap is left empty, and when it is filled with what the model
-could have met there: the position's mean, another document's component, noise of the same norm?
-Design: bands 1 to k kept, every k, at the exit below the strongest sink and at a later one, under each fill,
-all tokens (all but the first where documents open with different tokens, since a swap would move the sink).
-The mean is taken over the documents measured, each of which is thus a small part of its own mean.
-Control: random subspaces of the last band's rank under the same fills; noise from as many seeds.
+Question: what does the ladder cost if the removed component is set to zero, and what if it is replaced by one
+that the model could have met there: the mean of the position, the component of another document, or noise of
+the same norm?
+Design: bands 1 to k are kept, for every k and each fill, at the exit below the strongest sink and at a later
+exit. All tokens are filtered, or all but the first if documents open with different tokens, since a swap
+would then move the sink. The mean is taken over the measured documents, so each document is a small part of
+its own mean.
+Control: random subspaces of the rank of the last band under the same fills, and noise from as many seeds.
 """
 
 import pandas as pd
@@ -14,7 +16,7 @@ import spectral_sinks as ss
 
 
 def at(study: ss.experiments.Study, layer: int) -> tuple[pd.DataFrame, dict[str, ss.Effect]]:
-    """The ladder and its controls at one exit."""
+    """Measure the ladder and its controls at one exit."""
     u, site = study.unembedding, ss.Site("exit", layer)
     tokens = "all" if len(study.windows.first_token_ids) == 1 else "all-but-first"
     mean = ss.Mean(ss.mean_residual(study.model, study.windows, site))
@@ -71,7 +73,7 @@ def run(study: ss.experiments.Study) -> ss.experiments.Finding:
 
 
 def verdict(beyond: dict[tuple[int, str], bool]) -> str:
-    """Whether the last band costs more than any random subspace whatever fills the gap."""
+    """State under which fills the last band costs more than every random subspace."""
     word = (
         "holds" if all(beyond.values()) else "holds partly" if any(beyond.values()) else "does not hold here"
     )

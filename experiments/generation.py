@@ -1,13 +1,13 @@
 """Generation: does a model without its tail fall into loops?
 
-Question: do continuations repeat themselves when the tail is removed, more than when as many random
-directions are, and already at 5 % (Cancedda 2024, section 6.1, which shows samples and no numbers)?
-Design: the first 32 tokens of each text continued by 64, greedily and by sampling (temperature 0.7, the same
-noise for every filter), under Phi (the last 5, 10, 20 % removed), Psi (of the same bands) and Omega (as many
-bands removed from just above the dark one), at the exit below the strongest sink, at every token, read or
-written. Repeated n-grams, loops and their onset by prompt; and the untouched model's NLL of the same texts,
-since a loop is easy to predict.
-Control: the untouched model, and Rnd, random subspaces of Phi's rank.
+Question: do continuations repeat themselves if the tail is removed, more than if as many random directions
+are removed, and already at 5 %? (Cancedda 2024, section 6.1, shows samples but no numbers.)
+Design: the first 32 tokens of each text are continued by 64 tokens, greedily and by sampling (temperature
+0.7, the same noise for every filter). Phi removes the last 5, 10 or 20 %, Psi acts on the same bands, and
+Omega removes as many bands just above the dark one. The filters act at the exit below the strongest sink, on
+all tokens of the prompt and the continuation. The measures by prompt are repeated n-grams, loops and their
+onset. The NLL of the same texts under the untouched model is measured too, since a loop is easy to predict.
+Control: the untouched model, and Rnd, which removes random subspaces of the rank that Phi removes.
 """
 
 from typing import Any
@@ -20,7 +20,7 @@ import spectral_sinks as ss
 PROMPT, NEW, TEMPERATURE = 32, 64, 0.7
 DOSES = (0.05, 0.1, 0.2)
 DRAWS = 2
-"""Samples per prompt; one for each random subspace."""
+"""Number of samples per prompt under each named filter. Each random subspace has one."""
 MEASURES = ("rep_1", "rep_2", "rep_3", "seq_rep_4", "loops", "onset", "copied_4", "nll_untouched")
 SHOWN = {
     "greedy": {
@@ -31,12 +31,15 @@ SHOWN = {
     "sampled": {"loops": "share of texts that loop", "seq_rep_4": "seq-rep-4", "rep_1": "rep-1"},
 }
 JUDGED = (("greedy", "loops"), ("sampled", "seq_rep_4"))
-"""What the verdict rests on. These two, its rule, and rep-1 among the answers were chosen after a first run
-on the embedded model; the temperature was lowered from 1, where 4 texts hardly repeated anything under any
-filter. So the verdict there is exploratory. The table has every measure."""
+"""The measures on which the verdict is based.
+
+These two, the rule of the verdict, and rep-1 among the answers were chosen after a first run on the embedded
+model. The temperature was lowered from 1, at which 4 texts hardly repeated anything under any filter. For
+that model, the verdict is therefore exploratory. The table has every measure."""
 
 
 def run(study: ss.experiments.Study) -> ss.experiments.Finding:
+    # the site, and the prompts
     model = study.model
     mass = ss.attention_by_head(model, study.windows).groupby("layer")["attention"].mean()
     site = ss.Site("exit", max(int(mass.iloc[1:].idxmax()) - 1, 0))
@@ -44,6 +47,7 @@ def run(study: ss.experiments.Study) -> ss.experiments.Finding:
     prompts = torch.stack([row[:length] for row in study.windows.rows])
     new = NEW if model.context is None else min(NEW, model.context - length)
 
+    # continuations under each filter; a random subspace is sampled once, a named filter several times
     tables, samples = [], []
     chosen = filters(study)
     named, random = ({key: f for key, f in chosen.items() if (key[0] == "Rnd") is of} for of in (False, True))
@@ -74,7 +78,7 @@ def run(study: ss.experiments.Study) -> ss.experiments.Finding:
 
 
 def filters(study: ss.experiments.Study) -> dict[tuple[str, float, int], ss.Filter | None]:
-    """By name, share removed and seed; None for the untouched model."""
+    """Return the filters by name, share removed and seed; None stands for the untouched model."""
     u = study.unembedding
     chosen: dict[tuple[str, float, int], ss.Filter | None] = {("untouched", 0.0, 0): None}
     for dose in DOSES:
@@ -88,7 +92,10 @@ def filters(study: ss.experiments.Study) -> dict[tuple[str, float, int], ss.Filt
 
 
 def summary(found: pd.DataFrame) -> pd.DataFrame:
-    """By filter, share removed, decoding and measure: mean, difference from untouched, range of Rnd."""
+    """Summarise by filter, share removed, decoding and measure.
+
+    Each row has the mean, the difference from the untouched model, and for Rnd the range of the draws.
+    """
     rows: list[dict[str, Any]] = []
     for (decoding, name, removed), part in found.groupby(["decoding", "filter", "removed"], sort=False):
         base = found[(found["decoding"] == decoding) & (found["filter"] == "untouched")].set_index("document")
@@ -96,7 +103,7 @@ def summary(found: pd.DataFrame) -> pd.DataFrame:
         for measure in (*MEASURES, "distinct_2"):
             values = part.groupby("document")[measure].mean()
             row = keys | {"measure": measure, "mean": values.mean()}
-            if measure in MEASURES:  # the others are of all texts together
+            if measure in MEASURES:  # `distinct_2` is one number for all texts, so it has no interval
                 row |= dict(zip(("low", "high"), ss.stats.mean_interval(values), strict=True))
                 difference = values - base[measure]
                 ends = zip(
@@ -139,9 +146,10 @@ def answers(table: pd.DataFrame, found: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def judged(table: pd.DataFrame) -> str:
-    """Holds where, at the lowest dose, both intervals lie above every random draw; partly where a mean does.
+    """State the verdict at the lowest dose.
 
-    A mean counts only if its difference from the untouched model has an interval above zero.
+    It holds if both intervals lie above every random draw, and holds partly if a mean does. A mean counts
+    only if the interval of its difference from the untouched model lies above zero.
     """
     by = table.set_index(["measure", "decoding", "filter", "removed"])
     sure, likely, words = [], [], []

@@ -1,11 +1,12 @@
 """(f) Logit spectroscopy: how the next-token distribution builds up as bands are added, at every exit.
 
-Question: which bands carry the model's prediction, and does the dark band, which the vocabulary hardly reads,
-add anything to it (Cancedda 2024, sections 2 and 3)?
-Design: the final norm and the unembedding read bands 1 to k of the residual, and band k alone, at the
-embedding and every exit; NLL of the next token, KL from the model's own distribution, agreement of the most
-likely token. The norm keeps the scale of the whole residual, so what bands contribute to a logit adds up.
-Control: random (Haar) bases cut into as many bands; their bands are alike, so any order of them is one.
+Question: which bands carry the prediction of the model, and does the dark band, which the vocabulary hardly
+reads, add anything to it (Cancedda 2024, sections 2 and 3)?
+Design: at the embedding and at every exit, the final norm and the unembedding read bands 1 to k of the
+residual, and band k alone. The measures are the NLL of the next token, the KL divergence from the model's own
+distribution, and the agreement of the most likely token. The norm keeps the scale of the whole residual, so
+the contributions of the bands to a logit add up.
+Control: random (Haar) bases, divided into as many bands. Their bands are alike, so any order will do.
 """
 
 import pandas as pd
@@ -16,6 +17,7 @@ SCORES = ("nll", "kl", "top1")
 
 
 def run(study: ss.experiments.Study) -> ss.experiments.Finding:
+    # the lens by bands of the unembedding, and by bands of random bases at some numbers of bands
     model, windows, u = study.model, study.windows, study.unembedding
     count, last = u.count, model.layers - 1
     own = ss.residual.band_lens(model, windows, {"U": u})

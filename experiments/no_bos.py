@@ -1,16 +1,17 @@
-"""No BOS: where does attention go without one, and is what receives it dark?
+"""No BOS: where does attention go without a BOS, and are the tokens that receive it dark?
 
-Question: are there distributed sinks in a model that never saw BOS, on which tokens (frequency, punctuation,
-position), and do they carry the U-dark signature that BOS has in its twin?
-Design: attention that each token receives from later ones, over uniform attention, in every layer; the most
-attended are 5 % by layer, of positions that half of the queries follow, 0 apart (later ones receive from
-their neighbours only). Dark share of what the layer reads; rank correlation of both given position and
-frequency; the NLL without the band at these tokens alone.
-Control: tokens of the same layer matched in position and frequency (permutations, Holm over layers), random
-subspaces of the same rank, as many matched tokens, and the twin with BOS.
+Question: are there distributed sinks in a model that never saw BOS? On which tokens do they lie (frequency,
+punctuation, position), and are they U-dark, as BOS is in the twin model?
+Design: in every layer, the attention that each token receives from later tokens is divided by uniform
+attention. The most attended tokens are 5 % of each layer. Candidates are the positions that half of the
+queries follow, without position 0, because later positions receive attention from their neighbours only. The
+measures are the dark share of the residual that the layer reads, the rank correlation of attention and dark
+share given position and frequency, and the NLL without the dark band at these tokens alone.
+Control: tokens of the same layer, matched in position and frequency (permutations, Holm over layers); random
+subspaces of the same rank; as many matched tokens; and the twin with BOS.
 
-The embedded model is measured beside its twin `sinklet-nobos`; any other one on windows without BOS, which it
-may have seen in training. Further checkpoints, with an interval over them:
+The embedded model is compared with its twin `sinklet-nobos`. Any other model is measured on windows without
+BOS, although it may have seen BOS in training. Further checkpoints are measured with an interval over them:
 
     python experiments/no_bos.py FOLDER... --name no_bos_more --out DIR
 """
@@ -28,11 +29,11 @@ import spectral_sinks as ss
 
 TWIN = "sinklet-nobos"
 MASKS = 5
-"""Draws of each control of the NLL."""
+"""Number of draws of each control of the NLL."""
 
 
 def cases(study: ss.experiments.Study) -> dict[str, ss.experiments.Study]:
-    """The model without BOS first; the study's own windows, where they have one, for comparison."""
+    """Return the study without BOS, and for comparison the study itself if its windows open with BOS."""
     model, windows = study.model, study.windows
     rows = [row[1:] for row in windows.rows] if windows.opens_with_bos else windows.rows
     bare = ss.load(TWIN) if model.name == ss.DEFAULT else model
@@ -50,7 +51,7 @@ def cases(study: ss.experiments.Study) -> dict[str, ss.experiments.Study]:
 
 
 def described(inner: pd.DataFrame, model: ss.LanguageModel) -> pd.DataFrame:
-    """The candidates with the text of their token, and whether it is punctuation: no letter, no digit."""
+    """Add the text of each candidate's token, and whether it is punctuation (without letters or digits)."""
     text = {
         i: str(i) if model.tokenizer is None else model.tokenizer.decode([i]) for i in set(inner["token"])
     }
@@ -59,7 +60,7 @@ def described(inner: pd.DataFrame, model: ss.LanguageModel) -> pd.DataFrame:
 
 
 def by_token(inner: pd.DataFrame) -> pd.DataFrame:
-    """How often each token is among the most attended, most often first."""
+    """Return how often each token is among the most attended, the most frequent first."""
     found = inner.groupby(["token", "text", "punctuation"], as_index=False).agg(
         top=("top", "sum"), pairs=("top", "size"), relative=("relative", "mean"), dark=("dark", "mean")
     )
@@ -68,12 +69,12 @@ def by_token(inner: pd.DataFrame) -> pd.DataFrame:
 
 
 def by_position(table: pd.DataFrame) -> pd.DataFrame:
-    """Relative attention by position, mean over layers and documents, of the first half."""
+    """Return the relative attention by position in the first half, mean over layers and documents."""
     return ss.stats.summarise(table[~table["late"]], ["position"], "relative")
 
 
 def sinks_of(name: str, study: ss.experiments.Study) -> dict[str, object]:
-    """How many sinks `find_sinks` lists, and which."""
+    """Return the answer that states how many sinks `find_sinks` finds, and which."""
     tokens = min(64, *(len(row) for row in study.windows.rows))
     found = ss.find_sinks(study.model, study.windows, study.unembedding, tokens=tokens, draws=study.draws)
     texts = [
@@ -91,12 +92,13 @@ def sinks_of(name: str, study: ss.experiments.Study) -> dict[str, object]:
 
 
 def measure(study: ss.experiments.Study) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """All tokens, and the described candidates."""
+    """Return the table of all tokens, and the described candidates."""
     table = ss.sinks.attended(study.model, study.windows, study.unembedding, draws=study.draws)
     return table, described(ss.sinks.most_attended(table), study.model)
 
 
 def run(study: ss.experiments.Study) -> ss.experiments.Finding:
+    # where attention goes in each case, and how dark its targets are
     layers, places, tokens, inners, darker, found = [], [], [], [], [], []
     measured = cases(study)
     for name, case in measured.items():
@@ -114,6 +116,7 @@ def run(study: ss.experiments.Study) -> ss.experiments.Finding:
         pair = (darker[1] - darker[0]).dropna()
         quantity = "excess of dark share with BOS minus without, paired by document"
         found.append(ss.experiments.answer(quantity, pair, f"sign flips {ss.stats.sign_flip(pair):.4f}"))
+    # the NLL without the dark band at the most attended tokens of the model without BOS
     bare = next(iter(measured.values()))
     draws = min(MASKS, bare.draws)
     cost = ss.sinks.attended_cost(bare.model, bare.windows, bare.unembedding, inners[0], draws=draws)
@@ -142,7 +145,16 @@ def run(study: ss.experiments.Study) -> ss.experiments.Finding:
 def answers(
     name: str, table: pd.DataFrame, inner: pd.DataFrame, layer: pd.DataFrame, excess: pd.Series
 ) -> list[dict[str, object]]:
-    """Where attention goes: position 0, the most attended, and which tokens these are."""
+    """Return the answers about the targets of attention: position 0, and the most attended tokens.
+
+    Args:
+        name: the name of the case.
+        table: all tokens.
+        inner: the described candidates.
+        layer: the darkness of the most attended tokens by layer.
+        excess: the excess of their dark share over matched tokens, by document.
+
+    """
     top, ten = inner[inner["top"]], by_token(inner).head(10)
     first = table[table["position"] == 0].groupby("document")["relative"].mean()
     links = {
@@ -198,7 +210,10 @@ def answers(
 
 
 def verdict(listed: int, layer: pd.DataFrame, cost: pd.DataFrame) -> str:
-    """Whether the most attended are darker than their matches and any random subspace, and at what cost."""
+    """State whether the most attended tokens are darker than controls, and what their dark band is worth.
+
+    The controls are matched tokens and random subspaces.
+    """
     darker = (layer["p_holm"] <= 0.05) & (layer["low"] > 0) & (layer["low"] > layer["random_high"])
     dearer = (cost["p_matched_holm"] <= 0.05) & (cost["above_matched_low"] > 0)
     word = "holds" if darker.all() else "holds partly" if darker.any() else "does not hold here"
@@ -212,7 +227,7 @@ def verdict(listed: int, layer: pd.DataFrame, cost: pd.DataFrame) -> str:
 
 @dataclass(frozen=True)
 class Options:
-    """Checkpoints of one kind, to be compared by seed."""
+    """Options: checkpoints of one kind, such as those of several seeds."""
 
     models: Positional[tuple[str, ...]]
     """Names or folders of models."""

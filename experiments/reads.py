@@ -1,13 +1,14 @@
-"""Reads: who needs the dark tail: queries, keys, values or the MLP?
+"""Reads: which component needs the dark tail: queries, keys, values or the MLP?
 
-Question: which component's reading of the dark band, alone, reproduces what removing it from the residual
-stream does to the NLL and to the sink?
-Design: the dark band withheld from what the queries, keys, values or MLP of a layer read (all others, and
-the skip connection, still have it), at each layer alone, at all layers above the exit below the strongest
-sink, and at all layers; of keys and values also at the first token alone and at all others; all four
-together above that exit. Reference: the band removed at that exit.
-Control: random subspaces of the same rank withheld in the same places (fewer at single layers not beside
-that exit, at all layers, and where tokens are chosen).
+Question: which component, if it alone cannot read the dark band, reproduces the effect of removing the band
+from the residual stream on the NLL and on the sink?
+Design: the dark band is removed from what the queries, keys, values or MLP of a layer read. All other
+components and the skip connection keep it. This is done at each layer alone, at all layers above the exit
+below the strongest sink, and at all layers. For keys and values it is also done at the first token alone, and
+at all other tokens. All four components together are filtered above that exit. The reference is the removal
+of the band at that exit.
+Control: random subspaces of the same rank, removed at the same sites. There are fewer of them for single
+layers away from that exit, for all layers, and for chosen tokens.
 """
 
 from typing import Any
@@ -17,7 +18,7 @@ import pandas as pd
 import spectral_sinks as ss
 
 FEW = 5
-"""Random subspaces where the place is neither the layers above the exit of reference nor beside it."""
+"""Number of random subspaces for layers other than those above the reference exit or next to it."""
 
 READS = ("queries", "keys", "values", "mlp-input")
 SOME = {"first token": "first", "all but first": "all-but-first"}
@@ -52,8 +53,11 @@ def run(study: ss.experiments.Study) -> ss.experiments.Finding:
 
 
 def verdict(table: pd.DataFrame) -> str:
-    """Which reader, withheld above the exit of reference, alone loses 90 % of what is lost of the sink there,
-    and which costs as much (not below the interval of the reference, and beyond all random draws).
+    """State which components alone reproduce the loss of the sink, and which reproduce the cost in NLL.
+
+    Each component is filtered above the reference exit. The loss of the sink is reproduced if it reaches 90 %
+    of the loss at the reference. The cost is reproduced if it does not lie below the interval of the
+    reference, and exceeds all random draws.
     """
     dark = table[table["draw"] == "dark"].set_index(["place", "site"])
     drawn = table[table["draw"] != "dark"].groupby(["place", "site"])["mean"].max()
@@ -69,10 +73,11 @@ def verdict(table: pd.DataFrame) -> str:
 
 
 def sink_left(effect: ss.Effect, below: int) -> pd.Series:
-    """Share of the attention to position 0 that is left, by document.
+    """Return the share of the attention to position 0 that is left, by document.
 
-    In the first layer whose weights can change, for one site; over all layers above the exit of reference
-    for several. NaN where there is none, or attention cannot be read.
+    For one site, it is measured in the first layer whose attention weights can change. For several sites, it
+    is a mean over all layers above the reference exit. It is NaN if there is no such layer, or if attention
+    cannot be read.
     """
     count = len(effect.sink_mass or [])
     layers = list(range(below + 1, count))

@@ -1,15 +1,17 @@
-"""Several: is there one sink, or does another stand behind it? How many tokens carry dark signals?
+"""Several: is there one sink, or is there another behind it, and how many tokens are dark?
 
-Question: when the first sink is taken away, does a second one appear at once; how many tokens are as dark as
-BOS; and how many first tokens does a stream of text need?
-Design: the key of position 0 masked; its weight dropped and not shared out; the dark band removed at the exit
-below the strongest sink, of the first token alone and of all. Then, among the first 64 tokens: the position
-other than 0 that receives most, the heads that give any such position more than 0.3 (of those with half of
-the queries, as in `find_sinks`), and where the attention went. Streaming: the first 0 to 8 tokens kept and
-the most recent quarter of the window; NLL of the predictions from two quarters on, which see none of the
-first quarter but what is kept.
-Control: each move at random other positions, or with random subspaces of the band's rank; dark shares beside
-those in random subspaces; as many other positions kept, and position 0 with others in place of the next ones.
+Question: if the first sink is removed, does a second one appear at once? How many tokens are as dark as BOS?
+How many first tokens does a stream of text need?
+Design: the sink is edited in four ways. The key of position 0 is masked; its attention weight is dropped
+without renormalisation; and the dark band is removed at the exit below the strongest sink, from the first
+token alone and from all tokens. Among the first 64 tokens, the measures are the position other than 0 that
+receives most attention, the heads that give any such position more than 0.3 (among positions with half of the
+queries, as in `find_sinks`), and where the attention goes instead. For streaming, the first 0 to 8 tokens and
+the most recent quarter of the window are kept. The NLL is taken from the middle of the window on, where
+predictions see only the kept tokens of the first quarter.
+Control: each edit at random other positions, or with random subspaces of the rank of the band; shares in
+random subspaces for the dark shares; as many other kept positions; and position 0 kept with random others
+instead of the tokens that follow it.
 """
 
 from collections.abc import Sequence
@@ -24,26 +26,40 @@ import spectral_sinks as ss
 
 TOKENS, EPSILON, BATCH = 64, 0.3, 16
 ELSEWHERE, DRAWS, KEPT = 10, 5, (0, 1, 2, 4, 8)
-"""Random other positions per move; random sets of positions per count of kept ones; those counts."""
+"""Number of random other positions per edit; of random sets of kept positions per count; and those counts."""
 
 WHERE = ("first", "itself", "previous", "2 to 8 back", "further back", "none")
-"""Where a query's attention goes; "first" wherever position 0 lies."""
+"""Targets of a query's attention. "first" is position 0, at any distance."""
 
 SECOND, OBSERVED = "sinks elsewhere by the rule of find_sinks", "observed"
 
 Cell = tuple[Sequence[Any], dict[ss.Site, Any]]
-"""Moves of attention, and functions at sites."""
+"""Attention edits, and edits at sites."""
 
 
 def measure(
     model: ss.LanguageModel, windows: ss.Windows, spectrum: ss.Spectrum, below: int, draws: int = 20
 ) -> dict[str, pd.DataFrame]:
-    """All tables of this experiment for any causal model; `below` is the exit where darkness is measured.
+    """Measure all tables of this experiment for a causal model.
 
     A model trained without position 0 as a key is measured inside `with ss.attending(model, MaskKey(0)):`.
+
+    Args:
+        model: a causal language model.
+        windows: windows of at least 40 tokens.
+        spectrum: the spectrum whose dark band is used.
+        below: the layer at whose exit darkness is measured.
+        draws: number of random subspaces.
+
+    Returns:
+        The tables, by the suffix of their file names.
+
+    Raises:
+        InputError: for another kind of model, and for shorter windows.
+
     """
     if not model.causal or min(len(row) for row in windows.rows) < 40:
-        raise ss.InputError("one sink or several: expected a causal model and windows of at least 40 tokens")
+        raise ss.InputError("this experiment needs a causal model and windows of at least 40 tokens")
     moved, positions = moves(model, windows, spectrum, below, draws)
     tokens, dark, curve = dark_tokens(model, windows, spectrum, below, draws)
     found = {"": moved, "_positions": positions, "_tokens": tokens, "_dark": dark, "_curve": curve}
@@ -52,9 +68,13 @@ def measure(
 
 @ss.remotely
 def observe(model: ss.LanguageModel, windows: ss.Windows, cell: Cell = ((), {})) -> dict[str, np.ndarray]:
-    """One pass, by window: `nll` and `late` (nats per token), `alpha` `[layers, heads, T]`, `uniform` `[T]`
-    over the keys that can be seen, and `where`, the mean over queries, heads and layers.
+    """Run one pass over the windows with the edits of a cell, and return arrays by window.
+
+    `nll` and `late` are in nats per token, where `late` covers the second half of the window. `alpha`,
+    `[layers, heads, T]`, is the attention received. `uniform`, `[T]`, is the same under uniform attention
+    over the visible keys. `where` is the attention to each of `WHERE`, mean over queries, heads and layers.
     """
+    # the kinds of target of each query, [kinds, T, T]
     shortest = min(len(row) for row in windows.rows)
     size, late = min(TOKENS, shortest), 2 * (shortest // 4)
     query, key = torch.arange(size)[:, None], torch.arange(size)
@@ -95,10 +115,22 @@ def observe(model: ss.LanguageModel, windows: ss.Windows, cell: Cell = ((), {}))
 def moves(
     model: ss.LanguageModel, windows: ss.Windows, spectrum: ss.Spectrum, below: int, draws: int
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """What each move of the sink does: `move`, `draw` ("observed" or a control), `quantity`, and its mean.
+    """Measure the effect of each edit of the sink.
 
-    `position` is the one other than 0 that receives most. The second table: attention by position.
+    Args:
+        model: a causal language model.
+        windows: the text.
+        spectrum: the spectrum whose dark band is removed.
+        below: the layer at whose exit it is removed.
+        draws: number of random subspaces.
+
+    Returns:
+        Two tables. The first has the mean of each `quantity` by edit (`move`) and `draw` ("observed" or a
+        control); its `position` is the one other than 0 that receives most attention. The second has the
+        attention by position.
+
     """
+    # the edits and their controls, as cells
     site, dark = ss.Site("exit", below), ss.remove(spectrum.dark())
     base = observe(model, windows)
     half = base["alpha"].shape[-1] // 2
@@ -112,6 +144,7 @@ def moves(
     cells["dark removed, all tokens", OBSERVED] = ((), {site: dark})
     for seed in range(draws):
         cells["dark removed, all tokens", f"random {seed}"] = ((), {site: ss.rnd(model.d, dark.rank, seed)})
+    # one pass for each cell
     rows, positions = [], []
     for (name, draw), cell in cells.items():
         seen = observe(model, windows, cell) if name != "untouched" else base
@@ -143,8 +176,9 @@ def moves(
 
 
 def sinks_elsewhere(windows: ss.Windows, drawn: np.ndarray) -> int:
-    """Positions and tokens that are sinks by the rule of `find_sinks`; `drawn`, `[windows, positions]`, says
-    where a head gives more than 0.3, from position 1 on.
+    """Count the positions and tokens that are sinks by the rule of `find_sinks`.
+
+    `drawn`, `[windows, positions]`, marks where a head gives more than 0.3, from position 1 on.
     """
     ids = np.stack([row[1 : drawn.shape[1] + 1].numpy() for row in windows.rows])
     at = (by_document(windows, drawn) > 0).mean(0) >= 0.5
@@ -159,7 +193,21 @@ def sinks_elsewhere(windows: ss.Windows, drawn: np.ndarray) -> int:
 def dark_tokens(
     model: ss.LanguageModel, windows: ss.Windows, spectrum: ss.Spectrum, below: int, draws: int
 ) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    """Dark tokens at an exit, the first left out: by token; their share; the distribution."""
+    """Measure the dark tokens at an exit, without the first token.
+
+    Args:
+        model: a causal language model.
+        windows: the text.
+        spectrum: the spectrum whose dark band is used.
+        below: the layer of the exit.
+        draws: number of random subspaces.
+
+    Returns:
+        Three tables: dark tokens by token id, their share among all tokens, and the distribution of the dark
+        share.
+
+    """
+    # the share of each token in the dark band and in random subspaces, and its dark norm relative to BOS
     dark, site = spectrum.dark(), ss.Site("exit", below)
     spaces = [dark, *(ss.random_subspace(model.d, dark.rank, seed) for seed in range(draws))]
     tables: list[pd.DataFrame] = []
@@ -176,6 +224,7 @@ def dark_tokens(
             ratio = np.sqrt(values[:, 0] / values[0, 0]) * values[:, -1] / values[0, -1]
             part = part.assign(norm=ratio[1:], bos=values[0, 0], token=row[1:].numpy())
             tables.append(part.assign(document=windows.document[place]))
+    # tokens that are as dark as BOS, darker than in any random subspace, or both
     table = pd.concat(tables, ignore_index=True)
     shares = table[[f"share_{k}" for k in range(len(spaces))]].to_numpy()
     likewise = shares > table["bos"].to_numpy()[:, None] / 2
@@ -208,11 +257,13 @@ def dark_tokens(
 
 
 def streaming(model: ss.LanguageModel, windows: ss.Windows) -> pd.DataFrame:
-    """NLL of late predictions above full attention by `kept` and `which`, and what more kept tokens save.
+    """Measure the NLL of late predictions when few tokens are kept, and what more kept tokens save.
 
-    Kept are the first tokens, the "next" ones without position 0, others, or position 0 and others.
-    "saved" is the NLL with one kept less that with more; "saved beyond others" that with position 0 and
-    others (mean over draws) less that with the first; "saved by the next" that with none less that with them.
+    The NLL is above that of full attention, by `kept` and `which`. The kept tokens are the first ones, the
+    "next" ones (those after position 0), others, or position 0 and others. "saved" is the NLL with one kept
+    token minus the NLL with more. "saved beyond others" is the NLL with position 0 and others (mean over
+    draws) minus the NLL with the first tokens. "saved by the next" is the NLL with none kept minus the NLL
+    with the next tokens.
     """
     recent = min(len(row) for row in windows.rows) // 4
     base, generator = observe(model, windows)["late"], np.random.default_rng(0)
@@ -248,20 +299,20 @@ def streaming(model: ss.LanguageModel, windows: ss.Windows) -> pd.DataFrame:
 
 
 def by_document(windows: ss.Windows, values: np.ndarray) -> np.ndarray:
-    """Mean over the windows of each document."""
+    """Return the mean over the windows of each document."""
     owners = np.asarray(windows.document)
     return np.stack([values[owners == owner].mean(0) for owner in np.unique(owners)])
 
 
 def interval(windows: ss.Windows, values: np.ndarray) -> dict[str, float]:
-    """Mean over documents and its 95 % interval."""
+    """Return the mean over documents and its 95 % interval."""
     sample = by_document(windows, values)
     low, high = ss.stats.mean_interval(sample)
     return {"mean": float(sample.mean()), "low": low, "high": high}
 
 
 def text(model: ss.LanguageModel, token: int) -> str:
-    """A token as Python writes it, or its id."""
+    """Return the text of a token as a Python literal, or its id if the model has no tokenizer."""
     return str(token) if model.tokenizer is None else repr(model.tokenizer.decode([token]))
 
 
@@ -280,8 +331,10 @@ def run(study: ss.experiments.Study) -> ss.experiments.Finding:
 
 
 def verdict(tables: dict[str, pd.DataFrame], sinks: int) -> str:
-    """One sink, if there is one, no move makes another by the rule of `find_sinks`, and a stream of
-    text is no better off with more of the first tokens than with BOS and as many others.
+    """State whether the model has exactly one sink.
+
+    It holds if there is one sink, no edit makes another one by the rule of `find_sinks`, and a stream of text
+    gains nothing from more first tokens compared with BOS and as many other tokens.
     """
     moved, stream = tables[""], tables["_streaming"]
     rows = moved[(moved["quantity"] == SECOND) & (moved["draw"] == OBSERVED) & (moved["mean"] > 0)]

@@ -1,11 +1,12 @@
-"""The sink: how strong it is, who carries it, and what is lost with its carrier's dark band.
+"""The sink: its strength, the residual that carries it, and the effect of removing its dark band.
 
-Question: do heads attend to position 0 whatever the text, is its residual dark, and does removing the dark
-band remove the sink and raise the NLL, more than any random subspace of that rank?
-Design: attention received at T = 64 by head; norm and dark share by layer; at the exit below the strongest
-sink, the dark band removed at all tokens, at the first alone, at all but the first, and swapped between
-texts; the sink-preserving set of bands against the same set without the tail.
-Control: random subspaces of the same rank, all tokens. These are the figures of the model card.
+Question: do heads attend to position 0 whatever the text, and is its residual dark? Does removing the dark
+band remove the sink and raise the NLL, more than any random subspace of the same rank?
+Design: the attention received at T = 64 is measured by head, and norm and dark share by layer. At the exit
+below the strongest sink, the dark band is removed at all tokens, at the first alone and at all but the first,
+and it is swapped between texts. The sink-preserving set of bands is compared with the same set without the
+tail.
+Control: random subspaces of the same rank, at all tokens. The model card states these numbers.
 """
 
 import pandas as pd
@@ -14,12 +15,14 @@ import spectral_sinks as ss
 
 
 def run(study: ss.experiments.Study) -> ss.experiments.Finding:
+    # strength of the sink, and the exit below its strongest layer
     model, u = study.model, study.unembedding
     heads = ss.attention_by_head(model, study.windows)
     rate = (heads["attention"] > 0.3).groupby(heads["document"]).mean()
     by_layer = heads.groupby("layer")["attention"].mean()
     layer = int(by_layer.iloc[1:].idxmax()) - 1
 
+    # norm and dark share of the first token and of the others
     energy = ss.energy(model, study.windows, u)
     first = "bos" if study.windows.opens_with_bos else "first"
     exits = energy[(energy["site"] == "exit") & (energy["band"] == u.count)]
@@ -28,6 +31,7 @@ def run(study: ss.experiments.Study) -> ss.experiments.Finding:
     ratio = (bos["norm"] / other["norm"]).drop(model.layers - 1, level="layer")
     top = int(ratio.groupby("layer").mean().idxmax())
 
+    # filters at that exit, and their effect on the NLL and on the sink of the next layer
     dark, site = u.dark(), ss.Site("exit", layer)
     kept = round(0.7 * u.count)
     cells: dict[str, dict[ss.Site, ss.Filter]] = {

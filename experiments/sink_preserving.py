@@ -1,17 +1,17 @@
-"""Sink-preserving filters: how much of the middle of the spectrum can go when the tail stays?
+"""Sink-preserving filters: how much of the middle of the spectrum can be removed if the tail is kept?
 
-Question: how much of the residual stream can be deleted at a given cost when the dark tail, or the first
-token, is spared (Cancedda 2024, section 4: Omega)?
-Design: directions deleted upwards from the dark end at one exit, and at all exits at once: with the last
-band kept (Omega), without (Phi), and at all tokens but the first (Phi), at equal ranks. The largest share
-deleted within +0.01, +0.05 and +0.1 nats is found anew in each bootstrap sample of documents. A schedule
-over layers is chosen greedily on every other document (1 % more at the exit where it costs least, all chosen
-exits filtered at once, the tail kept), and measured on the documents it was not chosen on, beside one depth
-for all exits.
-The saving of a kept tail, per document: the cost at equal rank with the tail dropped, with the first token
-spared, and with random directions kept (mean of the draws), each minus the cost with the tail kept.
-Control: the same rank deleted with random directions kept in place of the tail; for the schedule, random
-subspaces of its ranks.
+Question: how much of the residual stream can be deleted at a given cost if the dark tail, or the first token,
+is spared (Cancedda 2024, section 4: Omega)?
+Design: directions are deleted upwards from the dark end, at one exit and at all exits at once. There are
+three kinds of equal rank: with the last band kept (Omega), without it (Phi), and at all tokens but the first
+(Phi). The largest share that can be deleted within +0.01, +0.05 and +0.1 nats is determined anew in each
+bootstrap sample of documents. A schedule over layers is chosen greedily on every other document. Each step
+deletes 1 % more at the exit where this costs least, with all chosen exits filtered at once and the tail kept.
+The schedule is measured on the other documents, and so is one depth for all exits.
+The saving of a kept tail is computed per document. It is the cost at equal rank with the tail dropped, with
+the first token spared, or with random directions kept (mean of the draws), minus the cost with the tail kept.
+Control: the same rank is deleted with random directions kept instead of the tail. For the schedule, random
+subspaces of its ranks are removed.
 """
 
 from dataclasses import replace
@@ -33,26 +33,31 @@ KINDS: dict[str, tuple[bool, Any]] = {
 
 
 def ranks(u: ss.Spectrum, shares: tuple[float, ...]) -> list[int]:
-    """Numbers of directions, at least one and no more than lie above the tail."""
+    """Return numbers of directions for shares, at least 1 and at most the number above the tail."""
     return sorted({min(max(1, round(share * u.d)), u.d - u.dark().rank) for share in shares})
 
 
 def deleting(u: ss.Spectrum, kind: str, rank: int) -> ss.Filter:
-    """Delete the darkest directions, the last band spared where the tail is kept."""
+    """Return the filter that deletes the darkest directions, or those just above the tail if it is kept."""
     tail, tokens = KINDS[kind]
     end = u.d - u.dark().rank if tail else u.d
     return ss.remove(u.directions(end - rank, end, f"{rank} up from {end}"), tokens=tokens)
 
 
 def random_kept(u: ss.Spectrum, rank: int, seed: int) -> ss.Filter:
-    """Delete from the same directions and the tail; random ones are kept, as many as the tail has."""
+    """Return the filter that deletes `rank` directions and keeps random ones instead of the tail.
+
+    The directions come from the tail and the `rank` directions above it. As many are kept as the tail has.
+    """
     low = u.directions(u.d - u.dark().rank - rank, u.d, "low end")
     return ss.remove(ss.spectra.random_within(low, rank, seed))
 
 
 def measure(study: ss.experiments.Study, layers: list[int], random: list[int]) -> tuple[pd.DataFrame, ...]:
-    """What deleting costs at some exits at once; the largest share within each budget, of each kind; and what
-    keeping the tail saves, where random directions were kept too.
+    """Measure the cost of deleting directions at some exits at once.
+
+    Returns three tables: the cost of each filter; the largest share within each budget, by kind; and the
+    saving of a kept tail at the ranks `random`, at which random directions were kept too.
     """
     u, sites = study.unembedding, [ss.Site("exit", layer) for layer in layers]
     steps = ranks(u, SHARES)
@@ -66,6 +71,7 @@ def measure(study: ss.experiments.Study, layers: list[int], random: list[int]) -
     table[["kind", "deleted"]] = [name.split("|") for name in table["name"]]
     table = table.astype({"deleted": int}).assign(where=where)
     table["share"] = table["rank"] / (u.d * len(layers))
+    # the largest share within each budget
     within: list[dict[str, object]] = []
     for kind in KINDS:
         costs = np.stack([effects[f"{kind}|{k}"].table["delta_nll"] for k in steps], axis=1)
@@ -74,6 +80,7 @@ def measure(study: ss.experiments.Study, layers: list[int], random: list[int]) -
             within.append(
                 {"where": where, "kind": kind, "budget": budget, "mean": value, "low": low, "high": high}
             )
+    # the saving of a kept tail over each alternative
     saved: list[dict[str, object]] = []
     for k in random:
         costs = {name: e.table.set_index("document")["delta_nll"] for name, e in effects.items()}
@@ -97,11 +104,13 @@ def measure(study: ss.experiments.Study, layers: list[int], random: list[int]) -
 
 
 def halves(study: ss.experiments.Study) -> tuple[ss.experiments.Study, ss.experiments.Study]:
-    """Every other document, and the rest. Raises InputError for a single one."""
+    """Split the documents in two halves, every other one. Raises InputError for a single document."""
     windows = study.windows
     order = {document: place for place, document in enumerate(dict.fromkeys(windows.document))}
     if len(order) < 2:
-        raise ss.InputError("a schedule is chosen on some documents, measured on others: give at least two")
+        raise ss.InputError(
+            "a schedule is chosen on some documents and measured on others: give at least two documents"
+        )
     found = []
     for part in (0, 1):
         mine = [i for i, document in enumerate(windows.document) if order[document] % 2 == part]
@@ -111,12 +120,12 @@ def halves(study: ss.experiments.Study) -> tuple[ss.experiments.Study, ss.experi
 
 
 def schedule(u: ss.Spectrum, depths: dict[int, int]) -> dict[ss.Site, ss.Filter]:
-    """Omega at each exit from which directions are deleted."""
+    """Return Omega at each exit at which directions are deleted."""
     return {ss.Site("exit", layer): deleting(u, "tail kept", k) for layer, k in depths.items() if k}
 
 
 def greedy(study: ss.experiments.Study) -> list[tuple[dict[int, int], float]]:
-    """Schedules of growing size up to the largest budget, and what each costs on the study's documents."""
+    """Return schedules of growing size up to the largest budget, with their costs on these documents."""
     u = study.unembedding
     step, most = max(1, round(0.01 * u.d)), u.d - u.dark().rank
     path, depths = [], dict.fromkeys(range(study.model.layers), 0)
@@ -131,7 +140,10 @@ def greedy(study: ss.experiments.Study) -> list[tuple[dict[int, int], float]]:
 
 
 def schedules(study: ss.experiments.Study) -> pd.DataFrame:
-    """Per budget: the greedy schedule and the best depth for all exits, chosen on half of the documents."""
+    """Choose the greedy schedule and the best single depth for each budget, and measure them.
+
+    They are chosen on one half of the documents and measured on the other.
+    """
     chosen, other = halves(study)
     u, layers = study.unembedding, range(study.model.layers)
     uniform = {str(k): dict.fromkeys(layers, k) for k in ranks(u, SHARES)}
@@ -143,6 +155,7 @@ def schedules(study: ss.experiments.Study) -> pd.DataFrame:
             fits = [step for step in path if step[1] <= budget]
             nothing = (dict.fromkeys(layers, 0), 0.0)
             picked[f"{kind}|{budget}"] = max(fits, key=lambda step: sum(step[0].values()), default=nothing)
+    # measured on the other half, with random subspaces of the ranks of the greedy schedule
     cells = {name: schedule(u, depths) for name, (depths, _) in picked.items()}
     for name in [name for name in cells if name.startswith("greedy")]:
         for seed in range(study.draws):
@@ -183,7 +196,7 @@ def run(study: ss.experiments.Study) -> ss.experiments.Finding:
 
 
 def verdict(saved: pd.DataFrame) -> str:
-    """Whether keeping the tail is cheaper at equal rank than each alternative, at every place."""
+    """State whether keeping the tail is cheaper at equal rank than each alternative, at each set of exits."""
     said, sure = [], []
     for kind, rows in saved.groupby("against", sort=False):
         sure.append(float((rows["low"] > 0).mean()))

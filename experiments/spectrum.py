@@ -1,9 +1,10 @@
-"""(a) The spectrum of unembedding and embedding, and where the dark tail of one lies in the other.
+"""(a) The spectra of the unembedding and the embedding, and the position of one dark tail in the other.
 
-Question: does the vocabulary leave a tail of the residual stream unread, and is what the embedding hardly
-writes also what the unembedding hardly reads (Cancedda 2024, Eq. 2, Fig. 3)?
-Design: singular values of both matrices; the share of the E-dark subspace in each U band.
-Control: random subspaces of the same rank. The quantities are exact for the weights: no interval.
+Question: does the vocabulary leave a tail of the residual stream unread, and does the embedding write little
+in the same directions that the unembedding reads little (Cancedda 2024, Eq. 2, Fig. 3)?
+Design: the singular values of both matrices, and the share of the E-dark subspace in each band of U.
+Control: random subspaces of the same rank. The quantities are exact for the weights, so they have no
+interval.
 """
 
 import pandas as pd

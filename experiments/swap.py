@@ -1,13 +1,14 @@
-"""Swap: does the last band matter for what it says about the text, or because it carries the sink?
+"""Swap: does the last band matter because of its information about the text, or because of the sink?
 
-Question: when the blocked component is replaced by the same position's in another document, does the step at
-the last 5 % disappear, and does it stay when the first token alone is filtered (Cancedda 2024, Fig. 10, 11)?
-Design: at every exit, the last step of the ladder (bands 1 to 19 kept against all 20) with the component
-zeroed or swapped, at all tokens, at the first alone and at all but the first; how much that step exceeds the
-one before it; the step with only 70 % of the spectrum kept; the whole ladder at the exit below the strongest
-sink. With BOS in front, and without: there, documents open with different tokens, so the swap exempts
-position 0 explicitly. With BOS, swapping position 0 alone must change nothing.
-Control: random subspaces of the last band's rank, zeroed and swapped at the same tokens, an exit per setting.
+Question: if the removed component is replaced by that of the same position in another document, does the step
+at the last 5 % disappear? Does it remain if only the first token is filtered (Cancedda 2024, Fig. 10, 11)?
+Design: at every exit, the last step of the ladder (bands 1 to 19 kept against all 20) is measured with the
+component zeroed or swapped, at all tokens, at the first alone and at all but the first. It is compared with
+the step before it, and measured with only 70 % of the spectrum kept. The whole ladder is measured at the exit
+below the strongest sink. There are two settings, with and without BOS. Without BOS, documents open with
+different tokens, so the swap leaves out position 0. With BOS, swapping position 0 alone must change nothing.
+Control: random subspaces of the rank of the last band, zeroed and swapped at the same tokens, at one exit per
+setting.
 """
 
 from dataclasses import replace
@@ -28,7 +29,7 @@ KEPT = (1, 4, 8, 12, 14, 16, 17, 18, 19)
 
 
 def settings(study: ss.experiments.Study) -> dict[str, ss.experiments.Study]:
-    """The study's texts opened with BOS (where the model has one), and without."""
+    """Return the study with BOS before each text (if the model has a BOS), and without."""
     model, bos = study.model, study.model.bos
     bare = [row[1:] if bos is not None and int(row[0]) == bos else row for row in study.windows.rows]
     rows = {"without BOS": bare}
@@ -44,7 +45,10 @@ def settings(study: ss.experiments.Study) -> dict[str, ss.experiments.Study]:
 def steps(
     study: ss.experiments.Study, layer: int, ways: list[str], random: bool
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The ladder's cells at one exit, and by document the steps made of them."""
+    """Measure the cells of the ladder at one exit, and the steps that follow from them.
+
+    Returns a table of the cells, and one of the steps with their intervals over documents.
+    """
     u, site, n = study.unembedding, ss.Site("exit", layer), study.unembedding.count
     most = round(0.7 * n)
     cells = {}
@@ -87,6 +91,7 @@ def run(study: ss.experiments.Study) -> ss.experiments.Finding:
     n = study.unembedding.count
     ladders, tests, answers, said = [], [], [], []
     for name, here in settings(study).items():
+        # random subspaces and the whole ladder are measured at one exit, the others have the steps only
         swapped = "swap" if here.windows.opens_with_bos else "swap, all but first"
         ways = [way for way in WAYS if not way.startswith("swap") or way == swapped]
         layer = here.below_sink
@@ -137,8 +142,10 @@ def run(study: ss.experiments.Study) -> ss.experiments.Finding:
 
 
 def judged(step: pd.DataFrame, spread: pd.DataFrame, swapped: str) -> str:
-    """The paper's two-sided test: zeroing (all tokens, the first alone) costs more than any random subspace
-    does, swapping does not. It holds whole only where the step under a swap includes 0.
+    """State the result of the test of the paper, which has two sides.
+
+    Zeroing (all tokens, or the first alone) must cost more than every random subspace, and swapping must not.
+    It holds fully only if the interval of the step under a swap includes 0.
     """
     beyond = step["mean"] > spread["max"].reindex(step.index)
     said = [f"{way} {step.loc[way, 'mean']:+.3f}" for way in ("zero", "zero, first token", swapped)]
@@ -152,7 +159,10 @@ def judged(step: pd.DataFrame, spread: pd.DataFrame, swapped: str) -> str:
 
 
 def idle(study: ss.experiments.Study, layer: int) -> dict[str, object]:
-    """What swapping position 0 alone does where all documents open with BOS: the swap's own control."""
+    """Return the answer of the control of the swap, which swaps position 0 alone.
+
+    Where all documents open with BOS, this must change nothing.
+    """
     dark = ss.remove(study.unembedding.dark(), ss.Swap(), "first")
     effect = study.evaluate({"swap": {ss.Site("exit", layer): dark}})["swap"]
     largest = float(effect.table["delta_nll"].abs().max())

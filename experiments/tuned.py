@@ -1,10 +1,11 @@
-"""After fine-tuning: does a second sink appear where the first cannot be attended to?
+"""After fine-tuning: does a second sink appear if the first cannot be attended to?
 
-Question: a model that goes on training without its first key (`train_sinklet.py --start MODEL --softmax
-no-first`): does attention find another sink, and is the NLL that the sink was worth won back?
-Design: per model, with the first key visible and masked: NLL on held-out text, the sinks that `ss.find_sinks`
-finds, and the strongest position other than 0 among those with half of the queries. Intervals over seeds.
-Control: as many steps of plain fine-tuning, the same seeds; the model before.
+Question: a model is trained further without its first key (`train_sinklet.py --start MODEL --softmax
+no-first`). Does attention find another sink, and does the NLL recover from the loss of the first one?
+Design: each model is measured with the first key visible and with it masked. The measures are the NLL on
+held-out text, the sinks that `ss.find_sinks` finds, and the strongest position other than 0 among those with
+half of the queries. Intervals are over seeds.
+Control: plain fine-tuning for as many steps with the same seeds, and the model before fine-tuning.
 
     python experiments/tuned.py sinklet runs/tuned/*/model --out results
 """
@@ -23,17 +24,17 @@ import spectral_sinks as ss
 
 @dataclass(frozen=True)
 class Options:
-    """The model before, and folders of models after fine-tuning."""
+    """Options: the model before fine-tuning, and folders of models after it."""
 
     models: Positional[tuple[str, ...]]
     out: Path = Path("runs/tuned")
     text: str | None = None
-    """Held-out text; the shipped corpus by default."""
+    """Held-out text; by default the shipped corpus."""
     documents: int = 16
 
 
 def measure(name: str, options: Options) -> list[dict[str, object]]:
-    """Two rows: with the first key visible, and masked."""
+    """Measure a model with the first key visible and with it masked, in two rows."""
     model = ss.load(name)
     recipe = Path(name) / "recipe.json"
     trained = json.loads(recipe.read_text()) if recipe.exists() else {"softmax": "before", "seed": 0}

@@ -1,11 +1,12 @@
-"""(e) Who reads and writes the dark: the share of each band in every matrix that meets the residual stream.
+"""(e) Readers and writers of the dark band: the share of each band in every matrix at the residual stream.
 
-Question: which heads and MLPs read the directions that the vocabulary cannot, and which write them (Cancedda
-2024, section 3)?
-Design: energy of W_q, W_k, W_v, W_gate, W_up (readers) and W_o, W_down (writers) by band of the unembedding,
-per head and layer; as stored, and with the gain of the norm through which they read or write folded in.
-Control: the share of each matrix in random subspaces of the dark band's rank, of which mean (r/d) and
-deviation are known exactly. Quantities are exact for the weights: no interval.
+Question: which heads and MLPs read the directions that the vocabulary cannot read, and which write them
+(Cancedda 2024, section 3)?
+Design: the energy of W_q, W_k, W_v, W_gate, W_up (readers) and W_o, W_down (writers) is split by bands of the
+unembedding, per head and layer. The matrices are taken as stored, and with the gain of the norm through which
+they read or write folded in.
+Control: the share of each matrix in random subspaces of the rank of the dark band, whose mean (r/d) and
+standard deviation are known exactly. The quantities are exact for the weights, so they have no interval.
 """
 
 import numpy as np
@@ -17,6 +18,7 @@ KEYS = ["part", "layer", "unit"]
 
 
 def run(study: ss.experiments.Study) -> ss.experiments.Finding:
+    # shares of every matrix in each band and in random subspaces
     u, d = study.unembedding, study.unembedding.d
     rank = u.dark().rank
     spans = {f"band {j}": u.band(j) for j in range(1, u.count + 1)}
@@ -41,6 +43,7 @@ def run(study: ss.experiments.Study) -> ss.experiments.Finding:
     study.save(dark.drop(columns=["band"]), "weights_dark")
     ss.figures.weights(bands[bands["convention"] == "raw"], dark, u.count, rank / d, study.figure("weights"))
 
+    # answers by role, by matrix and for the darkest of each role
     raw, answers = dark[dark["convention"] == "raw"], []
     for role, rows in (("readers", dark[~dark["writes"]]), ("writers", dark[dark["writes"]])):
         means = rows.groupby("convention")["share"].mean()

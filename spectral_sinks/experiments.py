@@ -92,10 +92,10 @@ class Study:
 
     @cached_property
     def below_sink(self) -> int:
-        """The exit below the strongest sink: that of the layer before the one that attends most to position
-        0.
+        """The exit below the strongest sink.
 
-        Raises InputError for a model with one layer, and if attention cannot be read.
+        It is the exit of the layer before the one that attends most to position 0, among all layers but the
+        first. Raises InputError for a model with one layer, and if attention cannot be read.
         """
         if self.model.layers < 2:
             raise InputError(f"{self.model.name} has one layer: no exit lies below an attention layer")

@@ -63,7 +63,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--layer", "1", "--remove", "21"], "bands 21 to 21: the spectrum has bands 1 to 20"),
         (["--layer", "1", "--keep", "0-3"], "bands 0 to 3: the spectrum has bands 1 to 20"),
         (["--layer", "1", "--keep", "8-3"], "bands 8 to 3"),
-        (["--layer", "1", "--remove", "darkest"], "'darkest' in 'darkest' is no band specification: use "),
+        (["--layer", "1", "--remove", "darkest"], "'darkest' in 'darkest' is not a band specification: use "),
         (["--layer", "1", "--remove", "random:33"], "a random subspace of rank 33: expected 0 to 32"),
         (["--layer", "1", "--remove", "dark:1.5"], "dark 1.5"),
         (["--layer", "1", "--remove", "dark", "--keep", "1"], "--keep or --remove, not both"),

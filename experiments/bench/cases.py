@@ -1,4 +1,4 @@
-"""What the benchmarks run on: the embedded model and a random Llama, in the forms that each side needs."""
+"""The models of the benchmarks: the embedded model and a random Llama, in the forms that each side needs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,25 +13,27 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import spectral_sinks as ss
 
 BATCH = 16
-"""Windows in a forward pass."""
+"""Number of windows in a forward pass."""
 
 CHUNK = 256
-"""Predictions that the hand-written replay unembeds at once: what the package does at these vocabularies."""
+"""Number of predictions that the hand-written replay unembeds at once.
+
+At these vocabularies it is the number that the package uses."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model in the forms that the two sides of a ratio need, all with the same weights in one memory."""
+    """A model in the forms that the two sides of a ratio need, all of which share the same weights."""
 
     name: str
     model: ss.LanguageModel
     windows: ss.Windows
     kept: Sequence[int]
-    """Bands kept in the ladder."""
+    """Numbers of bands that the ladder keeps."""
     rounds: int
     pass_target: float
     stack: int = 1
-    """Cells to a pass in the hand-written replay."""
+    """Number of cells in one pass of the hand-written replay."""
 
     @cached_property
     def spectrum(self) -> ss.Spectrum:
@@ -51,9 +53,9 @@ class Case:
 
     @cached_property
     def filters(self) -> dict[sides.Cell, ss.Filter]:
-        """Phi 1:k at every exit."""
+        """Phi 1:k at every exit, by cell."""
         phi = {k: ss.phi(self.spectrum, 1, k) for k in self.kept}
-        if self.model.device.type == "cuda":  # once, and not in every cell
+        if self.model.device.type == "cuda":  # moved once here, not in every cell
             phi = {k: keep.to(self.model.device, torch.float32) for k, keep in phi.items()}
         return {(layer, k): phi[k] for layer in range(self.model.layers) for k in self.kept}
 
@@ -68,7 +70,16 @@ class Case:
 
 
 def random_llama(d: int, layers: int, tokens: int, windows: int, **options: Any) -> tuple[Any, ss.Windows]:
-    """Llama's shape with random weights and ids, its vocabulary small beside its layers."""
+    """Make a Llama with random weights and a vocabulary that is small for its layers, and random windows.
+
+    Args:
+        d: width of the residual stream.
+        layers: number of layers.
+        tokens: number of tokens in a window.
+        windows: number of windows.
+        **options: `device` and `dtype` of the model.
+
+    """
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=4096,
@@ -86,7 +97,7 @@ def random_llama(d: int, layers: int, tokens: int, windows: int, **options: Any)
 
 
 class Bench:
-    """The models, made when first asked for."""
+    """The models of the benchmarks, each of which is made on first use."""
 
     def __init__(self, quick: bool) -> None:
         self.quick = quick

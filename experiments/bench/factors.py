@@ -1,4 +1,4 @@
-"""Factors beside the replay itself: each with its ratio and with what it does to the numbers."""
+"""Factors of speed other than the replay itself, each with its ratio and its effect on the results."""
 
 import time
 from collections.abc import Iterator
@@ -18,13 +18,13 @@ def deltas(effects: dict[str, ss.Effect]) -> np.ndarray:
 
 
 def compared(clock: Clock, a: str, b: str) -> str:
-    """By how much the NLL differences of two sides differ."""
+    """State by how much the NLL differences of two sides differ."""
     x, y = (deltas(clock.found[side]) for side in (a, b))
     return f"NLL differences move by at most {np.abs(x - y).max():.1g} nats, of up to {np.abs(y).max():.2g}"
 
 
 def attention(bench: Bench) -> list[Row]:
-    """Torch's fused kernel with the opening's maps beside it, against whole maps."""
+    """Compare the fused kernel of torch, with maps of the first tokens only, with eager attention."""
     found: list[Row] = []
     for case in bench.cases:
         clock = in_turn(
@@ -38,7 +38,7 @@ def attention(bench: Bench) -> list[Row]:
 
 
 def nested(bench: Bench) -> list[Row]:
-    """Projections that nested filters share, against one projection each."""
+    """Compare projections that nested filters share with one projection for each filter."""
     found: list[Row] = []
     for case in bench.cases:
         layer = case.model.layers - 2
@@ -56,7 +56,7 @@ def nested(bench: Bench) -> list[Row]:
 
 @contextmanager
 def bfloat16_products() -> Iterator[None]:
-    """Products of float32 matrices in bfloat16, sums in float32: what a processor's matrix units take."""
+    """Multiply float32 matrices in bfloat16 and sum in float32 inside the block, as matrix units do."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
@@ -66,7 +66,7 @@ def bfloat16_products() -> Iterator[None]:
 
 
 def matrix_units(bench: Bench) -> list[Row]:
-    """float32 weights multiplied in bfloat16: faster, and wrong by the error stated."""
+    """Compare float32 products with bfloat16 products, which are faster and have the error that is stated."""
     found: list[Row] = []
     for case in bench.cases:
 
@@ -83,9 +83,9 @@ def matrix_units(bench: Bench) -> list[Row]:
 
 
 def compiled(bench: Bench) -> list[Row]:
-    """What torch.compile would give: the replay by hand with compiled layers."""
+    """Measure the gain from torch.compile, on the replay by hand with compiled layers."""
     found: list[Row] = []
-    torch._dynamo.config.recompile_limit = 64  # a version for each layer's number
+    torch._dynamo.config.recompile_limit = 64  # each layer index is compiled separately
     for case in bench.cases:
         plain = sides.Replay(sides.twin(case.model), CHUNK, case.stack)
         fast = sides.Replay(sides.twin(case.model), CHUNK, case.stack, compiled=True)
@@ -94,7 +94,7 @@ def compiled(bench: Bench) -> list[Row]:
             began = time.perf_counter()
             fast(case.windows, cells, BATCH)
             cost = time.perf_counter() - began
-        except Exception as error:  # no compiler, or one that torch does not get along with
+        except Exception as error:  # there is no compiler, or torch cannot use it
             found.append(row("factor: replay by hand / compiled", case.name, None, note=_first_line(error)))
             continue
         clock = in_turn(
@@ -114,7 +114,7 @@ def _first_line(error: Exception) -> str:
 
 
 def stopping(bench: Bench) -> list[Row]:
-    """Random controls that stop early, on the draws that a fixed design would have taken."""
+    """Compare random controls that stop early with a fixed design, on the same draws."""
     case, n, h = bench.embedded, 9 if bench.quick else 39, 4
     kept = (8, 16, 19)
     windows = ss.Windows.of_ids(case.windows.rows[:4], case.model)
@@ -139,7 +139,10 @@ def stopping(bench: Bench) -> list[Row]:
 
 
 def screen(bench: Bench) -> list[Row]:
-    """One backward pass that estimates every cell, beside the exact values, which it never replaces."""
+    """Compare exact values with a first-order estimate of every cell, which needs one backward pass.
+
+    The estimate is a screen and never replaces the exact values.
+    """
     case = bench.embedded
     bands = {
         (layer, j): ss.remove(case.spectrum.band(j))

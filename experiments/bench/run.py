@@ -1,9 +1,9 @@
-"""How fast: every number is a ratio of two sides that ran in turn, in one process, on the same inputs.
+"""Benchmarks: every number is a ratio of two sides that run in turn, in one process, on the same inputs.
 
-`make bench` writes `bench.json`, a list of rows, and prints it: `name`, `model`, `ratio` (wall time, median
-over rounds), `target` and `reached` (null where there is none), `note`, `threads`, `seconds` of each, and
-`ratio_cpu`, the same ratio of processor time, which other programs disturb less. What needs a GPU runs where
-there is one.
+`make bench` writes `bench.json`, a list of rows, and prints it. A row has `name`, `model`, `ratio` (wall
+time, median over rounds), `target` and `reached` (null if there is no target), `note`, `threads`, the
+`seconds` of each side, and `ratio_cpu`, the same ratio of processor time, which other programs disturb less.
+The benchmarks on a GPU run only where there is one.
 """
 
 import argparse
@@ -30,7 +30,7 @@ import spectral_sinks as ss
 
 
 def one_pass(bench: Bench) -> list[Row]:
-    """One filtered pass through `trace` beside a hand-written hook on a model that nothing has wrapped."""
+    """Compare one filtered pass through `trace` with a hand-written hook on an unwrapped model."""
     return [made for case in bench.cases for made in passes(case, 5 if bench.quick else 11)]
 
 
@@ -77,7 +77,7 @@ def passes(case: Case, rounds: int) -> list[Row]:
 
 
 def full_ladder(bench: Bench) -> list[Row]:
-    """All layers x bands kept: the package, suffix replay by hand, the naive loop twice, and the floor."""
+    """Compare the ladder over layers and bands with suffix replay by hand, two naive loops, and the floor."""
     return [made for case in bench.cases for made in ladders(case)]
 
 
@@ -129,7 +129,7 @@ def ladders(case: Case) -> list[Row]:
 
 
 class Floor:
-    """What cannot be saved: the layers above each exit and the head, `COLUMNS` times."""
+    """The work that cannot be saved: the layers above each exit and the head, done `COLUMNS` times."""
 
     COLUMNS = 3
 
@@ -162,7 +162,7 @@ class Floor:
 
 
 def growth(bench: Bench) -> list[Row]:
-    """Once, twice, four and eight times the cells: time and resident memory."""
+    """Measure time and resident memory for once, twice, four and eight times the cells."""
     case = bench.embedded
     base, times, steps = 20, 1 if bench.quick else 2, (1, 2, 4, 8)
     layer, d = 2, case.model.d
@@ -180,7 +180,7 @@ def growth(bench: Bench) -> list[Row]:
                 if turn >= 0:
                     wall[step].append(time.perf_counter() - began)
                     cpu[step].append(time.process_time() - used)
-            if turn == 0:  # in growing order: what an allocator keeps would hide growth afterwards
+            if turn == 0:  # in growing order, since memory that an allocator keeps would hide later growth
                 memory[step] = most[0]
 
     def slopes(seconds: dict[int, list[float]]) -> list[float]:
@@ -200,7 +200,7 @@ def growth(bench: Bench) -> list[Row]:
 
 
 def gpu(bench: Bench) -> list[Row]:
-    """The same in bfloat16 at d 4096 and 32 layers, with absolute times."""
+    """Measure the pass and the ladder on a GPU, in bfloat16 at d 4096 and 32 layers, with absolute times."""
     name = "random Llama, d 4096, 32 layers, bfloat16"
     if not torch.cuda.is_available():
         return [row("GPU: pass and ladder", name, None, note="no GPU here: not run")]
@@ -227,9 +227,9 @@ BENCHMARKS: dict[str, Callable[[Bench], list[Row]]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder of bench.json")
-    parser.add_argument("--only", nargs="+", choices=BENCHMARKS, help="run these, and write nothing")
+    parser.add_argument("--only", nargs="+", choices=BENCHMARKS, help="run only these, and write nothing")
     parser.add_argument(
-        "--quick", action="store_true", help="small sizes, to see that it runs; writes nothing"
+        "--quick", action="store_true", help="use small sizes, to test that it runs, and write nothing"
     )
     given = parser.parse_args()
     bench, rows = Bench(given.quick), list[Row]()

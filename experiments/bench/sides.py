@@ -1,8 +1,9 @@
-"""The other side of each ratio of `bench.py`: what one would write without this package.
+"""The other side of each ratio of the benchmarks: the code that one would write without this package.
 
-`naive` is one nnsight trace per cell and batch. `Replay` is suffix replay by hand on a model that nnsight has
-never touched: layers called directly with the arguments captured from one forward pass, and the same scoring
-arithmetic and rows as `evaluate_all`. Both know Llama's module names and nothing else.
+`naive` runs one nnsight trace per cell and batch. `Replay` is suffix replay by hand on a model that nnsight
+has not wrapped. It calls the layers directly with arguments captured from one forward pass, and it uses the
+same scoring arithmetic and returns the same rows as `evaluate_all`. Both work only with the module names of
+Llama.
 """
 
 from collections.abc import Sequence
@@ -17,17 +18,17 @@ from transformers import AutoModelForCausalLM
 import spectral_sinks as ss
 
 OPENING = 64
-"""Queries over which attention received is averaged."""
+"""Number of queries over which attention received is averaged."""
 
 Cell = tuple[int, int]
 """The layer at whose exit bands 1 to k are kept, and k."""
 
 Rows = dict[str, Tensor]
-"""By name: `[windows]`, and `[windows, layers]` for the sink mass."""
+"""Tensors by name: `[windows]`, and `[windows, layers]` for the sink mass."""
 
 
 def twin(model: ss.LanguageModel, attention: str | None = None) -> Any:
-    """The same weights, shared, in a transformers model of its own that nothing has wrapped."""
+    """Return an unwrapped transformers model that shares the weights of a model."""
     config = model.module.config
     used = attention or config._attn_implementation
     with init_empty_weights(include_buffers=False):
@@ -38,7 +39,7 @@ def twin(model: ss.LanguageModel, attention: str | None = None) -> Any:
 
 
 def thin(filter: ss.Filter, like: Tensor) -> tuple[Tensor, bool]:
-    """The basis that a filter stores, ready for use, and whether it spans what is kept."""
+    """Return the basis that a filter stores, in the dtype for use, and whether it spans the kept part."""
     basis = filter.blocked.basis.to(like.device, torch.promote_types(like.dtype, torch.float32))
     return basis, filter.blocked.complemented
 
@@ -46,7 +47,7 @@ def thin(filter: ss.Filter, like: Tensor) -> tuple[Tensor, bool]:
 def naive(
     model: ss.LanguageModel, windows: ss.Windows, filters: dict[Cell, ss.Filter], batch: int
 ) -> dict[Cell, Rows]:
-    """Whole passes: the filter at the layer's output, logits from the unembedding, reduced in the trace."""
+    """Run whole passes, with the filter at the output of the layer, and reduce the logits in the trace."""
     nn, layers = model.nn, range(model.layers)
     found: dict[Cell, list[Rows]] = {cell: [] for cell in filters}
     for _, ids in windows.batches(batch):
@@ -77,7 +78,7 @@ def naive(
 
 
 class Replay:
-    """Suffix replay by hand; `stack` cells share a pass."""
+    """Suffix replay by hand, in which `stack` cells share a pass."""
 
     def __init__(self, module: Any, chunk: int, stack: int = 1, compiled: bool = False) -> None:
         self.module, self.chunk, self.stack = module, chunk, stack
@@ -93,7 +94,7 @@ class Replay:
 
     @torch.no_grad()
     def __call__(self, windows: ss.Windows, filters: dict[Cell, ss.Filter], batch: int) -> dict[Cell, Rows]:
-        """The same rows as `naive`, and the share of energy removed."""
+        """Return the same rows as `naive`, and the share of removed energy."""
         like = self.module.lm_head.weight
         bases = {id(keep): thin(keep, like) for keep in filters.values()}
         found: dict[Cell, list[Rows]] = {cell: [] for cell in filters}
@@ -111,7 +112,11 @@ class Replay:
         return {cell: _joined(parts) for cell, parts in found.items()}
 
     def _untouched(self, ids: Tensor) -> tuple[list[Tensor], dict[str, Any]]:
-        """One forward pass: residuals at every exit, what layers are called with, what to compare with."""
+        """Run one untouched pass.
+
+        Returns the residuals at every exit, and the keyword arguments of the layers. The quantities that
+        filtered passes are compared with become attributes.
+        """
         exits: list[Tensor] = []
         options: dict[str, Any] = {}
 

@@ -1,4 +1,4 @@
-"""The spectrum of a tall matrix beside scipy's SVD in single and in double precision."""
+"""The spectrum of a tall matrix, compared with the SVD of scipy in single and double precision."""
 
 import gc
 import time
@@ -14,13 +14,14 @@ from timing import Row, row
 import spectral_sinks as ss
 
 ERROR = 1e-9
-"""Largest sine between the dark subspace and that of scipy's float64 SVD with which a ratio counts."""
+"""Largest error at which a ratio counts: the sine between the dark subspace and that of scipy in float64."""
 
 
 def spectra(bench: Bench) -> list[Row]:
-    """Speed and error on a float32 matrix of condition about 1e3, once each: the sides take minutes.
+    """Compare speed and error on a float32 matrix of condition about 1e3.
 
-    A few dominant singular values, a slow decay and a steep tail, as unembeddings have.
+    Like an unembedding, the matrix has a few dominant singular values, a slow decay and a steep tail. Each
+    side runs once, since it takes minutes.
     """
     rows, d = (2000, 256) if bench.quick else (32_000, 4096)
     generator = torch.Generator().manual_seed(0)
@@ -31,7 +32,7 @@ def spectra(bench: Bench) -> list[Row]:
 
     def scipys(dtype: type) -> tuple[float, np.ndarray, np.ndarray]:
         matrix = weight.numpy().astype(dtype)
-        scipy.linalg.svd(matrix[:200, :100], full_matrices=False)  # threads and libraries are up
+        scipy.linalg.svd(matrix[:200, :100], full_matrices=False)  # starts threads and loads libraries
         seconds, (_, found, right) = timed(lambda: scipy.linalg.svd(matrix, full_matrices=False))
         return seconds, found, right[-spectrum.dark().rank :].T.astype(np.float64)
 
@@ -41,7 +42,7 @@ def spectra(bench: Bench) -> list[Row]:
     double, found, truth = scipys(np.float64)
 
     def sine(dark: np.ndarray) -> float:
-        dark = np.linalg.qr(dark)[0]  # single precision is orthonormal to 1e-6 alone
+        dark = np.linalg.qr(dark)[0]  # in single precision it is orthonormal only to 1e-6
         return float(np.linalg.norm(dark - truth @ (truth.T @ dark), 2))
 
     error = sine(spectrum.dark().orthonormal().numpy())

@@ -1,4 +1,4 @@
-"""Two sides in turn: ratios of wall and processor time, peak memory, and the rows they become."""
+"""Timing of two sides that run in turn: ratios of wall and processor time, peak memory, and their rows."""
 
 import gc
 import statistics
@@ -25,7 +25,7 @@ class Clock:
     wall: dict[str, list[float]]
     cpu: dict[str, list[float]]
     found: dict[str, Any]
-    """What each side returned last."""
+    """The last result of each side."""
 
     def row(
         self,
@@ -37,7 +37,18 @@ class Clock:
         at_least: bool = False,
         **more: Any,
     ) -> Row:
-        """The ratio of side `a` to side `b`, median over the rounds."""
+        """Return the row of the ratio of side `a` to side `b`, median over the rounds.
+
+        Args:
+            name: the name of the ratio.
+            case: the case that was timed.
+            a: the side in the numerator.
+            b: the side in the denominator.
+            target: the ratio that is to be reached.
+            at_least: whether the target is a lower bound, not an upper bound.
+            **more: further columns.
+
+        """
         made = row(name, case.name, _median(self.wall[a], self.wall[b]), target, at_least)
         if case.model.device.type != "cuda":
             made["ratio_cpu"] = round(_median(self.cpu[a], self.cpu[b]), 3)
@@ -66,7 +77,10 @@ def row(
 
 
 def in_turn(rounds: int, **calls: Callable[[int], Any]) -> Clock:
-    """Time calls one after the other, in an order that turns from round to round; round -1 warms up."""
+    """Time calls one after the other, in an order that is reversed from round to round.
+
+    Round -1 is a warm-up and is not timed.
+    """
     clock = Clock({side: [] for side in calls}, {side: [] for side in calls}, {})
     for turn in range(-1, rounds):
         for side in list(calls)[:: 1 if turn % 2 else -1]:
@@ -88,7 +102,7 @@ def _wait() -> None:
 
 @contextmanager
 def peak() -> Iterator[list[float]]:
-    """The largest resident memory, in MB, while the block runs: `[0]` of what it gives, at the end."""
+    """Watch the resident memory while the block runs; the yielded list holds its maximum in MiB."""
     process, found, done = psutil.Process(), [0.0], threading.Event()
 
     def watch() -> None:

@@ -1,13 +1,14 @@
-"""Bigram-Backcopy in three layers: does Adam grow the peak of the residual norm at BOS (Guo et al. 2024)?
+"""Bigram-Backcopy in three layers: does Adam cause the peak of the residual norm at BOS (Guo et al. 2024)?
 
 Question: the paper finds that three layers trained by Adam give BOS a large norm at the middle exits, that
 SGD keeps the sink without the peak, and that ReLU attention has neither. Do the tools find this?
-Design: the paper's architecture on such a task by `train_backcopy.py`, narrower, with smaller batches, and
-with its product of learning rate and steps (3), by AdamW, by SGD, and by AdamW with ReLU attention, three
-seeds each; every checkpoint measured on held-out text. A peak, by a rule set beforehand: the largest ratio
-of BOS's norm to the median of the other tokens, over all exits but the last, is above 2 and above that of
-the last exit. Intervals over seeds (Student's t).
-Control: the same weights untrained (step 0), and the three trainings against each other.
+Design: `train_backcopy.py` trains the architecture of the paper on its kind of task. The models are narrower
+and the batches smaller, with the same product of learning rate and steps (3). The models are trained by
+AdamW, by SGD, and by AdamW with ReLU attention, with three seeds each. Every checkpoint is measured on
+held-out text. The rule for a peak was set beforehand: the largest ratio of the norm of BOS to the median norm
+of the other tokens, over all exits except the last, is above 2 and above the ratio at the last exit.
+Intervals are over seeds (Student's t).
+Control: the untrained weights (step 0), and a comparison of the three kinds of training.
 
     python experiments/training/backcopy.py --out results   # trains what `--runs` lacks, 6 minutes a model
 """
@@ -34,14 +35,14 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 PEAK = 2.0
 SINK = 0.3
-"""Attention by others above which a layer has a sink (Gu et al. 2025)."""
+"""Attention from other tokens above which a layer has a sink (Gu et al. 2025)."""
 
 EXIT = "exit {}"
 
 
 @dataclass(frozen=True)
 class Options:
-    """Which models, and where they and the tables go."""
+    """Options: the models, and the folders for models and tables."""
 
     runs: Path = Path("runs/backcopy")
     out: Path = Path("runs/backcopy")
@@ -51,11 +52,11 @@ class Options:
     checkpoints: tuple[int, ...] = (0, 250, 500, 1000, 2000)
     width: int = 128
     windows: int = 64
-    """Held-out windows."""
+    """Number of held-out windows."""
 
 
 def recipe(options: Options, kind: str, seed: int) -> train_backcopy.Recipe:
-    """The paper's training at this size."""
+    """Return the recipe that repeats the training of the paper at this size."""
     return train_backcopy.Recipe(
         out=options.runs / f"{kind.split()[0].lower()}-{seed}",
         architecture="gpt2",
@@ -72,19 +73,19 @@ def recipe(options: Options, kind: str, seed: int) -> train_backcopy.Recipe:
 
 
 def checkpoints(made: train_backcopy.Recipe) -> Iterator[tuple[int, Path]]:
-    """Steps and folders, the trained model last."""
+    """Yield the steps and folders of the checkpoints, with the trained model last."""
     for step in made.checkpoints:
         yield step, made.out / f"step-{step:06d}"
     yield made.steps, made.out
 
 
 def measure(folder: Path, made: train_backcopy.Recipe, windows: int) -> list[dict[str, Any]]:
-    """A row per site: norms there, and what the layer that ends there does with BOS."""
+    """Return one row per site: the norms at the site, and how the layer that ends there treats BOS."""
     model, moves = ss.load(folder), train_backcopy.chain(made)
     draw = torch.Generator().manual_seed(made.seed + 2**20)
     ids = train_backcopy.text(moves, windows, made.window, draw)
     held = ss.Windows.of_ids(list(ids), model)
-    with warnings.catch_warnings():  # of the null space, and of ReLU's rows, which sum to what they like
+    with warnings.catch_warnings():  # about the null space, and about rows of ReLU that do not sum to 1
         warnings.simplefilter("ignore", ss.SpectralWarning)
         spectrum = ss.read_spectrum(model)
         found = ss.find_sinks(model, held, spectrum, draws=3)
@@ -114,27 +115,32 @@ def measure(folder: Path, made: train_backcopy.Recipe, windows: int) -> list[dic
 
 
 def attended(maps: list[Tensor], ids: Tensor) -> list[dict[str, float]]:
-    """By layer, mean attention to BOS: by others than triggers and by triggers from position 2 on, by BOS."""
+    """Return the mean attention to BOS by layer.
+
+    It is given for queries from position 2 on that are not triggers, for triggers, and for BOS itself.
+    """
     triggers = train_backcopy.is_trigger(ids)[:, 2:]
     to_bos = [layer[:, 0, :, 0] for layer in maps]
     return [
         {
             "attention": float(layer[:, 2:][~triggers].mean()),
             "attention_of_triggers": float(layer[:, 2:][triggers].mean()),
-            "attention_of_bos": float(layer[:, 0].mean()),  # 1 but under ReLU, whose weights have no limit
+            "attention_of_bos": float(
+                layer[:, 0].mean()
+            ),  # 1, except under ReLU, where weights are unbounded
         }
         for layer in to_bos
     ]
 
 
 def peaks(ratios: Sequence[float]) -> bool:
-    """Whether the ratios of BOS's norm at the exits, first to last, have a peak by the rule above."""
+    """Test whether the norm ratios of BOS at the exits, first to last, have a peak by the rule above."""
     middle = max(ratios[:-1])
     return middle > PEAK and middle > ratios[-1]
 
 
 def by_run(table: pd.DataFrame) -> pd.DataFrame:
-    """A row per trained model: its largest ratio at a middle exit, and what its strongest sink does."""
+    """Return one row per trained model: its largest ratio at a middle exit, and its strongest sink."""
     rows: list[dict[str, Any]] = []
     for (kind, seed), run in table.groupby(["kind", "seed"], sort=False):
         exits = run[(run["step"] == run["step"].max()) & (run["site"] != "embedding")].reset_index()
@@ -167,7 +173,7 @@ def by_run(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def over_seeds(runs: pd.DataFrame) -> pd.DataFrame:
-    """Mean and interval of every quantity by kind."""
+    """Return the mean and interval of every quantity by kind of training."""
     rows: list[dict[str, Any]] = []
     for kind, part in runs.groupby("kind", sort=False):
         for quantity in part.columns.drop(["kind", "seed"]):
@@ -179,7 +185,7 @@ def over_seeds(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def verdict(runs: pd.DataFrame) -> str:
-    """What of the paper's three findings every seed shows: `runs` has kind, peak and sink."""
+    """State which of the three findings of the paper every seed shows; `runs` has kind, peak and sink."""
     share = runs.groupby("kind")[["peak", "sink"]].mean()
     claims = {
         "AdamW grows the peak and has the sink": share.loc["AdamW", ["peak", "sink"]].eq(1).all(),

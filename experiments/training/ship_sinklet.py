@@ -1,9 +1,10 @@
 r"""Put a trained sinklet into the package: weights, tokenizer, default corpus, and the figure of its birth.
 
-Question: how are NLL, attention sink, norm and darkness born over training, in the shipped run and in the
-ones that were not chosen?
-Design: the logs that `train_sinklet.py` wrote, one line per evaluation on held-out text, a figure of all. The
-twin, trained with `--no-bos` and otherwise alike, becomes the negative control `sinklet-nobos`.
+Question: how do NLL, attention sink, norm and dark share develop over training, in the shipped run and in the
+runs that were not chosen?
+Design: the logs of `train_sinklet.py`, with one line per evaluation on held-out text, are drawn in one
+figure. The twin, trained with `--no-bos` and otherwise in the same way, becomes the negative control
+`sinklet-nobos`.
 
     python experiments/training/ship_sinklet.py --run runs/sinklet --text FOLDER \
         --twin runs/nobos --others runs/A ...
@@ -28,7 +29,7 @@ PACKAGE = Path(ss.__file__).parent / "models" / "embedded"
 
 @dataclass(frozen=True)
 class Shipment:
-    """What goes where."""
+    """Options: the runs, the text, and the folder for the figure."""
 
     run: Path
     """Folder of the chosen run."""
@@ -41,11 +42,11 @@ class Shipment:
     out: Path = Path("results")
     articles: int = 96
     characters: int = 4000
-    """At most this much of each article, cut at the end of a paragraph."""
+    """Maximum length of each article, which is cut at the end of a paragraph."""
 
 
 def birth(run: Path) -> pd.DataFrame:
-    """The log of a run: by step, norm ratio at the best layer, dark shares there."""
+    """Return the log of a run by step, with the largest norm ratio over layers and the dark shares there."""
     rows = []
     for line in (run / "log.jsonl").read_text().splitlines():
         row = json.loads(line)
@@ -65,7 +66,7 @@ def excerpt(text: str, characters: int) -> str:
 
 
 def ship(run: Path, folder: Path) -> None:
-    """Copy weights, settings and the tokenizer, which opens a text with BOS where the run did."""
+    """Copy weights, settings and the tokenizer, which opens a text with BOS if the run did so."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("config.json", "generation_config.json", "tokenizer_config.json", "recipe.json"):
         shutil.copy(run / "model" / name, folder / name)

@@ -1,12 +1,13 @@
 """Train the Bigram-Backcopy model, whose attention head has one known job and a sink (Guo et al. 2024).
 
-Question: do the tools find what is known beforehand? After one of three triggers the text repeats the token
-before it; after any other token it follows a Markov chain, which needs no attention. So the head is active on
-triggers and dormant, on BOS, elsewhere; and ReLU attention, which may sum to nothing, needs no sink.
-Design: text drawn without end from a random chain; one head per layer, one or three layers. A Llama that
-trains in seconds, or, with `--architecture gpt2`, the paper's own architecture and initialisation, in which
-three layers grow the peak of the residual norm (`backcopy.py`). Both smaller than the paper's (width 256,
-batches of 512 x 256 tokens, 10 000 steps).
+Question: do the tools find what is known beforehand? After one of three triggers, the text repeats the token
+before the trigger. After any other token, it follows a Markov chain, which needs no attention. The head
+should thus be active on triggers, and dormant with its attention on BOS elsewhere. ReLU attention, whose
+weights may sum to zero, needs no sink.
+Design: the text is drawn from a random chain without end. The model has one head per layer, and one or three
+layers. It is a Llama that trains in seconds, or, with `--architecture gpt2`, the architecture and
+initialisation of the paper, in which three layers grow the peak of the residual norm (`backcopy.py`). Both
+are smaller than the model of the paper (width 256, batches of 512 x 256 tokens, 10 000 steps).
 
     python experiments/training/train_backcopy.py --out runs/bigram
     python experiments/training/train_backcopy.py --out runs/relu --attention relu  # loads by folder
@@ -43,47 +44,51 @@ Model = LlamaForCausalLM | GPT2LMHeadModel
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides the weights; written beside them."""
+    """All settings that determine the weights, which are written to the folder of the model."""
 
     out: Path
     """Folder for the model."""
     architecture: Literal["llama", "gpt2"] = "llama"
-    """`gpt2` is the paper's: LayerNorm, learned positions, ReLU MLPs, no biases, embeddings of variance 1."""
+    """`gpt2` is that of the paper: LayerNorm, learned positions, ReLU MLPs, no biases, N(0, 1) embeddings."""
     layers: Literal[1, 3] = 1
     optimiser: Literal["adamw", "sgd"] = "adamw"
     attention: Literal["softmax", "relu"] = "softmax"
     learning_rate: float | None = None
-    """Where not given: Llama 0.03 by AdamW, 0.3 by SGD (momentum 0.9); GPT-2 0.001 and 0.03."""
+    """By default 0.03 (AdamW) and 0.3 (SGD, momentum 0.9) for Llama, and 0.001 and 0.03 for GPT-2."""
     schedule: Literal["decay", "constant"] = "decay"
-    """`decay`: warm-up, decay over the last quarter, gradients clipped; `constant`: none of it (paper)."""
+    """`decay` has a warm-up, a decay over the last quarter, and clipped gradients.
+    The value `constant` has none of them, like the paper."""
     weight_decay: float = 1e-4
     width: int = 32
     vocabulary: int = 32
-    """BOS, three triggers and 28 other tokens."""
+    """Number of tokens: BOS, three triggers, and by default 28 others."""
     triggers: float = 0.15
     """Probability of a trigger after any token that follows the chain."""
     window: int = 64
-    """Tokens per window, BOS included."""
+    """Number of tokens in a window, including BOS."""
     batch: int = 16
     steps: int = 900
     seed: int = 0
     checkpoints: tuple[int, ...] = ()
-    """Steps after which the weights are kept too, in `step-NNNNNN`; 0 is before the first."""
+    """Numbers of steps after which the weights are also saved, in `step-NNNNNN`; 0 is the untrained model."""
 
 
 def chain(recipe: Recipe) -> Tensor:
-    """Transition probabilities, `vocabulary x vocabulary`: a token has a few likely successors, never BOS."""
+    """Return transition probabilities, `vocabulary x vocabulary`.
+
+    Each token has a few likely successors, and BOS is never one.
+    """
     generator = torch.Generator().manual_seed(recipe.seed)
     plain = torch.rand(recipe.vocabulary, recipe.vocabulary, generator=generator).pow(-1.0)
     plain[:, : len(TRIGGERS) + 1] = 0
     moves = (1 - recipe.triggers) * plain / plain.sum(1, keepdim=True)
     moves[:, list(TRIGGERS)] = recipe.triggers / len(TRIGGERS)
-    moves[BOS, list(TRIGGERS)] = 0  # nothing to copy yet
+    moves[BOS, list(TRIGGERS)] = 0  # there is no token to copy yet
     return moves / moves.sum(1, keepdim=True)
 
 
 def text(moves: Tensor, windows: int, tokens: int, generator: torch.Generator) -> Tensor:
-    """Windows of token ids, `windows x tokens`, each opened by BOS."""
+    """Draw windows of token ids, `windows x tokens`, each of which opens with BOS."""
     ids = torch.full((windows, tokens), BOS)
     for i in range(1, tokens):
         last = ids[:, i - 1]
@@ -93,14 +98,17 @@ def text(moves: Tensor, windows: int, tokens: int, generator: torch.Generator) -
 
 
 def is_trigger(ids: Tensor) -> Tensor:
-    """Which tokens are triggers."""
+    """Return a mask of the tokens that are triggers."""
     return torch.isin(ids, torch.tensor(TRIGGERS))
 
 
 def relu_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **options: Any
 ) -> tuple[Tensor, Tensor]:
-    """Weights `relu(score) / number of keys seen`: rows sum to what they like, also to nothing."""
+    """Compute attention with weights `relu(score) / number of visible keys`, whose rows need not sum to 1.
+
+    The signature and the result are those of an attention function of transformers.
+    """
     seen = mask[..., : key.shape[2]] == 0
     scores = query @ key.transpose(2, 3) * options["scaling"]
     weights = torch.where(seen, scores.relu() / seen.sum(-1, keepdim=True), 0.0)
@@ -112,7 +120,7 @@ AttentionMaskInterface.register(RELU, eager_mask)
 
 
 def build(recipe: Recipe) -> Model:
-    """The untrained model."""
+    """Return the untrained model."""
     torch.manual_seed(recipe.seed)
     model = llama(recipe) if recipe.architecture == "llama" else gpt2(recipe)
     model.set_attn_implementation(RELU if recipe.attention == "relu" else "eager")
@@ -120,7 +128,7 @@ def build(recipe: Recipe) -> Model:
 
 
 def llama(recipe: Recipe) -> LlamaForCausalLM:
-    """Rotary positions, RMSNorm and SwiGLU, as transformers initialises it."""
+    """Return a Llama (rotary positions, RMSNorm, SwiGLU) as transformers initialises it."""
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=recipe.vocabulary,
@@ -138,7 +146,10 @@ def llama(recipe: Recipe) -> LlamaForCausalLM:
 
 
 def gpt2(recipe: Recipe) -> GPT2LMHeadModel:
-    """The paper's: embeddings drawn from N(0, 1), matrices uniform within 1 / sqrt(inputs), no biases."""
+    """Return the model of the paper.
+
+    Embeddings are drawn from N(0, 1) and matrices uniformly within 1 / sqrt(inputs). There are no biases.
+    """
     model = GPT2LMHeadModel(
         GPT2Config(
             vocab_size=recipe.vocabulary,
@@ -167,7 +178,7 @@ def gpt2(recipe: Recipe) -> GPT2LMHeadModel:
 
 
 def optimiser(model: Model, recipe: Recipe) -> torch.optim.Optimizer:
-    """AdamW, or SGD with momentum."""
+    """Return AdamW, or SGD with momentum."""
     rate = recipe.learning_rate or RATES[recipe.architecture, recipe.optimiser]
     if recipe.optimiser == "adamw":
         return torch.optim.AdamW(
@@ -177,13 +188,13 @@ def optimiser(model: Model, recipe: Recipe) -> torch.optim.Optimizer:
 
 
 def losses_of(model: Model, ids: Tensor) -> Tensor:
-    """NLL of every token but BOS, `windows x (tokens - 1)`."""
+    """Return the NLL of every token except BOS, `windows x (tokens - 1)`."""
     logits = model(ids[:, :-1], use_cache=False).logits
     return torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
 
 
 def train(recipe: Recipe) -> Model:
-    """The trained model, in evaluation mode."""
+    """Train the model, save its checkpoints, and return it in evaluation mode."""
     model, moves = build(recipe), chain(recipe)
     steps = optimiser(model, recipe)
     decays = recipe.schedule == "decay"
@@ -207,14 +218,17 @@ def train(recipe: Recipe) -> Model:
 
 def save(model: Model, folder: Path) -> None:
     """Write a folder that `ss.load` opens."""
-    if model.config._attn_implementation == RELU:  # else whoever loads it would take it for a softmax
+    if model.config._attn_implementation == RELU:  # otherwise it would be loaded with softmax attention
         model.config.attn_implementation = RELU
     model.save_pretrained(folder)
 
 
 @torch.no_grad()
 def evaluate(model: Model, recipe: Recipe) -> dict[str, float]:
-    """Held-out NLL after triggers, which copying brings to 0, and elsewhere, above the chain's own."""
+    """Measure the held-out NLL after triggers, and its excess over the chain's own NLL elsewhere.
+
+    A model that copies has an NLL of 0 after triggers.
+    """
     moves = chain(recipe)
     ids = text(moves, 64, recipe.window, torch.Generator().manual_seed(recipe.seed + 2**20))
     losses, copies = losses_of(model, ids), is_trigger(ids[:, :-1])
@@ -226,12 +240,12 @@ def evaluate(model: Model, recipe: Recipe) -> dict[str, float]:
 
 
 def described(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as `recipe.json` holds it: all but where the model is."""
+    """Return the recipe as it is stored in `recipe.json`, without the folder."""
     return json.loads(json.dumps({key: value for key, value in asdict(recipe).items() if key != "out"}))
 
 
 def finished(recipe: Recipe) -> bool:
-    """Whether the folder holds the model of this recipe."""
+    """Test whether the folder holds the model of this recipe."""
     file = recipe.out / "recipe.json"
     return file.exists() and described(recipe).items() <= json.loads(file.read_text()).items()
 

@@ -1,9 +1,9 @@
 """Train sinklet, the language model that ships with the package, and log the birth of its sink.
 
-Question: when does a small Llama grow an attention sink, and is its carrier dark?
-Design: a byte-level BPE and a Llama trained from scratch on any folder of text, every window opened
-by BOS, AdamW with a warm-up, a constant phase and a linear decay. Checkpoints let a killed run go on
-exactly where it stopped, and keep the training run for later study.
+Question: when does a small Llama grow an attention sink, and is the residual that carries it dark?
+Design: a byte-level BPE tokenizer and a Llama are trained from scratch on any folder of text. Every window
+opens with BOS. The optimiser is AdamW with a warm-up, a constant phase and a linear decay. With its
+checkpoints, a killed run continues exactly where it stopped, and the run can be studied later.
 
     python experiments/training/train_sinklet.py --text FOLDER --out runs/sinklet
     python experiments/training/train_sinklet.py --text FOLDER --out runs/sinklet --steps 800 --width 64
@@ -37,11 +37,11 @@ from transformers.masking_utils import eager_mask
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides the weights; written beside them."""
+    """All settings that determine the weights, which are written to the folder of the model."""
 
     text: Path
-    """Folder of training text: .jsonl, .jsonl.gz (field `text`) or .txt files. Names that contain
-    `heldout` are kept for evaluation."""
+    """Folder of training text: .jsonl, .jsonl.gz (field `text`) or .txt files.
+    Files with `heldout` in their names are kept for evaluation."""
     out: Path
     """Folder for tokens, checkpoints, log and the final model."""
     width: int = 128
@@ -50,11 +50,11 @@ class Recipe:
     feed_forward: int = 384
     vocabulary: int = 2048
     window: int = 256
-    """Tokens per window, BOS included: the context of the model."""
+    """Number of tokens in a window, including BOS. This is also the context of the model."""
     batch: int = 16
     short: float = 0.0
-    """Share of the steps, at the start, on windows of half the length and twice as many of them: more
-    windows open with BOS, and the sink grows stronger than on full windows from the start."""
+    """Share of the steps, at the start, that use twice as many windows of half the length.
+    More windows then open with BOS, and the sink grows stronger than with full windows from the start."""
     steps: int = 11000
     learning_rate: float = 3e-3
     warmup: int = 200
@@ -62,26 +62,27 @@ class Recipe:
     """Share of the steps, at the end, over which the learning rate falls linearly to zero."""
     weight_decay: float = 0.1
     first: float = 1.0
-    """Weight of the loss at position 0, the prediction from BOS alone. 1 / 16 weighs it against the rest as a
-    window of 4096 tokens would; at full weight, part of BOS stays in the head of the spectrum to make it."""
+    """Weight of the loss at position 0, which is the prediction from BOS alone.
+    A weight of 1 / 16 makes its share of the loss that of a window of 4096 tokens.
+    At full weight, part of BOS stays in the head of the spectrum to make this prediction."""
     bos: bool = True
-    """Put BOS into every window; without it, windows start anywhere."""
+    """Whether every window contains BOS. Without it, windows start anywhere in the text."""
     position: int = 0
-    """Where BOS stands in the window: at the start, or at a chosen place, where it is not to be predicted."""
+    """Position of BOS in the window: 0, or a later one, at which it is not predicted."""
     softmax: Literal["plain", "off-by-one", "learned", "no-first"] = "plain"
-    """What else is in the softmax of attention: nothing, a logit of 0, or one learned for each head; or all
-    keys but the first, which only sees itself then: what becomes of a model without its sink."""
+    """Addition to the softmax of attention: none, a logit of 0, or a learned logit for each head.
+    With no-first, only the first query sees the first key, so the model loses its sink."""
     start: Path | None = None
-    """Folder of a model to go on from (fine-tuning); the initial weights are random without it."""
+    """Folder of a model to fine-tune. Without it, the initial weights are random."""
     seed: int = 0
     evaluate_every: int = 250
     threads: int = 1
     compile: bool = True
-    """Compile the loss (a minute or two at the start, several times faster after)."""
+    """Compile the loss, which takes a minute or two at the start and then runs several times faster."""
 
 
 def documents(folder: Path, heldout: bool) -> Iterator[str]:
-    """The texts of a folder in name order: the training part, or the held-out part."""
+    """Yield the texts of a folder in the order of file names, either for training or held out."""
     for path in sorted(folder.iterdir()):
         if ("heldout" in path.name) is not heldout:
             continue
@@ -93,7 +94,7 @@ def documents(folder: Path, heldout: bool) -> Iterator[str]:
 
 
 def train_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with one special token, <bos>, which the tokenizer puts before every text."""
+    """Train a byte-level BPE with one special token, <bos>, which the tokenizer puts before every text."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -111,7 +112,7 @@ def train_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
 
 
 def tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, heldout: bool) -> np.ndarray:
-    """All documents as one stream of ids, a blank line between two; cached in the out folder."""
+    """Return all documents as one stream of ids, separated by blank lines; it is cached in the out folder."""
     cache = recipe.out / f"tokens-{'heldout' if heldout else 'train'}.npy"
     if not cache.exists():
         separator = tokenizer("\n\n", add_special_tokens=False)["input_ids"]
@@ -126,7 +127,10 @@ def tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, heldout: bool) ->
 
 
 def sample(stream: np.ndarray, recipe: Recipe, step: int) -> torch.Tensor:
-    """The batch of one step, `batch x window`: a function of seed and step, so a resume repeats it."""
+    """Return the batch of one step, `batch x window`.
+
+    It depends only on seed and step, so a resumed run has the same batches.
+    """
     half = 2 if step < recipe.short * recipe.steps else 1
     span = recipe.window // half - recipe.bos
     draw = np.random.default_rng((recipe.seed, step))
@@ -140,7 +144,7 @@ def with_bos(rows: np.ndarray, recipe: Recipe) -> np.ndarray:
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:
-    """Linear warm-up, constant, linear to zero."""
+    """Return the learning rate of a step: a linear warm-up, a constant phase, a linear decay to zero."""
     left = (recipe.steps - step) / (recipe.decay * recipe.steps)
     return recipe.learning_rate * min((step + 1) / recipe.warmup, 1.0, left)
 
@@ -175,7 +179,7 @@ def build(recipe: Recipe) -> LlamaForCausalLM:
 def attention_with_sink(
     module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **options: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Eager attention with a further logit per head in its softmax, which has no value."""
+    """Compute eager attention with an additional logit per head in its softmax, which has no value."""
     scores = query @ key.transpose(2, 3) * options["scaling"] + mask[..., : key.shape[2]]
     sinks = module.sinks.view(1, -1, 1, 1).expand(*scores.shape[:3], 1).to(scores.dtype)
     weights = torch.cat([scores, sinks], dim=-1).softmax(-1, dtype=torch.float32)[..., :-1].to(value.dtype)
@@ -185,7 +189,7 @@ def attention_with_sink(
 def attention_without_first(
     module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **options: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Eager attention in which only the first query sees the first key."""
+    """Compute eager attention in which only the first query sees the first key."""
     scores = query @ key.transpose(2, 3) * options["scaling"] + mask[..., : key.shape[2]]
     hidden = torch.zeros(scores.shape[-2:], dtype=torch.bool, device=scores.device)
     hidden[1:, 0] = True
@@ -211,7 +215,7 @@ def optimiser(model: LlamaForCausalLM, recipe: Recipe) -> torch.optim.AdamW:
 
 @torch.no_grad()
 def birth(model: LlamaForCausalLM, ids: torch.Tensor, recipe: Recipe) -> dict[str, float | list[float]]:
-    """Held-out NLL and the state of the sink where BOS stands (definitions: spectral_sinks.measure)."""
+    """Measure the held-out NLL and the sink at the position of BOS (definitions: spectral_sinks.measure)."""
     model.eval()
     sink = recipe.position
     nll = float(losses_of(model(ids[:, :-1]).logits, ids, recipe).mean())
@@ -222,7 +226,7 @@ def birth(model: LlamaForCausalLM, ids: torch.Tensor, recipe: Recipe) -> dict[st
     dark = torch.linalg.svd(model.lm_head.weight.double(), full_matrices=False)[2]
     dark = dark[-round(0.05 * dark.shape[0]) :].T.float()
     ratio, share, others = [], [], []
-    for h in out.hidden_states[1:-1]:  # exits of all layers but the last, which is already normed
+    for h in out.hidden_states[1:-1]:  # exits of all layers except the last, which is already normed
         norm = h.norm(dim=-1)
         energy = (h @ dark).pow(2).sum(-1) / norm.pow(2)
         rest = torch.arange(norm.shape[1]) != sink
@@ -241,7 +245,7 @@ def birth(model: LlamaForCausalLM, ids: torch.Tensor, recipe: Recipe) -> dict[st
 
 
 def losses_of(logits: torch.Tensor, ids: torch.Tensor, recipe: Recipe) -> torch.Tensor:
-    """NLL by window and predicted token, without the prediction of BOS itself."""
+    """Return the NLL by window and predicted token, without the prediction of BOS itself."""
     nll = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), ids[:, 1:], reduction="none")
     if not recipe.bos or recipe.position == 0:
         return nll
@@ -249,12 +253,13 @@ def losses_of(logits: torch.Tensor, ids: torch.Tensor, recipe: Recipe) -> torch.
 
 
 def save(state: dict[str, object], path: Path) -> None:
-    """Write to a temporary name, then rename: a killed run never leaves half a checkpoint."""
+    """Save under a temporary name, then rename, so that a killed run never leaves half a checkpoint."""
     torch.save(state, path.with_suffix(".part"))
     path.with_suffix(".part").rename(path)
 
 
 def main(recipe: Recipe) -> None:
+    # the tokenizer, and the tokens of the training text and of the held-out windows
     torch.set_num_threads(recipe.threads)
     recipe.out.mkdir(parents=True, exist_ok=True)
     folder = recipe.out / "tokenizer"
@@ -267,6 +272,7 @@ def main(recipe: Recipe) -> None:
     rows = rows[:: max(1, len(rows) // 64)][:64].astype(np.int64)
     held = torch.from_numpy(with_bos(rows, recipe))
 
+    # the model and the optimiser, as the last checkpoint left them
     model = build(recipe)
     adam = optimiser(model, recipe)
     first, log = 0, recipe.out / "log.jsonl"
@@ -289,6 +295,7 @@ def main(recipe: Recipe) -> None:
     losses: list[float] = []
     began = time.monotonic()
     for step in tqdm(range(first, recipe.steps + 1), initial=first, total=recipe.steps, mininterval=10):
+        # evaluate and save, then take a step
         if step % recipe.evaluate_every == 0 or step == recipe.steps:
             row = {"step": step, "tokens": step * recipe.batch * recipe.window}
             row |= {"train_nll": float(np.mean(losses)) if losses else math.nan} | birth(model, held, recipe)
@@ -309,6 +316,7 @@ def main(recipe: Recipe) -> None:
         adam.step()
         adam.zero_grad(set_to_none=True)
         losses.append(loss.item())
+    # sink logits are stored separately, since a Llama has no such parameter
     final = recipe.out / "model"
     if recipe.softmax in ("off-by-one", "learned"):
         final.mkdir(exist_ok=True)

@@ -1,9 +1,10 @@
 """Train a small vision transformer on a folder of labelled images, with or without register tokens.
 
-Question: does an image encoder grow sinks and outlier tokens at this size, and do registers take them over?
-Design: DINOv2's architecture (Oquab et al. 2024; with registers, Darcet et al. 2024) from scratch on the
-folder's classes, AdamW with a warm-up and a cosine decay, random crops and flips; a tenth of the images, by a
-hash of their names, is held out. Checkpoints have the published format; a killed run goes on.
+Question: does an image encoder of this size grow sinks and outlier tokens, and do registers take them over?
+Design: the architecture of DINOv2 (Oquab et al. 2024; with registers, Darcet et al. 2024) is trained from
+scratch on the classes of the folder, by AdamW with a warm-up and a cosine decay, on random crops and flips. A
+tenth of the images is held out, by a hash of their names. Checkpoints have the published format, and a killed
+run continues.
 
     python experiments/training/train_vit.py --images FOLDER --out runs/vit --registers 4
 """
@@ -32,12 +33,13 @@ from transformers import (
 import spectral_sinks as ss
 
 MEAN, STD = 0.5, 0.25
-HELD_OUT = 10  # one image in so many
+HELD_OUT = 10
+"""One image in this many is held out."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides the weights; written beside them."""
+    """All settings that determine the weights, which are written to the folder of the run."""
 
     images: Path
     """Folder with one folder of images for each class."""
@@ -48,8 +50,9 @@ class Recipe:
     layers: int = 6
     heads: int = 4
     patch: int = 4
-    """Side of a patch, in pixels as all sides."""
+    """Side of a patch in pixels."""
     side: int = 32
+    """Side of an image in pixels."""
     batch: int = 64
     steps: int = 4000
     learning_rate: float = 1e-3
@@ -58,21 +61,26 @@ class Recipe:
     label_smoothing: float = 0.0
     seed: int = 0
     checkpoints: tuple[int, ...] = (0, 50, 100, 200, 400, 800, 1600)
-    """Steps that are kept, beside the last."""
+    """Numbers of steps after which a checkpoint is kept, besides the last one."""
     evaluate_every: int = 200
-    """Steps between lines of the log, which are places to resume from."""
+    """Number of steps between lines of the log. A run can be resumed from each of them."""
 
 
 def held_out(name: str) -> bool:
-    """Whether an image is kept for evaluation, by its name alone."""
+    """Decide from the name alone whether an image is kept for evaluation."""
     return hashlib.sha256(name.encode()).digest()[0] % HELD_OUT == 0
 
 
 def read(recipe: Recipe) -> tuple[Tensor, Tensor, list[str], list[str]]:
-    """Pixels `[images, 3, side, side]` (uint8), classes, names of the images and of the classes."""
+    """Read pixels `[images, 3, side, side]` (uint8), classes, names of images, and names of classes.
+
+    Raises InputError for images without classes, and for a broken image.
+    """
     found = ss.images(recipe.images, broken="refuse")
     if found.labels is None:
-        raise ss.InputError(f"{recipe.images}: expected one folder of images for each class, two at least")
+        raise ss.InputError(
+            f"{recipe.images}: expected one folder of images for each class, and at least two classes"
+        )
     size = (recipe.side, recipe.side)
     pixels = [np.asarray(image.resize(size, Resampling.BILINEAR)) for image in tqdm(found, mininterval=5)]
     data = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
@@ -80,7 +88,11 @@ def read(recipe: Recipe) -> tuple[Tensor, Tensor, list[str], list[str]]:
 
 
 def build(recipe: Recipe, classes: list[str]) -> Any:
-    """The untrained model; registers begin apart (zeros would stay equal), all else as without them."""
+    """Return the untrained model.
+
+    Registers start from different random values, since zeros would stay equal. All other weights are the same
+    as in a model without registers.
+    """
     torch.manual_seed(recipe.seed)
     sizes: dict[str, Any] = {
         "hidden_size": recipe.width,
@@ -100,7 +112,7 @@ def build(recipe: Recipe, classes: list[str]) -> Any:
 
 
 def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Crops shifted by up to an eighth of the side, half of them mirrored; normalised."""
+    """Return normalised crops, shifted by up to an eighth of the side, of which half are mirrored."""
     side = images.shape[-1]
     most = side // 8
     padded = torch.nn.functional.pad((images.float() / 255 - MEAN) / STD, [most] * 4)
@@ -111,9 +123,10 @@ def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def train(recipe: Recipe) -> Any:
-    """The trained model; checkpoints and a log go to `recipe.out`.
+    """Train the model, write checkpoints and a log to `recipe.out`, and return the model.
 
-    Raises InputError for no classes, a broken image, none held out, and an `out` with another run in it.
+    Raises InputError for images without classes, a broken image, all or none of the images held out, and an
+    `out` that holds another run.
     """
     data, labels, names, classes = read(recipe)
     apart = torch.tensor([held_out(name) for name in names])
@@ -129,6 +142,7 @@ def train(recipe: Recipe) -> Any:
         share = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
         return min((step + 1) / recipe.warmup, 0.5 * (1 + float(np.cos(np.pi * max(0.0, share)))))
 
+    # continue from the last line of the log, if there is one
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, rate)
     generator = torch.Generator().manual_seed(recipe.seed)
     parts = {"model": model, "optimiser": optimiser, "schedule": schedule}
@@ -166,7 +180,10 @@ def train(recipe: Recipe) -> Any:
 
 
 def begin(recipe: Recipe, held: list[str]) -> None:
-    """Write the recipe and the names of the held-out images, or see that they are those written before."""
+    """Write the recipe and the names of the held-out images.
+
+    Raises InputError if the folder already has others.
+    """
     recipe.out.mkdir(parents=True, exist_ok=True)
     decides = {name: value for name, value in asdict(recipe).items() if not isinstance(value, Path)}
     for name, text in (("recipe.json", json.dumps(decides, indent=1)), ("heldout.txt", "\n".join(held))):
@@ -185,7 +202,7 @@ def keep(model: Any, recipe: Recipe, folder: Path) -> None:
 
 @torch.no_grad()
 def evaluate(model: Any, data: Tensor, labels: Tensor) -> dict[str, float]:
-    """NLL in nats and accuracy on whole images."""
+    """Measure the NLL in nats and the accuracy on whole images."""
     model.eval()
     logits = torch.cat(
         [model(pixel_values=(part.float() / 255 - MEAN) / STD).logits for part in data.split(250)]

@@ -1,11 +1,12 @@
 r"""Vision across: outlier tokens, sinks and registers in any list of image encoders, with one verdict each.
 
-Question: which encoders make outlier tokens and attention sinks, of which kind of token, and do registers
-take them over (Darcet et al. 2024; Jiang et al. 2025)?
-Design: `ss.outliers` by the robust rule at every exit, and with the published cut-off; the largest norm of
-registers and of [CLS]; `ss.vision_sinks` by kind of token, and how much of the attention goes to sinks that
-write nothing. A verdict: "outliers" where they are at least 1 patch in 1 000 at some layer, with the whole
-interval above 0; "sink" where a kind of token is one.
+Question: which encoders have outlier tokens and attention sinks, which kinds of token are they, and do
+registers take over their role (Darcet et al. 2024; Jiang et al. 2025)?
+Design: outliers are found by `ss.outliers`, by the robust rule at every exit and by the published cut-off.
+The largest norms of registers and of [CLS] are measured. Sinks are found by `ss.vision_sinks` by kind of
+token, together with the share of attention that goes to sinks which write nothing. The verdict is "outliers"
+if at some layer at least 1 patch in 1 000 is an outlier and the whole interval lies above 0, and "sink" if
+some kind of token is a sink.
 Control: the first checkpoint of a training run, or an untrained model, in the same list.
 
     python experiments/vision/across.py --images FOLDER --out results \
@@ -24,28 +25,28 @@ import tyro
 import spectral_sinks as ss
 
 FEWEST = 1e-3
-"""Share of patches from which a model makes outliers [ours]."""
+"""Smallest share of outlier patches with which a model counts as having outliers [ours]."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What is compared."""
+    """Options: the models, and the images."""
 
     models: tuple[str, ...]
     """Folders or hub ids."""
     images: Path
-    """Folder of images; a .txt list of files."""
+    """Folder of images, or a .txt list of files."""
     out: Path
     """Folder for the table."""
     size: int | None = None
-    """Side of the square that images are resized to; by default as each model's processor does."""
+    """Side of the square that images are resized to. By default the processor of each model resizes them."""
     limit: int = 200
-    """Images, in turn from each class."""
+    """Maximum number of images, taken from each class in turn."""
     batch: int = 16
 
 
 def row_of(model: ss.VisionModel, pixels: ss.Pixels, batch: int) -> dict[str, Any]:
-    """One model: outliers, sinks, verdict."""
+    """Measure one model, and return its row with outliers, sinks and verdict."""
     found = ss.outliers(model, pixels, batch_size=batch)
     published = ss.outliers(model, pixels, rule="published", batch_size=batch)
     shares = found.summary()

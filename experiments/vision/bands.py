@@ -1,13 +1,14 @@
-"""Vision bands: what an image encoder gives when bands of its residual stream are kept or removed.
+"""Vision bands: the output of an image encoder when bands of its residual stream are kept or removed.
 
-Question: does the dark tail of an image encoder matter as that of a language model does, and where in the
-spectrum do [CLS], registers, patches and outlier patches keep their energy?
-Design: the spectrum of the classifier head, or of any matrix named. At the exit of one layer at a time, for
-all tokens: bands 1 to k kept, and each band removed. A head of fewer rows than the stream is wide leaves a
-null space, in which the last bands are cut at arbitrary places: there, all that is read and all that is not
-are removed too. Beside it by layer the norm of each class of tokens and the share of its energy by band;
-outlier patches, if there are any, are those of the robust rule at the layer with most of them.
-Control: random subspaces of the same rank, and others that take the same energy.
+Question: does the dark tail matter for an image encoder as it does for a language model, and in which part of
+the spectrum do [CLS], registers, patches and outlier patches have their energy?
+Design: the spectrum is that of the classifier head, or of any named matrix. At the exit of one layer at a
+time, and for all tokens, bands 1 to k are kept, and each band is removed. If the head has fewer rows than the
+width of the residual stream, it has a null space, in which the boundaries of the last bands are arbitrary. In
+that case, the subspace that the head reads and the null space are removed as a whole, too. The norm of each
+class of tokens and its share of energy by band are measured by layer. Outlier patches, if there are any, are
+found by the robust rule at the layer with most of them.
+Control: random subspaces of the same rank, and random subspaces that remove the same energy.
 
     python experiments/vision/bands.py --model runs/vit/model --images FOLDER --out results
     python experiments/vision/bands.py --model facebook/dinov2-small-imagenet1k-1-layer --images FOLDER \
@@ -28,12 +29,14 @@ from tqdm import tqdm
 import spectral_sinks as ss
 
 DIGITS, PROBED = "%.5g", 6
-"""Of the tables; images of a class from which on a linear probe is fitted on half of them."""
+"""Number format of the tables; and the number of images per class from which on a linear probe is fitted.
+
+The probe is fitted on half of the images."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What is measured."""
+    """Options: the model, the images, and the spectrum."""
 
     model: str
     """Folder or id of an image encoder."""
@@ -42,24 +45,24 @@ class Options:
     out: Path
     """Folder for tables and figures."""
     matrix: str = "classifier"
-    """Whose spectrum: the head, "embedding", or the name of a parameter."""
+    """Matrix of the spectrum: "classifier" (the head), "embedding", or the name of a parameter."""
     convention: Literal["raw", "folded", "centred"] = "raw"
     bands: int = 20
     names: Path | None = None
-    """A file that lists the images to take by their names inside the folder, such as those held out."""
+    """File that lists the names of the images inside the folder, such as the held-out images."""
     limit: int = 200
-    """Images, in turn from each class."""
+    """Maximum number of images, taken from each class in turn."""
     layers: tuple[int, ...] = ()
-    """Exits that are filtered; all of them by default."""
+    """Layers whose exits are filtered; by default all of them."""
     draws: int = 20
-    """Random subspaces of either kind."""
+    """Number of random subspaces of each kind."""
     batch: int = 50
     label: str = "vision_bands"
-    """Start of the files' names."""
+    """Start of the file names."""
 
 
 def read(options: Options) -> ss.Images:
-    """The images, in turn from each class."""
+    """Read the images, taken from each class in turn."""
     if options.names is None:
         return ss.images(options.images, limit=options.limit)
     listed: dict[str, list[str]] = {}
@@ -74,7 +77,7 @@ def read(options: Options) -> ss.Images:
 def token_spectra(
     model: ss.VisionModel, pixels: ss.Pixels, spectrum: ss.Spectrum, batch: int
 ) -> pd.DataFrame:
-    """Share of energy by class of token, layer and band, and the median norm: means over images."""
+    """Return energy shares by class of token, layer and band, and median norms, as means over images."""
     found = ss.outliers(model, pixels, batch_size=batch)
     marked = None
     if found.strongest is not None:
@@ -89,7 +92,8 @@ def token_spectra(
 
 
 def main(options: Options) -> dict[str, Any]:
-    """Measure, write tables and figures, and return the record."""
+    """Measure the bands, write tables and figures, and return the record."""
+    # the effect of filters at each exit, and the energy of the tokens by band
     options.out.mkdir(parents=True, exist_ok=True)
     model = ss.load_vision(options.model)
     pixels = ss.pixels(read(options), model)
@@ -118,6 +122,7 @@ def main(options: Options) -> dict[str, Any]:
     def path(name: str) -> Path:
         return options.out / f"{options.label}{name}"
 
+    # tables, record and figures
     tails = table["filter"].isin(["dark", "read", "unread"])
     ladder = table[~tails].dropna(axis="columns", how="all")
     untouched = ladder[(ladder["filter"] == "keep") & (ladder["band"] == spectrum.count)]

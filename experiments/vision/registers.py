@@ -1,11 +1,11 @@
 """Vision registers: do trained registers matter, or are zeros out of distribution?
 
-Question: what does an encoder with register tokens lose when these are taken out, zeroed, fixed to their mean
+Question: what does an encoder with register tokens lose if these are removed, zeroed, fixed to their mean
 over images, replaced by noise, or swapped between images (Darcet et al. 2024; Sun et al. 2024, on ViTs)?
-Design: `ss.vision.register_ablation` at the exits of all layers, on [CLS] and patch features, on the classes
-named first and on accuracy; intervals over images.
-Control: noise of the registers' own mean and deviation; and shuffling within an image, which must change
-nothing.
+Design: `ss.vision.register_ablation` edits the registers at the exits of all layers. It measures the effect
+on the features of [CLS] and patches, on the most likely class, and on accuracy. Intervals are over images.
+Control: noise with the mean and standard deviation of the registers, and shuffling the registers within an
+image, which must change nothing.
 
     python experiments/vision/registers.py --model runs/vit/random4-0/model --images FOLDER --out results
     python experiments/vision/registers.py --model facebook/dinov2-with-registers-base-imagenet1k-1-layer \
@@ -23,7 +23,7 @@ import spectral_sinks as ss
 
 @dataclass(frozen=True)
 class Options:
-    """What is measured."""
+    """Options: the model, and the images."""
 
     model: str
     """Folder or hub id of an encoder with registers."""
@@ -32,7 +32,7 @@ class Options:
     out: Path
     """Folder for the table and the figure."""
     names: Path | None = None
-    """A list of the images to take by their names inside the folder, such as those held out."""
+    """File that lists the names of the images inside the folder, such as the held-out images."""
     size: int | None = None
     limit: int | None = None
     batch: int = 50

@@ -1,11 +1,12 @@
-"""What a small image encoder trained from scratch shows: attention sinks, outlier tokens, use of registers.
+"""Attention sinks, outlier tokens and the use of registers in a small image encoder trained from scratch.
 
-Question: do tokens of high norm and attention sinks form in encoders of this size, when in training, and do
-registers take them over?
-Design: every checkpoint of runs of `train_vit.py` on the images that the run held out: accuracy, norms of
-patches, CLS and registers after each layer, the attention that the most attended token of each kind
-receives, and its norm. Intervals over images: they hold for these weights, not for other seeds.
-Control: the untrained weights (step 0), uniform attention 1 / T, and the run of the same seed without
+Question: do tokens of high norm and attention sinks form in encoders of this size, when do they form in
+training, and do registers take over their role?
+Design: every checkpoint of runs of `train_vit.py` is measured on the held-out images of the run. The measures
+are accuracy, the norms of patches, CLS and registers after each layer, the attention that the most attended
+token of each kind receives, and its norm. Intervals are over images, so they hold for these weights and not
+for other seeds.
+Control: the untrained weights (step 0), uniform attention 1 / T, and the run with the same seed without
 registers, paired by image.
 
     python experiments/vision/trained.py runs/vit/plain-0 runs/vit/random4-0 --images FOLDER --out results
@@ -33,21 +34,21 @@ SINK = 0.3
 
 @dataclass(frozen=True)
 class Options:
-    """Folders that `train_vit.py` wrote, and the images that it read."""
+    """Options: the folders that `train_vit.py` wrote, and the images that it read."""
 
     runs: Positional[tuple[Path, ...]]
     images: Path
     out: Path = Path("runs/vision_trained")
     limit: int | None = None
-    """Held-out images to read; all without it."""
+    """Maximum number of held-out images; by default all are read."""
     heads: int = 200
-    """Images on which heads are looked at one by one, after training."""
+    """Number of images on which single heads are measured, after training."""
     batch_size: int = 128
 
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """What one checkpoint does with the images."""
+    """The measurements of one checkpoint on the images."""
 
     run: str
     registers: int
@@ -56,23 +57,23 @@ class Seen:
     outliers: ss.vision.Outliers
     """Norms of all tokens, and which patches are outliers."""
     right: NDArray[np.float64]
-    """1 for each image whose class is right."""
+    """1 for each image that is classified correctly, otherwise 0."""
     alpha: NDArray[np.float64]
     """Attention received, mean over queries, `[images, layers, heads, tokens]`."""
 
     @cached_property
     def kinds(self) -> dict[str, slice]:
-        """Where the tokens of each kind are."""
+        """The positions of the tokens of each kind."""
         start = len(self.outliers.pixels.model.prefix)
         kinds = {"cls": slice(0, 1), "registers": slice(1, start), "patches": slice(start, None)}
         return {kind: places for kind, places in kinds.items() if kind != "registers" or self.registers}
 
     def top(self, kind: str) -> NDArray[np.float64]:
-        """Attention to the most attended token of a kind, `[images, layers, heads]`."""
+        """Return the attention to the most attended token of a kind, `[images, layers, heads]`."""
         return self.alpha[..., self.kinds[kind]].max(-1)
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """A row per layer (-1: the embedding) and kind of token."""
+        """Yield one row per layer (-1: the embedding) and kind of token."""
         found, (_, layers, _, tokens) = self.outliers, self.alpha.shape
         same = {"run": self.run, "registers": self.registers, "seed": self.seed, "step": self.step}
         for site in range(layers + 1):
@@ -87,7 +88,11 @@ class Seen:
                 yield row | (self.attended(site - 1, kind) if site else {}) | {"uniform": 1 / tokens}
 
     def attended(self, layer: int, kind: str) -> dict[str, Any]:
-        """How much attention a layer gives to a kind: to the most attended token, at one place, in all."""
+        """Return how much attention a layer gives to a kind of token.
+
+        It is given for the most attended token of each image, for the most attended position over all images,
+        and for all tokens of the kind together.
+        """
         alpha, top = self.alpha[:, layer, :, self.kinds[kind]], self.top(kind)[:, layer]
         at = alpha.argmax(-1)  # by image and head
         entering = self.outliers.norm[:, layer, self.kinds[kind]] / self.outliers.median[layer]
@@ -109,7 +114,7 @@ def interval(name: str, values: NDArray[np.float64]) -> dict[str, float]:
 
 
 def look(folder: Path, images: Any, batch_size: int, **about: Any) -> Seen:
-    """Read the images with one checkpoint."""
+    """Measure one checkpoint on the images."""
     model = ss.load_vision(folder)
     pixels = ss.pixels(images, model)
     assert pixels.labels is not None
@@ -124,7 +129,10 @@ def look(folder: Path, images: Any, batch_size: int, **about: Any) -> Seen:
 
 
 def heads(seen: Seen, options: Options) -> pd.DataFrame:
-    """`ss.head_use` of CLS, each register, and each image's most attended patch: a row per image and head."""
+    """Apply `ss.head_use` to CLS, each register, and the most attended patch of each image.
+
+    Returns one row per image, head and token.
+    """
     pixels = seen.outliers.pixels
     kept = range(0, len(pixels), -(-len(pixels) // options.heads))
     few = ss.pixels(torch.stack([pixels[place] for place in kept]), pixels.model)
@@ -136,7 +144,7 @@ def heads(seen: Seen, options: Options) -> pd.DataFrame:
 
 
 def written(use: pd.DataFrame) -> Iterator[dict[str, Any]]:
-    """Whether what the most attended tokens write is nothing."""
+    """Yield the answers about how much the most attended tokens write."""
     for token, rows in use.groupby("token", sort=False):
         layer, head = rows.groupby(["layer", "head"])["attention"].mean().idxmax()
         here = rows[(rows["layer"] == layer) & (rows["head"] == head)]
@@ -150,7 +158,7 @@ def written(use: pd.DataFrame) -> Iterator[dict[str, Any]]:
 
 
 def checkpoints(run: Path, options: Options) -> Iterator[Seen]:
-    """Every checkpoint of a run, the first one first."""
+    """Measure every checkpoint of a run, in the order of training."""
     recipe = json.loads((run / "recipe.json").read_text())
     names = (run / "heldout.txt").read_text().split("\n")[:-1]
     if options.limit is not None:
@@ -164,7 +172,7 @@ def checkpoints(run: Path, options: Options) -> Iterator[Seen]:
 
 
 def answers(first: Seen, last: Seen) -> Iterator[dict[str, Any]]:
-    """What the trained weights show, beside the untrained ones."""
+    """Yield the answers about the trained weights, compared with the untrained weights."""
     found, before = last.outliers, first.outliers
     classes, uniform = len(found.pixels.model.labels), 1 / last.alpha.shape[-1]
     yield ss.experiments.answer(
@@ -193,7 +201,7 @@ def answers(first: Seen, last: Seen) -> Iterator[dict[str, Any]]:
 
 
 def differences(plain: Seen, other: Seen) -> Iterator[dict[str, Any]]:
-    """Registers minus none, paired by image."""
+    """Yield the differences between runs with and without registers, paired by image."""
     said = f"{other.run} minus {plain.run}"
     yield ss.experiments.answer("accuracy, difference", other.right - plain.right, said)
     without, having = (part.outliers.member[:, 1:].mean((1, 2)) for part in (plain, other))

@@ -1,4 +1,4 @@
-"""The command line: the library's calls, as tables for people and JSON for machines."""
+"""The command line of the package, which prints tables or JSON."""
 
 import sys
 from typing import Annotated, Any
@@ -53,9 +53,10 @@ RUN: dict[type, Any] = {
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point of `spectral-sinks`.
+    """Run the command `spectral-sinks`.
 
-    Exit status 0; 1 where a claim does not hold, 2 for bad input, 130 when interrupted.
+    The exit status is 0 on success, 1 where a check or a claim fails, 2 for bad input, and 130 after an
+    interruption.
     """
     options: Any = tyro.cli(  # pyright: ignore[reportCallIssue]
         Command,  # pyright: ignore[reportArgumentType]

@@ -1,4 +1,4 @@
-"""`python -m spectral_sinks.cli`."""
+"""The entry point of `python -m spectral_sinks.cli`."""
 
 from spectral_sinks.cli import main
 

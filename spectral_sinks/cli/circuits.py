@@ -1,4 +1,4 @@
-"""`spectral-sinks circuits`: which heads have a no-op circuit, and what it is made of."""
+"""The command `circuits`: the heads that have a no-op circuit, and the parts of each circuit."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ if TYPE_CHECKING:
     import pandas as pd
 
 COLUMNS = {
-    "attention": "on sink",
+    "attention": "to sink",
     "value_ratio": "value ratio",
     "top_two": "two modes",
-    "random_top_two": "random",
-    "always_on": "query on",
-    "rival": "rival",
+    "random_top_two": "random bases",
+    "always_on": "query always on",
+    "rival": "next key",
 }
-"""What the table shows of `Circuits.heads`, and what it calls it."""
+"""The columns of `Circuits.heads` that the table shows, and their labels."""
 
 DARK = ("key_dark", "reading_dark", "value_dark")
-"""Shares of the dark band that stand in one column."""
+"""The shares of the dark band, which the table shows in one column."""
 
 
 @dataclass(frozen=True)
 class Circuits(Running):
-    """Heads with a no-op circuit: they attend to a sink that writes nothing, found by a mode always on."""
+    """Find the heads that attend, through a mode that is always on, to a sink whose value writes nothing."""
 
     position: int = 0
-    """Position of the sink, from 0."""
+    """Position of the sink, counted from 0."""
     figures: Path | None = None
-    """Folder for a map of all heads, and one page per head with a circuit."""
+    """Folder for figures: a map of all heads, and one page for each head with a circuit."""
 
 
 def run_circuits(options: Circuits) -> None:
@@ -61,7 +61,8 @@ def run_circuits(options: Circuits) -> None:
     }
     title = (
         f"No-op circuits of {found.model}, sink at position {found.position}, {windows.length} tokens per "
-        f"window, {windows.record['documents']} documents (dark by chance: {result['random_dark']:.3f})"
+        f"window, {windows.record['documents']} documents "
+        f"(dark share of a random direction: {result['random_dark']:.3f})"
     )
     rows = [
         (f"{row['layer']}.{row['head']}\n{row['use']}", *(cell(row, name) for name in COLUMNS), dark(row))
@@ -72,7 +73,7 @@ def run_circuits(options: Circuits) -> None:
 
 
 def cell(row: dict[str, Any], name: str) -> str:
-    """A value, with its interval below it."""
+    """Format a value, with its interval on the line below."""
     if f"{name}_low" not in row:
         return f"{row[name]:.2f}"
     low, high = row[f"{name}_low"], row[f"{name}_high"]
@@ -80,12 +81,12 @@ def cell(row: dict[str, Any], name: str) -> str:
 
 
 def dark(row: dict[str, Any]) -> str:
-    """The dark shares of what the detector's direction is, of what it reads, and of what the value writes."""
+    """Format the dark shares of the key direction, of what it reads, and of what the sink's value writes."""
     return "\n".join(f"{row[name]:.2f}" for name in DARK)
 
 
 def draw(found: ss.circuits.Circuits, folder: Path) -> None:
-    """The map, and a page for each circuit."""
+    """Draw the map of all heads, and one page for each circuit."""
     folder.mkdir(parents=True, exist_ok=True)
     ss.figures.circuits(found.heads, folder / "heads.png")
     for layer, head in found.found:

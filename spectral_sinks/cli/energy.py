@@ -1,4 +1,4 @@
-"""`spectral-sinks energy`: the share of each band in the residual stream."""
+"""The command `energy`: the share of each band in the residual stream."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from spectral_sinks.cli.output import show, table
 
 @dataclass(frozen=True)
 class Energy(Running):
-    """Share of each band in the residuals of BOS and of other tokens, by layer."""
+    """Measure the share of each band in the residuals of BOS and of other tokens, by layer."""
 
 
 def run_energy(options: Energy) -> None:
@@ -34,5 +34,5 @@ def run_energy(options: Energy) -> None:
         cells = (by_band[0], by_band[1:-1].sum(), by_band[-1])
         label = "embedding" if site == "embedding" else f"exit {layer}"
         rows.append((label, str(kind), f"{part['norm'].mean():.4g}", *(f"{c:.4f}" for c in cells)))
-    columns = ("place", "tokens", "median norm", "band 1", "between", f"band {spectrum.count} (dark)")
+    columns = ("site", "tokens", "median norm", "band 1", "other bands", f"band {spectrum.count} (dark)")
     show(options.json, found, table(f"Energy share by band, {model.name}", columns, rows))

@@ -1,4 +1,4 @@
-"""`spectral-sinks info`: what a checkpoint is."""
+"""The command `info`: the properties of a checkpoint."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from spectral_sinks.cli.output import show, table
 
 @dataclass(frozen=True)
 class Info(Common):
-    """Family, sizes, tied or not, BOS policy and context of a model; reads no weights."""
+    """Print the family, sizes, tying, BOS policy and context of a model, without reading its weights."""
 
 
 def run_info(options: Info) -> None:

@@ -1,4 +1,4 @@
-"""`spectral-sinks nll`: what a spectral filter costs."""
+"""The command `nll`: the effect of a spectral filter on the NLL."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ FillName = Literal["zero", "mean", "swap", "noise"]
 
 @dataclass(frozen=True)
 class Nll(Running):
-    """Negative log-likelihood and sink mass under a spectral filter, against the untouched model."""
+    """Measure NLL and sink mass under a spectral filter, and compare them with the untouched model."""
 
     layer: int | None = None
-    """Layer of the site; by default the one below the layer with the strongest sink."""
+    """Layer of the site. By default it is the layer below the one with the strongest sink."""
     site: str = "exit"
-    """exit, attention, mlp, head:N, embedding, or what one component alone reads: queries, keys, values,
-    mlp-input."""
+    """Site of the filter: exit, attention, mlp, head:N or embedding.
+    The sites queries, keys, values and mlp-input edit only what this component reads."""
     keep: str | None = None
-    """Bands to keep: 1-8,20 or dark, dark:0.1, head:0.4, middle:0.4-0.9, all, none, random:13."""
+    """Bands to keep, such as 1-8,20, dark, dark:0.1, head:0.4, middle:0.4-0.9, all, none or random:13."""
     remove: str | None = None
-    """Bands to remove, written the same way."""
+    """Bands to remove, in the same notation."""
     fill: FillName = "zero"
-    """What takes the place of what is removed: zero, the position's mean, another document's, or noise."""
+    """Replacement of the removed part: zero, its mean at the position, that of another document, or noise."""
     tokens: str = "all"
-    """all, first, all-but-first, or ids:5,13 for tokens by id."""
+    """Tokens that are filtered: all, first, all-but-first, or ids:5,13 for tokens by id."""
     controls: int = 0
-    """Also remove this many random subspaces of the same rank, seeds 0, 1, ..., as the control."""
+    """Number of random subspaces of the same rank (seeds 0, 1, ...) that are removed as controls."""
     seed: int = 0
-    """Seed of random:N and of noise."""
+    """Seed of random:N and of the fill noise."""
 
 
 def run_nll(options: Nll) -> None:
@@ -44,17 +44,20 @@ def run_nll(options: Nll) -> None:
     asked = (options.layer is not None, options.controls, options.fill != "zero", options.tokens != "all")
     if not (options.keep or options.remove) and any(asked):
         raise ss.InputError(
-            "--layer, --fill, --tokens and --controls belong to a filter: give --keep or --remove"
+            "--layer, --fill, --tokens and --controls have no effect without a filter: "
+            "give --keep or --remove as well"
         )
     tokens = parse_tokens(options.tokens)
     site = ss.Site.parse(options.site)
     model, windows, spectrum = options.prepare()
     spec = options.keep or options.remove
+    # without --layer, the filter acts below the layer with the strongest sink
     layer = options.layer
     if spec and layer is None and site.kind != "embedding":
         layer = layer_of_strongest_sink(model, windows, options.batch_size)
     site = ss.Site.parse(options.site, layer or 0)
     site.check(model)
+    # the filter and its random controls, each as one cell
     chosen: ss.Filter | None = None
     cells: dict[str, dict[ss.Site, Any]] = {"no-op": {}}
     if spec:
@@ -67,7 +70,7 @@ def run_nll(options: Nll) -> None:
             control = ss.remove(ss.random_subspace(model.d, chosen.rank, seed), fill, tokens)
             cells[f"control {seed}"] = {site: control}
     batches = len(list(windows.batches(options.batch_size)))
-    hidden = True if options.json else None  # None: where nobody watches
+    hidden = True if options.json else None  # None hides the bar unless the output is a terminal
     with tqdm(total=len(cells) * batches, desc="nll", unit="pass", leave=False, disable=hidden) as bar:
 
         def tick(done: int) -> None:
@@ -122,19 +125,21 @@ def run_nll(options: Nll) -> None:
     rows = [(str(k), plain(v)) for k, v in found.items() if k not in ("controls", "remote")]
     token = "token" if model.causal else "masked token"
     if model.remote is not None:
-        rows.append(("ran at", model.remote.host))
+        rows.append(("server", model.remote.host))
     if controls:
         reached = ss.stats.null_rank(effect.delta_nll, [c.delta_nll for c in controls])
-        rows.append(("random controls: difference", plain([c.delta_nll for c in controls])))
+        rows.append(("delta_nll of random controls", plain([c.delta_nll for c in controls])))
         rows.append(("controls that reach the filter's", f"{reached} of {len(controls)}"))
     show(options.json, found, table(f"NLL (nats per {token}) of {model.name}", ("", ""), rows))
 
 
 def layer_of_strongest_sink(model: ss.LanguageModel, windows: ss.Windows, batch_size: int) -> int:
-    """The layer whose exit is read by the layer with the strongest sink."""
+    """Return the layer below the one with the strongest sink."""
     mass = ss.evaluate(model, windows, {}, batch_size=batch_size).sink_mass
     if mass is None or len(mass) < 2:
-        raise ss.InputError("the layer with the strongest sink cannot be found here: name one with --layer")
+        raise ss.InputError(
+            "the layer with the strongest sink cannot be found for this model and text: name one with --layer"
+        )
     return max(range(1, len(mass)), key=lambda layer: mass[layer]) - 1
 
 

@@ -1,4 +1,7 @@
-"""Options that several commands share: flags come from the fields, their help from the lines below them."""
+"""Options that several commands share.
+
+Each field is a flag, and the string below it is its help text. Help keeps the line breaks of that string.
+"""
 
 from __future__ import annotations
 
@@ -17,18 +20,18 @@ RemoteName = Literal["ndif", "local"]
 
 @dataclass(frozen=True)
 class Common:
-    """What every command takes."""
+    """Options of every command that reads a model."""
 
     model: Positional[str] = ss.DEFAULT
-    """The embedded model's name, a Hugging Face id, or a folder."""
+    """Name of the embedded model, a Hugging Face id, or a folder."""
     json: bool = False
     """Print one JSON object and nothing else on standard output."""
     revision: str | None = None
     """Branch, tag or commit of a Hugging Face id."""
     allow_pickle: bool = False
-    """Load pickled weights, which can run code."""
+    """Allow pickled weights, which can run code when they are loaded."""
     trust_remote_code: bool = False
-    """Let a checkpoint run code of its own."""
+    """Allow a checkpoint to run its own code."""
 
     def load(self, **options: Any) -> ss.LanguageModel:
         return ss.load(
@@ -42,37 +45,42 @@ class Common:
 
 @dataclass(frozen=True)
 class Running(Common):
-    """What every command that runs a model takes."""
+    """Options of every command that runs a model."""
 
     text: str | None = None
-    """A text file, .jsonl, .csv or .parquet, a hub data set id, or - for standard input; the shipped corpus
-    by default."""
+    """A text file, .jsonl, .csv or .parquet, the id of a hub data set, or - for standard input.
+    By default it is the shipped corpus."""
     separator: str | None = None
-    """What separates documents in a text file or on standard input, such as "\\n\\n"; without it, it is one
-    document."""
+    """String between the documents of a text file or of standard input, such as "\\n\\n".
+    Without it, the whole text is one document."""
     split: str = "train"
     """Split of a hub data set."""
     column: str = "text"
     """Column of a table or data set that holds the text."""
     documents: int = 48
-    """Read at most this many documents."""
+    """Maximum number of documents that are read."""
     length: int | None = None
-    """Tokens in a window, BOS included; 256 by default, or the context where that is shorter."""
+    """Number of tokens in a window, including BOS.
+    The default is 256, or the context of the model where that is shorter."""
     per_document: int | None = None
-    """At most this many windows from a document; 2 by default, or all of a text that is one document."""
+    """Maximum number of windows from one document.
+    The default is 2, or all windows where the text is a single document."""
     bos: Literal["auto", "always", "never"] = "auto"
-    """Open windows with BOS: always, never, or as the model's own tokenizer does."""
+    """Whether windows open with BOS; auto does what the tokenizer of the model does."""
     batch_size: int = 16
+    """Number of windows in a batch."""
     device: str | None = None
-    """Where to run, such as cuda or cpu."""
+    """Device to run on, such as cuda or cpu."""
     dtype: str = "auto"
-    """Weights in this dtype, such as bfloat16; the checkpoint's own by default."""
+    """Dtype of the weights, such as bfloat16; auto is the dtype of the checkpoint."""
     remote: RemoteName | None = None
-    """ndif: at the server that nnsight is configured for; local: the same, rehearsed here."""
+    """ndif runs the model on the server that nnsight is configured for.
+    The value local rehearses such a run in this process."""
     factors: str | None = None
-    """Dtype in which bases travel to a server, such as float32; the model's own by default."""
+    """Dtype in which bases are sent to a server, such as float32; by default the dtype of the model."""
     convention: Literal["raw", "folded", "centred"] = "raw"
-    """Convention of the unembedding."""
+    """How the unembedding is read: raw as stored, folded with the gain of the final norm.
+    The value centred also removes the mean over the vocabulary."""
     bands: int = 20
     """Number of bands."""
 
@@ -108,15 +116,16 @@ class Running(Common):
 
 
 def remote_of(name: RemoteName | None) -> bool | str:
-    """`load`'s word for it."""
+    """Return the argument `remote` of `load` for the value of the option."""
     return {None: False, "ndif": True, "local": "local"}[name]
 
 
 def read_spectrum(options: Common, matrix: str, convention: Any, bands: int) -> ss.Spectrum:
-    model = options.load() if options.allow_pickle else options.model  # single tensors need safetensors
+    # A single tensor can be read from safetensors only; pickled weights are loaded as a whole
+    model = options.load() if options.allow_pickle else options.model
     return ss.read_spectrum(model, matrix, convention=convention, bands=bands, revision=options.revision)
 
 
 def ran(model: ss.LanguageModel) -> dict[str, Any]:
-    """Where the model is, if it is elsewhere."""
+    """Return the record of the server, or nothing where the model is in this process."""
     return {} if model.remote is None else {"remote": model.remote.record()}

@@ -1,4 +1,4 @@
-"""Tables for people, JSON for machines, warnings in one line."""
+"""The output of the commands: tables, JSON, and warnings of one line."""
 
 import json
 import math
@@ -16,11 +16,11 @@ SILENT = {
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "DATASETS_VERBOSITY": "critical",
 }
-"""Environment of a command."""
+"""Environment variables of a command, which silence the libraries."""
 
 
 def plain(value: Any) -> str:
-    """A value as a person reads it."""
+    """Format a value for a table."""
     if isinstance(value, list | tuple):
         return " ".join(plain(part) for part in value)
     if isinstance(value, float):
@@ -43,7 +43,7 @@ def show(as_json: bool, found: dict[str, Any], shown: RenderableType) -> None:
 
 
 def without_nan(value: Any) -> Any:
-    """JSON has no NaN: null instead."""
+    """Replace numbers that are not finite by None, since JSON has none of them."""
     if isinstance(value, dict):
         return {k: without_nan(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -54,10 +54,10 @@ def without_nan(value: Any) -> Any:
 
 
 def quiet() -> None:
-    """Print warnings in one line on standard error, and no chatter from libraries.
+    """Print each warning as one line on standard error, and silence the libraries.
 
-    The environment speaks to libraries that are imported later, which most commands do not need; a variable
-    that is set keeps its value.
+    The environment variables silence libraries that are imported later, since most commands do not need them
+    all. A variable that is already set keeps its value.
     """
     for name, value in SILENT.items():
         os.environ.setdefault(name, value)

@@ -1,4 +1,4 @@
-"""The command about servers."""
+"""The command `remote`: the checks before a remote run, and the jobs on a server."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from spectral_sinks.cli.output import plain, show, table
 
 @dataclass(frozen=True)
 class Remote:
-    """What a remote run needs (check MODEL), and the jobs of a results folder (status DIR, collect DIR)."""
+    """Check the requirements of a remote run, or show and collect the jobs of a results folder."""
 
     action: Positional[Literal["check", "status", "collect"]]
-    """check: is all there for a run of MODEL at NDIF? status: the jobs that DIR knows of. collect: ask after
-    them, and put into DIR what is done."""
+    """With check, test whether a model can be run on the NDIF server.
+    With status, list the jobs that a results folder has recorded, without asking the server.
+    With collect, ask the server for these jobs, and store the results that are ready."""
     what: Positional[str] = ss.DEFAULT
-    """A model for check, a results folder for the others."""
+    """A model for check, or a results folder for status and collect."""
     revision: str | None = None
     """Branch, tag or commit of a Hugging Face id."""
     json: bool = False
@@ -34,7 +35,7 @@ def run_remote(options: Remote) -> None:
         ok = all(step.ok for step in steps)
         found = {"model": options.what, "ok": ok, "steps": [asdict(step) for step in steps]}
         rows = [("yes" if step.ok else "NO", step.name, step.found) for step in steps]
-        show(options.json, found, table(f"A remote run of {options.what}", ("", "", ""), rows))
+        show(options.json, found, table(f"Checks for a remote run of {options.what}", ("", "", ""), rows))
         if not ok:
             raise SystemExit(1)
         return

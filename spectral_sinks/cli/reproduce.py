@@ -1,4 +1,4 @@
-"""`spectral-sinks reproduce`: the experiments, with their tables and figures."""
+"""The command `reproduce`: the experiments, with their tables and figures."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from spectral_sinks.cli.output import plain, show, table
 
 @dataclass(frozen=True)
 class Reproduce:
-    """Run the experiments, write their tables and figures, print a summary."""
+    """Run the experiments, write their tables and figures, and print a summary."""
 
     only: str | None = None
-    """One experiment by name; all of them by default."""
+    """Name of one experiment; by default all are run."""
     out: Path = Path("results")
     """Folder for tables and figures."""
     model: str = ss.DEFAULT
-    """The embedded model's name, a Hugging Face id, or a folder."""
+    """Name of the embedded model, a Hugging Face id, or a folder."""
     documents: int = 16
-    """Documents of the shipped corpus to measure on, one window each."""
+    """Number of documents of the shipped corpus, with one window each."""
     remote: RemoteName | None = None
-    """ndif: at the server that nnsight is configured for; local: the same, rehearsed here."""
+    """ndif runs the model on the server that nnsight is configured for.
+    The value local rehearses such a run in this process."""
     jobs: int | None = None
     """Experiments that run at the same time, each with one thread; by default one for each idle core."""
     json: bool = False

@@ -15,17 +15,17 @@ from spectral_sinks.cli.output import plain, show, table
 
 @dataclass(frozen=True)
 class Sinks(Running):
-    """Attention sinks: which positions and tokens, since which layer, at what norm, and how dark."""
+    """Find the attention sinks: their positions and tokens, onset layer, norm and dark share."""
 
     tokens: int = 64
-    """T: attention received is averaged over the first so many tokens of each window, which are as long by
-    default; it falls with T."""
+    """T, the number of tokens at the start of each window over which attention received is averaged.
+    Attention received falls with T. By default windows have this length."""
     epsilon: float = 0.3
-    """Attention received above which a head has a sink."""
+    """Attention received above which a token is a sink of a head."""
     draws: int = 20
-    """Random subspaces beside the dark band."""
+    """Number of random subspaces that the dark band is compared with."""
     figure: Path | None = None
-    """Write a picture (PNG) here: sink mass by head, sink rate by position, norm by position and layer."""
+    """PNG file for a figure: sink mass by head, sink rate by position, norm by position and layer."""
 
 
 def run_sinks(options: Sinks) -> None:
@@ -61,7 +61,7 @@ def _tables(record: dict[str, Any]) -> list[Any]:
     )
     names = {
         "sink_rate": "sink rate at position 0",
-        "sink_rate_of_seen": "the same over queries that see it",
+        "sink_rate_of_seen": "sink rate over queries that can see it",
         "total_sink_mass": "attention to all sinks together",
         "high_norm_mass": "attention to all tokens of high norm",
         "to_sink_logit": "attention to a learned sink logit",
@@ -71,14 +71,14 @@ def _tables(record: dict[str, Any]) -> list[Any]:
         label, shown = rows[place]
         rows[place] = (label, f"{shown}; uniform {plain(record[f'uniform_{name}'])}")
     rows += [
-        ("tokens of high norm", plain(record["high_norm_share"])),
-        ("massive by the published criterion", plain(record["massive_documents"]) + " documents"),
+        ("share of tokens with high norm", plain(record["high_norm_share"])),
+        ("massive activations (published rule)", plain(record["massive_documents"]) + " documents"),
         ("dispersal over repeated tokens", "yes" if record["dispersal"] else "no"),
         ("onset layer", plain(record["onset_layer"])),
         ("documents, windows", f"{record['documents']}, {record['windows']}"),
     ]
     if "remote" in record:
-        rows.append(("ran at", record["remote"]["host"]))
+        rows.append(("server", record["remote"]["host"]))
     tables = [table(title, ("", ""), rows)]
     if not record["sinks"]:
         return [*tables, "no sinks"]

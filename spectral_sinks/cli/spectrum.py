@@ -1,4 +1,4 @@
-"""`spectral-sinks spectrum`: singular values of a matrix of a model, and its bands."""
+"""The command `spectrum`: the singular values of a matrix of a model, and its bands."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from spectral_sinks.cli.output import show, table
 
 @dataclass(frozen=True)
 class SpectrumCommand(Common):
-    """Singular values of the unembedding (or another matrix) and its bands; reads only that tensor."""
+    """Print the singular values and bands of the unembedding or another matrix; reads only that tensor."""
 
     matrix: str = "unembedding"
-    """unembedding, embedding, or the name of a parameter."""
+    """Matrix: unembedding, embedding, or the name of a parameter."""
     convention: Literal["raw", "folded", "centred"] = "raw"
-    """raw; folded (final norm's gain multiplied in); centred (folded, minus the mean over the vocabulary)."""
+    """How the unembedding is read: raw as stored, folded with the gain of the final norm.
+    The value centred also removes the mean over the vocabulary."""
     bands: int = 20
     """Number of bands."""
 

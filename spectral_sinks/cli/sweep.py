@@ -1,4 +1,4 @@
-"""The commands of sweeps."""
+"""The commands `sweep` and `merge`."""
 
 from __future__ import annotations
 
@@ -15,38 +15,40 @@ from spectral_sinks.cli.options import RemoteName
 from spectral_sinks.cli.output import plain, show, table
 
 SHOWN = 40
-"""Rows of a summary that are printed; the file has all."""
+"""Number of rows of a summary that are printed. The results folder has all of them."""
 
 PATIENCE = 10
-"""Seconds to wait for a scheduler."""
+"""Seconds to wait for an answer of the Dask scheduler."""
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """Measure the cells of a sweep file into a results folder; go on where an earlier run stopped."""
+    """Measure the cells of a sweep file into a results folder, and continue where an earlier run stopped."""
 
     file: Positional[Path]
-    """A TOML file: model, [texts], [spectrum], and [[grid]] blocks; examples are in experiments/."""
+    """A TOML file with model, [texts], [spectrum] and [[grid]] blocks. Examples are in experiments/."""
     out: Path | None = None
-    """Results folder; runs/NAME-OF-THE-FILE by default."""
+    """Results folder; by default runs/NAME, where NAME is the name of the file."""
     resume: bool = False
-    """Go on with what the folder has (the default)."""
+    """Continue with the results that the folder has (the default)."""
     fresh: bool = False
     """Empty the folder first."""
     dry_run: bool = False
-    """Say what is missing and what it would cost, and compute nothing."""
+    """Print what is missing and its estimated cost, and measure no cell."""
     shard: str | None = None
-    """i/n: only the i-th of n parts, i from 1; join the folders with merge."""
+    """Compute only one part of the sweep: i/n is the i-th of n parts, counted from 1.
+    The command merge joins the folders."""
     workers: int = 0
-    """Processes that share the weights; by default the work is done in this one."""
+    """Number of worker processes, which share the weights. By default this process does the work."""
     devices: str | None = None
-    """Devices to deal to the workers, such as cuda:0,cuda:1."""
+    """Devices for the workers, such as cuda:0,cuda:1. They are assigned in turn."""
     remote: RemoteName | None = None
-    """ndif: as jobs at the server that nnsight is configured for; local: the same rehearsed here."""
+    """ndif sends jobs to the server that nnsight is configured for.
+    The value local rehearses such a run in this process."""
     no_wait: bool = False
-    """Send the jobs and leave; `spectral-sinks remote collect` asks after them."""
+    """Send the jobs and return at once. The command remote collect fetches the results."""
     dask: str | None = None
-    """Address of a Dask scheduler whose workers do the work, such as tcp://127.0.0.1:8786."""
+    """Address of a Dask scheduler whose workers run the sweep, such as tcp://127.0.0.1:8786."""
     json: bool = False
     """Print one JSON object and nothing else on standard output."""
 
@@ -56,7 +58,7 @@ class Merge:
     """Join the results folders of the shards of a sweep into one."""
 
     out: Positional[Path]
-    """Where the joined results go; made if it is not there."""
+    """Folder for the joined results, which is created if it does not exist."""
     folders: Positional[tuple[Path, ...]]
     """The folders of the shards."""
     json: bool = False
@@ -69,7 +71,7 @@ def run_sweep(options: Sweep) -> None:
     if options.workers and options.dask:
         raise ss.InputError("give --workers or --dask, not both")
     if options.devices and not options.workers:
-        raise ss.InputError("--devices are dealt to workers: give --workers as well")
+        raise ss.InputError("--devices are assigned to workers: give --workers as well")
     file = ss.sweeps.SweepFile.read(options.file)
     if options.remote:
         file = file.at(options.remote)
@@ -100,7 +102,7 @@ def run_sweep(options: Sweep) -> None:
     if options.no_wait:
         notes = ss.sweeps.jobs(out)
         waiting = sum(note.state == "waiting" for note in notes)
-        rows = [("jobs waiting", str(waiting)), ("ask after them", f"spectral-sinks remote collect {out}")]
+        rows = [("jobs waiting", str(waiting)), ("fetch results", f"spectral-sinks remote collect {out}")]
         show(options.json, {"out": str(out), "waiting": waiting}, table("", ("", ""), rows))
         return
     summary = done.summary()
@@ -123,7 +125,7 @@ def run_sweep(options: Sweep) -> None:
 
 
 def dask_client(address: str) -> Any:
-    """A client of a running scheduler. Raises InputError where Dask is missing or nobody answers."""
+    """Connect to a running scheduler. Raises InputError where Dask is missing or no scheduler answers."""
     try:
         from distributed import Client
     except ImportError as error:
@@ -144,7 +146,7 @@ def parse_shard(text: str | None) -> tuple[int, int] | None:
 
 def run_merge(options: Merge) -> None:
     if not options.folders:
-        raise ss.InputError("give the folders to join")
+        raise ss.InputError("no folders to join: give the results folders of the shards after OUT")
     rows = ss.sweeps.Store.merge(options.folders, options.out).rows()
     found = {"out": str(options.out), "cells": rows["cell"].nunique(), "rows": len(rows)}
     show(options.json, found, table("", ("", ""), [(name, plain(value)) for name, value in found.items()]))

@@ -1,4 +1,4 @@
-"""The command that checks what the pages say."""
+"""The command `verify`: the numbers of the documentation are checked against the tables."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ REPRODUCE = "spectral-sinks reproduce"
 
 @dataclass(frozen=True)
 class Verify:
-    """Check every number that the pages state against the tables; exit status 0 only if all hold."""
+    """Check every number of the documentation against the tables. The exit status is 0 only if all hold."""
 
     results: Path | None = None
-    """Folder with the tables; that of the clone by default."""
+    """Folder with the tables; by default results/ of the repository."""
     claims: Path | None = None
-    """File of claims; the package's own by default."""
+    """File of claims; by default the file of this package."""
     rerun: bool = False
-    """Run the commands that write the tables again, into a temporary folder, and check there."""
+    """Run the commands that write the tables again, in a temporary folder, and check the new tables."""
     only: str | None = None
-    """Check the claims on one experiment alone (with --rerun: run it alone)."""
+    """Name of one experiment: check only its claims, and with --rerun, run only this experiment."""
     uncovered: bool = False
-    """Also list the decimals and percentages of the pages that no claim covers; they fail too."""
+    """Also list the decimals and percentages that no claim covers. They count as failures."""
     json: bool = False
     """Print one JSON object and nothing else on standard output."""
 
 
 def run_verify(options: Verify) -> None:
-    """Raise SystemExit with status 1 where a claim does not hold."""
+    """Print the claims that fail. Raises SystemExit with status 1 where any does."""
     repository = clone()
     claims = ss.claims.Claims.read(options.claims or claims_file(repository))
     if options.only:
@@ -53,9 +53,11 @@ def run_verify(options: Verify) -> None:
             kept_as_they_are = rerun(claims, folder, results, options.only)
             results = folder
         elif results is None:
-            raise ss.InputError("there is no results folder beside the package: give --results or --rerun")
+            raise ss.InputError(
+                "no results folder comes with an installed package: give --results or --rerun"
+            )
         elif not results.is_dir():
-            raise ss.InputError(f"{results} is no folder: give the one that reproduce wrote to")
+            raise ss.InputError(f"{results} is not a folder: give the one that reproduce wrote to")
         checks = ss.claims.verify(claims, results, repository)
     loose = ss.claims.uncovered(claims, repository) if options.uncovered and repository else {}
     failed = [check for check in checks if not check.holds]
@@ -82,16 +84,17 @@ def run_verify(options: Verify) -> None:
         show(options.json, found, table("", ("page", "text", "problem", "command"), rows))
     if not options.json:
         if kept_as_they_are:
-            print(f"not run again, checked as they are: {', '.join(kept_as_they_are)}")
+            print(f"checked without running them again: {', '.join(kept_as_they_are)}")
         print(title)
     if failed or any(loose.values()):
         raise SystemExit(1)
 
 
 def rerun(claims: ss.claims.Claims, folder: Path, results: Path | None, only: str | None) -> list[str]:
-    """Write the tables of the claims into a folder; returns those that no command of this package writes.
+    """Write the tables of the claims into a folder, and return those that were copied.
 
-    These are copied from `results`, and missing where there is none.
+    A table that no command of this package writes is copied from `results`. It is missing where `results` is
+    None or does not have it.
     """
     files = dict.fromkeys(file for claim in claims.claims for file in claim.files if "/" not in file)
     commands = {file: claims.command(file) for file in files}
@@ -113,11 +116,11 @@ def rerun(claims: ss.claims.Claims, folder: Path, results: Path | None, only: st
 
 
 def clone() -> Path | None:
-    """The repository that this package is run from; None where it is installed elsewhere."""
+    """Return the repository that this package is run from, or None if it is installed elsewhere."""
     folder = Path(ss.__file__).parent.parent
     return folder if (folder / "results" / "claims.toml").is_file() else None
 
 
 def claims_file(repository: Path | None) -> Path:
-    """The claims: shipped inside an installed package, among the results in a clone."""
+    """Return the path of the claims, in results/ of a clone or else in the installed package."""
     return repository / "results" / "claims.toml" if repository else Path(ss.__file__).parent / "claims.toml"

@@ -1,4 +1,4 @@
-"""`spectral-sinks vision`: outlier tokens, sinks, circuits and test-time registers of an image encoder."""
+"""The command `vision`: outlier tokens, sinks, circuits and test-time registers of an image encoder."""
 
 from __future__ import annotations
 
@@ -19,44 +19,45 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Vision:
-    """Outlier tokens, attention sinks and no-op circuits of an image encoder on images."""
+    """Measure outlier tokens, attention sinks and no-op circuits of an image encoder."""
 
     model: Positional[str]
     """A Hugging Face id, or a folder."""
     images: Positional[tuple[str, ...]]
-    """A folder (its sub-folders are classes), a .txt list of files, files, or a hub data set id."""
+    """A folder (its subfolders are classes), a .txt list of files, files, or the id of a hub data set."""
     size: int | None = None
-    """Resize images to a square of this side in pixels, with positions interpolated; by default as the
-    model's own processor does."""
+    """Side in pixels of the square that images are resized to; position embeddings are interpolated.
+    By default images are resized by the model's own processor."""
     limit: int | None = 200
-    """Read at most this many images, in turn from each class."""
+    """Maximum number of images that are read, taken from each class in turn."""
     broken: Literal["skip", "refuse"] = "skip"
-    """What becomes of broken files: named and left out, or named and refused."""
+    """Skip broken files with a warning that names them, or refuse them with an error."""
     split: str = "train"
     """Split of a hub data set."""
     rule: str = "robust"
-    """What is an outlier: robust, published (norm above 150), or a norm."""
+    """Rule for outliers: robust, published (norm above 150), or a number (norm above it)."""
     matrix: str | None = None
-    """What reads the residual stream, for the dark share: the classifier head by default, or a parameter."""
+    """Matrix whose spectrum defines the dark share; by default the classifier head, or name a parameter."""
     epsilon: float = 0.3
-    """Attention received above which a head has a sink."""
+    """Attention received above which a token is a sink of a head."""
     registers: int = 0
-    """Add so many test-time registers, and show what they change beside random neurons."""
+    """Number of test-time registers to add. Their effect is compared with an edit of random neurons."""
     neurons: int = 50
-    """Register neurons that are moved."""
+    """Number of register neurons whose activations go to the added registers."""
     layer: int = -2
-    """Layer at which outliers are looked for when register neurons are found."""
+    """Layer at whose exit outliers are sought to find register neurons, counted from the end if negative."""
     figures: Path | None = None
-    """Folder for pictures (PNG): norm maps of the first images, outliers by layer, attention, registers."""
+    """Folder for figures (PNG): norm maps of the first images, outliers by layer, attention, registers."""
     batch_size: int = 16
+    """Number of images in a batch."""
     device: str | None = None
-    """Where to run, such as cuda or cpu."""
+    """Device to run on, such as cuda or cpu."""
     dtype: str = "auto"
-    """Weights in this dtype; the checkpoint's own by default."""
+    """Dtype of the weights; auto is the dtype of the checkpoint."""
     revision: str | None = None
     """Branch, tag or commit of a Hugging Face id."""
     allow_pickle: bool = False
-    """Load pickled weights, which can run code."""
+    """Allow pickled weights, which can run code when they are loaded."""
     json: bool = field(default=False)
     """Print one JSON object and nothing else on standard output."""
 
@@ -69,12 +70,14 @@ def run_vision(options: Vision) -> None:
         device=options.device,
         dtype=options.dtype,
     )
+    # the images, and the spectrum that the dark shares refer to
     source: Any = options.images[0] if len(options.images) == 1 else list(options.images)
     images = ss.images(source, limit=options.limit, broken=options.broken, split=options.split)
     pixels = ss.pixels(images, model, size=options.size)
     spectrum = None
     if options.matrix is not None or model.classes:
         spectrum = ss.read_spectrum(model, options.matrix or "classifier")
+    # outliers and sinks
     batch: dict[str, Any] = {"batch_size": options.batch_size}
     found = ss.outliers(model, pixels, rule=rule_of(options.rule), **batch)
     sinks = ss.vision_sinks(model, pixels, spectrum, epsilon=options.epsilon, **batch)
@@ -88,6 +91,7 @@ def run_vision(options: Vision) -> None:
         "circuits": {},
     }
     tables: list[Any] = [outlier_table(found), sink_table(sinks, spectrum)]
+    # circuits, positions and probes, where there is something to measure
     if spectrum is not None:
         for sink in sinks.sinks:
             kind = str(sink.token)
@@ -114,7 +118,18 @@ def repair(
     record: dict[str, Any],
     tables: list[Any],
 ) -> None:
-    """Test-time registers and their controls, into the record and the tables; a warning without outliers."""
+    """Measure test-time registers and their controls, and add them to the record and the tables.
+
+    Where there are no outliers, a warning says so and nothing is measured.
+
+    Args:
+        options: the options of the command.
+        found: the outliers.
+        images: the images, for the figure.
+        record: the record that is extended.
+        tables: the tables that are extended.
+
+    """
     pixels, model = found.pixels, found.pixels.model
     batch: dict[str, Any] = {"measured": found, "batch_size": options.batch_size}
     record["register_neurons"], record["registers"] = [], []
@@ -141,11 +156,11 @@ def repair(
 
 
 SHOWN = 4
-"""Images on a contact sheet."""
+"""Number of images in a figure."""
 
 
 def rule_of(given: str) -> Any:
-    """A rule by name, or a norm. Raises InputError for neither."""
+    """Return the rule as a name or a norm. Raises InputError where it is neither."""
     if given in ("robust", "published"):
         return given
     try:
@@ -155,8 +170,8 @@ def rule_of(given: str) -> Any:
 
 
 def draw(found: ss.vision.Outliers, sinks: Any, images: ss.Images, folder: Path) -> None:
-    """Norm maps at four layers, outliers by layer, attention by head and on the images."""
-    import numpy as np  # not for --help
+    """Draw norm maps at four layers, outliers by layer, and attention by head and on the images."""
+    import numpy as np  # here, so that --help does not import it
 
     folder.mkdir(parents=True, exist_ok=True)
     last = found.norm.shape[1] - 2
@@ -177,7 +192,7 @@ def draw(found: ss.vision.Outliers, sinks: Any, images: ss.Images, folder: Path)
 
 
 def outlier_table(found: ss.vision.Outliers) -> Any:
-    """Outliers by layer."""
+    """Make the table of outliers by layer."""
     record = found.record()
     title = (
         f"Outlier patches of {found.model}, {record['images']} images of {record['patches']} patches; "
@@ -199,7 +214,7 @@ def outlier_table(found: ss.vision.Outliers) -> Any:
 
 
 def sink_table(sinks: Any, spectrum: ss.Spectrum | None) -> Any:
-    """What each kind of token receives."""
+    """Make the table of the attention that each kind of token receives."""
     title = (
         f"Attention by kind of token, T = {sinks.tokens}, epsilon = {sinks.epsilon:g}, onset layer "
         f"{plain(sinks.onset_layer)}"
@@ -222,14 +237,14 @@ def sink_table(sinks: Any, spectrum: ss.Spectrum | None) -> Any:
 
 
 def dark_of(sink: Any) -> str:
-    """Dark share of a sink, beside the patches that are none."""
+    """Format the dark share of a sink, with that of the tokens that are not sinks below it."""
     if sink is None:
         return "-"
     return f"{plain(sink.dark_share.value)}\nothers {plain(sink.other_dark_share.value)}"
 
 
 def circuit_table(kind: str, heads: pd.DataFrame) -> Any:
-    """Heads with a no-op circuit at one kind of token."""
+    """Make the table of heads with a no-op circuit at one kind of token."""
     rows = [
         (
             f"{row['layer']}.{row['head']}",
@@ -241,12 +256,12 @@ def circuit_table(kind: str, heads: pd.DataFrame) -> Any:
         )
         for row in heads[heads["circuit"]].to_dict("records")
     ]
-    columns = ("head", "on sink", "value ratio", "two modes", "query on", "rival")
+    columns = ("head", "to sink", "value ratio", "two modes", "query always on", "next key")
     return table(f"No-op circuits at {kind}", columns if rows else ("head",), rows or [("none",)])
 
 
 def place_table(places: pd.DataFrame) -> Any:
-    """Where outliers lie, beside other patches."""
+    """Make the table of the positions of outliers, compared with other patches."""
     rows = [
         (
             f"{row['quantity']}, {row['control']}",
@@ -256,24 +271,29 @@ def place_table(places: pd.DataFrame) -> Any:
         )
         for row in places.to_dict("records")
     ]
-    return table("Where outliers lie", ("against other patches", "outliers", "others", "difference"), rows)
+    return table(
+        "Position of outliers, and similarity to their neighbours",
+        ("quantity, control", "outliers", "others", "difference"),
+        rows,
+    )
 
 
 def probe_table(probes: pd.DataFrame) -> Any:
-    """What outliers hold, beside other patches."""
+    """Make the table of what linear probes read from outliers, other patches and [CLS]."""
     rows = [
         (question, *(spread(by[name], "mean", "low", "high") if name in by else "-" for name in READ))
         for question, part in probes.groupby("question", sort=False)
         for by in [part.set_index("tokens").to_dict("index")]
     ]
-    return table("What linear probes read from tokens of the strongest layer", ("", *READ), rows)
+    return table("Linear probes of tokens, at the layer with most outliers", ("", *READ), rows)
 
 
 READ = ("outliers", "others", "cls", "shuffled")
+"""Kinds of tokens in the table of the probes."""
 
 
 def repair_table(repair: pd.DataFrame, registers: int) -> Any:
-    """Before and after test-time registers, and random neurons."""
+    """Make the table of the effect of test-time registers, and of the controls."""
     last = repair["layer"].max()
     chosen = repair[repair["layer"].isna() | (repair["layer"] == last) | (repair["layer"] < 0)]
     rows = [
@@ -281,10 +301,14 @@ def repair_table(repair: pd.DataFrame, registers: int) -> Any:
         for state, part in chosen.groupby("state", sort=False)
         for row in part.to_dict("records")
     ]
-    return table(f"{registers} test-time registers: the last layer and the output", ("", "", ""), rows)
+    return table(
+        f"Effect of {registers} test-time registers on the last layer and the output",
+        ("state", "measure", "mean"),
+        rows,
+    )
 
 
 def spread(row: Any, name: str, low: str = "", high: str = "") -> str:
-    """A mean with its interval."""
+    """Format a mean with its interval."""
     low, high = low or f"{name}_low", high or f"{name}_high"
     return f"{plain(float(row[name]))} [{plain(float(row[low]))}, {plain(float(row[high]))}]"

@@ -1,1 +1,1 @@
-"""Filters at sites of a running model, through nnsight."""
+"""Edits of a running model: filters at sites (through nnsight), attention edits, and registers."""

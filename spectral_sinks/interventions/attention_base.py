@@ -1,4 +1,4 @@
-"""The base classes of edits of attention: their layers, heads, and the position or token they act on."""
+"""The base classes of attention edits: their layers, heads, and the position or token they act on."""
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from spectral_sinks.models.language import LanguageModel
 
 @dataclass(frozen=True, eq=False)
 class AttentionEdit:
-    """An edit of attention in some layers and heads, in all by default. A subclass defines `changed`."""
+    """An attention edit in some layers and heads, by default in all. A subclass defines `changed`."""
 
     layers: Collection[int] | None = field(default=None, kw_only=True)
     heads: Collection[int] | None = field(default=None, kw_only=True)
@@ -47,7 +47,7 @@ class AttentionEdit:
         return chosen.view(1, -1, 1, 1)
 
     def placed(self, old: Tensor, new: Tensor, keys: Tensor, call: AttentionCall) -> Tensor:
-        """Return keys or values `old` with those of some tokens replaced by `new`.
+        """Return the keys or values `old`, replaced by `new` at some tokens and in the heads that act.
 
         Where only some heads act, the result has one entry per query head.
         """
@@ -63,7 +63,10 @@ class AttentionEdit:
 
 @dataclass(frozen=True, eq=False)
 class AtToken(AttentionEdit):
-    """An edit at one position, counted from 0, or at every occurrence of a token id: give one of the two."""
+    """An edit at one position, counted from 0, or at every occurrence of a token id.
+
+    Exactly one of the two is given.
+    """
 
     position: int | None = None
     token: int | None = field(default=None, kw_only=True)
@@ -84,7 +87,10 @@ class AtToken(AttentionEdit):
             raise InputError(f"position {self.position}: {model.name} has a context of {model.context}")
 
     def chosen(self, call: AttentionCall) -> Bool[Tensor, "#batch tokens"]:
-        """Return which tokens of the text so far are edited. Raises InputError for a position beyond them."""
+        """Return a mask of the tokens that are edited, over the text so far.
+
+        Raises InputError for a position beyond the text so far, and where token ids are needed but unknown.
+        """
         length = call.past + call.query.shape[2]
         if self.position is not None:
             if self.position >= length:
@@ -93,26 +99,29 @@ class AtToken(AttentionEdit):
         if call.ids is None:
             raise InputError(
                 f"{type(self).__name__}(token={self.token}) needs the token ids of the whole text: this pass "
-                "was given embeddings, or goes on from a cache that was filled outside the block"
+                "was given embeddings, or continues from a cache that was filled outside the block"
             )
         return call.ids.to(call.query.device) == self.token
 
 
 def of_layer(values: Tensor | float, call: AttentionCall) -> Tensor:
-    """Return the keys or values of one layer, `[1, key_heads, 1, size]`, or a number as it is."""
+    """Return the keys or values of one layer as `[1, key_heads, 1, size]`; a number stays a number."""
     tensor = torch.as_tensor(values, device=call.key.device)
     return values_of_layer(tensor, call.layer)[None, :, None] if tensor.ndim else tensor
 
 
 def values_of_layer(values: Tensor, layer: int) -> Tensor:
-    """Return one layer of `[layers, ...]`; a single layer stands for all of them."""
+    """Return one layer of `[layers, ...]`, where a single layer is used for all.
+
+    Raises InputError for a layer without values.
+    """
     if len(values) != 1 and layer >= len(values):
         raise InputError(f"layer {layer}: values for {len(values)} layers were given")
     return values[0 if len(values) == 1 else layer]
 
 
 def check_shape(name: str, values: Tensor | float, model: LanguageModel) -> None:
-    """Raise InputError for keys or values of another shape than the model's."""
+    """Raise InputError for keys or values whose shape does not fit the model."""
     shape = tuple(getattr(values, "shape", ()))
     wanted = (model.layers, model.key_heads, model.head_size)
     if shape and (len(shape) != 3 or any(a not in (1, b) for a, b in zip(shape, wanted, strict=True))):

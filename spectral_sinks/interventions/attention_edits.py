@@ -1,9 +1,9 @@
-"""Edits of attention: frozen values for `with attending(model, edit):` around any measurement.
+"""Attention edits, which are active inside `with attending(model, edit):` around any measurement.
 
-They change the keys, values or mask from which attention is computed. Several can be nested; the inner one
-acts on the result of the outer one. Each acts in some layers and heads, in all by default. To edit the
-residual stream instead (the norm or variance of a token, massive activations), use a `Filter` at a `Site`:
-`scale`, `amplify`, `channels`.
+An edit is an immutable object. It changes the keys, values or mask from which attention is computed, in some
+layers and heads, by default in all. Edits can be nested, and the inner one acts on the result of the outer
+one. To edit the residual stream instead (the norm or variance of a token, massive activations), use a
+`Filter` at a `Site`: `scale`, `amplify`, `channels`.
 """
 
 from collections.abc import Collection
@@ -44,9 +44,9 @@ class MaskKey(AtToken):
 
 @dataclass(frozen=True, eq=False)
 class Restrict(AtToken):
-    """The token attends only to itself, as the first token does.
+    """The token attends only to itself, as the first token of a text does.
 
-    (Li et al. 2026, arXiv 2605.06611)
+    Source: Li et al. 2026, arXiv 2605.06611.
     """
 
     def changed(self, call: AttentionCall) -> AttentionCall:
@@ -62,14 +62,14 @@ class SetValue(AtToken):
     """The value of the token is replaced for every query, including its own, by zero or by `value`.
 
     `value` has shape `[layers, key_heads, size]`, or a shape that broadcasts to it. `mean_values` computes
-    the mean over documents. Where all documents open with the same token, the value there is the same in
-    all, so replacing it by that of another document changes nothing.
+    the mean over documents. Where all documents open with the same token, its value is the same in all
+    documents, so a replacement by the value from another document changes nothing.
     """
 
     value: Float[Tensor, "..."] | float = 0.0
 
     def check(self, model: LanguageModel) -> None:
-        """Raise InputError also for a value of another shape."""
+        """Raise InputError also for a value whose shape does not fit the model."""
         super().check(model)
         check_shape("value", self.value, model)
 
@@ -81,10 +81,10 @@ class SetValue(AtToken):
 
 @dataclass(frozen=True, eq=False)
 class CopyKey(AtToken):
-    """Key and value of the token are replaced by those of an earlier token, position encoding included.
+    """The key and value of the token are replaced by those of an earlier token, with its position encoding.
 
     The residual of the token does not change. Occurrences of a token id before `source` stay as they are.
-    Raises InputError where the cache no longer holds `source`.
+    InputError is raised where the cache no longer holds `source`.
     """
 
     source: int = field(default=0, kw_only=True)
@@ -110,9 +110,12 @@ class CopyKey(AtToken):
 class Streaming(AttentionEdit):
     """Each token attends to the first `first` tokens and to the `recent` tokens up to itself.
 
-    This is the content of StreamingLLM's cache as a mask. Every token keeps its position in the text, whereas
-    StreamingLLM counts positions within its cache, so texts cannot be longer than the context. `first=0` is
-    window attention; a collection of positions, such as `{4}`, is the control. (Xiao et al. 2024)
+    The mask shows each query what the cache of StreamingLLM would contain. Every token keeps its position in
+    the text, so texts cannot be longer than the context. StreamingLLM itself counts positions within its
+    cache. `first=0` is window attention. `first` can also be a collection of positions, such as `{4}`, which
+    serves as a control.
+
+    Source: Xiao et al. 2024.
     """
 
     first: int | Collection[int]

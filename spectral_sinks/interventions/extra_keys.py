@@ -14,11 +14,13 @@ from spectral_sinks.models.language import LanguageModel
 
 @dataclass(frozen=True, eq=False)
 class KeyBias(AttentionEdit):
-    """An additional key, and its value, that every query attends to.
+    """An additional key with its value, which every query can attend to.
 
     Both have shape `[layers, key_heads, size]`, or a shape that broadcasts to it, and may require gradients.
     The weights of the tokens then sum to less than 1. The key is not rotated, so rotary queries treat it as a
-    key at position 0. (Gu et al. 2025)
+    key at position 0.
+
+    Source: Gu et al. 2025.
     """
 
     key: Float[Tensor, "..."] | float
@@ -29,7 +31,7 @@ class KeyBias(AttentionEdit):
             raise InputError("a key bias acts in every head of its layers: choose layers, not heads")
 
     def check(self, model: LanguageModel) -> None:
-        """Raise InputError also for a key or value of another shape."""
+        """Raise InputError also for a key or value whose shape does not fit the model."""
         super().check(model)
         check_shape("key", self.key, model)
         check_shape("value", self.value, model)
@@ -43,17 +45,17 @@ class KeyBias(AttentionEdit):
 
 @dataclass(frozen=True, eq=False)
 class SinkLogit(AttentionEdit):
-    """An additional logit in the softmax of each head, without key and value, as in gpt-oss.
+    """An additional logit in the softmax of each head, without a key or a value, as in gpt-oss.
 
     The weights of the tokens then sum to less than 1. The logit is a number, `[heads]` or `[layers, heads]`,
-    and may require gradients. Logit 0 is softmax-off-by-one, `exp(x) / (1 + sum exp)`. A logit that the model
-    has learned stays; this one is a second.
+    and may require gradients. Logit 0 gives softmax-off-by-one, `exp(x) / (1 + sum exp)`. If the model has
+    learned such a logit, it stays, and this one is added as a second one.
     """
 
     logit: Float[Tensor, "..."] | float = 0.0
 
     def check(self, model: LanguageModel) -> None:
-        """Raise InputError also for logits of another shape."""
+        """Raise InputError also for logits whose shape does not fit the model."""
         super().check(model)
         shape = tuple(getattr(self.logit, "shape", ()))
         if shape not in ((), (model.heads,), (1, model.heads), (model.layers, model.heads)):
@@ -75,9 +77,11 @@ class SinkLogit(AttentionEdit):
 
 @dataclass(frozen=True)
 class Prefix:
-    """Tokens before every text, such as the sink tokens of StreamingLLM; `compare` scores only the text.
+    """Tokens that are put before every text, such as the sink tokens of StreamingLLM.
 
-    The positions of the text increase by the number of these tokens. (Xiao et al. 2024)
+    The positions of the text increase by the number of these tokens. `compare` scores only the text.
+
+    Source: Xiao et al. 2024.
     """
 
     ids: tuple[int, ...]

@@ -1,4 +1,4 @@
-"""Registers of an image encoder: added at test time for what its register neurons write, or taken out."""
+"""Registers of an image encoder: test-time registers are added, or trained registers are removed."""
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,12 +16,12 @@ from spectral_sinks.errors import InputError
 from spectral_sinks.models.vision import ADDED, VisionModel
 
 Neurons = pd.DataFrame | Sequence[tuple[int, int]]
-"""A table with the columns `layer` and `neuron`, or such pairs."""
+"""A table with the columns `layer` and `neuron`, or pairs of a layer and a neuron."""
 
 
 @dataclass(frozen=True)
 class _Append:
-    """After the embedding: zero tokens between the prefix and the patches."""
+    """A hook after the embedding that inserts zero tokens between the prefix and the patches."""
 
     start: int
     count: int
@@ -33,7 +33,7 @@ class _Append:
 
 @dataclass(frozen=True)
 class _Move:
-    """Before an MLP's last matrix: neurons act at the added tokens in place of the patches."""
+    """A hook before the last matrix of an MLP that lets neurons act at the added tokens, not at patches."""
 
     start: int
     count: int
@@ -44,6 +44,7 @@ class _Move:
         end = self.start + self.count
         chosen = torch.tensor(self.neurons, device=x.device)
         patches = x[:, end:, chosen]
+        # The activation of largest magnitude over the patches, with its sign
         largest = patches.gather(1, patches.abs().argmax(1, keepdim=True))
         x[:, self.start : end, chosen] = largest.expand(-1, self.count, -1)
         x[:, end:, chosen] = 0
@@ -52,7 +53,7 @@ class _Move:
 
 @dataclass(frozen=True)
 class _Drop:
-    """Before what follows the encoder: the added tokens are taken out again."""
+    """A hook that removes the added tokens, before or after a module."""
 
     start: int
     count: int
@@ -71,24 +72,33 @@ class _Drop:
 
 
 def mlp_output(model: VisionModel, layer: int, module: nn.Module | None = None) -> nn.Linear:
-    """The last matrix of a layer's MLP, whose inputs are the neurons (fc2, down_proj), in a copy if given.
+    """Return the last matrix of a layer's MLP (fc2, down_proj), whose inputs are the neurons.
 
-    Raises InputError where the MLP ends in no linear module.
+    With `module`, the matrix is taken from this copy of the model. Raises InputError for an MLP without a
+    linear module that writes to the residual stream.
     """
     path = f"{model.layout.layers}.{layer}.{model.layout.mlp}"
     parts = (module or model.module).get_submodule(path).modules()
     linear = [part for part in parts if isinstance(part, nn.Linear) and part.out_features == model.d]
     if not linear:
-        raise InputError(f"{path} of {model.name} has no matrix that writes to the stream, so no neurons")
+        raise InputError(
+            f"{path} of {model.name} has no linear module that writes to the residual stream, so it has no "
+            "neurons"
+        )
     return linear[-1]
 
 
 def by_layer(model: VisionModel, neurons: Neurons) -> dict[int, tuple[int, ...]]:
-    """Neurons by layer. Raises InputError for those that the model does not have, and for one named twice."""
+    """Group neurons by layer.
+
+    Raises InputError for neurons that the model does not have, and for a neuron that is named twice.
+    """
     given: Any = neurons
     if isinstance(neurons, pd.DataFrame):
         if missing := {"layer", "neuron"} - set(given.columns):
-            raise InputError(f"a table of neurons without {', '.join(sorted(missing))}: see register_neurons")
+            raise InputError(
+                f"the table of neurons has no column {', '.join(sorted(missing))}: see register_neurons"
+            )
         given = zip(given["layer"].tolist(), given["neuron"].tolist(), strict=True)
     found: dict[int, list[int]] = {}
     for layer, neuron in given:
@@ -109,12 +119,24 @@ def _install(
     registers: int,
     keep: bool = False,
 ) -> Callable[[], None]:
-    """Put the edit into a module, the model's own or a copy of it; what is returned takes it out."""
+    """Install test-time registers in a module by hooks, and return a function that removes them.
+
+    Args:
+        model: the image encoder.
+        module: the module of the model, or a copy of it.
+        neurons: the neurons of each layer.
+        registers: number of tokens that are added.
+        keep: whether the output of the encoder includes the added tokens.
+
+    Raises:
+        InputError: for a model that already has test-time registers, and for a negative number.
+
+    """
     tower: Any = module.get_submodule(model.layout.embedding.rpartition(".")[0])
     if hasattr(tower.embeddings, ADDED):
-        raise InputError(f"{model.name} has test-time registers already: give them all at once")
+        raise InputError(f"{model.name} already has test-time registers: install all of them at once")
     if isinstance(registers, bool) or registers < 0:
-        raise InputError(f"{registers} registers: expected a number of tokens from 0 on")
+        raise InputError(f"{registers} registers: expected a number of tokens, 0 or more")
     start = len(model.prefix)
     handles: list[Any] = []
     for layer, chosen in neurons.items():
@@ -123,7 +145,8 @@ def _install(
     if registers:
         drop = _Drop(start, registers)
         handles.append(tower.embeddings.register_forward_hook(_Append(start, registers)))
-        if model.cls is None and isinstance(getattr(tower, "head", None), nn.Module):  # SigLIP pools all
+        # The head of SigLIP pools all tokens, so they are removed before it
+        if model.cls is None and isinstance(getattr(tower, "head", None), nn.Module):
             handles.append(tower.head.register_forward_pre_hook(drop))
         if not keep:
             handles.append(tower.register_forward_hook(drop))
@@ -146,19 +169,24 @@ def install_registers(
     neurons: Neurons,
     registers: int = 1,
 ) -> Iterator[VisionModel]:
-    """Inside the block, the model has test-time registers: for `trace` and every measurement.
+    """Give the model test-time registers inside the block, for `trace` and every measurement.
 
-    Zero tokens without position join the stream behind the embedding, after the prefix (behind [CLS] and
-    trained registers), where no rotation reaches them; CLIP's first norm makes its bias of them, as in the
-    published code. At the layer of each of `neurons`, every added token gets the neuron's activation of
-    largest magnitude over the image's patches, sign preserved, and the patches get 0; [CLS] and trained
-    registers keep theirs. `model.prefix` ends in "test1", ..., and sites see these tokens; the head and
-    `last_hidden_state` do not. With no registers the neurons are silenced on the patches; with no neurons
-    there are plain zero tokens more. Raises InputError for neurons that the model does not have, for a
-    negative number, and inside another such block.
+    Zero tokens without a position are inserted after the embedding, between the prefix ([CLS] and trained
+    registers) and the patches. They are not rotated. The first norm of CLIP turns them into its bias, as in
+    the published code. At the layer of each neuron, every added token gets the neuron's activation of largest
+    magnitude over the patches of the image, with its sign, and the patches get 0. [CLS] and trained registers
+    keep their activations.
 
-    Jiang et al. 2025. Their code gives all registers the same as well; but of a layer's neurons at once, over
-    all tokens, it takes one largest value for all, where the paper and this take each neuron's own.
+    `model.prefix` ends in "test1", ..., and sites see the added tokens. The head and `last_hidden_state` do
+    not. Without registers, the neurons are silenced on the patches. Without neurons, the added tokens are
+    plain zero tokens.
+
+    Raises InputError for neurons that the model does not have, for a negative number of registers, and inside
+    another such block.
+
+    Source: Jiang et al. 2025. Their code also gives all registers the same activations. It takes one largest
+    value over all neurons of a layer and all tokens, whereas the paper and this function take the largest
+    value of each neuron.
     """
     remove = _install(model, model.module, by_layer(model, neurons), registers)
     try:
@@ -170,7 +198,7 @@ def install_registers(
 
 @contextmanager
 def fingerprinted_anew(model: VisionModel) -> Iterator[None]:
-    """Inside the block the model's fingerprint is taken anew; the one known before is kept for later."""
+    """Compute the fingerprint of the model anew inside the block, and restore the known one afterwards."""
     known = model.__dict__.pop("fingerprint", None)
     try:
         yield
@@ -183,16 +211,19 @@ def fingerprinted_anew(model: VisionModel) -> Iterator[None]:
 def with_registers(
     model: VisionModel, neurons: Neurons, registers: int = 1, *, keep: bool = False
 ) -> PreTrainedModel:
-    """A copy of the transformers model with test-time registers built in: called and used as the original.
+    """Return a copy of the transformers model with test-time registers built in.
 
-    It can be copied, pickled (`torch.save`), moved, trained further and given to `load_vision`; its state
-    dict is the original's, so `save_pretrained` saves the weights without the registers. Its
-    `last_hidden_state` has the original's tokens, with `keep` the added ones after the prefix as well, which
-    the head never sees. Hidden states and attention weights asked for hold them. Raises InputError as
-    `install_registers` does, and for `keep` in a model that gives logits alone.
+    The copy is called and used like the original. It can be copied, pickled (`torch.save`), moved to another
+    device, trained further and given to `load_vision`. Its state dict is that of the original, so
+    `save_pretrained` saves the weights without the registers.
+
+    `last_hidden_state` has the tokens of the original. With `keep`, it also has the added tokens, after the
+    prefix. The head never sees them. Hidden states and attention weights, if requested, always include them.
+
+    Raises InputError as `install_registers` does, and for `keep` if the model returns only logits.
     """
     if keep and model.tower is not model.module:
-        raise InputError(f"{model.name} gives logits, so there are no added tokens to keep: leave out `keep`")
+        raise InputError(f"{model.name} returns logits, so it has no added tokens to keep: leave out `keep`")
     chosen = by_layer(model, neurons)
     made = copy.deepcopy(model.module)
     _install(model, made, chosen, registers, keep)
@@ -208,9 +239,9 @@ def require_registers(model: VisionModel) -> None:
 
 @contextmanager
 def without_registers(model: VisionModel) -> Iterator[VisionModel]:
-    """Inside the block, the model has no trained registers: they are taken out from the embedding on.
+    """Remove the trained registers of the model inside the block, from the embedding on.
 
-    Raises InputError for a model without any.
+    Raises InputError for a model without trained registers.
     """
     require_registers(model)
     part = model.tower.embeddings

@@ -7,14 +7,14 @@ from spectral_sinks.errors import InputError
 from spectral_sinks.models.base import Transformer
 
 Kind = Literal["embedding", "queries", "keys", "values", "head", "attention", "mlp-input", "mlp", "exit"]
-"""In the order in which a forward pass meets them within a layer."""
+"""The kinds of site, in the order in which a forward pass reaches them within a layer."""
 
 ORDER: tuple[Kind, ...] = get_args(Kind)
 
 
 @dataclass(frozen=True)
 class Site:
-    """A site: its kind, its layer, and the head where the kind is `head`.
+    """A point in the model at which an edit acts: its kind, its layer, and the head for the kind `head`.
 
     - `exit`: the residual stream at the exit of the layer
     - `attention`, `mlp`: the output of the component, which is added to the residual stream. In BERT and
@@ -34,7 +34,7 @@ class Site:
             raise InputError(f"site {self.kind!r}: choose from {', '.join(ORDER)}")
         if (self.kind == "head") != (self.head is not None):
             raise InputError(
-                "a head site needs its head, as in Site('head', layer, head), and no other has one"
+                "a head site needs its head, as in Site('head', layer, head), and no other site has one"
             )
         if self.kind == "embedding" and self.layer != 0:
             raise InputError("the embedding site has no layer: use Site('embedding')")

@@ -33,7 +33,7 @@ Hooks = dict[tuple[int, Kind], SiteFunctions]
 
 @dataclass(frozen=True)
 class Resume:
-    """The start of a pass above `layer`, with the residual `[batch, length, d]` at the exit of that layer."""
+    """The residual `[batch, length, d]` at the exit of `layer`, from which a pass starts above that layer."""
 
     layer: int
     residual: Tensor
@@ -62,20 +62,23 @@ def trace(
             masks them.
         edits: the edit at each site.
         reads: sites whose residuals, after any edit there, `readout` receives.
-        readout: is called inside the trace with the output of the final norm `[batch, length, d]`, which the
-            unembedding reads; the residuals at `reads`; and the attention weights. For an image encoder it
-            may call the model's `logits()`.
+        readout: a function that is called inside the trace with three arguments: the output of the final norm
+            `[batch, length, d]`, which the unembedding reads; the residuals at `reads`; and the attention
+            weights. For an image encoder it may call the model's `logits()`.
         attention: True for the attention weights `[batch, heads, length, length]` of each layer (of the first
-            64 tokens under "sdpa_opening"), or a function that is applied to the weights of each layer in its
+            64 tokens under "sdpa_opening"), or a function that is applied to the weights of each layer in
             turn. Layers that `resume` skips have none.
         resume: the residual from which the pass begins, above its layer.
         gradients: whether the pass is recorded for autograd.
-        cache: one of the caches of transformers. The ids continue where it ends, and it grows by their keys
-            and values, which come from edited residuals.
+        cache: a cache of transformers. The ids continue where it ends, and their keys and values, which come
+            from edited residuals, are added to it.
+
+    Returns:
+        The result of `readout`.
 
     Raises:
-        InputError: for a site that the model does not have, and attention weights or gradients that it cannot
-            give.
+        InputError: for a site that the model does not have, for a site that `resume` skips, and for attention
+            weights or gradients that the model cannot give.
 
     """
     if attention and not model.reads_attention:
@@ -84,7 +87,10 @@ def trace(
             f"{model.config._attn_implementation!r} attention; load it with attention='eager'"
         )
     if gradients and model.weightless:
-        raise InputError(f"gradients of {model.name} cannot be had where its weights are in another process")
+        raise InputError(
+            f"gradients of {model.name} cannot be computed, since its weights are in another process"
+        )
+    # collect the edits, then the recorders, which thus see the edited residuals
     hooks: Hooks = {}
     kinds = model.kinds(ids) if isinstance(model, VisionModel) else ids
     for site, edit in as_edits(edits).items():
@@ -97,6 +103,7 @@ def trace(
     start = 0 if resume is None else resume.layer + 1
     if any(layer < start for layer, _ in hooks):
         raise InputError(f"a pass that begins above layer {start - 1} has sites at or below it")
+    # run the model; the walk through its modules happens inside the trace
     on_attention = (lambda weights: weights) if attention is True else attention or None
     options = model.inputs(ids)
     stops = bool(model.layout.transform)  # a head with a transform does not accept `logits_to_keep`
@@ -126,7 +133,7 @@ def _walk(
     readout: Callable[[Tensor, dict[Site, Tensor], list[Tensor]], T],
     read: dict[Site, Tensor],
 ) -> T:
-    """Visit the modules in forward order, as nnsight demands. This runs inside the trace."""
+    """Visit the modules in forward order, as nnsight requires, inside the trace."""
     start = 0
     weights: list[Tensor] = []
     if resume is not None:
@@ -193,16 +200,17 @@ def _maps(model: Transformer, layer: Any) -> Tensor:
     if maps is None:
         raise InputError(
             f"attention weights of {model.name} cannot be read: {layer.path} returns none, so it runs "
-            "another attention than asked for, or one that keeps them: let it return them beside its output, "
-            "or measure without sink mass: attention='sdpa'"
+            "another attention implementation than requested, or one that does not return its weights; let "
+            "it return them after its output, or measure without sink mass: attention='sdpa'"
         )
     return maps
 
 
 def _read_projections(model: Transformer, layer: Any, hooks: dict[Kind, SiteFunctions]) -> None:
-    """Let queries, keys or values read an edited residual; all other readers get the true one.
+    """Let queries, keys or values read an edited residual, while all other components read the true one.
 
-    The projection is run a second time, on the edited residual, and replaces its own columns of the output.
+    The projection is run a second time, on the edited residual. The columns of its output that belong to the
+    queries, keys or values are then replaced.
     """
     layout = model.layout
     entry = layer.input

@@ -33,7 +33,7 @@ class Memory:
         self.rows = max(1, min(most, int(SHARE * free(self.device) / each)))
 
     def parts(self, total: int, size: int, run: Callable[[int, int], T]) -> list[T]:
-        """The results of `run(start, stop)` on parts of `total` things of `size` rows each.
+        """Return the results of `run(start, stop)` on parts of `total` things of `size` rows each.
 
         A part that does not fit is halved, and so are all later ones; a single thing is tried again with
         `rows` less than its size, on which `run` may take its rows apart. Raises InputError where that fails.
@@ -61,7 +61,9 @@ class Memory:
 
 
 def batch_size_for(model: Transformer, length: int, batch_size: int | None = None) -> int:
-    """Windows of `length` tokens in a batch: as asked, else `BATCH`, or fewer where memory is short.
+    """Return the number of windows of `length` tokens in a batch: `batch_size`, or what fits into memory.
+
+    The default is at most `BATCH`.
 
     Raises InputError for a batch size below 1.
     """

@@ -68,10 +68,10 @@ def opening_attention(
 
 
 def is_softmax(implementation: str) -> bool:
-    """Whether an attention implementation is known to compute a softmax: one of transformers' or of this
-    package.
+    """Test whether an attention implementation is known to compute a softmax.
 
-    Any other implementation registered with transformers may compute anything.
+    Those of transformers and of this package are. Any other implementation registered with transformers may
+    compute anything.
     """
     known = ("eager", "sdpa", "flex_attention", OPENING, BLOCKWISE, WHOLE)
     return "flash" in implementation or implementation.removeprefix("paged|") in known

@@ -1,4 +1,4 @@
-"""Controls for a filter beside `rnd`, the control of equal rank.
+"""Controls for a filter other than `rnd`, which is the control of equal rank.
 
 They remove the same energy, put the same coefficients on other directions, restore the norm, remove random
 directions of a larger subspace, or go through the whole computation without a change.

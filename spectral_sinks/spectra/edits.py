@@ -14,7 +14,7 @@ from spectral_sinks.errors import InputError
 S = TypeVar("S")
 
 EditFunction = Callable[[Tensor], Tensor]
-"""From the residual `[batch, length, d]` at a site to the residual that takes its place."""
+"""A function of the residual `[batch, length, d]` at a site that returns the residual that replaces it."""
 
 
 class Edit(ABC):

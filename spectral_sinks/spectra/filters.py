@@ -22,7 +22,7 @@ from spectral_sinks.spectra.spectrum import Spectrum
 from spectral_sinks.spectra.subspace import Subspace, intersection, random_subspace
 
 Fill = Callable[[Tensor, Subspace], Tensor]
-"""From the removed component `[..., length, d]` and the blocked subspace to what takes its place.
+"""A function of the removed component `[..., length, d]` and the blocked subspace; returns a replacement.
 
 The results of a sweep are stored under an address that names the fill: a fill needs a string attribute
 `address` that changes whenever its results do.
@@ -49,7 +49,7 @@ PsiReading = Literal["u-e", "e-u", "intersection"]
 
 @dataclass(frozen=True)
 class Zero:
-    """Nothing takes the place of what is removed: zero ablation, a projection out of the subspace."""
+    """Zero ablation: the removed component is not replaced, as in a projection out of the subspace."""
 
     @property
     def address(self) -> str:
@@ -61,7 +61,7 @@ class Zero:
 
 @dataclass(frozen=True, eq=False)
 class Mean:
-    """The mean of the same position over reference documents takes its place: mean ablation."""
+    """Mean ablation: the removed component is replaced by its mean at the position over documents."""
 
     reference: Float[Tensor, "*tokens d"]
     """Mean residual by position; `[d]` for one mean at every position."""
@@ -84,9 +84,10 @@ class Mean:
 
 @dataclass(frozen=True)
 class Swap:
-    """The same position of another document of the batch takes its place: resample ablation.
+    """Resample ablation: the removed component is replaced by that of another document of the batch.
 
-    Row i receives row i - 1. Where all documents begin with the same token, position 0 does not change.
+    Row i receives the same position of row i - 1. If all documents begin with the same token, position 0 does
+    not change.
     (Cancedda 2024, Fig. 10)
     """
 
@@ -105,7 +106,7 @@ class Swap:
 
 @dataclass(frozen=True)
 class Noise:
-    """A random direction of the subspace, with the norm of what was removed, takes its place at each token.
+    """Noise: the removed component is replaced by a random direction of the subspace with the same norm.
 
     One direction is drawn for each position and used in every document, so the results do not depend on how
     documents are batched. Several seeds show the effect of the draw.

@@ -244,8 +244,8 @@ class Spectrum:
                 "none": lambda: self.directions(0, 0, "none"),
             }[part]()
         raise InputError(
-            f"{part!r} in {spec!r} is no band specification: use bands (1-8,20), dark, dark:0.1, head:0.4, "
-            "middle:0.4-0.9, null, all, none, or random:13 alone"
+            f"{part!r} in {spec!r} is not a band specification: use bands (1-8,20), dark, dark:0.1, "
+            "head:0.4, middle:0.4-0.9, null, all, none, or random:13 alone"
         )
 
     def shares(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch bands"]:

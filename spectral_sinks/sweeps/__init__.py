@@ -1,6 +1,6 @@
 """Many interventions on the same texts: cells, units of work, a store that resumes.
 
-Ladders of bands and tables of effects stand here too.
+The package also has ladders of bands and tables of effects.
 """
 
 import lazy_loader

@@ -1,4 +1,4 @@
-"""The ladder: NLL and sink against bands kept, at one site, beside random subspaces."""
+"""The ladder: NLL and sink against the number of bands kept, at one site, compared with random subspaces."""
 
 from collections.abc import Callable, Sequence
 
@@ -13,7 +13,7 @@ from spectral_sinks.spectra.filters import Filter, omega, phi, psi, rnd
 from spectral_sinks.spectra.spectrum import Spectrum
 
 RANDOM_AT = (8, 16, 19)
-"""Bands kept at which random subspaces are drawn."""
+"""Numbers of bands kept at which random subspaces are drawn."""
 
 
 def ladder(

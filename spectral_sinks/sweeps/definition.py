@@ -27,10 +27,10 @@ from spectral_sinks.sweeps.content_address import address, context, digest, swap
 LIBRARIES = ("spectral-sinks", "nnsight", "torch", "transformers", "numpy", "scipy")
 
 UNIT_OPERATIONS = {"cpu": 5e11, "cuda": 5e15}
-"""Floating-point operations in a unit: some seconds of work, which a killed process can lose."""
+"""Floating-point operations in a unit: some seconds of work, which are lost if the process is killed."""
 
 CELLS_PER_UNIT = 20
-"""Cells in a unit, at most."""
+"""Maximum number of cells in a unit."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ class Sweep:
         return known and self.unit(unit.batch, unit.cells) == unit
 
     def missing(self, units: Iterable[Unit], finished: Collection[tuple[str, int]]) -> Iterator[Unit]:
-        """Yield what is left of some units where these cells, by address, and windows are finished."""
+        """Yield the unfinished parts of units; `finished` has the addresses of cells, with windows."""
         for unit in units:
             windows = self.batches[unit.batch][0]
             cells = [
@@ -195,7 +195,7 @@ class Sweep:
         return max(1, min(CELLS_PER_UNIT, int(budget / (2 * weights * ids.numel()))))
 
     def shard(self, i: int, n: int) -> tuple[Unit, ...]:
-        """Every n-th unit from the i-th, i from 1 to n. Raises InputError outside of that."""
+        """Return every n-th unit from the i-th, where i is 1 to n. Raises InputError for another i."""
         if not 1 <= i <= n:
             raise InputError(f"shard {i}/{n}: expected 1/{max(n, 1)} to {max(n, 1)}/{max(n, 1)}")
         return self.units[i - 1 :: n]
@@ -214,7 +214,7 @@ class Sweep:
         return self._held[index]
 
     def release(self) -> None:
-        """Forget the batch that is kept: its residuals are large."""
+        """Release the batch that is kept, whose residuals are large."""
         self._held.clear()
 
     def measure(self, unit: Unit) -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""The ladder on images: what an encoder gives against bands kept or removed, beside random subspaces."""
+"""The ladder on images: the output of an encoder against bands kept or removed, and random subspaces."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -24,7 +24,7 @@ QUANTITIES = (
     *("kl", "accuracy", "probe_accuracy", "cls_cosine", "registers_cosine", "patches_cosine"),
     *("cls_nearest", "patches_nearest"),
 )
-"""Columns of `evaluate_images` that a ladder tells, where there are such."""
+"""The columns of `evaluate_images` that a ladder reports, if they are measured."""
 
 
 def image_ladder(
@@ -38,16 +38,37 @@ def image_ladder(
     draws: int = 20,
     batch_size: int = 32,
 ) -> pd.DataFrame:
-    """What `evaluate_images` tells with bands 1 to k kept, with each band removed, and with the tail gone.
+    """Evaluate an image encoder with bands 1 to k kept, with each band removed, and without the tail.
 
-    One row per `filter` and `quantity`. Filters are "keep" and "remove" with their `band`, "dark" (the last
-    band), and, where the matrix leaves a null space, "read" and "unread": all that it reads, all that it does
-    not. `rank` and `removed_energy_share` say what is removed; `mean`, `low` and `high` what that does (95 %
-    over `n` images). Dark, read and unread are compared with `draws` random subspaces of their rank, and as
-    many of their energy at the site: `rank_mean`, `rank_least`, `rank_most` over draws, and `rank_as_bad`,
-    the number of draws that do at least as much harm; `energy_...` the same; NaN elsewhere. Raises InputError
-    where no random subspace takes that energy. (Cancedda 2024, section 4)
+    The filters are "keep" and "remove" with their `band`; "dark", which removes the last band; and, if the
+    matrix has a null space, "read" and "unread", which remove all directions that the matrix reads, and all
+    that it does not read.
+
+    Args:
+        model: an image encoder.
+        given: the images.
+        site: the site at which all filters act.
+        spectrum: the spectrum whose bands are kept or removed.
+        labels: the labels, as `evaluate_images` takes them.
+        probe: the features of the linear probe, as `evaluate_images` takes them.
+        draws: number of random subspaces of the same rank, and of the same energy at the site, with which
+            "dark", "read" and "unread" are compared.
+        batch_size: images in a pass.
+
+    Returns:
+        One row per `filter` and `quantity`. `rank` and `removed_energy_share` describe the removed part;
+        `mean`, `low` and `high` are the quantity with its 95 % interval over `n` images. `rank_mean`,
+        `rank_least` and `rank_most` are over the draws of equal rank, and `rank_as_bad` is the number of
+        draws that do at least as much harm. The columns `energy_...` are the same for equal energy. They are
+        NaN for other filters.
+
+    Raises:
+        InputError: if no random subspace removes that energy.
+
+    Source: Cancedda 2024, section 4.
+
     """
+    # the filters, and random subspaces of the rank and of the energy of each tail
     named = tails(spectrum)
     cells: dict[tuple[str, int], dict[Site, Filter]] = {}
     for band in range(1, spectrum.count + 1):
@@ -61,6 +82,7 @@ def image_ladder(
             cells[f"{name} energy", seed] = {site: remove(energy_matched(part, seen, seed))}
     keyed = {f"{name}|{place}": edits for (name, place), edits in cells.items()}
     effects = evaluate_images(model, given, keyed, labels=labels, probe=probe, batch_size=batch_size)
+    # one table per filter, with the controls as further columns
     rows: list[pd.DataFrame] = []
     for name, band in cells:
         if name not in ("keep", "remove", *named):
@@ -83,7 +105,7 @@ def image_ladder(
 
 
 def residuals(model: VisionModel, given: Pixels, site: Site, batch_size: int) -> Float[Tensor, "tokens d"]:
-    """What all tokens of some images hold at a site."""
+    """Return the residuals of all tokens of some images at a site."""
     parts = [
         trace(model, batch.to(model.device), {}, [site], readout=lambda _, read, __: read[site].cpu())
         for _, batch in given.batches(batch_size)
@@ -92,7 +114,7 @@ def residuals(model: VisionModel, given: Pixels, site: Site, batch_size: int) ->
 
 
 def tails(spectrum: Spectrum) -> dict[str, Subspace]:
-    """The last band as "dark", and what is read and not read at all where that is not everything."""
+    """Return the last band as "dark", and, if the matrix has a null space, "read" and "unread"."""
     if spectrum.rank == spectrum.d:
         return {"dark": spectrum.dark()}
     read = spectrum.directions(0, spectrum.rank, "read")
@@ -100,8 +122,8 @@ def tails(spectrum: Spectrum) -> dict[str, Subspace]:
 
 
 def _beside(row: pd.Series, drawn: list[pd.DataFrame]) -> pd.Series:
-    """The same quantity under random subspaces."""
+    """Return the same quantity under random subspaces."""
     means = [float(rows[row["quantity"]].mean()) for rows in drawn]
-    sign = 1 if row["quantity"] == "kl" else -1  # which alone grows with damage
+    sign = 1 if row["quantity"] == "kl" else -1  # only KL grows with damage
     worse = null_rank(sign * row["mean"], [sign * mean for mean in means])
     return pd.Series({"mean": np.mean(means), "least": min(means), "most": max(means), "as_bad": worse})

@@ -149,11 +149,24 @@ def run_jobs(
     in_flight: int = 8,
     wait: bool = True,
 ) -> int:
-    """Send what is missing of a sweep as jobs, wait for them, and return the cells x windows that came.
+    """Send the missing part of a sweep as jobs, and wait for them.
 
-    `missing` returns the units that are neither finished nor among the cells and windows of its argument.
-    Without `wait` all jobs are sent, and none is waited for. A run that was interrupted goes on from the
-    notes of the folder. Raises RemoteError, with the server's message, for a job that fails there.
+    An interrupted run continues from the notes of the folder.
+
+    Args:
+        sweep: the sweep.
+        store: the results folder.
+        missing: a function that returns the units that are neither finished nor among the cells and windows
+            of its argument.
+        in_flight: the maximum number of unfinished jobs while the run waits.
+        wait: whether to wait for the jobs. If not, all jobs are sent at once.
+
+    Returns:
+        The number of cells x windows whose results arrived.
+
+    Raises:
+        RemoteError: for a job that fails on the server, with its message.
+
     """
     notes = Notes(store.folder)
     computed = 0

@@ -176,7 +176,7 @@ def plan(
     *,
     shard: tuple[int, int] | None = None,
 ) -> Cost | RemoteCost:
-    """Return the cost of what is still to be done of a sweep, as measured on its first batch.
+    """Return the cost of the missing part of a sweep, as measured on its first batch.
 
     Nothing is written. Raises InputError as `sweep` does.
     """
@@ -204,7 +204,7 @@ def run(
     processes: int = 0,
     wait: bool = True,
 ) -> Done:
-    """Measure what is missing of a sweep, in this process, on an executor, or as jobs at a server.
+    """Measure the missing part of a sweep, in this process, on an executor, or as jobs at a server.
 
     Args:
         sweep: what to measure; the location of its model decides whether units become jobs.

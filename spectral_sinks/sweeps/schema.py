@@ -64,7 +64,10 @@ class Damaged(SpectralError):
 
 
 def encode(rows: pd.DataFrame) -> bytes:
-    """A part: the same bytes for the same rows. Raises InputError for rows that do not fit the schema."""
+    """Encode rows as a part; the same rows give the same bytes.
+
+    Raises InputError for rows that do not fit the schema.
+    """
     missing = [name for name in SCHEMA.names if name not in rows.columns]
     unknown = [name for name in rows.columns if name not in SCHEMA.names]
     if missing or unknown or len(rows.columns) != len(SCHEMA.names):
@@ -83,7 +86,7 @@ def encode(rows: pd.DataFrame) -> bytes:
 
 
 def checksum(data: bytes) -> str:
-    """The first 128 bits of the SHA-256, in hexadecimal."""
+    """Return the first 128 bits of the SHA-256 in hexadecimal."""
     return hashlib.sha256(data).hexdigest()[:32]
 
 

@@ -6,7 +6,7 @@
     .locks/                        claims of processes; the operating system frees those of a dead process
 
 A store needs a local file system, since locks may not hold between machines on a network file system. Give
-each machine a folder of its own, and merge the folders.
+each machine its own folder, and merge the folders.
 """
 
 import json

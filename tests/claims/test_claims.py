@@ -209,7 +209,7 @@ def test_verify_on_the_command_line(capsys: pytest.CaptureFixture[str], copied: 
     }
 
     ran = tiny_models.run(capsys, "verify", "--results", copied / "none")
-    assert ran.status == 2 and "is no folder" in ran.err
+    assert ran.status == 2 and "is not a folder" in ran.err
     ran = tiny_models.run(capsys, "verify", "--only", "nothing")
     assert ran.status == 2 and "no claim rests on" in ran.err
 

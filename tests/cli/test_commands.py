@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -199,8 +200,7 @@ def test_every_site(nll: Run, model: ss.LanguageModel, windows: ss.Windows, site
 def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Collect what the command line warns of."""
     messages: list[str] = []
-    warn = "spectral_sinks.cli.commands.warnings.warn"
-    monkeypatch.setattr(warn, lambda message, *_, **__: messages.append(message))
+    monkeypatch.setattr(warnings, "warn", lambda message, *_, **__: messages.append(message))
     return messages
 
 

@@ -1,6 +1,7 @@
 """`spectral-sinks sinks`: what it prints is what the library returns, and what it cannot measure it says."""
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -87,9 +88,7 @@ def test_a_text_of_one_document_and_one_of_one_token(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
-    monkeypatch.setattr(
-        "spectral_sinks.cli.options.warnings.warn", lambda message, *_, **__: said.append(message)
-    )
+    monkeypatch.setattr(warnings, "warn", lambda message, *_, **__: said.append(message))
     one = tmp_path / "one.txt"
     one.write_text(tiny_models.text(400))
     record = json.loads(run("--text", one, "--json", "--draws", 2).out)

@@ -111,7 +111,7 @@ def test_shards_and_merge(found: Any, file: Path, tmp_path: Path, capsys: pytest
         (["--resume", "--fresh"], "give --resume or --fresh, not both"),
         (["--workers", "2", "--dask", "tcp://127.0.0.1:1"], "give --workers or --dask, not both"),
         (["--workers", "-1"], "-1 workers"),
-        (["--devices", "cpu"], "--devices are dealt to workers: give --workers as well"),
+        (["--devices", "cpu"], "--devices are assigned to workers: give --workers as well"),
         (["--workers", "1", "--devices", "nowhere:0"], "device 'nowhere:0' cannot be used"),
     ],
 )

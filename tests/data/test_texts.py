@@ -11,6 +11,7 @@ import datasets
 import pandas as pd
 import pytest
 import torch
+from huggingface_hub import HfApi
 from hypothesis import given
 from hypothesis import strategies as st
 from support import tiny_models
@@ -256,9 +257,7 @@ def test_a_data_set_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     """Asked first whether the hub knows it, then streamed; no network here."""
     asked: list[Any] = []
     rows = datasets.Dataset.from_dict({"body": TEXTS}).to_iterable_dataset()
-    monkeypatch.setattr(
-        "spectral_sinks.data.texts.HfApi.dataset_info", lambda self, name, **_: asked.append(name)
-    )
+    monkeypatch.setattr(HfApi, "dataset_info", lambda self, name, **_: asked.append(name))
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **o: asked.append((a, o)) or rows)
     found = ss.documents("owner/set", name="part", split="test", column="body", limit=2)
     assert found == TEXTS[:2]
@@ -267,7 +266,7 @@ def test_a_data_set_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     def unknown(*_: Any, **__: Any) -> None:
         raise ConnectionError("no network")
 
-    monkeypatch.setattr("spectral_sinks.data.texts.HfApi.dataset_info", unknown)
+    monkeypatch.setattr(HfApi, "dataset_info", unknown)
     with pytest.raises(ss.InputError, match=r"is not a file, and as a data set of the hub .*no network"):
         ss.documents("owner/set")
 

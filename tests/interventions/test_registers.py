@@ -266,7 +266,7 @@ def test_bad_requests_say_what_to_do() -> None:
         ([(9, 0)], 1, "layers 0 to 2"),
         ([(0, 64)], 1, "neurons 0 to 63"),
         ([(0, 1), (0, 1)], 1, "named twice"),
-        ([(0, 1)], -1, "from 0 on"),
+        ([(0, 1)], -1, "0 or more"),
     ):
         with (
             pytest.raises(ss.InputError, match=message),

@@ -188,7 +188,7 @@ def test_a_bad_file(write: Any, content: str, message: str) -> None:
     ("content", "message"),
     [
         (HEAD + "[[grid]]\nsite = 'exit'", "grid.0: a grid without filters"),
-        (HEAD + GRID + "[[grid]]\nremove = 'darkest'", "grid.1: 'darkest' in 'darkest' is no band"),
+        (HEAD + GRID + "[[grid]]\nremove = 'darkest'", "grid.1: 'darkest' in 'darkest' is not a band"),
         (HEAD + "[[grid]]\nremove = '21'", "grid.0: bands 21 to 21: the spectrum has bands 1 to 20"),
         (HEAD + GRID + "layer = [0, 3]", "grid.0: layer 3: "),
         (HEAD + GRID + "layer = []", "grid.0: an empty grid"),

@@ -15,7 +15,7 @@ from pandas.testing import assert_frame_equal
 from support import synthetic_rows
 
 from spectral_sinks.errors import InputError, SpectralWarning
-from spectral_sinks.sweeps import schema
+from spectral_sinks.sweeps import schema, store
 from spectral_sinks.sweeps.schema import BY_LAYER, MEANS, SCHEMA
 from spectral_sinks.sweeps.store import Store
 
@@ -90,7 +90,8 @@ def test_finished_reads_a_part_once(filled, monkeypatch):
     assert filled.finished() == expected
     read = []
     monkeypatch.setattr(
-        "spectral_sinks.sweeps.store.decode",
+        store,
+        "decode",
         lambda data, name: read.append(name) or schema.decode(data, name),
     )
     added = filled.add("more", synthetic_rows.rows("more"))

@@ -1,4 +1,4 @@
-"""The edits of attention, under the word that people look for."""
+"""Attention edits, as names of the namespace `attention`."""
 
 from spectral_sinks.interventions.attention_base import AttentionEdit
 from spectral_sinks.interventions.attention_edits import CopyKey, MaskKey, Restrict, SetValue, Streaming

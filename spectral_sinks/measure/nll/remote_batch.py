@@ -44,7 +44,7 @@ class RemoteBatch:
 
     @property
     def baseline(self) -> BatchResult:
-        """The untouched pass. The first `measure` brings it along; without one a job of its own is sent."""
+        """The untouched pass, which the first `measure` includes; without one, a separate job is sent."""
         if self._baseline is not None:
             return self._baseline
         baseline: BatchResult

@@ -83,7 +83,7 @@ def token_changes(
 def same_top_class(
     new: Float[Tensor, "batch classes"], old: Float[Tensor, "batch classes"]
 ) -> Float[Tensor, "batch"]:
-    """Whether the untouched top class has the largest logit still; a tie with others counts as agreement."""
+    """Test whether the untouched top class still has the largest logit; a tie counts as agreement."""
     kept = new.gather(1, old.argmax(-1, keepdim=True))[:, 0]
     return (kept >= new.amax(-1)).double()
 

@@ -75,7 +75,7 @@ def output_changes(
     chosen: Bool[Tensor, "batch patches"],
     classes: Int[Tensor, "batch"] | None,
 ) -> Iterator[tuple[str, Float[NDArray[np.float64], "batch"]]]:
-    """How far the output of a pass is from that of the untouched one, by image.
+    """Measure how far the output of a pass is from the output of the untouched pass, by image.
 
     Patches count where they are `chosen`; an image without any gives NaN. `classes` are the true classes of
     the head, where they are known.
@@ -93,7 +93,10 @@ def output_changes(
 
 
 def tabled(values: Mapping[tuple[Any, ...], list[NDArray[Any]]], names: tuple[str, ...]) -> pd.DataFrame:
-    """A row for each key, its parts under `names`: mean and interval over the `n` images that are not NaN."""
+    """Return one row per key, with its parts under `names`, and mean and interval over `n` images.
+
+    Images with NaN are left out.
+    """
     rows: list[dict[str, Any]] = []
     for key, parts in values.items():
         sample = np.concatenate(parts).astype(np.float64)

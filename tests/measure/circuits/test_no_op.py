@@ -14,6 +14,7 @@ from support import tiny_models
 from torch import Tensor
 
 import spectral_sinks as ss
+from spectral_sinks.measure.circuits import qk_detectors
 from spectral_sinks.measure.circuits.bands import key_directions
 from spectral_sinks.measure.circuits.heads import use_of, use_table
 from spectral_sinks.measure.circuits.no_op import conditions
@@ -164,7 +165,7 @@ def test_the_key_direction_reads_what_the_mode_reads(family: str) -> None:
 
 
 def test_all_modes_make_the_margin(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("spectral_sinks.measure.circuits.qk_detectors.KEPT", 10**6)
+    monkeypatch.setattr(qk_detectors, "KEPT", 10**6)
     model = tiny_models.model("qwen3")
     found = ss.circuits.detectors(model, windows(model), POSITION)
     assert found.ranks.shape[-1] == model.head_size

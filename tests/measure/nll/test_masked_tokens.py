@@ -20,6 +20,7 @@ from support import tiny_models
 from torch import Tensor
 
 import spectral_sinks as ss
+from spectral_sinks.measure import memory
 
 SITE = ss.Site("exit", 1)
 SPECIAL = {tiny_models.BOS, tiny_models.EOS, 2, tiny_models.MASK}
@@ -118,7 +119,7 @@ def test_rows_of_a_batch_that_is_halved_stay_the_same(monkeypatch: pytest.Monkey
     model, windows = tiny_models.model("bert"), cut("bert")
     cells: dict[str, Any] = {str(i): {ss.Site("mlp", i): ss.rnd(32, 8, i)} for i in range(3)}
     whole = ss.evaluate_all(model, windows, cells)
-    monkeypatch.setattr("spectral_sinks.measure.memory.TOKENS", {"cpu": 3 * 24})
+    monkeypatch.setattr(memory, "TOKENS", {"cpu": 3 * 24})
     few = ss.evaluate_all(model, windows, cells)
     for name in cells:
         np.testing.assert_allclose(whole[name].table, few[name].table, atol=1e-5)

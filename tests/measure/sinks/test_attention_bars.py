@@ -10,6 +10,7 @@ import torch
 from support import tiny_models
 
 import spectral_sinks as ss
+from spectral_sinks.measure.sinks import attention_bars
 from spectral_sinks.measure.sinks.attention_bars import later_attention, strata
 
 IDS = tiny_models.ids(4, 40, seed=5)
@@ -68,7 +69,7 @@ def test_it_is_put_back_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: Any, **__: Any) -> None:
         raise RuntimeError("no luck")
 
-    monkeypatch.setattr("spectral_sinks.measure.sinks.attention_bars.trace", fails)
+    monkeypatch.setattr(attention_bars, "trace", fails)
     with pytest.raises(RuntimeError, match="no luck"):
         ss.sinks.received(model, windows, {"x": ss.random_subspace(32, 2)})
     assert model.config._attn_implementation == "sdpa"

@@ -9,6 +9,7 @@ from support import planted_vision_circuits, tiny_encoders, tiny_models
 from support.planted_vision_circuits import ANY, CASES, HEAD, HEADS, LAYER, eager
 
 import spectral_sinks as ss
+from spectral_sinks.measure.circuits import no_op
 from spectral_sinks.measure.circuits.bands import key_directions
 from spectral_sinks.measure.circuits.qk_detectors import Placed
 from spectral_sinks.models.attention_capture import AttentionCall, attending
@@ -18,9 +19,7 @@ from spectral_sinks.models.rotary import arranged, key_turns, unturned_keys
 @pytest.fixture(autouse=True)
 def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
     """Intervals are tested elsewhere, and take most of the time."""
-    monkeypatch.setattr(
-        "spectral_sinks.measure.circuits.no_op.mean_interval", lambda values: (min(values), max(values))
-    )
+    monkeypatch.setattr(no_op, "mean_interval", lambda values: (min(values), max(values)))
 
 
 def look(model: ss.VisionModel, pixels: ss.Pixels, position: Any) -> ss.circuits.Circuits:

@@ -11,13 +11,14 @@ from support import planted_vision_circuits, tiny_encoders
 from support.planted_vision_circuits import ANY, CASES, HEAD, HEADS, LAYER, eager
 
 import spectral_sinks as ss
+from spectral_sinks import stats
 from spectral_sinks.spectra.subspace import random_subspace
 
 
 @pytest.fixture(autouse=True)
 def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
     """Intervals are tested elsewhere."""
-    monkeypatch.setattr("spectral_sinks.stats.mean_interval", lambda v: (float(np.min(v)), float(np.max(v))))
+    monkeypatch.setattr(stats, "mean_interval", lambda v: (float(np.min(v)), float(np.max(v))))
 
 
 @pytest.mark.parametrize(("family", "kind"), CASES)
