@@ -43,7 +43,7 @@ def run(study: ss.experiments.Study) -> ss.experiments.Finding:
 
 def finish(found: list[ss.sinks.SinkVerdict], study: ss.experiments.Study) -> ss.experiments.Finding:
     """Write the table and its figure, and return four answers per model with the verdict."""
-    table = study.save(pd.DataFrame([verdict.row() for verdict in found]), "across")
+    table = study.save(pd.DataFrame([verdict.record() for verdict in found]), "across")
     ss.figures.across(table, study.figure("across"))
     answers = []
     for v in found:
@@ -111,7 +111,7 @@ def main(options: Options) -> None:
         model, label = open_model(name)
         windows = ss.cut(texts, model, per_document=1)
         found = ss.sink_verdict(model, windows, ss.read_spectrum(model), name=label, draws=options.draws)
-        rows.append(found.row() | {"data_hash": windows.record["data_hash"]})
+        rows.append(found.record() | {"data_hash": windows.record["data_hash"]})
         print(f"{label}: {found.verdict} ({found.reason})")
         table = pd.DataFrame(rows)
         table.to_csv(options.out / f"{options.name}.csv", index=False, float_format="%.6g")

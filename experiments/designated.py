@@ -47,21 +47,23 @@ def run(study: ss.experiments.Study) -> ss.experiments.Finding:
     share = f"random {found.share.least:.3f} to {found.share.most:.3f}; others {found.others.value:.3f}"
     answers = [
         ss.experiments.answer(
-            "moves tried, lightest first", len(found.tried), f"the lightest that works: {found.move}"
+            "interventions tried, lightest first",
+            len(found.tried),
+            f"the lightest that works: {found.intervention}",
         ),
         measured("NLL before", found.baseline_nll, "nats per token"),
         measured("NLL after", found.nll, others),
-        measured("NLL difference", found.delta_nll, f"of {found.move}"),
+        measured("NLL difference", found.delta_nll, f"of {found.intervention}"),
         measured(f"attention to position {POSITION}, before", found.mass_before, "uniform 1 / tokens seen"),
-        measured(f"attention to position {POSITION}, after", found.mass, found.move),
+        measured(f"attention to position {POSITION}, after", found.mass, found.intervention),
         measured("attention to the old sink, before", found.old_mass_before, f"position {found.old}"),
-        measured("attention to the old sink, after", found.old_mass, found.move),
+        measured("attention to the old sink, after", found.old_mass, found.intervention),
         measured("dark share of the position, before", found.share_before, share),
         measured("dark share of the position, after", found.share, share),
     ]
     word = "holds partly" if found.works else "does not hold here"
     return ss.experiments.Finding(
-        answers, verdict=f"{word}: after training, {found.move}; the new sink is {found.verdict}"
+        answers, verdict=f"{word}: after training, {found.intervention}; the new sink is {found.verdict}"
     )
 
 

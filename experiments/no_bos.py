@@ -76,7 +76,7 @@ def by_position(table: pd.DataFrame) -> pd.DataFrame:
 def sinks_of(name: str, study: ss.experiments.Study) -> dict[str, object]:
     """Return the answer that states how many sinks `find_sinks` finds, and which."""
     tokens = min(64, *(len(row) for row in study.windows.rows))
-    found = ss.find_sinks(study.model, study.windows, study.unembedding, tokens=tokens, draws=study.draws)
+    found = ss.find_sinks(study.model, study.windows, study.unembedding, length=tokens, draws=study.draws)
     texts = [
         f"{s.token!r} in {s.documents} documents, dark share {s.dark_share.value:.3f}, others "
         f"{s.other_dark_share.value:.3f}, alpha in layer {s.layer} {s.attention_mass.value:.3f}"

@@ -60,7 +60,7 @@ def measure(
     """
     if not model.causal or min(len(row) for row in windows.rows) < 40:
         raise ss.InputError("this experiment needs a causal model and windows of at least 40 tokens")
-    moved, positions = moves(model, windows, spectrum, below, draws)
+    moved, positions = intervened(model, windows, spectrum, below, draws)
     tokens, dark, curve = dark_tokens(model, windows, spectrum, below, draws)
     found = {"": moved, "_positions": positions, "_tokens": tokens, "_dark": dark, "_curve": curve}
     return found | {"_streaming": streaming(model, windows)}
@@ -99,8 +99,8 @@ def observe(model: ss.LanguageModel, windows: ss.Windows, cell: Cell = ((), {}))
             return torch.nn.functional.cross_entropy(logits, ids[:, 1:].to(final.device), reduction="none")
 
         with ExitStack() as stack:
-            for move in (*cell[0], look):
-                stack.enter_context(ss.attending(model, move))
+            for edit in (*cell[0], look):
+                stack.enter_context(ss.attending(model, edit))
             nll = ss.trace(model, ids.to(model.device), cell[1], readout=readout).cpu()
         alpha, even, where = (torch.stack(part, 1) for part in zip(*seen.values(), strict=True))
         where = where.mean(1)
@@ -112,7 +112,7 @@ def observe(model: ss.LanguageModel, windows: ss.Windows, cell: Cell = ((), {}))
     return {name: torch.cat([p[name] for p in parts]).double().numpy()[back_in_order] for name in parts[0]}
 
 
-def moves(
+def intervened(
     model: ss.LanguageModel, windows: ss.Windows, spectrum: ss.Spectrum, below: int, draws: int
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Measure the effect of each edit of the sink.
@@ -125,8 +125,8 @@ def moves(
         draws: number of random subspaces.
 
     Returns:
-        Two tables. The first has the mean of each `quantity` by edit (`move`) and `draw` ("observed" or a
-        control); its `position` is the one other than 0 that receives most attention. The second has the
+        Two tables. The first has the mean of each `quantity` by edit (`intervention`) and `draw` ("observed"
+        or a control); its `position` is the one other than 0 that receives most attention. The second has the
         attention by position.
 
     """
@@ -165,12 +165,12 @@ def moves(
         change = (seen["where"] - base["where"]).T
         values |= dict(zip([f"more to {kind}" for kind in WHERE], change, strict=True))
         for quantity, sample in values.items():
-            row = {"move": name, "draw": draw, "quantity": quantity, "position": best}
+            row = {"intervention": name, "draw": draw, "quantity": quantity, "position": best}
             rows.append(row | interval(windows, sample))
         if draw == OBSERVED:
             share = by_document(windows, np.asarray((seen["alpha"] > EPSILON).any((1, 2)))) > 0
             columns = {"attention": mean.mean(0), "uniform": seen["uniform"].mean(0)}
-            columns |= {"share_of_documents": share.mean(0), "move": name}
+            columns |= {"share_of_documents": share.mean(0), "intervention": name}
             positions.append(pd.DataFrame(columns).rename_axis("position").reset_index().iloc[: half + 1])
     return pd.DataFrame(rows), pd.concat(positions, ignore_index=True)
 
@@ -318,7 +318,7 @@ def text(model: ss.LanguageModel, token: int) -> str:
 
 def run(study: ss.experiments.Study) -> ss.experiments.Finding:
     model, u, below = study.model, study.unembedding, study.below_sink
-    sinks = ss.find_sinks(model, study.windows, u, tokens=TOKENS, draws=study.draws).sinks
+    sinks = ss.find_sinks(model, study.windows, u, length=TOKENS, draws=study.draws).sinks
     tables = measure(model, study.windows, u, below, study.draws)
     for name, table in tables.items():
         study.save(table, f"several{name}")
@@ -338,19 +338,19 @@ def verdict(tables: dict[str, pd.DataFrame], sinks: int) -> str:
     """
     moved, stream = tables[""], tables["_streaming"]
     rows = moved[(moved["quantity"] == SECOND) & (moved["draw"] == OBSERVED) & (moved["mean"] > 0)]
-    second = rows[rows["move"] != "untouched"]["move"].tolist()
+    second = rows[rows["intervention"] != "untouched"]["intervention"].tolist()
     more = stream[(stream["which"] == "saved beyond others") & (stream["low"] > 0)]["kept"].tolist()
     if sinks != 1:
         return f"does not hold here: {sinks} sinks in the untouched model"
     word = "does not hold here" if second else "holds partly" if more else "holds"
-    said = f"a second one at once: {', '.join(second) or 'under no move'}"
+    said = f"a second one at once: {', '.join(second) or 'under no intervention'}"
     kept = ", ".join(map(str, more)) or "at no count"
     return f"{word}: one sink; {said}; more first tokens kept help beyond others: {kept}"
 
 
 def answers(tables: dict[str, pd.DataFrame], below: int) -> list[dict[str, Any]]:
     found = []
-    for (name, quantity), rows in tables[""].groupby(["move", "quantity"], sort=False):
+    for (name, quantity), rows in tables[""].groupby(["intervention", "quantity"], sort=False):
         unchanged = name == "untouched" and quantity.startswith(("NLL", "strongest elsewhere: over unt"))
         if unchanged or quantity.startswith(("to ", "more to ", "strongest elsewhere: att")):
             continue

@@ -44,7 +44,7 @@ def measure(name: str, options: Options) -> list[dict[str, object]]:
         with ss.attending(model, ss.attention.MaskKey(0)) if masked else nullcontext():
             found = ss.find_sinks(model, windows, spectrum)
             nll = ss.evaluate(model, windows, {}).nll
-        alpha = found.attention.alpha.mean((0, 1, 2))[1 : found.tokens // 2 + 1]
+        alpha = found.attention.alpha.mean((0, 1, 2))[1 : found.length // 2 + 1]
         other = [sink for sink in found.sinks if sink.position != 0]
         rows.append(
             {

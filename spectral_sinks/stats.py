@@ -86,7 +86,7 @@ def null_p(observed: float, null: Sequence[float]) -> float:
     return (null_rank(observed, null) + 1) / (len(null) + 1)
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
+def holm(p_values: ArrayLike) -> list[float]:
     """Return Holm's adjusted p values, in the order given.
 
     They bound the family-wise error (Holm 1979). Raises InputError for p values outside 0 to 1.
@@ -127,7 +127,7 @@ def largest_within(
             f"costs of shape {table.shape} for {size.size} sizes: expected finite [documents, sizes]"
         )
 
-    def largest(mean: NDArray[np.float64]) -> NDArray[np.float64]:
+    def largest(mean: NDArray[np.float64]) -> NDArray[np.float64] | np.float64:
         return np.where(mean <= budget, size, 0.0).max(-1, initial=0.0)
 
     found = float(largest(table.mean(0)))
@@ -184,7 +184,7 @@ def rank_correlation(x: ArrayLike, y: ArrayLike, given: Sequence[ArrayLike] = ()
 
 
 def document_means(
-    values: ArrayLike, documents: ArrayLike, weights: ArrayLike | None = None
+    values: ArrayLike, documents: ArrayLike | Sequence[int], weights: ArrayLike | None = None
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Return weighted means over the windows of each document.
 
@@ -240,3 +240,8 @@ class Estimate:
     def columns(self, name: str) -> dict[str, float]:
         """Return the mean and its interval as columns of a table: `name`, `name_low`, `name_high`."""
         return {name: self.value, f"{name}_low": self.low, f"{name}_high": self.high}
+
+    def all_columns(self, name: str) -> dict[str, float]:
+        """Return `columns`, and `name_least` and `name_most` for the range of the controls; numbers only."""
+        ranges = {f"{name}_least": self.least, f"{name}_most": self.most}
+        return {key: value for key, value in (self.columns(name) | ranges).items() if value == value}

@@ -44,7 +44,7 @@ def run_reproduce(options: Reproduce) -> None:
         documents=options.documents,
         remote=remote_of(options.remote),
         jobs=options.jobs,
-        progress=tell,
+        progress=None if options.json else tell,
     )
     rows = [
         {"experiment": f.name, **answer, "seconds": round(f.seconds, 1)}

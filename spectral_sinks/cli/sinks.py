@@ -12,14 +12,14 @@ import spectral_sinks as ss
 from spectral_sinks.cli.options import Running, ran
 from spectral_sinks.cli.output import plain, show, table
 
+LENGTH = 64
+"""Tokens in a window unless --length is given. Attention received falls with their number."""
+
 
 @dataclass(frozen=True)
 class Sinks(Running):
     """Find the attention sinks: their positions and tokens, onset layer, norm and dark share."""
 
-    tokens: int = 64
-    """T, the number of tokens at the start of each window over which attention received is averaged.
-    Attention received falls with T. By default windows have this length."""
     epsilon: float = 0.3
     """Attention received above which a token is a sink of a head."""
     draws: int = 20
@@ -29,12 +29,12 @@ class Sinks(Running):
 
 
 def run_sinks(options: Sinks) -> None:
-    model, windows, spectrum = replace(options, length=options.length or options.tokens).prepare()
+    model, windows, spectrum = replace(options, length=options.length or LENGTH).prepare()
     found = ss.find_sinks(
         model,
         windows,
         spectrum,
-        tokens=options.tokens,
+        length=options.length or LENGTH,
         epsilon=options.epsilon,
         draws=options.draws,
         batch_size=options.batch_size,

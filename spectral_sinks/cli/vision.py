@@ -185,7 +185,7 @@ def draw(found: ss.vision.Outliers, sinks: Any, images: ss.Images, folder: Path)
         np.stack([found.pixels[image].numpy() for image in shown]),
         [sinks.maps(layer) for layer in layers if layer >= 0],
         [f"layer {layer}" for layer in layers if layer >= 0],
-        1 / sinks.tokens,
+        1 / sinks.length,
         folder / "attention_maps.png",
     )
     ss.figures.outlier_shares(found.summary(), found.pixels.model.prefix, folder / "outliers.png")
@@ -216,7 +216,7 @@ def outlier_table(found: ss.vision.Outliers) -> Any:
 def sink_table(sinks: Any, spectrum: ss.Spectrum | None) -> Any:
     """Make the table of the attention that each kind of token receives."""
     title = (
-        f"Attention by kind of token, T = {sinks.tokens}, epsilon = {sinks.epsilon:g}, onset layer "
+        f"Attention by kind of token, T = {sinks.length}, epsilon = {sinks.epsilon:g}, onset layer "
         f"{plain(sinks.onset_layer)}"
     )
     dark = {sink.token: sink for sink in sinks.sinks} if spectrum is not None else {}

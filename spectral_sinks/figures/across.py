@@ -22,8 +22,8 @@ def across(table: pd.DataFrame, path: Path) -> None:
     """Draw the strength of the sink, the darkness of its carrier, and what its tail carries, one row per
     model.
 
-    `table` has the rows of `SinkVerdict.row()`, from top to bottom. Error bars are 95 % intervals. The grey
-    range covers the random subspaces, and small triangles are the other tokens.
+    `table` has the rows of `SinkVerdict.summary()`, from top to bottom. Error bars are 95 % intervals. The
+    grey range covers the random subspaces, and small triangles are the other tokens.
     """
     places = np.arange(len(table))[::-1]
     with saved_figure(path, 1, 4, (11, 1.3 + 0.24 * len(table)), sharey=True) as axes:

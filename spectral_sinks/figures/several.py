@@ -25,7 +25,7 @@ SETS = {
 
 
 def several(
-    moves: pd.DataFrame,
+    interventions: pd.DataFrame,
     positions: pd.DataFrame,
     dark: pd.DataFrame,
     curve: pd.DataFrame,
@@ -35,8 +35,8 @@ def several(
     """Draw attention by position and heads with another sink under each edit, the dark tokens, and streaming.
 
     Args:
-        moves: move (the edit), draw, quantity, mean, low, high.
-        positions: move, position, attention, uniform.
+        interventions: intervention, draw, quantity, mean, low, high.
+        positions: intervention, position, attention, uniform.
         dark: quantity, mean.
         curve: share, dark, random_low, random_high, bos.
         stream: kept, which, recent, mean, low, high.
@@ -47,9 +47,9 @@ def several(
         # attention received by position, under each edit
         axis = axes[0, 0]
         for name, style in MOVES.items():
-            part = positions[positions["move"] == name]
+            part = positions[positions["intervention"] == name]
             axis.plot(part["position"], part["attention"], label=name, **{**style, "markersize": 2.2})
-        even = positions[positions["move"] == "untouched"]
+        even = positions[positions["intervention"] == "untouched"]
         axis.plot(even["position"], even["uniform"], color="#000000", linewidth=0.6, label="uniform")
         axis.set_yscale("log")
         axis.yaxis.set_major_formatter(ScalarFormatter())
@@ -61,7 +61,7 @@ def several(
         # heads with more than 0.3 on one token, beside the controls of each edit
         axis = axes[0, 1]
         for place, name in enumerate(MOVES):
-            here = moves[moves["move"] == name]
+            here = interventions[interventions["intervention"] == name]
             for shift, end, style in ((-0.15, "at position 0", "zero"), (0.15, "elsewhere", "swap")):
                 part = here[here["quantity"] == f"heads above 0.3 {end}"]
                 label = end if place == 0 else ""

@@ -39,7 +39,7 @@ class AttentionCall:
     layer: int
     query: Float[Tensor, "batch heads queries size"]
     key: Float[Tensor, "batch key_heads keys size"]
-    value: Float[Tensor, "batch key_heads keys size"]
+    value: Float[Tensor, "batch value_heads keys value_size"]
     scaling: float
     """Factor on the dot products of queries and keys."""
     causal: bool
@@ -48,7 +48,7 @@ class AttentionCall:
     """True where a query may see a key, `[#batch, #heads, #queries, keys]`; None where `causal` alone
     decides.
     """
-    bias: Float[Tensor, "*batch queries keys"] | None = None
+    bias: Float[Tensor, "... queries keys"] | None = None
     """Added to the scores, as relative positions are."""
     cap: float | None = None
     """Soft cap: scores become `cap tanh(score / cap)` (Gemma 2)."""
@@ -63,7 +63,7 @@ class AttentionCall:
     """
     past: int = 0
     """Number of tokens before the first query, whose keys come from a cache."""
-    kept: Bool[Tensor, "*batch queries keys"] | None = None
+    kept: Bool[Tensor, "... queries keys"] | None = None
     """False where a weight is dropped after the softmax, so that rows sum to less than 1."""
     extra_key: Float[Tensor, "#batch extra_heads extra size"] | None = None
     """Keys in addition to those of the tokens, which every query sees; `weights` returns no columns for them.
@@ -209,8 +209,8 @@ def attending(model: "Transformer", look: AttentionHook) -> Iterator[None]:
         for part in block.get_submodule(model.layout.attention).modules():
             if HOOKS in part.__dict__:
                 outer[part] = part.__dict__[HOOKS]
-            looks = outer[part][1] if part in outer else ()
-            part.__dict__[HOOKS] = (layer, (*looks, look), text)
+            hooks = outer[part][1] if part in outer else ()
+            part.__dict__[HOOKS] = (layer, (*hooks, look), text)
             hooked.append(part)
     try:
         if before not in (BLOCKWISE, WHOLE):
@@ -263,7 +263,7 @@ def _attention(
     position_bias: Tensor | None = None,
     **options: Any,
 ) -> AttentionCall:
-    layer, looks, text = module.__dict__.get(HOOKS, (-1, (), _Text()))
+    layer, hooks, text = module.__dict__.get(HOOKS, (-1, (), _Text()))
     boolean = attention_mask is not None and attention_mask.dtype == torch.bool
     call = AttentionCall(
         layer,
@@ -280,7 +280,7 @@ def _attention(
         text.ids,
         text.past,
     )
-    for look in looks:
+    for look in hooks:
         call = look(call) or call
     return call
 

@@ -48,18 +48,18 @@ class Remote:
     facts: dict[str, Any] = field(default_factory=dict)
     """What the server reported about itself with its last result."""
     jobs: list[Sent] = field(default_factory=list)
-    looks: tuple[Callable[..., Any], ...] = ()
+    hooks: tuple[Callable[..., Any], ...] = ()
     """The attention hooks (`attending`) that run on the server, the outermost first."""
 
     @contextmanager
-    def under(self, *looks: Callable[..., Any]) -> Iterator[None]:
+    def under(self, *hooks: Callable[..., Any]) -> Iterator[None]:
         """Send these attention hooks with every job inside the block, after the hooks of enclosing blocks."""
-        before = self.looks
-        self.looks = (*before, *looks)
+        before = self.hooks
+        self.hooks = (*before, *hooks)
         try:
             yield
         finally:
-            self.looks = before
+            self.hooks = before
 
     @property
     def host(self) -> str:

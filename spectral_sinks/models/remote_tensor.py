@@ -1,7 +1,7 @@
 """Reading one tensor of a safetensors file on the hub by range requests, without the rest of the file."""
 
 import json
-from typing import Any, BinaryIO
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from huggingface_hub import HfFileSystem
@@ -22,7 +22,16 @@ def open_remote(name: str, revision: str | None, file: str) -> Any:
     return HfFileSystem().open(f"{name}@{revision}/{file}" if revision else f"{name}/{file}", "rb")
 
 
-def read_header(stream: BinaryIO) -> dict[str, Any]:
+@runtime_checkable
+class Readable(Protocol):
+    """A file that can be read from any offset."""
+
+    def read(self, size: int = -1, /) -> bytes: ...
+
+    def seek(self, offset: int, whence: int = 0, /) -> int: ...
+
+
+def read_header(stream: Readable) -> dict[str, Any]:
     """Return the dtypes, shapes and byte ranges of the tensors of a safetensors stream, by name."""
     size = int.from_bytes(stream.read(8), "little")
     try:
@@ -33,7 +42,7 @@ def read_header(stream: BinaryIO) -> dict[str, Any]:
     return {name: {**entry, "base": 8 + size} for name, entry in header.items()}
 
 
-def read_tensor(stream: BinaryIO, name: str) -> Tensor:
+def read_tensor(stream: Readable, name: str) -> Tensor:
     """Read one tensor of a safetensors stream. Raises InputError for a quantized tensor or a short read."""
     entry = read_header(stream)[name]
     if entry["dtype"] not in DTYPES:

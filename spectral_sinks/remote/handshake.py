@@ -25,11 +25,11 @@ def examine(model: LanguageModel) -> dict[str, Any]:
     assert remote is not None
     if remote.examined is None:
         remote.examined = {}  # so that the probe's own call does not start another probe
-        looks, remote.looks = remote.looks, ()
+        hooks, remote.hooks = remote.hooks, ()
         try:
             remote.examined = _agreed(model, call(model, probe, _ids(model)))
         finally:
-            remote.looks, remote.examined = looks, remote.examined or None
+            remote.hooks, remote.examined = hooks, remote.examined or None
     return {**(remote.examined or {}), **remote.facts}
 
 

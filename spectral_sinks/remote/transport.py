@@ -97,10 +97,10 @@ def received(model: LanguageModel, answer: bytes, sent: Sent) -> Any:
 
 def packed(model: LanguageModel, function: Callable[..., Any], /, *args: Any, **options: Any) -> bytes:
     """Return a job as bytes. Raises InputError for what cannot be sent."""
-    factors, looks = _remote(model).factors or model.dtype, _remote(model).looks
+    factors, hooks = _remote(model).factors or model.dtype, _remote(model).hooks
     with _modules_along():
         return pack(
-            Job(model.layout, model.name, factors, pack((function, args, options, looks), factors, model))
+            Job(model.layout, model.name, factors, pack((function, args, options, hooks), factors, model))
         )
 
 

@@ -35,7 +35,7 @@ def context(model: LanguageModel, windows: Windows, batch_size: int) -> dict[str
 
     Raises InputError inside `attending`, which no address covers.
     """
-    if model.config._attn_implementation in (BLOCKWISE, WHOLE) or (model.remote and model.remote.looks):
+    if model.config._attn_implementation in (BLOCKWISE, WHOLE) or (model.remote and model.remote.hooks):
         raise InputError(
             f"the attention of {model.name} is being edited or recorded, which the address of a cell does "
             "not include: leave `attending` before a sweep"

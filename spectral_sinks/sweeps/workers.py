@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 from uuid import uuid4
 
 import cloudpickle
@@ -20,6 +20,7 @@ from spectral_sinks.sweeps.cost import share_of_threads
 from spectral_sinks.sweeps.definition import Sweep, Unit
 
 
+@runtime_checkable
 class SweepSource(Protocol):
     """What a worker makes a sweep from: the sweep itself, or the file that describes it."""
 

@@ -36,12 +36,12 @@ def run(capsys: pytest.CaptureFixture[str], checkpoint: Path, text: Path) -> Run
 
 def test_json_is_the_library_s(run: Run, checkpoint: Path, tmp_path: Path) -> None:
     path = tmp_path / "sinks.png"
-    done = run("--tokens", 40, "--epsilon", 0.07, "--draws", 2, "--json", "--figure", path)
+    done = run("--length", 40, "--epsilon", 0.07, "--draws", 2, "--json", "--figure", path)
     assert (done.status, done.err) == (0, "") and done.out.count("\n") == 1
     record = json.loads(done.out)
     model = ss.load(checkpoint)
     windows = ss.cut([tiny_models.text(90, seed) for seed in range(4)], model, length=40)
-    found = ss.find_sinks(model, windows, ss.read_spectrum(model), tokens=40, epsilon=0.07, draws=2)
+    found = ss.find_sinks(model, windows, ss.read_spectrum(model), length=40, epsilon=0.07, draws=2)
     expected = json.loads(json.dumps(found.record())) | {"model": record["model"]}
     assert expected["sinks"] and {key: record[key] for key in expected} == expected
     assert (record["documents"], record["windows"], record["first_token_ids"]) == (4, 8, [0])
@@ -72,9 +72,9 @@ def test_the_embedded_model(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--tokens", 200], "model has a context of 128"),
+        (["--length", 200], "model has a context of 128"),
         (["--length", 30], "over 64 tokens, and the longest window has 30: give longer texts"),
-        (["--tokens", 1], "windows of 1 tokens: nothing is left"),
+        (["--length", 1], "windows of 1 tokens: nothing is left"),
         (["--epsilon", 1.5], "epsilon 1.5: attention received lies between 0 and 1"),
     ],
 )

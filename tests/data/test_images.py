@@ -156,6 +156,7 @@ def test_a_bomb_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         ss.images(tmp_path, broken="refuse")
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_bad_input(tmp_path: Path) -> None:
     (tmp_path / "a.md").write_text("text")
     with pytest.raises(ss.InputError, match="holds no images"):

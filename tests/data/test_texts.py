@@ -122,6 +122,7 @@ def test_the_hash_tells_windows_apart() -> None:
     assert one == same != other
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("texts", "options", "message"),
     [

@@ -25,7 +25,7 @@ def test_after_training(tmp_path: Path) -> None:
     direct = ss.designate(given.model, given.windows, 16, spectrum=given.unembedding, draws=3)
     assert answers.loc["NLL difference", "value"] == pytest.approx(direct.delta_nll.value, abs=1e-6)
     tried = pd.read_csv(tmp_path / "designated.csv")
-    assert len(tried) == len(direct.tried) and direct.move in answers["control"].str.cat(sep=" ")
+    assert len(tried) == len(direct.tried) and direct.intervention in answers["control"].str.cat(sep=" ")
     assert (tmp_path / "designated.png").stat().st_size > 10_000
 
 

@@ -63,15 +63,17 @@ def test_the_tables_of_a_run_agree_with_other_measurements(tmp_path: Path) -> No
     given = study(tiny_models.model(), tmp_path)
     answers = run("several", given)
     table = pd.read_csv(tmp_path / "several.csv")
-    plain = table[table["draw"] == "observed"].set_index(["move", "quantity"])["mean"].astype(float)
+    plain = table[table["draw"] == "observed"].set_index(["intervention", "quantity"])["mean"].astype(float)
     site, dark = ss.Site("exit", given.below_sink), ss.remove(given.unembedding.dark())
     direct = ss.evaluate(given.model, given.windows, {site: dark})
     assert plain["dark removed, all tokens", "NLL difference"] == pytest.approx(direct.delta_nll, abs=1e-5)
     compared = (
-        ss.compare(given.model, given.windows, {"mask": ss.attention.MaskKey(0)}).summary().set_index("move")
+        ss.compare(given.model, given.windows, {"mask": ss.attention.MaskKey(0)})
+        .summary()
+        .set_index("intervention")
     )
     assert plain["key masked", "NLL difference"] == pytest.approx(compared.loc["mask", "delta_nll"], abs=1e-5)
-    for move in table["move"].unique():
+    for move in table["intervention"].unique():
         kinds = [f"more to {kind}" for kind in SCRIPT["WHERE"]]
         assert sum(plain[move, kind] for kind in kinds) == pytest.approx(0, abs=1e-5), "nothing is lost"
     assert plain["weight dropped", "more to none"] > 0.01 > abs(plain["key masked", "more to none"])
@@ -94,8 +96,8 @@ def test_a_planted_second_sink_is_found_and_none_without_it() -> None:
     spectrum = ss.read_spectrum(model)
     quantity = SCRIPT["SECOND"]
     with ss.attending(model, attract(6)):
-        table, _ = SCRIPT["moves"](model, windows, spectrum, 0, 1)
-    plain = table[table["draw"] == "observed"].set_index(["move", "quantity"])
+        table, _ = SCRIPT["intervened"](model, windows, spectrum, 0, 1)
+    plain = table[table["draw"] == "observed"].set_index(["intervention", "quantity"])
     assert plain.loc[("untouched", quantity), "mean"] == 0, "position 0 draws all"
     assert plain.loc[("key masked", quantity), "mean"] == 1
     assert plain.loc[("weight dropped", quantity), "mean"] == 0, "what is dropped goes nowhere"
@@ -104,7 +106,7 @@ def test_a_planted_second_sink_is_found_and_none_without_it() -> None:
     with ss.attending(model, attract(6)), ss.attending(model, ss.attention.MaskKey(0)):
         found = ss.find_sinks(model, windows, spectrum, draws=1).sinks
     assert [sink.position for sink in found if sink.position] == [6]
-    free, _ = SCRIPT["moves"](model, windows, spectrum, 0, 1)
+    free, _ = SCRIPT["intervened"](model, windows, spectrum, 0, 1)
     assert (free[free["quantity"] == quantity]["mean"] == 0).all()
 
 
@@ -147,7 +149,7 @@ def test_planted_dark_tokens_are_counted() -> None:
 
 def test_the_verdict_follows_the_numbers() -> None:
     quantity = {"quantity": SCRIPT["SECOND"], "draw": "observed"}
-    moved = pd.DataFrame([{"move": m, "mean": 0.0} | quantity for m in ("untouched", "key masked")])
+    moved = pd.DataFrame([{"intervention": m, "mean": 0.0} | quantity for m in ("untouched", "key masked")])
     stream = pd.DataFrame({"which": "saved beyond others", "kept": [2, 8], "low": [-0.1, -0.1]})
     judge = SCRIPT["verdict"]
     assert judge({"": moved, "_streaming": stream}, 1).startswith("holds: one sink")

@@ -120,6 +120,7 @@ def test_an_error_of_a_users_function_comes_through(model: ss.LanguageModel) -> 
     tiny_models.logits(model, IDS, {})
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_sites_by_name() -> None:
     assert ss.Site.parse("exit", 2) == ss.Site("exit", 2)
     assert ss.Site.parse("head:3", 1) == ss.Site("head", 1, 3)

@@ -164,7 +164,7 @@ def test_whole_maps_are_those_of_the_change() -> None:
 
     with attending(model, first):
         windows = ss.Windows.of_ids([ids[0].tolist()], model, [0])
-        assert ss.attention_by_head(model, windows, tokens=64)["attention"].max() == pytest.approx(1 / 64)
+        assert ss.attention_by_head(model, windows, length=64)["attention"].max() == pytest.approx(1 / 64)
         with module.attending(model, lambda call: None), pytest.raises(ss.InputError, match="process"):
             pickle.dumps(model)
 

@@ -89,7 +89,7 @@ def test_effects_are_those_of_eager(family: str) -> None:
         assert found[name].nll == pytest.approx(slow[name].nll, abs=1e-5)
         assert found[name].sink_mass == pytest.approx(slow[name].sink_mass, abs=1e-5)
     a, b = (
-        ss.attention_by_head(model, ss.Windows.of_ids(ids, model), 2, tokens=50) for model in (eager, quick)
+        ss.attention_by_head(model, ss.Windows.of_ids(ids, model), 2, length=50) for model in (eager, quick)
     )
     assert (a["attention"] - b["attention"]).abs().max() <= 1e-5
 
@@ -100,11 +100,11 @@ def test_only_64_tokens_are_kept() -> None:
     with pytest.raises(
         ss.InputError, match=r"over 100 tokens, .*keeps the maps of only the first 64.*attention='eager'"
     ):
-        ss.attention_by_head(quick, windows, tokens=100)
+        ss.attention_by_head(quick, windows, length=100)
     with pytest.raises(ss.InputError, match="over 64 tokens, the window is shorter"):
         ss.attention_by_head(quick, ss.Windows.of_ids(ids[:, :63], quick))
     ss.attention_by_head(quick, windows)
-    ss.attention_by_head(tiny_models.model(), windows, tokens=100)
+    ss.attention_by_head(tiny_models.model(), windows, length=100)
 
 
 @pytest.mark.parametrize("family", tiny_models.FAMILIES)

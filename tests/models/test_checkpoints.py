@@ -120,6 +120,7 @@ def test_any_named_matrix_and_its_side(tmp_path: Path) -> None:
         assert torch.allclose(found.values, torch.linalg.svdvals(matrix.double()))
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("matrix", "convention", "message"),
     [
@@ -165,6 +166,7 @@ def test_a_damaged_sharded_checkpoint(tmp_path: Path, damage: str) -> None:
             use(folder)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_load_in_all_its_forms(tmp_path: Path) -> None:
     folder, ids = tiny_models.save(tmp_path / "model"), tiny_models.ids()
     with torch.no_grad():

@@ -236,7 +236,7 @@ def test_bad_input(tmp_path: Path) -> None:
         broken.encoder.layer[0].norm1.weight[0] = torch.inf
     with pytest.raises(ss.InputError, match="norm1"):
         ss.load_vision(broken)
-    with pytest.raises(ss.InputError, match="is not there"):
+    with pytest.raises(ss.InputError, match="does not exist"):
         ss.load_vision(copy.deepcopy(tiny_encoders.plain()), parts={"mlp": "nowhere"})
     tiny_encoders.plain().save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()

@@ -78,7 +78,7 @@ def test_nll_and_sink(server: Ndif, here: ss.LanguageModel) -> None:
         found = ss.evaluate_all(there, windows, {name: cells[name]})[name]
         assert difference(effect.table, found.table) < TOLERANCE
     assert found.sink_mass is not None
-    verdicts = [pd.DataFrame([ss.sink_verdict(m, windows, u, draws=3).row()]) for m in (here, there)]
+    verdicts = [ss.sink_verdict(m, windows, u, draws=3).summary() for m in (here, there)]
     assert difference(*verdicts) < TOLERANCE and verdicts[0].verdict.equals(verdicts[1].verdict)
     assert difference(ss.energy(here, windows, u), ss.energy(there, windows, u)) < TOLERANCE
     assert there.remote is not None and there.remote.record()["server"]["attention"] == "eager"
@@ -113,7 +113,7 @@ def test_sinks_circuits_and_moves(server: Ndif, here: ss.LanguageModel) -> None:
 
     measures: dict[str, Callable[[ss.LanguageModel], pd.DataFrame]] = {
         "attending": moved,
-        "compare": lambda model: ss.compare(model, w, moves, controls=1, spectrum=u).rows,
+        "compare": lambda model: ss.compare(model, w, moves, controls=1, spectrum=u).table,
         "designate": lambda model: ss.designate(model, w, 5, controls=1, draws=2, spectrum=u).tried,
         "circuits": lambda model: ss.no_op_circuits(model, w, u).heads.drop(columns="reading_dark"),
         "own": lambda model: pd.DataFrame({"entropy": entropy(model, w.rows[0][None])}),

@@ -86,7 +86,7 @@ def test_what_a_look_collects_elsewhere_would_be_lost_so_it_is_refused() -> None
             ss.attending(there, look),
         ):
             ss.attention_by_head(there, windows(there))
-    assert not seen and not there.remote.looks
+    assert not seen and not there.remote.hooks
     with (
         pytest.raises(ss.InputError, match=r"layer 9: .* layers 0 to 2"),
         ss.attending(there, ss.attention.MaskKey(0, layers={9})),
@@ -106,7 +106,7 @@ def test_a_function_of_ones_own_runs_where_the_model_is() -> None:
         spread(there, tiny_models.ids(2, 9)) == spread(model, tiny_models.ids(2, 9))
         and len(there.remote.jobs) == 1
     )
-    with pytest.raises(ModuleNotFoundError, match=r"sweeps\.cells does not run at the server"):
+    with pytest.raises(ModuleNotFoundError, match=r"spectral_sinks\.sweeps does not run at the server"):
         grid(there)
     assert grid(model) is ss.grid
 
@@ -135,6 +135,7 @@ def test_classes_of_ones_own_are_made_from_those_of_the_far_end() -> None:
     assert returned(there, "tally") == Tally(3) and isinstance(returned(there, "tally"), Tally)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_arguments_by_name_and_what_cannot_come_back() -> None:
     there = ss.load(tiny_models.model(), remote="local")
     assert (

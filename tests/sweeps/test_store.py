@@ -1,5 +1,6 @@
 """The store of a sweep: what goes in comes out once, in one order; damage and other formats are found."""
 
+import importlib
 import json
 import warnings
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from pandas.testing import assert_frame_equal
 from support import synthetic_rows
 
 from spectral_sinks.errors import InputError, SpectralWarning
-from spectral_sinks.sweeps import schema, store
+from spectral_sinks.sweeps import schema
 from spectral_sinks.sweeps.schema import BY_LAYER, MEANS, SCHEMA
 from spectral_sinks.sweeps.store import Store
 
@@ -90,7 +91,7 @@ def test_finished_reads_a_part_once(filled, monkeypatch):
     assert filled.finished() == expected
     read = []
     monkeypatch.setattr(
-        store,
+        importlib.import_module("spectral_sinks.sweeps.store"),
         "decode",
         lambda data, name: read.append(name) or schema.decode(data, name),
     )

@@ -50,7 +50,7 @@ class PositionAttention:
     one."""
 
     @property
-    def tokens(self) -> int:
+    def length(self) -> int:
         """T, the number of tokens in the longest window read."""
         return self.ids.shape[1]
 
@@ -63,7 +63,7 @@ class PositionAttention:
     def queries(self) -> Float[NDArray[np.float64], "windows tokens"]:
         """Number of queries in the mean: those at the position and after it, or all if not causal."""
         ends = self.lengths[:, None].astype(np.float64)
-        return ends - np.arange(self.tokens) if self.causal else np.broadcast_to(ends, self.ids.shape)
+        return ends - np.arange(self.length) if self.causal else np.broadcast_to(ends, self.ids.shape)
 
     @cached_property
     def alpha(self) -> Float[NDArray[np.float64], "windows layers heads tokens"]:
@@ -99,7 +99,7 @@ class PositionAttention:
         """
         if not self.causal:
             return members.sum(-1) / self.lengths[:, None]
-        shares = np.cumsum(members, axis=-1) / np.arange(1, self.tokens + 1)
+        shares = np.cumsum(members, axis=-1) / np.arange(1, self.length + 1)
         return shares.mean(-1)
 
     def by_document(self, values: NDArray[Any]) -> NDArray[np.float64]:
@@ -107,7 +107,7 @@ class PositionAttention:
 
         NaNs are left out.
         """
-        owners = np.asarray(self.windows.document)
+        owners, values = np.asarray(self.windows.document), np.asarray(values, dtype=np.float64)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # a mean of NaNs alone stays NaN
             return np.stack([np.nanmean(values[owners == owner], axis=0) for owner in np.unique(owners)])
@@ -119,29 +119,30 @@ def _above(values: NDArray[np.float64], threshold: float) -> NDArray[np.float64]
 
 
 def attention_by_position(
-    model: Transformer, windows: Inputs, *, tokens: int = TOKENS, batch_size: int = 16
+    model: Transformer, windows: Inputs, *, length: int = TOKENS, batch_size: int = 16
 ) -> PositionAttention:
-    """Measure the attention received by every position in the first `tokens` of each window, in every head.
+    """Measure the attention received by every position in the first `length` tokens of each window, in every
+    head.
 
     No map of all queries and keys is held, whatever the attention implementation, with two exceptions. Whole
     maps are read if the model has an attention implementation of its own, which may not be a softmax. Then
     the diagonal is left out, since it may hold any value, and a warning reports the sum of the rows. Whole
     maps of eager attention are also read where a server keeps the weights apart from the code that is sent to
     it. A bidirectional model reads its windows, or images, whole. Causal models leave out windows shorter
-    than `tokens`, with a warning.
+    than `length`, with a warning.
 
     Args:
         model: a language model or an image encoder.
         windows: windows of text, or images.
-        tokens: T, the number of tokens read in each window.
+        length: T, the number of tokens read in each window.
         batch_size: windows in a pass.
 
     Raises:
-        InputError: where no window is left, `tokens` exceeds the context, ids are padded, or attention cannot
+        InputError: where no window is left, `length` exceeds the context, ids are padded, or attention cannot
             be seen.
 
     """
-    return watch(model, opened(model, windows, tokens), batch_size)
+    return watch(model, opened(model, windows, length), batch_size)
 
 
 @remotely
@@ -270,35 +271,35 @@ def causal(model: Transformer) -> bool:
     return getattr(model, "causal", True)
 
 
-def opened(model: Transformer, windows: Inputs, tokens: int) -> Inputs:
-    """Return the first `tokens` of each window that has them, or whole windows if bidirectional."""
+def opened(model: Transformer, windows: Inputs, length: int) -> Inputs:
+    """Return the first `length` tokens of each window that has them, or whole windows if bidirectional."""
     check_inputs(model, windows)
     if isinstance(windows, Pixels):
         return windows
     language: Any = model
     _check_padding(language, windows)
-    if tokens < 2:
-        raise InputError(f"attention received over {tokens} tokens: give at least 2")
-    if language.context is not None and tokens > language.context:
+    if length < 2:
+        raise InputError(f"attention received over {length} tokens: give at least 2")
+    if language.context is not None and length > language.context:
         raise InputError(
-            f"attention received over {tokens} tokens: {model.name} has a context of {language.context}"
+            f"attention received over {length} tokens: {model.name} has a context of {language.context}"
         )
     if not causal(model):
         return windows
-    kept = [place for place, row in enumerate(windows.rows) if len(row) >= tokens]
+    kept = [place for place, row in enumerate(windows.rows) if len(row) >= length]
     if not kept:
         raise InputError(
-            f"attention received is taken over {tokens} tokens, and the longest window has {windows.length}: "
-            f"give longer texts, or take it over fewer (tokens={windows.length}, --tokens), which raises it"
+            f"attention received is taken over {length} tokens, and the longest window has {windows.length}: "
+            f"give longer texts, or take it over fewer (length={windows.length}, --length), which raises it"
         )
     if short := len(windows) - len(kept):
         warnings.warn(
-            f"{short} of {len(windows)} windows are shorter than {tokens} tokens and left out",
+            f"{short} of {len(windows)} windows are shorter than {length} tokens and left out",
             SpectralWarning,
             stacklevel=3,
         )
     return Windows.of_ids(
-        [windows.rows[place][:tokens] for place in kept],
+        [windows.rows[place][:length] for place in kept],
         language,
         [windows.document[place] for place in kept],
     )

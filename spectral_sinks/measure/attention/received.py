@@ -21,40 +21,40 @@ EPSILON = 0.3
 def attention_received(
     weights: Sequence[Float[Tensor, "batch heads tokens tokens"]],
     position: int = 0,
-    tokens: int | None = None,
+    length: int | None = None,
     *,
     causal: bool = True,
 ) -> Float[Tensor, "batch layers heads"]:
     """Return alpha_k, the attention received by a position, by layer and head.
 
-    alpha_k is the mean over queries i >= k, among the first `tokens` (64), of A[i, k]. The first query's
-    attention to itself, which is 1 for position 0, counts: uniform causal attention gives 0.0741 at 64
-    tokens. Where attention is not causal, a row is normalised over the whole window, so the mean is over all
-    queries of the window.
+    alpha_k is the mean over queries i >= k, among the first `length` (64) tokens, of A[i, k]. The first
+    query's attention to itself, which is 1 for position 0, counts: uniform causal attention gives 0.0741 at
+    64 tokens. Where attention is not causal, a row is normalised over the whole window, so the mean is over
+    all queries of the window.
 
     Args:
         weights: attention weights of each layer.
         position: the position k; -1 is the last token of an encoder's window ([SEP]).
-        tokens: number of first tokens, 64 by default; the length of the window where attention is not causal.
+        length: number of first tokens, 64 by default; the length of the window where attention is not causal.
         causal: whether attention is causal.
 
     Raises:
-        InputError: for a window shorter than `tokens`, or of another length where attention is not causal.
+        InputError: for a window shorter than `length`, or of another length where attention is not causal.
 
     Source: Gu et al. 2025, 3.1.
 
     """
     if not causal:
-        if tokens is not None and any(layer.shape[-1] != tokens for layer in weights):
+        if length is not None and any(layer.shape[-1] != length for layer in weights):
             raise InputError(
-                f"attention received over {tokens} tokens: a token of an encoder attends to its whole "
+                f"attention received over {length} tokens: a token of an encoder attends to its whole "
                 "window, so cut windows of that length"
             )
         return torch.stack([layer[..., position].float().mean(-1) for layer in weights], dim=1)
-    tokens = TOKENS if tokens is None else tokens
-    if any(layer.shape[-1] < tokens for layer in weights):
-        raise InputError(f"attention received is taken over {tokens} tokens, the window is shorter")
-    return torch.stack([layer[:, :, position:tokens, position].float().mean(-1) for layer in weights], dim=1)
+    length = TOKENS if length is None else length
+    if any(layer.shape[-1] < length for layer in weights):
+        raise InputError(f"attention received is taken over {length} tokens, the window is shorter")
+    return torch.stack([layer[:, :, position:length, position].float().mean(-1) for layer in weights], dim=1)
 
 
 def from_others(
@@ -70,11 +70,11 @@ def from_others(
     return weights - weights.diagonal(dim1=-2, dim2=-1).diag_embed()
 
 
-def uniform_attention(position: int = 0, tokens: int = TOKENS, *, causal: bool = True) -> float:
-    """Return alpha_k for uniform attention; 1 / tokens where attention is not causal."""
+def uniform_attention(position: int = 0, length: int = TOKENS, *, causal: bool = True) -> float:
+    """Return alpha_k for uniform attention; 1 / length where attention is not causal."""
     if not causal:
-        return 1 / tokens
-    return sum(1 / (i + 1) for i in range(position, tokens)) / (tokens - position)
+        return 1 / length
+    return sum(1 / (i + 1) for i in range(position, length)) / (length - position)
 
 
 def sink_rate(received: Float[Tensor, "batch layers heads"], epsilon: float = EPSILON) -> float:
@@ -87,7 +87,7 @@ def attention_by_head(
     windows: Windows | Pixels,
     position: int = 0,
     *,
-    tokens: int | None = None,
+    length: int | None = None,
     batch_size: int = 16,
 ) -> pd.DataFrame:
     """Measure the attention received by one position in every head, by document.
@@ -99,20 +99,20 @@ def attention_by_head(
         model: a language model or an image encoder.
         windows: windows of text, or images.
         position: the position.
-        tokens: number of first tokens, 64 by default; an encoder's whole windows.
+        length: number of first tokens, 64 by default; an encoder's whole windows.
         batch_size: windows in a pass.
 
     Returns:
         One row per `document`, `layer` and `head` with its `attention`, mean over the document's windows.
 
     Raises:
-        InputError: where attention weights cannot be read; for a window shorter than `tokens` (of another
+        InputError: where attention weights cannot be read; for a window shorter than `length` (of another
             length, for an encoder); and for more than 64 tokens under "sdpa_opening".
 
     """
-    if model.config._attn_implementation == OPENING and tokens is not None and tokens > TOKENS:
+    if model.config._attn_implementation == OPENING and length is not None and length > TOKENS:
         raise InputError(
-            f"attention received is taken over {tokens} tokens, and {OPENING!r} keeps the maps of only "
+            f"attention received is taken over {length} tokens, and {OPENING!r} keeps the maps of only "
             f"the first {TOKENS}: load the model with attention='eager'"
         )
     rows: list[pd.DataFrame] = []
@@ -122,7 +122,7 @@ def attention_by_head(
             ids.to(model.device),
             {},
             readout=lambda final, read, weights: attention_received(
-                [from_others(model, layer) for layer in weights], position, tokens, causal=model.causal
+                [from_others(model, layer) for layer in weights], position, length, causal=model.causal
             ).cpu(),
             attention=True,
         )

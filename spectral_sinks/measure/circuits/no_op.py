@@ -52,7 +52,7 @@ class Circuits:
     model: str
     position: Position
     """The position as it was given. `detectors.sinks` holds the number in each window."""
-    record: dict[str, Any]
+    windows: dict[str, Any]
     """How the windows were cut."""
     heads: pd.DataFrame
     """One row per layer and head: each quantity of `head_use` and `detectors` with `_low` and `_high`; the
@@ -82,9 +82,26 @@ class Circuits:
         table = self.heads[self.heads["circuit"]]
         return list(zip(table["layer"].tolist(), table["head"].tolist(), strict=True))
 
+    @property
+    def table(self) -> pd.DataFrame:
+        """One row per document, layer and head: the columns of `head_use` and `detectors`."""
+        keys = ["document", "layer", "head"]
+        return self.use.merge(self.detectors.table, on=keys)
+
     def summary(self) -> pd.DataFrame:
         """Return one row per layer and head: the table `heads`."""
         return self.heads
+
+    def record(self) -> dict[str, Any]:
+        """Return the rule, the heads with a circuit and all heads, as a dictionary that JSON can hold."""
+        return {
+            "model": self.model,
+            "position": self.position,
+            "rule": self.rule,
+            "windows": self.windows,
+            "circuits": self.heads[self.heads["circuit"]].to_dict("records"),
+            "heads": self.heads.to_dict("records"),
+        }
 
     def by_layer(self) -> pd.DataFrame:
         """Return how much of each layer's attention goes to a sink that writes nothing, one row per `layer`.

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import pandas as pd
 import torch
@@ -18,6 +19,7 @@ from spectral_sinks.models.base import Transformer
 from spectral_sinks.models.rotary import arranged, key_turns, unturned_keys
 from spectral_sinks.remote.client import remotely
 from spectral_sinks.spectra.qk_modes import Modes, random_parts
+from spectral_sinks.stats import Estimate
 
 KEPT = 2
 """Number of modes of a head that are followed: those that carry most of the sink's margin."""
@@ -64,6 +66,20 @@ class Detectors:
     def table(self) -> pd.DataFrame:
         """One row per document, layer and head: `margin`, `top_one`, `top_two`, `always_on` and `rival`."""
         return per_document(self.found, self.documents, QUANTITIES)
+
+    def summary(self) -> pd.DataFrame:
+        """Return one row per layer and head: the means over documents of `table`, with `_low` and `_high`."""
+        rows: list[dict[str, Any]] = []
+        for (layer, head), part in self.table.groupby(["layer", "head"]):
+            row: dict[str, Any] = {"layer": layer, "head": head}
+            for name in QUANTITIES:
+                row |= Estimate.of(part[name].dropna()).columns(name)
+            rows.append(row)
+        return pd.DataFrame(rows)
+
+    def record(self) -> dict[str, Any]:
+        """Return the rows of `summary` as a dictionary that JSON can hold."""
+        return {"heads": self.summary().to_dict("records")}
 
 
 @remotely

@@ -1,6 +1,6 @@
 """The energy of the residual stream: norm and band shares by class of token."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pandas as pd
 import torch
@@ -70,16 +70,7 @@ def energy(
             here = marked[places]
             classes = {name: mask & ~here for name, mask in classes.items()} | {"marked": here}
 
-        def readout(
-            final: Tensor,
-            read: dict[Site, Tensor],
-            weights: list[Tensor],
-            classes: dict[str, Tensor] = classes,
-        ) -> dict[Site, tuple[Tensor, Tensor]]:
-            masks = list(classes.values())
-            return {s: (_shares(spectrum, x, masks).cpu(), _norms(x, masks).cpu()) for s, x in read.items()}
-
-        reduced = trace(model, ids.to(model.device), {}, sites, readout=readout)
+        reduced = trace(model, ids.to(model.device), {}, sites, readout=_reduce(spectrum, classes))
         # One row per band, for the classes that the window contains
         for site, (shares, norms) in reduced.items():
             for row, place in enumerate(places):
@@ -100,6 +91,20 @@ def energy(
                         )
     keys = ["document", "site", "layer", "position_class", "band"]
     return pd.DataFrame(rows).groupby(keys, sort=False, as_index=False).mean()
+
+
+def _reduce(
+    spectrum: Spectrum, classes: dict[str, Tensor]
+) -> Callable[..., dict[Site, tuple[Tensor, Tensor]]]:
+    """Return a readout that reduces residuals to the shares and the norms of each class of tokens."""
+    masks = list(classes.values())
+
+    def readout(
+        final: Tensor, read: dict[Site, Tensor], weights: list[Tensor]
+    ) -> dict[Site, tuple[Tensor, Tensor]]:
+        return {s: (_shares(spectrum, x, masks).cpu(), _norms(x, masks).cpu()) for s, x in read.items()}
+
+    return readout
 
 
 def _of_text(windows: Windows, ids: Tensor) -> dict[str, Tensor]:

@@ -150,14 +150,14 @@ def usual_levels(
 
 
 def massive_activations(
-    model: Transformer, windows: Inputs, *, tokens: int = TOKENS, batch_size: int = 16
+    model: Transformer, windows: Inputs, *, length: int = TOKENS, batch_size: int = 16
 ) -> pd.DataFrame:
     """Find the tokens whose residuals stand out by either rule, one row per token and layer.
 
     Args:
         model: a language model or an image encoder.
         windows: windows of text, or images.
-        tokens: number of tokens read in each window.
+        length: number of tokens read in each window.
         batch_size: windows in a pass.
 
     Returns:
@@ -172,7 +172,7 @@ def massive_activations(
         InputError: as `attention_by_position` does.
 
     """
-    attention, residuals = observe(model, opened(model, windows, tokens), batch_size)
+    attention, residuals = observe(model, opened(model, windows, length), batch_size)
     return massive_table(attention, residuals, usual_levels(model, attention, residuals, batch_size))
 
 

@@ -18,6 +18,7 @@ from spectral_sinks.measure.attention.received import EPSILON
 from spectral_sinks.measure.nll.remote_batch import by_job
 from spectral_sinks.measure.sinks.comparison import other_positions
 from spectral_sinks.measure.sinks.edit_effects import CombinedEdit, observe
+from spectral_sinks.measure.sinks.sink import scalars
 from spectral_sinks.models.attention_capture import AttentionHook
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.remote.client import remotely
@@ -90,8 +91,9 @@ class Try:
     """Norm of the designated sink over the median of the other tokens, at the site read by the layer that
     attends to it most."""
 
-    def row(self) -> dict[str, Any]:
-        return row(self)
+    def record(self) -> dict[str, Any]:
+        """Return the fields as a dictionary that JSON can hold."""
+        return scalars(self)
 
 
 class Attempts:
@@ -104,7 +106,7 @@ class Attempts:
         position: int | None,
         token: int | None,
         dark: Subspace | None,
-        tokens: int,
+        length: int,
         batch_size: int,
     ) -> None:
         """Run the untouched pass and find the old sink.
@@ -115,7 +117,7 @@ class Attempts:
             position: the position to designate; give either this or `token`.
             token: the token id to designate.
             dark: the dark tail; without it, interventions on it are not tried.
-            tokens: number of first tokens over which attention is measured.
+            length: number of first tokens over which attention is measured.
             batch_size: windows in a pass.
 
         Raises:
@@ -130,11 +132,11 @@ class Attempts:
         if len(lengths) > 1:
             raise InputError(f"windows of {min(lengths)} to {max(lengths)} tokens: cut them to one length")
         self.model, self.position, self.token, self.dark = model, position, token, dark
-        self.tokens, self.batch_size = min(tokens, lengths.pop()), batch_size
-        if position is not None and position >= self.tokens - 1:
+        self.length, self.batch_size = min(length, lengths.pop()), batch_size
+        if position is not None and position >= self.length - 1:
             raise InputError(
-                f"position {position}: no query comes after it among the first {self.tokens} tokens; give "
-                f"0 to {self.tokens - 2}, or longer windows and a larger `tokens`"
+                f"position {position}: no query comes after it among the first {self.length} tokens; give "
+                f"0 to {self.length - 2}, or longer windows and a larger `length`"
             )
         # Leave out windows in which no query follows the designated sink
         self.ids = torch.stack(windows.rows)
@@ -143,7 +145,7 @@ class Attempts:
         self.ids = self.ids[has]
         self.document = np.array(windows.document)[has.numpy()]
         if not has.any():
-            raise InputError(f"token {token} has no query after it among the first {self.tokens} tokens")
+            raise InputError(f"token {token} has no query after it among the first {self.length} tokens")
         if len(set(self.document.tolist())) < 2:
             raise InputError("a designation needs intervals: give at least two documents that have the sink")
         # The old sink is the position that receives the most attention in the untouched pass
@@ -163,7 +165,7 @@ class Attempts:
 
         They come after the first occurrence, and the designated sink's own queries are excluded.
         """
-        marks = self.marks(ids)[:, : self.tokens]
+        marks = self.marks(ids)[:, : self.length]
         return (marks.cumsum(1) > 0) & ~marks
 
     def controls(self, count: int) -> list[str]:
@@ -193,24 +195,24 @@ class Attempts:
         if other is not None:
             position, token = (other, None) if token is None else (None, other)
         at: Tokens = At(position) if token is None and position is not None else frozenset({token or 0})
-        looks: list[AttentionHook] = []
+        attention: list[AttentionHook] = []
         edits: dict[Site, Edit] = {}
         if name.startswith("restrict"):
-            looks.append(Restrict(position, token=token))
+            attention.append(Restrict(position, token=token))
         elif name.startswith("old sink's dark band") and self.dark is not None:
             edits[self.site] = remove(self.dark, Copied(self.old), at)
         elif name.startswith(RANDOM) and self.dark is not None:
             band = random_subspace(self.model.d, self.dark.rank, int(name.removeprefix(RANDOM)))
             edits[self.site] = remove(band, Copied(self.old), at)
         elif name.startswith("old sink's key"):
-            looks.append(CopyKey(position, token=token, source=self.old))
+            attention.append(CopyKey(position, token=token, source=self.old))
         elif name.startswith("old sink's residual"):
             edits[self.site] = carry(self.model.d, self.old, at)
         elif name == SCALE:
             edits[self.site] = scale(self.model.d, self._factor, at)
         if name.endswith(MASK):
-            looks.append(MaskKey(self.old, since=position or 0))
-        return CombinedEdit(tuple(looks), edits)
+            attention.append(MaskKey(self.old, since=position or 0))
+        return CombinedEdit(tuple(attention), edits)
 
     @property
     def _factor(self) -> float:
@@ -222,8 +224,8 @@ class Attempts:
         """Draw random other positions, or random other tokens by their frequency in the texts."""
         if self.position is not None:
             taken = {*range(self.old + 1), self.position}
-            count = min(count, self.tokens - 1 - len(taken))
-            return other_positions(generator, self.tokens, count, taken)
+            count = min(count, self.length - 1 - len(taken))
+            return other_positions(generator, self.length, count, taken)
         drawn = generator.permutation(self.ids[:, self.old + 1 :].flatten().numpy())
         return [token for token in dict.fromkeys(drawn.tolist()) if token != self.token][:count]
 
@@ -310,18 +312,6 @@ def site_of(layer: int) -> Site:
 def layer_of(site: Site) -> int:
     """Return the layer that reads a site."""
     return 0 if site.kind == "embedding" else site.layer + 1
-
-
-def row(value: Any) -> dict[str, Any]:
-    """Return the scalars of a result as a dictionary, each `Estimate` split into its parts."""
-    found: dict[str, Any] = {}
-    for name, one in vars(value).items():
-        if isinstance(one, Estimate):
-            parts = vars(one).items()
-            found |= {name if part == "value" else f"{name}_{part}": x for part, x in parts if x == x}
-        elif isinstance(one, str | int | float | Site):
-            found[name] = str(one) if isinstance(one, Site) else one
-    return found
 
 
 def _column(position: int, ids: Tensor) -> Bool[Tensor, "windows length"]:

@@ -32,13 +32,13 @@ UNTOUCHED = "untouched"
 class Comparison:
     """The effects of several interventions on one model and one set of windows.
 
-    The column `move` of every table holds the name of the intervention. The first is `untouched`.
+    The column `intervention` of every table holds the name of the intervention. The first is `untouched`.
     """
 
-    rows: pd.DataFrame
-    """By document: `move`; `nll`, `delta_nll` and `kl` in nats per token; `mass`, the attention to all chosen
-    positions; `unspent`, the attention that goes to no token; and `control_of`, the name of the intervention
-    that this row repeats at another position, or an empty string."""
+    table: pd.DataFrame
+    """By document: `intervention`; `nll`, `delta_nll` and `kl` in nats per token; `mass`, the attention to
+    all chosen positions; `unspent`, the attention that goes to no token; and `control_of`, the name of the
+    intervention that this row repeats at another position, or an empty string."""
     attention: pd.DataFrame
     """By document, layer, head and chosen position: `attention` received. Controls are not listed."""
     residuals: pd.DataFrame
@@ -50,12 +50,12 @@ class Comparison:
 
         `control_least` and `control_most` are the range of `delta_nll` over the control's random positions.
         """
-        baseline = self.rows[self.rows["move"] == UNTOUCHED].set_index("document")
+        baseline = self.table[self.table["intervention"] == UNTOUCHED].set_index("document")
         found: list[dict[str, Any]] = []
-        for name, rows in self.rows[self.rows["control_of"] == ""].groupby("move", sort=False):
-            controls = self.rows[self.rows["control_of"] == name]
-            drawn = controls.groupby("move")["delta_nll"].mean().to_numpy()
-            row: dict[str, Any] = {"move": name, "documents": len(rows)}
+        for name, rows in self.table[self.table["control_of"] == ""].groupby("intervention", sort=False):
+            controls = self.table[self.table["control_of"] == name]
+            drawn = controls.groupby("intervention")["delta_nll"].mean().to_numpy()
+            row: dict[str, Any] = {"intervention": name, "documents": len(rows)}
             for column in ("nll", "delta_nll", "kl", "mass", "unspent"):
                 measured = Estimate.of(rows[column])
                 row |= {
@@ -70,43 +70,57 @@ class Comparison:
             found.append(row)
         return pd.DataFrame(found)
 
+    def record(self) -> dict[str, Any]:
+        """Return the rows of `summary` by intervention, as a dictionary that JSON can hold."""
+        return self.summary().set_index("intervention").to_dict("index")
+
     def __repr__(self) -> str:
-        columns = ["move", "nll", "delta_nll", "delta_nll_low", "delta_nll_high", "kl", "mass", "unspent"]
-        if self.rows["control_of"].any():
+        columns = [
+            "intervention",
+            "nll",
+            "delta_nll",
+            "delta_nll_low",
+            "delta_nll_high",
+            "kl",
+            "mass",
+            "unspent",
+        ]
+        if self.table["control_of"].any():
             columns += ["control_least", "control_most"]
-        numbers = self.summary()[columns].set_index("move").round(4) + 0.0  # -0.0 becomes 0.0
+        numbers = self.summary()[columns].set_index("intervention").round(4) + 0.0  # -0.0 becomes 0.0
         return numbers.to_string(float_format="%.4f")
 
 
 def compare(
     model: LanguageModel,
     windows: Windows,
-    moves: Mapping[str, Changes],
+    interventions: Mapping[str, Changes],
     *,
     positions: Sequence[int] = (0,),
     spectrum: Spectrum | None = None,
     controls: int = 0,
     seed: int = 0,
-    tokens: int = TOKENS,
+    length: int = TOKENS,
     batch_size: int = 16,
 ) -> Comparison:
     """Measure NLL, attention and residuals under each of several interventions, and under none.
 
     The untouched pass runs through the same code. The attention received by position k is the mean of A[i, k]
-    over the queries i after the last of `positions`, among the first `tokens`. Summed over positions it is 1,
-    together with what is unspent. With a prefix, the NLL is of the text alone.
+    over the queries i after the last of `positions`, among the first `length` tokens. Summed over positions
+    it is 1, together with what is unspent. With a prefix, the NLL is of the text alone.
 
     Args:
         model: a language model.
         windows: the text.
-        moves: interventions by name. Each is an attention edit such as `MaskKey(0)` or another function of an
-            `AttentionCall`, a mapping from sites to edits, a `Prefix`, or a list of them that act together.
+        interventions: interventions by name. Each is an attention edit such as `MaskKey(0)` or another
+            function of an `AttentionCall`, a mapping from sites to edits, a `Prefix`, or a list of them that
+            act together.
         positions: the positions whose attention and residuals are measured.
         spectrum: gives the dark tail, whose share is then measured.
-        controls: number of random other positions, among the first `tokens`, at which each intervention that
-            acts at one position is repeated.
+        controls: number of random other positions, among the first `length` tokens, at which each
+            intervention that acts at one position is repeated.
         seed: of the random positions.
-        tokens: number of first tokens over which attention is measured; at most the length of the shortest
+        length: number of first tokens over which attention is measured; at most the length of the shortest
             window.
         batch_size: windows in a pass.
 
@@ -116,16 +130,18 @@ def compare(
 
     """
     shortest = min(len(row) for row in windows.rows)
-    tokens = min(tokens, shortest)
+    length = min(length, shortest)
     positions = list(positions)
-    if not positions or min(positions) < 0 or max(positions) >= tokens - 1:
+    if not positions or min(positions) < 0 or max(positions) >= length - 1:
         raise InputError(
-            f"positions {positions}: expected some of 0 to {tokens - 2}, with queries after them among the "
-            f"first {tokens} tokens"
+            f"positions {positions}: expected some of 0 to {length - 2}, with queries after them among the "
+            f"first {length} tokens"
         )
-    if UNTOUCHED in moves:
+    if UNTOUCHED in interventions:
         raise InputError(f"the name {UNTOUCHED!r} is that of the pass without an intervention")
-    cells = {UNTOUCHED: CombinedEdit()} | {name: CombinedEdit.of(changes) for name, changes in moves.items()}
+    cells = {UNTOUCHED: CombinedEdit()} | {
+        name: CombinedEdit.of(changes) for name, changes in interventions.items()
+    }
     origin = dict.fromkeys(cells, "")
     generator = np.random.default_rng(seed)
     # Repeat each intervention at one position at random other positions
@@ -133,8 +149,8 @@ def compare(
         check_parts(parts, model, windows)
         if controls and parts.position is not None:
             taken = {parts.position, *positions, *range(parts.source + 1)}
-            for q in other_positions(generator, tokens, controls, taken):
-                cells[f"{name} | at {q}"] = parts.moved_to(q)
+            for q in other_positions(generator, length, controls, taken):
+                cells[f"{name} | at {q}"] = parts.at_position(q)
                 origin[f"{name} | at {q}"] = name
 
     spaces = [] if spectrum is None else [spectrum.dark()]
@@ -145,7 +161,7 @@ def compare(
         places += chosen
 
         def run(some: Sequence[CombinedEdit], ids: Tensor = ids) -> list[dict[str, Tensor]]:
-            return _moved(model, ids, some, positions, tokens, spaces)
+            return _edited(model, ids, some, positions, length, spaces)
 
         for name, values in zip(cells, by_job(model, ids, list(cells.values()), run), strict=True):
             found[name].append(values)
@@ -163,7 +179,9 @@ def compare(
             for key in parts[0]
         }
         scalars = {key: mean[key] for key in ("nll", "delta_nll", "kl", "mass", "unspent")}
-        rows.append(pd.DataFrame({"move": name, "control_of": origin[name], "document": documents} | scalars))
+        rows.append(
+            pd.DataFrame({"intervention": name, "control_of": origin[name], "document": documents} | scalars)
+        )
         if origin[name]:
             continue
         axes = {"layer": range(model.layers), "head": range(model.heads), "position": positions}
@@ -182,33 +200,33 @@ def check_parts(parts: CombinedEdit, model: LanguageModel, windows: Windows) -> 
         check_edit(site, edit, model, windows)
         if edit.swaps and len(windows) < 2:
             raise InputError("fill 'swap' takes another document: give at least two windows")
-    for look in parts.looks:
+    for look in parts.attention:
         with attending(model, look):
             pass  # the attention edit checks itself on entry
 
 
-def other_positions(generator: np.random.Generator, tokens: int, count: int, taken: set[int]) -> list[int]:
+def other_positions(generator: np.random.Generator, length: int, count: int, taken: set[int]) -> list[int]:
     """Draw random positions that are not taken and have queries after them.
 
     Raises InputError if too few are left.
     """
-    free = [k for k in range(tokens - 1) if k not in taken]
+    free = [k for k in range(length - 1) if k not in taken]
     if len(free) < count:
         raise InputError(f"{count} controls at other positions: {len(free)} are left")
     return sorted(generator.choice(free, count, replace=False).tolist())
 
 
 @remotely
-def _moved(
+def _edited(
     model: LanguageModel,
     ids: Int[Tensor, "batch length"],
     cells: Sequence[CombinedEdit],
     positions: list[int],
-    tokens: int,
+    length: int,
     spaces: Sequence[Subspace],
 ) -> list[dict[str, Tensor]]:
     """Run one batch untouched and under each intervention; return the table entries by window."""
-    queries = (torch.arange(tokens) > max(positions)).expand(len(ids), tokens)
+    queries = (torch.arange(length) > max(positions)).expand(len(ids), length)
     base, reference = observe(model, ids, CombinedEdit(), queries, spaces=spaces)
     passes = (
         observe(model, ids, parts, queries, spaces=spaces, reference=reference)[0] if parts.act else base
@@ -242,4 +260,4 @@ def _long(
     """Return a table with one row per document and point on the axes."""
     index = pd.MultiIndex.from_product([documents, *axes.values()], names=["document", *axes])
     flat = {key: np.asarray(values).reshape(-1) for key, values in columns.items()}
-    return pd.DataFrame(flat, index=index).reset_index().assign(move=name)
+    return pd.DataFrame(flat, index=index).reset_index().assign(intervention=name)

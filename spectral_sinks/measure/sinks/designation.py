@@ -10,7 +10,8 @@ import pandas as pd
 from spectral_sinks.data.texts import Windows
 from spectral_sinks.interventions.sites import Site
 from spectral_sinks.interventions.tracing import Interventions
-from spectral_sinks.measure.sinks.attempts import Attempts, Found, row, site_of
+from spectral_sinks.measure.sinks.attempts import Attempts, Found, site_of
+from spectral_sinks.measure.sinks.sink import scalars
 from spectral_sinks.models.attention_capture import AttentionHook
 from spectral_sinks.models.attention_sdpa import TOKENS
 from spectral_sinks.models.language import LanguageModel
@@ -37,7 +38,7 @@ class Designation:
     target: str
     old: int
     """The position that received the most attention before."""
-    move: str
+    intervention: str
     """Name of the lightest intervention that works, or "none works"."""
     changes: tuple[AttentionHook | Interventions, ...]
     """The intervention itself, as `compare` takes it. Empty where none works or nothing is needed."""
@@ -56,9 +57,9 @@ class Designation:
     old_mass_before: Estimate
     """Attention to the old sink in the untouched model."""
     old_mass: Estimate
-    verdict: Literal["dark", "dark by the move", "not dark", "unknown"]
-    """Whether the new sink is dark. "dark by the move" means that the intervention gave it the old sink's
-    residual or dark tail. "unknown" means that none works or that no spectrum was given."""
+    verdict: Literal["dark", "dark by the intervention", "not dark", "unknown"]
+    """Whether the new sink is dark. "dark by the intervention" means that the intervention gave it the old
+    sink's residual or dark tail. "unknown" means that none works or that no spectrum was given."""
     site: Site
     """The site at which darkness is tested: what is read by the layer that attends to the sink most."""
     share_before: Estimate
@@ -76,17 +77,27 @@ class Designation:
 
     @property
     def works(self) -> bool:
-        return self.move != NONE
+        return self.intervention != NONE
 
-    def row(self) -> dict[str, Any]:
-        """Return one row of a table: `NAME`, `NAME_low`, `NAME_high`, `NAME_least`, `NAME_most`."""
-        return row(self)
+    @property
+    def table(self) -> pd.DataFrame:
+        """The attempts, as in `tried`."""
+        return self.tried
+
+    def summary(self) -> pd.DataFrame:
+        """Return one row; an estimate is `NAME`, `NAME_low`, `NAME_high`, `NAME_least`, `NAME_most`."""
+        return pd.DataFrame([self.record()])
+
+    def record(self) -> dict[str, Any]:
+        """Return the row of `summary` as a dictionary that JSON can hold."""
+        return scalars(self) | {"works": self.works}
 
     def __repr__(self) -> str:
         columns = ["name", "works", "delta_nll", "delta_nll_low", "delta_nll_high", "mass", "old_mass"]
         table = self.tried[[*columns, "reason"]].to_string(index=False, float_format="%.4f")
         return (
-            f"{self.target} as the sink of {self.model}, in place of position {self.old}: {self.move}\n"
+            f"{self.target} as the sink of {self.model}, in place of position {self.old}: "
+            f"{self.intervention}\n"
             f"NLL {self.baseline_nll.value:.4f} -> {self.nll.value:.4f}; attention "
             f"{self.mass_before.value:.3f} -> {self.mass.value:.3f}; dark: {self.verdict}\n{table}"
         )
@@ -102,7 +113,7 @@ def designate(
     controls: int = 5,
     draws: int = 20,
     seed: int = 0,
-    tokens: int = TOKENS,
+    length: int = TOKENS,
     batch_size: int = 16,
 ) -> Designation:
     """Make a position or a token the sink, by the lightest intervention of a fixed list that works.
@@ -123,7 +134,7 @@ def designate(
             of random subspaces that replace the dark tail.
         draws: number of random subspaces that the dark share is compared with.
         seed: of the random positions or tokens.
-        tokens: number of first tokens over which attention is measured.
+        length: number of first tokens over which attention is measured.
         batch_size: windows in a pass.
 
     Raises:
@@ -132,7 +143,7 @@ def designate(
 
     """
     dark = None if spectrum is None else spectrum.dark()
-    attempts = Attempts(model, windows, position, token, dark, tokens, batch_size)
+    attempts = Attempts(model, windows, position, token, dark, length, batch_size)
     spaces: list[Subspace] = []
     if dark is not None:
         spaces = [dark, *(random_subspace(model.d, dark.rank, number) for number in range(draws))]
@@ -142,29 +153,30 @@ def designate(
     tried = {name: attempts.judge(name, found, before) for name, found in passes.items()}
     controlled = _passes(attempts, attempts.controls(controls))
     against = [attempts.judge(name, found, before) for name, found in controlled.items()]
-    move = next((name for name, one in tried.items() if one.works), NONE)
-    after, judged = passes.get(move, before), tried.get(move, tried["nothing"])
-    parts = attempts.parts(move)
+    intervention = next((name for name, one in tried.items() if one.works), NONE)
+    after, judged = passes.get(intervention, before), tried.get(intervention, tried["nothing"])
+    parts = attempts.parts(intervention)
 
     # Repeat the chosen intervention at random other positions or tokens
     moved: list[float] = []
-    if parts.looks or parts.edits:
+    if parts.attention or parts.edits:
         others = attempts.others(np.random.default_rng(seed), controls)
         moved = [
-            float(found["nll"].mean()) for found in attempts.run([attempts.parts(move, o) for o in others])
+            float(found["nll"].mean())
+            for found in attempts.run([attempts.parts(intervention, o) for o in others])
         ]
     # Test darkness at what the layer reads that attends to the new sink most
     layer = int(after["mass"].mean((0, 2)).argmax())
     share_before, share, rest = (_share(found, layer) for found in (before, after, _others(after)))
     verdict = "not dark"
     if share.low > share.most and share.low > rest.high:
-        verdict = "dark by the move" if parts.edits else "dark"
+        verdict = "dark by the intervention" if parts.edits else "dark"
     return Designation(
         model.name,
         f"position {position}" if position is not None else f"token {token}",
         attempts.old,
-        move,
-        (*parts.looks, *([parts.edits] if parts.edits else [])),
+        intervention,
+        (*parts.attention, *([parts.edits] if parts.edits else [])),
         len(before["nll"]),
         attempts.left_out,
         baseline_nll=Estimate.of(before["nll"]),
@@ -176,12 +188,12 @@ def designate(
         mass=judged.mass,
         old_mass_before=tried["nothing"].old_mass,
         old_mass=judged.old_mass,
-        verdict="unknown" if dark is None or move == NONE else verdict,
+        verdict="unknown" if dark is None or intervention == NONE else verdict,
         site=site_of(layer),
         share_before=share_before,
         share=share,
         others=rest,
-        tried=pd.DataFrame([one.row() for one in (*tried.values(), *against)]),
+        tried=pd.DataFrame([one.record() for one in (*tried.values(), *against)]),
         where=_where(before, after),
     )
 

@@ -31,16 +31,16 @@ Changes = Change | Sequence[Change]
 
 @dataclass(frozen=True)
 class CombinedEdit:
-    """Interventions by what they act on: attention (`looks`), sites (`edits`) and the text (`prefix`)."""
+    """Interventions by what they act on: attention (`attention`), sites (`edits`) and the text (`prefix`)."""
 
-    looks: tuple[AttentionHook, ...] = ()
+    attention: tuple[AttentionHook, ...] = ()
     edits: Mapping[Site, Edit] = field(default_factory=dict[Site, Edit])
     prefix: Prefix = field(default_factory=lambda: Prefix(()))
 
     @classmethod
     def of(cls, changes: Changes) -> "CombinedEdit":
         """Sort interventions. Raises InputError for any other object, and for two edits at one site."""
-        looks: list[AttentionHook] = []
+        attention: list[AttentionHook] = []
         edits: dict[Site, Edit] = {}
         prefix = Prefix(())
         given: Sequence[Any] = changes if isinstance(changes, Sequence) else [changes]
@@ -52,23 +52,23 @@ class CombinedEdit:
                     raise InputError(f"two edits at {twice[0]}: make them one function")
                 edits |= as_edits(change)
             elif callable(change):
-                looks.append(cast(AttentionHook, change))
+                attention.append(cast(AttentionHook, change))
             else:
                 raise InputError(
                     f"{change!r} is not an intervention: give functions of an AttentionCall such as "
                     "MaskKey(0), a mapping from sites to edits, a Prefix, or a list of them"
                 )
-        return cls(tuple(looks), edits, prefix)
+        return cls(tuple(attention), edits, prefix)
 
     @property
     def act(self) -> bool:
         """Whether there is anything to change."""
-        return bool(self.looks or self.edits or self.prefix.ids)
+        return bool(self.attention or self.edits or self.prefix.ids)
 
     @property
     def position(self) -> int | None:
         """The one position at which the interventions act; None where there is none, or several."""
-        found = {look.position for look in self.looks if isinstance(look, AtToken)}
+        found = {look.position for look in self.attention if isinstance(look, AtToken)}
         for edit in self.edits.values():
             found |= {None} if edit.positions is None else edit.positions
         return found.pop() if len(found) == 1 else None
@@ -77,13 +77,13 @@ class CombinedEdit:
     def source(self) -> int:
         """The last position that the interventions copy from; -1 where they copy nothing."""
         copied = [edit.copies_from for edit in self.edits.values()]
-        return max([-1, *copied, *(look.source for look in self.looks if isinstance(look, CopyKey))])
+        return max([-1, *copied, *(look.source for look in self.attention if isinstance(look, CopyKey))])
 
-    def moved_to(self, position: int) -> "CombinedEdit":
+    def at_position(self, position: int) -> "CombinedEdit":
         """Return the same interventions at another position."""
-        looks = [replace(k, position=position) if isinstance(k, AtToken) else k for k in self.looks]
+        attention = [replace(k, position=position) if isinstance(k, AtToken) else k for k in self.attention]
         edits = {site: edit.at_position(position) for site, edit in self.edits.items()}
-        return CombinedEdit(tuple(looks), edits, self.prefix)
+        return CombinedEdit(tuple(attention), edits, self.prefix)
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ def observe(
 
     with ExitStack() as stack:
         # `watch` is last, so it sees attention after all edits
-        for look in (*parts.looks, watch):
+        for look in (*parts.attention, watch):
             stack.enter_context(attending(model, look))
         nll, kl, norms, shares, made = trace(model, text, parts.edits, sites, readout=readout)
     given = torch.stack([received[layer] for layer in range(model.layers)], 1)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from numpy.typing import NDArray
 
 from spectral_sinks.data.pixels import Pixels
@@ -22,7 +22,7 @@ from spectral_sinks.measure.residual.massive import (
     usual_levels,
 )
 from spectral_sinks.measure.sinks.rule import RULE, places_of
-from spectral_sinks.measure.sinks.sink import Sink, as_json, measure_sinks
+from spectral_sinks.measure.sinks.sink import Sink, as_json, measure_sinks, sink_rows
 from spectral_sinks.models.attention_sdpa import TOKENS
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.spectra.spectrum import Spectrum
@@ -66,9 +66,9 @@ class Sinks:
     """Number of windows in which one token fills at least half of the positions."""
 
     @property
-    def tokens(self) -> int:
+    def length(self) -> int:
         """T, the number of tokens read in each window."""
-        return self.attention.tokens
+        return self.attention.length
 
     @property
     def dispersed(self) -> bool:
@@ -84,6 +84,19 @@ class Sinks:
     def onset_layer(self) -> int | None:
         """Onset layer of the largest sink; None if there is no sink."""
         return self.sinks[0].onset_layer if self.sinks else None
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """The attention by document, layer and head, as in `by_head`."""
+        return self.by_head()
+
+    def summary(self) -> pd.DataFrame:
+        """Return one row per sink, the most attended first: the fields of `Sink`, each estimate with its
+        range.
+
+        The table is empty if there is no sink.
+        """
+        return sink_rows(self.sinks)
 
     def by_head(self) -> pd.DataFrame:
         """Return the attention by `document`, `layer` and `head`.
@@ -125,7 +138,7 @@ class Sinks:
         return {
             "model": self.model,
             "epsilon": self.epsilon,
-            "tokens_per_window": self.tokens,
+            "tokens_per_window": self.length,
             "windows": len(self.attention.windows),
             **as_json("sink_rate", self.sink_rate),
             **as_json("sink_rate_of_seen", self.sink_rate_of_seen),
@@ -150,12 +163,12 @@ def find_sinks(
     windows: Windows,
     spectrum: Spectrum,
     *,
-    tokens: int = TOKENS,
+    length: int = TOKENS,
     epsilon: float = EPSILON,
     draws: int = 20,
     batch_size: int = 16,
 ) -> Sinks:
-    """Find the attention sinks of a language model in the first `tokens` of each window.
+    """Find the attention sinks of a language model in the first `length` tokens of each window.
 
     The rule is the entry `rule` of `Sinks.record`. A `SpectralWarning` is issued where windows repeat one
     token.
@@ -164,7 +177,7 @@ def find_sinks(
         model: a language model.
         windows: the text.
         spectrum: the spectrum whose dark tail is tested.
-        tokens: T, the number of tokens read in each window; 64 by default.
+        length: T, the number of tokens read in each window; 64 by default.
         epsilon: attention received above which a head has a sink; 0.3 by default.
         draws: number of random subspaces that the dark tail is compared with.
         batch_size: windows in a pass.
@@ -178,7 +191,7 @@ def find_sinks(
         raise InputError(f"epsilon {epsilon}: attention received lies between 0 and 1")
     if spectrum.d != model.d:
         raise InputError(f"a spectrum of width {spectrum.d} for {model.name} of width {model.d}")
-    read = opened(model, windows, tokens)
+    read = opened(model, windows, length)
     if isinstance(read, Pixels):
         raise InputError("sinks of images are found by kind of token: vision_sinks(model, pixels)")
     # One set of passes gives the attention and the norms of all positions
@@ -195,10 +208,10 @@ def find_sinks(
         model, attention, residuals, high, spectrum, places, others, epsilon, draws, batch_size
     )
 
-    def measured(values: Float[NDArray[np.generic], "windows layers heads"]) -> Estimate:
+    def measured(values: Shaped[NDArray[np.generic], "windows layers heads"]) -> Estimate:
         return Estimate.of(attention.by_document(values.mean((1, 2))))
 
-    def by_document(values: Float[NDArray[np.generic], "windows"]) -> float:
+    def by_document(values: Shaped[NDArray[np.generic], "windows"]) -> float:
         return float(attention.by_document(values).mean())
 
     found = Sinks(

@@ -5,8 +5,9 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -75,6 +76,10 @@ class Sink:
             return None
         return self.dark_share.low > max(self.dark_share.most, self.other_dark_share.high)
 
+    def row(self) -> dict[str, Any]:
+        """Return one row of a table of sinks: `NAME`, `NAME_low`, `NAME_high`, `NAME_least`, `NAME_most`."""
+        return scalars(self) | {"dark": self.dark}
+
     def record(self) -> dict[str, Any]:
         """Return all fields as a dictionary that JSON can hold."""
         found: dict[str, Any] = {}
@@ -83,6 +88,30 @@ class Sink:
             found |= as_json(field.name, value) if isinstance(value, Estimate) else {field.name: value}
         found["random_dark_share"] = [self.dark_share.least, self.dark_share.most]
         return found | {"dark": self.dark}
+
+
+def scalars(result: Any) -> dict[str, Any]:
+    """Return the numbers, texts and sites of a result as one flat row.
+
+    An estimate NAME becomes `NAME`, `NAME_low`, `NAME_high`, `NAME_least` and `NAME_most`, without those that
+    are not numbers. Tables and other fields are left out.
+    """
+    found: dict[str, Any] = {}
+    for name, value in vars(result).items():
+        if isinstance(value, Estimate):
+            found |= value.all_columns(name)
+        elif isinstance(value, Site):
+            found[name] = str(value)
+        elif value is None or isinstance(value, str | int | float):
+            found[name] = value
+    return found
+
+
+def sink_rows(sinks: Sequence[Sink]) -> pd.DataFrame:
+    """Return one row per sink; a table with the columns of `Sink` and no row if there is none."""
+    if not sinks:
+        return pd.DataFrame(columns=[*(field.name for field in fields(Sink)), "dark"])
+    return pd.DataFrame([sink.row() for sink in sinks])
 
 
 def as_json(name: str, value: Estimate) -> dict[str, Any]:
@@ -159,7 +188,7 @@ def measure_sinks(
 
 
 def _mean(
-    values: Float[NDArray[Any], "windows tokens *rest"], member: Bool[NDArray[np.bool_], "windows tokens"]
+    values: Shaped[NDArray[Any], "windows tokens *rest"], member: Bool[NDArray[np.bool_], "windows tokens"]
 ) -> NDArray[np.float64]:
     """Return the mean of the values over the members of each window, NaN in a window without members."""
     chosen = np.where(member.reshape(*member.shape, *(1,) * (values.ndim - 2)), values, 0.0).sum(1)
@@ -209,7 +238,7 @@ def _uniform(attention: PositionAttention) -> Float[NDArray[np.float64], "window
     """Return alpha_k for attention that is spread evenly over all visible keys, ignoring sliding windows."""
     if not attention.causal:
         return np.where(attention.ids >= 0, 1 / attention.lengths[:, None], np.nan)
-    sums = np.cumsum(1 / np.arange(attention.tokens, 0, -1))[::-1]
+    sums = np.cumsum(1 / np.arange(attention.length, 0, -1))[::-1]
     return np.broadcast_to(sums / attention.queries, attention.ids.shape)
 
 

@@ -13,6 +13,7 @@ from spectral_sinks.interventions.sites import Site
 from spectral_sinks.interventions.tracing import Interventions, trace
 from spectral_sinks.measure.attention.received import EPSILON, attention_by_head, uniform_attention
 from spectral_sinks.measure.nll.effects import Effect, evaluate_all
+from spectral_sinks.measure.sinks.sink import scalars
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.spectra.filters import remove
 from spectral_sinks.spectra.spectrum import Spectrum
@@ -70,16 +71,18 @@ class SinkVerdict:
     reached: int
     """Number of random draws whose difference in NLL reaches that of the dark tail."""
 
-    def row(self) -> dict[str, Any]:
-        """Return one row of a table of models: `NAME`, `NAME_low`, `NAME_high`, `NAME_least`, `NAME_most`."""
-        found: dict[str, Any] = {}
-        for name, value in vars(self).items():
-            if isinstance(value, Estimate):
-                parts = vars(value).items()
-                found |= {name if part == "value" else f"{name}_{part}": x for part, x in parts if x == x}
-            else:
-                found[name] = str(value) if isinstance(value, Site) else value
-        return found
+    @property
+    def table(self) -> pd.DataFrame:
+        """The table of `summary`: a verdict has one row."""
+        return self.summary()
+
+    def summary(self) -> pd.DataFrame:
+        """Return one row; an estimate is `NAME`, `NAME_low`, `NAME_high`, `NAME_least`, `NAME_most`."""
+        return pd.DataFrame([self.record()])
+
+    def record(self) -> dict[str, Any]:
+        """Return the row of `summary` as a dictionary that JSON can hold."""
+        return scalars(self)
 
 
 def sink_verdict(
@@ -118,7 +121,7 @@ def sink_verdict(
     layer = int(mass.idxmax())
     site = Site("exit", layer - 1) if layer else Site("embedding")
     strongest = heads.groupby(["layer", "head"])["attention"].mean().idxmax()
-    uniform = uniform_attention() if model.causal else uniform_attention(tokens=windows.length, causal=False)
+    uniform = uniform_attention() if model.causal else uniform_attention(length=windows.length, causal=False)
     over = mass[mass > ONSET * uniform]
 
     # The dark share of position 0, and what removing the dark tail does

@@ -34,14 +34,14 @@ class ImageAttention:
     residuals: Residuals
 
     @property
-    def tokens(self) -> int:
+    def length(self) -> int:
         """T, the number of tokens of an image."""
-        return self.attention.tokens
+        return self.attention.length
 
     @property
     def relative(self) -> float:
         """alpha_k above which a token is a sink relative to uniform attention, 1 / T."""
-        return self.epsilon * TOKENS / self.tokens
+        return self.epsilon * TOKENS / self.length
 
     @cached_property
     def members(self) -> Bool[NDArray[np.bool_], "images tokens"]:
@@ -94,7 +94,7 @@ class ImageAttention:
             columns = {
                 "tokens": count,
                 "mass": total_of(alpha, here),
-                "uniform": count / self.tokens,
+                "uniform": count / self.length,
                 "largest": np.where(count > 0, np.where(here, alpha, -1).max(-1), np.nan),
                 "above": _share(total_of(alpha > self.epsilon, here), count),
                 "weighted": total_of(self.weighted, here),
@@ -140,7 +140,7 @@ class ImageAttention:
         here = self.members[:, None, None]
         mass = total_of(self.attention.alpha, here).mean(2)
         no_op = total_of(self.attention.alpha, here & (self.value_ratio <= NO_OP)).mean(2)
-        uniform = float(self.members.sum(1).mean() / self.tokens)
+        uniform = float(self.members.sum(1).mean() / self.length)
         rows = [
             {"layer": layer, **interval("mass", mass[:, layer]), **interval("no_op_mass", no_op[:, layer])}
             for layer in range(mass.shape[1])
@@ -158,7 +158,7 @@ class ImageAttention:
         for rule, threshold in (("absolute", self.epsilon), ("relative", self.relative)):
             count = (self.above(threshold) & self.kinds["patch"]).sum(1)
             row: dict[str, Any] = {"rule": rule, "threshold": threshold}
-            row |= {"times_uniform": threshold * self.tokens, **interval("per_image", count)}
+            row |= {"times_uniform": threshold * self.length, **interval("per_image", count)}
             row |= {"share_of_patches": row["per_image"] / (self.grid[0] * self.grid[1])}
             rows.append(row | interval("share_of_images", count > 0))
         return pd.DataFrame(rows)

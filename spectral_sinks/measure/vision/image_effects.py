@@ -58,6 +58,11 @@ class ImageEffect(InterventionEffect):
             table.insert(index, column, value)
         return table
 
+    def record(self) -> dict[str, Any]:
+        """Return the rows of `summary` as a dictionary that JSON can hold, by quantity."""
+        numbers = self.summary().set_index("quantity")[["mean", "low", "high", "n"]].to_dict("index")
+        return {"name": self.name, "site": self.where, "rank": self.rank, "quantities": numbers}
+
     def __repr__(self) -> str:
         shown = self.summary().drop(columns=["name", "site", "rank"])
         title = f"{self.name} at {self.where or 'no site'} (rank {self.rank})"

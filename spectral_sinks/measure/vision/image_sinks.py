@@ -15,7 +15,7 @@ from spectral_sinks.measure.attention.received import EPSILON
 from spectral_sinks.measure.circuits.heads import NO_OP, written_norms
 from spectral_sinks.measure.residual.massive import observe, usual_levels
 from spectral_sinks.measure.sinks.rule import SHARE, Place
-from spectral_sinks.measure.sinks.sink import Sink, as_json, measure_sinks
+from spectral_sinks.measure.sinks.sink import Sink, as_json, measure_sinks, sink_rows
 from spectral_sinks.measure.vision.image_attention import ImageAttention, total_of
 from spectral_sinks.models.attention_capture import AttentionCall
 from spectral_sinks.models.vision import VisionModel
@@ -46,6 +46,20 @@ class VisionSinks(ImageAttention):
         """Onset layer of the largest sink; None if there is no sink."""
         return self.sinks[0].onset_layer if self.sinks else None
 
+    @property
+    def table(self) -> pd.DataFrame:
+        """The attention by image, layer, head and kind of token, as in `by_head`."""
+        return self.by_head()
+
+    def summary(self) -> pd.DataFrame:
+        """Return one row per kind of token that is a sink: the fields of `Sink`, each estimate with its
+        range.
+
+        The table is empty if there is no sink.
+        """
+        rows = sink_rows(self.sinks)
+        return rows if self.dark_known else rows[[name for name in rows if "dark" not in str(name)]]
+
     def record(self) -> dict[str, Any]:
         """Return everything except the tables by head and the arrays, as a dictionary that JSON can hold."""
         sinks = [sink.record() for sink in self.sinks]
@@ -55,8 +69,8 @@ class VisionSinks(ImageAttention):
         return {
             "model": self.model,
             "epsilon": self.epsilon,
-            "tokens_per_image": self.tokens,
-            "uniform": 1 / self.tokens,
+            "tokens_per_image": self.length,
+            "uniform": 1 / self.length,
             "relative_epsilon": self.relative,
             "images": len(self.members),
             "grid": list(self.grid),
@@ -64,7 +78,7 @@ class VisionSinks(ImageAttention):
             "sinks": sinks,
             "onset_layer": self.onset_layer,
             **as_json("total_sink_mass", Estimate.of(total)),
-            "uniform_total_sink_mass": float(self.members.sum(1).mean() / self.tokens),
+            "uniform_total_sink_mass": float(self.members.sum(1).mean() / self.length),
             "kinds": as_rows(self.by_kind()),
             "patches": as_rows(self.patches()),
             "layers": as_rows(self.by_layer()),

@@ -52,9 +52,9 @@ def test_every_position_against_eager_maps(family: str, tokens: int, monkeypatch
     monkeypatch.setattr(attending, "WEIGHTS", 2500)
     model = tiny_models.model(family)
     windows = ss.Windows.of_ids(IDS, model, OWNER)
-    found = ss.attention.attention_by_position(model, windows, tokens=tokens, batch_size=3)
+    found = ss.attention.attention_by_position(model, windows, length=tokens, batch_size=3)
     expected = maps(family, tokens).transpose(0, 1)
-    assert found.tokens == tokens and found.alpha.shape == (5, 3, 4, tokens)
+    assert found.length == tokens and found.alpha.shape == (5, 3, 4, tokens)
     assert np.array_equal(found.ids, IDS[:, :tokens])
     for k in range(tokens):
         alpha = expected[..., k:, k].double().mean(-1)
@@ -72,7 +72,7 @@ def test_every_position_against_eager_maps(family: str, tokens: int, monkeypatch
         (expected * torch.as_tensor(members)[:, :, None, None]).sum(-1).mean(-1),
         atol=2e-6,
     )
-    first = ss.attention_by_head(model, windows, tokens=tokens)["attention"]
+    first = ss.attention_by_head(model, windows, length=tokens)["attention"]
     assert np.allclose(found.by_document(found.alpha[..., 0]).ravel(), first, atol=2e-6)
     rates = [
         [
@@ -88,7 +88,7 @@ def test_every_position_against_eager_maps(family: str, tokens: int, monkeypatch
 def test_under_every_implementation_and_batch(attention: str) -> None:
     model = ss.load(tiny_models.build(attention=attention))
     windows = ss.Windows.of_ids(IDS, model)
-    found = ss.attention.attention_by_position(model, windows, tokens=80, batch_size=2)
+    found = ss.attention.attention_by_position(model, windows, length=80, batch_size=2)
     assert np.allclose(found.total, maps("llama", 80).transpose(0, 1).sum(-2), atol=1e-5)
     assert model.config._attn_implementation == attention
     with torch.no_grad():
@@ -101,16 +101,16 @@ def test_maps_that_an_implementation_of_the_models_own_returns() -> None:
     """Layer by layer, from whole maps."""
     model = ss.load(tiny_models.build())
     windows = ss.Windows.of_ids(IDS[:2, :12], model)
-    expected = ss.attention.attention_by_position(model, windows, tokens=12)
+    expected = ss.attention.attention_by_position(model, windows, length=12)
     model.module.set_attn_implementation(reference_attention.NAME)
     with pytest.warns(ss.SpectralWarning, match="rows sum to 1 on average"):
-        found = ss.attention.attention_by_position(model, windows, tokens=12)
+        found = ss.attention.attention_by_position(model, windows, length=12)
     with torch.no_grad():
         whole = torch.stack(tiny_models.plain()(IDS[:2, :12], output_attentions=True).attentions, 1)
     alone = whole.diagonal(dim1=-2, dim2=-1).numpy() / found.queries[:, None, None]
     assert np.allclose(found.alpha, expected.alpha - alone, atol=1e-6) and alone.max() > 0.05
     assert np.array_equal(found.seen, expected.seen)
-    by_head = ss.attention_by_head(model, windows, 3, tokens=12)["attention"].to_numpy()
+    by_head = ss.attention_by_head(model, windows, 3, length=12)["attention"].to_numpy()
     assert by_head == pytest.approx(found.by_document(found.alpha[..., 3]).ravel(), abs=1e-6)
 
 
@@ -182,14 +182,14 @@ def test_a_bidirectional_model_is_read_whole_and_over_all_queries() -> None:
     plain = ss.load(copy.deepcopy(tiny_models.plain("gpt2")))
     model = Both(plain.nn, plain.layout, plain.name, plain.tokenizer)
     rows = [IDS[0], IDS[1], IDS[2, :20]]
-    found = ss.attention.attention_by_position(model, ss.Windows.of_ids(rows, model), tokens=64)
-    assert not found.causal and found.tokens == 80
+    found = ss.attention.attention_by_position(model, ss.Windows.of_ids(rows, model), length=64)
+    assert not found.causal and found.length == 80
     assert np.allclose(found.alpha[:2], maps("gpt2", 80)[:, :2].transpose(0, 1).mean(-2), atol=2e-6)
     assert np.isnan(found.alpha[2, ..., 20:]).all() and np.allclose(found.alpha[2, ..., :20].sum(-1), 1)
     assert found.lengths.tolist() == [80, 80, 20] and (found.ids[2, 20:] == -1).all()
     assert np.allclose(found.mass((found.ids >= 0)[:, None]), 1, atol=1e-5)
     assert np.allclose(found.uniform((found.ids >= 0)[:, None]), 1)
-    pooled = ss.attention.attention_by_position(model, ss.Windows.of_ids(rows, model, [0, 1, 1]), tokens=64)
+    pooled = ss.attention.attention_by_position(model, ss.Windows.of_ids(rows, model, [0, 1, 1]), length=64)
     first = found.by_document(found.alpha)[1:, ..., :20].mean(0)
     assert np.allclose(pooled.by_document(pooled.alpha)[1, ..., :20], first, atol=1e-6)
     assert np.allclose(pooled.by_document(pooled.alpha)[1, ..., 20:], found.alpha[1, ..., 20:], atol=1e-6), (
@@ -218,7 +218,7 @@ def test_short_windows_are_left_out_with_a_warning() -> None:
 def test_tokens_that_do_not_fit(tokens: int, message: str) -> None:
     model = tiny_models.model()
     with pytest.raises(ss.InputError, match=message):
-        ss.attention.attention_by_position(model, ss.Windows.of_ids(IDS, model), tokens=tokens)
+        ss.attention.attention_by_position(model, ss.Windows.of_ids(IDS, model), length=tokens)
 
 
 def test_padding_is_refused_on_either_side() -> None:

@@ -15,7 +15,7 @@ IDS = tiny_models.ids(4, 80, seed=5)
 def test_by_head_against_the_definition(family: str, position: int, tokens: int) -> None:
     model, owner = tiny_models.model(family), [0, 0, 1, 2]
     table = ss.attention_by_head(
-        model, ss.Windows.of_ids(IDS, model, owner), position, tokens=tokens, batch_size=3
+        model, ss.Windows.of_ids(IDS, model, owner), position, length=tokens, batch_size=3
     )
     with torch.no_grad():
         maps = tiny_models.plain(family)(IDS, output_attentions=True).attentions

@@ -196,11 +196,11 @@ def test_attention_by_head_is_the_mean_over_all_queries(family: str, position: i
         two = [maps[row.layer][2 * row.document + i, row.head] for i in (0, 1)]
         expected = np.mean([[float(m[i, position]) for i in range(70)] for m in two])
         assert row.attention == pytest.approx(expected, abs=1e-6)
-    assert ss.attention_by_head(model, windows, position, tokens=70).equals(
+    assert ss.attention_by_head(model, windows, position, length=70).equals(
         ss.attention_by_head(model, windows, position)
     )
     with pytest.raises(ss.InputError, match="64 tokens: a token of an encoder attends to its whole window"):
-        ss.attention_by_head(model, windows, tokens=64)
+        ss.attention_by_head(model, windows, length=64)
 
 
 def test_sink_mass_is_that_of_the_masked_window(family: str) -> None:

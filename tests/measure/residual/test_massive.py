@@ -36,7 +36,7 @@ def test_sizes_are_those_of_the_residual_stream(family: str) -> None:
             assert np.allclose(found.peak[here], x.abs().amax(-1), rtol=1e-4)
             assert np.array_equal(found.dimension[here], x.abs().argmax(-1))
             assert found.median[place, index] == pytest.approx(float(x.abs().median()), rel=1e-3)
-    alone = ss.attention.attention_by_position(model, ss.Windows.of_ids(IDS[:3], model), tokens=70)
+    alone = ss.attention.attention_by_position(model, ss.Windows.of_ids(IDS[:3], model), length=70)
     assert np.allclose(attention.alpha[:3], alone.alpha, atol=1e-6), "and the pass is that of the model"
 
 

@@ -195,6 +195,7 @@ def test_a_planted_reader_and_a_dead_writer() -> None:
     assert not table.drop(index=[("down", 2, -1)])["share"].isna().any()
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_bad_input() -> None:
     model = tiny_models.model()
     with pytest.raises(ss.InputError, match=r"width 16 for .* of width 32"):

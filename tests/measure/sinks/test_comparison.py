@@ -49,14 +49,14 @@ def test_a_comparison_is_what_a_loop_finds(family: str) -> None:
             into.append(torch.cat([call.weights(rows) for rows in call.blocks()], 2))
 
         with ss.attending(loaded, look), ss.attending(loaded, watch):
-            rows = found.rows[found.rows["move"] == name]
+            rows = found.table[found.table["intervention"] == name]
             expected = nll(loaded, ids).view(2, 2).mean(1)
             assert rows["nll"].to_numpy() == pytest.approx(expected.numpy(), abs=2e-6)
             whole.clear()
             states[name] = loaded.module(ids, use_cache=False, output_hidden_states=True).hidden_states
         maps[name] = torch.stack(whole, 1).double()  # [batch, layers, heads, queries, keys]
         mass = maps[name][:, :, :, 4:, [0, 3]].mean(3)
-        table = found.attention[found.attention["move"] == name]
+        table = found.attention[found.attention["intervention"] == name]
         by_document = mass.view(2, 2, *mass.shape[1:]).mean(1)
         assert table["attention"].to_numpy() == pytest.approx(by_document.flatten().numpy(), abs=1e-6)
         assert rows["mass"].to_numpy() == pytest.approx(by_document.sum(-1).mean((1, 2)).numpy(), abs=1e-6)
@@ -69,7 +69,9 @@ def test_a_comparison_is_what_a_loop_finds(family: str) -> None:
         others = [k for k in range(LENGTH) if k not in (0, 3)]
         ratio = norms[:, [0, 3]] / norms[:, others].quantile(0.5, 1, keepdim=True)
         dark = spectrum.dark().share(site)
-        here = found.residuals[(found.residuals["move"] == name) & (found.residuals["site"] == "exit 1")]
+        here = found.residuals[
+            (found.residuals["intervention"] == name) & (found.residuals["site"] == "exit 1")
+        ]
         for column, value in (
             ("norm_ratio", ratio),
             ("dark_share", dark[:, [0, 3]]),
@@ -77,7 +79,7 @@ def test_a_comparison_is_what_a_loop_finds(family: str) -> None:
         ):
             mean = value.reshape(2, 2, 2).mean(1).flatten()
             assert here[column].to_numpy() == pytest.approx(mean.numpy(), rel=1e-5)
-    rows = found.rows.set_index("move")
+    rows = found.table.set_index("intervention")
     assert rows.loc["mask", "delta_nll"].to_numpy() == pytest.approx(
         rows.loc["mask", "nll"].to_numpy() - rows.loc["untouched", "nll"].to_numpy()
     )
@@ -100,9 +102,9 @@ def test_filters_are_compared_as_they_are_evaluated() -> None:
         },
     }
     effects = ss.evaluate_all(loaded, given, cells)
-    found = ss.compare(loaded, given, cells).rows
+    found = ss.compare(loaded, given, cells).table
     for name, effect in effects.items():
-        rows = found[found["move"] == name]
+        rows = found[found["intervention"] == name]
         for column in ("nll", "delta_nll", "kl"):
             assert rows[column].to_numpy() == pytest.approx(effect.table[column].to_numpy(), abs=3e-6)
     assert abs(effects["fixed"].delta_nll) < 1e-6, "position 0 is its own mean where all texts open with BOS"
@@ -110,7 +112,9 @@ def test_filters_are_compared_as_they_are_evaluated() -> None:
     look = ss.attention.Streaming(0, 10)
     with ss.attending(loaded, look):
         effect = ss.evaluate(loaded, given, cells["dark"])
-    both = ss.compare(loaded, given, {"look": look, "both": [look, cells["dark"]]}).rows.set_index("move")
+    both = ss.compare(loaded, given, {"look": look, "both": [look, cells["dark"]]}).table.set_index(
+        "intervention"
+    )
     assert both.loc["look", "nll"].to_numpy() == pytest.approx(
         effect.table["baseline_nll"].to_numpy(), abs=3e-6
     )
@@ -127,14 +131,14 @@ def test_a_prefix_is_before_the_text_and_not_scored() -> None:
     with torch.no_grad():
         expected = nll(loaded, longer, 3).view(2, 2).mean(1)
         maps = loaded.module(longer, output_attentions=True, use_cache=False).attentions
-    rows = found.rows[found.rows["move"] == "prefix"]
+    rows = found.table[found.table["intervention"] == "prefix"]
     assert rows["nll"].to_numpy() == pytest.approx(expected.numpy(), abs=2e-6)
     mass = torch.stack([layer[:, :, 6:, 5].mean((1, 2)) for layer in maps]).mean(0)
     assert rows["mass"].to_numpy() == pytest.approx(mass.view(2, 2).mean(1).numpy(), abs=1e-6)
     assert rows["unspent"].to_numpy() == pytest.approx(0, abs=1e-6), (
         "the prefix receives, and that is no loss"
     )
-    none = ss.compare(loaded, given, {"prefix": ss.attention.Prefix(())}).rows
+    none = ss.compare(loaded, given, {"prefix": ss.attention.Prefix(())}).table
     assert (none["delta_nll"] == 0).all()
 
 
@@ -148,16 +152,16 @@ def test_controls_are_the_same_move_elsewhere() -> None:
         "both": [ss.attention.MaskKey(0), ss.attention.Restrict(2)],
     }
     found = ss.compare(loaded, given, moves, controls=3, seed=1)
-    drawn = found.rows[found.rows["control_of"] != ""]
+    drawn = found.table[found.table["control_of"] != ""]
     assert set(drawn["control_of"]) == {"mask", "norm"}, "others have no one position"
     copies = {
         "key": ss.attention.CopyKey(21, source=17),
         "rest": {site: ss.spectra.carry(loaded.d, 18, ss.At(22))},
     }
-    rows = ss.compare(loaded, given, copies, controls=3).rows
-    of = rows.loc[rows["control_of"] != "", "move"].str.rsplit(" ", n=1, expand=True)[1].astype(int)
+    rows = ss.compare(loaded, given, copies, controls=3).table
+    of = rows.loc[rows["control_of"] != "", "intervention"].str.rsplit(" ", n=1, expand=True)[1].astype(int)
     assert of.min() > 17, "what is copied comes from before"
-    places = {name: int(name.rsplit(" ", 1)[1]) for name in drawn["move"].unique()}
+    places = {name: int(name.rsplit(" ", 1)[1]) for name in drawn["intervention"].unique()}
     assert len(places) == 6 and 0 not in places.values() and max(places.values()) < LENGTH - 1
     for name, place in places.items():
         move = (
@@ -165,17 +169,17 @@ def test_controls_are_the_same_move_elsewhere() -> None:
             if name.startswith("mask")
             else {site: ss.spectra.scale(loaded.d, 4.0, ss.At(place))}
         )
-        again = ss.compare(loaded, given, {"again": move}).rows
-        expected = again.loc[again["move"] == "again", "nll"].to_numpy()
-        assert drawn.loc[drawn["move"] == name, "nll"].to_numpy() == pytest.approx(expected, abs=1e-6)
-    summary = found.summary().set_index("move")
-    means = drawn[drawn["control_of"] == "mask"].groupby("move")["delta_nll"].mean()
+        again = ss.compare(loaded, given, {"again": move}).table
+        expected = again.loc[again["intervention"] == "again", "nll"].to_numpy()
+        assert drawn.loc[drawn["intervention"] == name, "nll"].to_numpy() == pytest.approx(expected, abs=1e-6)
+    summary = found.summary().set_index("intervention")
+    means = drawn[drawn["control_of"] == "mask"].groupby("intervention")["delta_nll"].mean()
     assert summary.loc["mask", ["controls", "control_least", "control_most"]].tolist() == pytest.approx(
         [3, means.min(), means.max()]
     )
     assert np.isnan(summary.loc["logit", "control_least"]) and "control_most" in repr(found)
-    same = ss.compare(loaded, given, moves, controls=3, seed=1).rows
-    pd.testing.assert_frame_equal(same, found.rows)
+    same = ss.compare(loaded, given, moves, controls=3, seed=1).table
+    pd.testing.assert_frame_equal(same, found.table)
 
 
 def test_windows_are_compared_in_any_batches() -> None:
@@ -189,7 +193,7 @@ def test_windows_are_compared_in_any_batches() -> None:
         "logit": ss.attention.SinkLogit(1.0),
     }
     a, b = (ss.compare(loaded, given, moves, batch_size=size) for size in (1, 16))
-    for name in ("rows", "attention", "residuals"):
+    for name in ("table", "attention", "residuals"):
         left, right = getattr(a, name), getattr(b, name)
         pd.testing.assert_frame_equal(left, right, atol=2e-6, rtol=1e-5)
 
@@ -207,7 +211,7 @@ def test_masking_the_planted_sink_spreads_its_mass_evenly() -> None:
         "at 9": ss.attention.MaskKey(9),
     }
     found = ss.compare(loaded, given, moves, positions=[0], spectrum=spectrum)
-    rows = found.rows.groupby("move")[["mass", "unspent"]].mean()
+    rows = found.table.groupby("intervention")[["mass", "unspent"]].mean()
     assert rows.loc["untouched", "mass"] > 0.99 and rows.loc["at 9", "mass"] > 0.99
     assert rows.loc["mask"].tolist() == pytest.approx([0, 0], abs=1e-6)
     assert rows.loc["drop", "unspent"] == pytest.approx(rows.loc["untouched", "mass"], abs=0.01)
@@ -215,7 +219,7 @@ def test_masking_the_planted_sink_spreads_its_mass_evenly() -> None:
     maps = torch.stack(reference_attention.run(loaded, ids, hide_first)[1], 1).double()
     for position in (1, 5, 30):
         found = ss.compare(loaded, given, {"mask": ss.attention.MaskKey(0)}, positions=[position])
-        mass = found.attention.groupby(["move", "layer"])["attention"].mean()
+        mass = found.attention.groupby(["intervention", "layer"])["attention"].mean()
         expected = maps[:, :, :, position + 1 :, position].mean((0, 2, 3))
         assert mass["untouched"].max() < 0.01 < 0.02 < mass["mask"].min()
         assert mass["mask"].to_numpy() == pytest.approx(expected.numpy(), abs=1e-4)
@@ -223,6 +227,7 @@ def test_masking_the_planted_sink_spreads_its_mass_evenly() -> None:
         assert mass["mask", 0] == pytest.approx(even, abs=1e-3), "only BOS has the carrier"
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("message", "ask"),
     [
@@ -321,16 +326,16 @@ def test_the_first_tokens_alone_are_counted() -> None:
     loaded, given = model(), windows()
     ids = torch.stack(given.rows)
     moves = {"mask": ss.attention.MaskKey(5), "copy": ss.attention.CopyKey(6, source=4)}
-    found = ss.compare(loaded, given, moves, positions=[0, 3], tokens=10, controls=2)
+    found = ss.compare(loaded, given, moves, positions=[0, 3], length=10, controls=2)
     maps = torch.stack(loaded.module(ids, output_attentions=True, use_cache=False).attentions, 1).double()
     expected = maps[:, :, :, 4:10, [0, 3]].mean(3).view(2, 2, 3, 4, 2).mean(1)
-    table = found.attention[found.attention["move"] == "untouched"]
+    table = found.attention[found.attention["intervention"] == "untouched"]
     assert table["attention"].to_numpy() == pytest.approx(expected.flatten().numpy(), abs=1e-6)
-    assert set(found.attention["move"]) == {"untouched", *moves}, "and none of the controls"
+    assert set(found.attention["intervention"]) == {"untouched", *moves}, "and none of the controls"
 
     def places(of: str, count: int) -> set[int]:
-        rows = ss.compare(loaded, given, {of: moves[of]}, positions=[0, 3], tokens=10, controls=count).rows
-        drawn = rows.loc[rows["control_of"] == of, "move"].unique()
+        rows = ss.compare(loaded, given, {of: moves[of]}, positions=[0, 3], length=10, controls=count).table
+        drawn = rows.loc[rows["control_of"] == of, "intervention"].unique()
         return {int(name.rsplit(" ", 1)[1]) for name in drawn}
 
     assert places("mask", 6) == {1, 2, 4, 6, 7, 8}, "with queries after them, none of those chosen"
@@ -339,8 +344,8 @@ def test_the_first_tokens_alone_are_counted() -> None:
         with pytest.raises(ss.InputError, match=f"{count - 1} are left"):
             places(name, count)
     with pytest.raises(ss.InputError, match="expected some of 0 to 8"):
-        ss.compare(loaded, given, {}, positions=[9], tokens=10)
-    assert len(ss.compare(loaded, given, {}, positions=[8], tokens=10).rows) == 2
+        ss.compare(loaded, given, {}, positions=[9], length=10)
+    assert len(ss.compare(loaded, given, {}, positions=[8], length=10).table) == 2
 
 
 @torch.no_grad()
@@ -349,12 +354,12 @@ def test_a_document_is_the_mean_over_its_predicted_tokens() -> None:
     rows = [*tiny_models.ids(1, 6), *tiny_models.ids(2, 24, seed=1)]
     found = ss.compare(loaded, ss.Windows.of_ids(rows, loaded, [0, 0, 3]), {"mask": ss.attention.MaskKey(0)})
     each = [float(nll(loaded, row[None])) for row in rows]
-    untouched = found.rows[found.rows["move"] == "untouched"]
+    untouched = found.table[found.table["intervention"] == "untouched"]
     expected = [(5 * each[0] + 23 * each[1]) / 28, each[2]]
     assert untouched["document"].tolist() == [0, 3]
     assert untouched["nll"].to_numpy() == pytest.approx(expected, abs=2e-6)
-    masked = found.rows[found.rows["move"] == "mask"].set_index("document")
-    summary = found.summary().set_index("move").loc["mask"]
+    masked = found.table[found.table["intervention"] == "mask"].set_index("document")
+    summary = found.summary().set_index("intervention").loc["mask"]
     assert summary["baseline_nll"] == pytest.approx(np.mean(expected), abs=2e-6)
     assert summary["baseline_mass"] == pytest.approx(untouched["mass"].mean())
     delta = masked["nll"].to_numpy() - untouched["nll"].to_numpy()
@@ -371,10 +376,12 @@ def test_residuals_under_a_prefix_are_those_of_the_text() -> None:
     states = loaded.module(longer, use_cache=False, output_hidden_states=True).hidden_states
     norms = states[1][:, 2:].double().norm(dim=-1)
     others = norms[:, [k for k in range(LENGTH) if k != 2]].quantile(0.5, 1)
-    here = found.residuals[(found.residuals["move"] == "prefix") & (found.residuals["site"] == "exit 0")]
+    here = found.residuals[
+        (found.residuals["intervention"] == "prefix") & (found.residuals["site"] == "exit 0")
+    ]
     expected = (norms[:, 2] / others).view(2, 2).mean(1)
     assert here["norm_ratio"].to_numpy() == pytest.approx(expected.numpy(), rel=1e-5)
     full = ss.compare(
         loaded, given, {"prefix": ss.attention.Prefix((5,) * (tiny_models.CONTEXT - LENGTH))}
-    ).rows
+    ).table
     assert np.isfinite(full["nll"]).all(), "a prefix may fill the context"

@@ -31,7 +31,7 @@ def test_a_planted_sink_is_designated_elsewhere(band: int) -> None:
     found = ss.designate(loaded, given, 6, spectrum=spectrum, controls=2, draws=5)
     tried = found.tried.set_index("name")
     assert found.old == 0 and found.works and found.documents == 3
-    assert found.move == "old sink's key and value, mask the old sink" and found.verdict == "not dark"
+    assert found.intervention == "old sink's key and value, mask the old sink" and found.verdict == "not dark"
     assert not tried.loc[["nothing", "restrict to itself", "mask the old sink", SCALE], "works"].any()
     assert tried.loc["old sink's key and value", ["mass", "old_mass"]].tolist() == pytest.approx(
         [0.5, 0.5], abs=0.01
@@ -40,27 +40,27 @@ def test_a_planted_sink_is_designated_elsewhere(band: int) -> None:
     dark = tried.loc["old sink's dark band, mask the old sink"]
     assert dark["works"] == (band == 20) and (dark["mass"] > 0.6) == (band == 20)
     assert not tried.filter(like="random band", axis=0)["works"].any()
-    again = ss.compare(loaded, given, {"it": list(found.changes)}, positions=[6]).rows
-    again = again[again["move"] == "it"]
+    again = ss.compare(loaded, given, {"it": list(found.changes)}, positions=[6]).table
+    again = again[again["intervention"] == "it"]
     assert again["delta_nll"].mean() == pytest.approx(found.delta_nll.value, abs=1e-6)
     assert again["mass"].mean() == pytest.approx(found.mass.value, abs=1e-6)
     assert found.delta_nll.least <= found.delta_nll.most
     before, after = (found.where[found.where["position"] == p].mean() for p in (0, 6))
     assert before["before"] > 0.99 and before["after"] == 0 and after["after"] > 0.99
-    row = found.row()
-    assert row["move"] == found.move and row["mass_low"] <= row["mass"] <= row["mass_high"]
-    assert found.move in repr(found) and "random band 1" in repr(found)
+    row = found.record()
+    assert row["intervention"] == found.intervention and row["mass_low"] <= row["mass"] <= row["mass_high"]
+    assert found.intervention in repr(found) and "random band 1" in repr(found)
 
 
 def test_a_sink_that_is_there_needs_nothing_and_one_that_cannot_be_is_told() -> None:
     loaded, spectrum, given = sinking(20)
     found = ss.designate(loaded, given, 0, spectrum=spectrum)
-    assert (found.move, found.changes, found.verdict) == ("nothing", (), "dark")
+    assert (found.intervention, found.changes, found.verdict) == ("nothing", (), "dark")
     assert list(found.tried["name"]) == [*LIGHTEST_FIRST[:4], SCALE], (
         "an earlier token cannot take a later key"
     )
     none = ss.designate(model(), windows(), 5)
-    assert (none.works, none.move, none.verdict) == (False, "none works", "unknown")
+    assert (none.works, none.intervention, none.verdict) == (False, "none works", "unknown")
     assert none.changes == () and none.mass == none.mass_before and np.isnan(none.share.value)
     assert not none.tried["works"].any() and "strongest head" in none.tried["reason"].iloc[0]
 
@@ -73,7 +73,7 @@ def test_a_token_is_designated_wherever_it_occurs() -> None:
     given = ss.Windows.of_ids(rows, loaded)
     found = ss.designate(loaded, given, token=7, spectrum=spectrum, controls=2, draws=5)
     assert (found.target, found.documents, found.left_out) == ("token 7", 2, 1)
-    assert found.move == "old sink's key and value, mask the old sink" and found.mass.value > 0.99
+    assert found.intervention == "old sink's key and value, mask the old sink" and found.mass.value > 0.99
     tried = found.tried.set_index("name")
     both = np.mean([1 / 2] * 14 + [2 / 3] * 43)  # queries after one occurrence, and after two
     expected = (both + 1 / 2) / 2
@@ -90,11 +90,11 @@ def test_a_designation_recomputed() -> None:
     rows = torch.stack(given.rows)
     given = ss.Windows.of_ids(rows, loaded, [0, 0, 1])
     moves = {str(k): [ss.attention.CopyKey(k), ss.attention.MaskKey(0, since=k)] for k in range(1, 7)}
-    rows = ss.compare(loaded, given, moves, tokens=8).rows
-    nlls = rows.groupby(["move", "document"])["nll"].mean().groupby("move").mean()
+    rows = ss.compare(loaded, given, moves, length=8).table
+    nlls = rows.groupby(["intervention", "document"])["nll"].mean().groupby("intervention").mean()
     place = str(nlls[list(moves)].idxmax())  # the others do not reach it
-    found = ss.designate(loaded, given, int(place), spectrum=spectrum, tokens=8, controls=7)
-    assert found.move == "old sink's key and value, mask the old sink" and nlls.nunique() == 7
+    found = ss.designate(loaded, given, int(place), spectrum=spectrum, length=8, controls=7)
+    assert found.intervention == "old sink's key and value, mask the old sink" and nlls.nunique() == 7
     assert abs(nlls - nlls["untouched"]).drop("untouched").min() > 1e-4
     assert found.baseline_nll.value == pytest.approx(nlls["untouched"], abs=2e-6)
     assert found.nll.value == pytest.approx(nlls[place], abs=2e-6)
@@ -107,7 +107,7 @@ def test_a_designation_recomputed() -> None:
         2,
     )
     tried = found.tried.set_index("name")["delta_nll"]
-    assert tried[found.move] == pytest.approx(found.delta_nll.value) and tried["nothing"] == 0
+    assert tried[found.intervention] == pytest.approx(found.delta_nll.value) and tried["nothing"] == 0
     key, mask = found.changes
     assert isinstance(key, ss.attention.CopyKey) and (key.position, key.source) == (int(place), 0)
     assert isinstance(mask, ss.attention.MaskKey) and (mask.position, mask.since) == (0, int(place))
@@ -115,14 +115,19 @@ def test_a_designation_recomputed() -> None:
     assert set(found.where["position"]) == set(range(8)) and set(found.where["layer"]) == {0, 1, 2}
     after = found.where[found.where["position"] == int(place)]
     again = ss.compare(
-        loaded, given, {"it": moves[place]}, positions=[int(place)], spectrum=spectrum, tokens=8
+        loaded, given, {"it": moves[place]}, positions=[int(place)], spectrum=spectrum, length=8
     )
-    here = again.residuals[again.residuals["site"] == str(found.site)].set_index("move")["other_dark_share"]
-    means = here.groupby("move").mean()
+    here = again.residuals[again.residuals["site"] == str(found.site)].set_index("intervention")[
+        "other_dark_share"
+    ]
+    means = here.groupby("intervention").mean()
     assert found.others.value == pytest.approx(means["it"], abs=1e-6)
     table = again.attention
     expected = (
-        table.groupby(["move", "layer", "document"])["attention"].mean().groupby(["move", "layer"]).mean()
+        table.groupby(["intervention", "layer", "document"])["attention"]
+        .mean()
+        .groupby(["intervention", "layer"])
+        .mean()
     )
     assert after["after"].to_numpy() == pytest.approx(expected["it"].to_numpy(), abs=1e-6)
     assert after["before"].to_numpy() == pytest.approx(expected["untouched"].to_numpy(), abs=1e-6)
@@ -140,8 +145,8 @@ def test_the_norm_that_is_scaled_becomes_the_old_sinks() -> None:
         return float(table.loc[table["site"] == str(site), "norm_ratio"].mean())
 
     edit = {site: ss.spectra.scale(loaded.d, ratio(0) / ratio(6), ss.At(6))}
-    rows = ss.compare(loaded, given, {"scale": edit}, positions=[6]).rows
-    expected = rows.loc[rows["move"] == "scale", "delta_nll"].mean()
+    rows = ss.compare(loaded, given, {"scale": edit}, positions=[6]).table
+    expected = rows.loc[rows["intervention"] == "scale", "delta_nll"].mean()
     assert tried.loc[SCALE, "delta_nll"] == pytest.approx(expected, abs=2e-6) and abs(expected) > 1e-5
     random = tried.filter(like="random band", axis=0)["delta_nll"]
     assert len(random) == 2 and random.nunique() == 2, "each draw is another band"
@@ -185,7 +190,7 @@ def test_what_is_tried_is_judged_by_these_numbers() -> None:
         assert nothing["mass"] == pytest.approx(heads.mean(), abs=1e-6)
         assert nothing["rival"] == found.old and nothing["old_mass"] == pytest.approx(others.max(), abs=1e-6)
         assert nothing["lead"] == pytest.approx(heads.mean() - others.max(), abs=1e-6)
-        layer = heads.groupby("layer").mean().idxmax()
+        layer = int(heads.groupby("layer").mean().idxmax())
         site = str(ss.Site("exit", layer - 1) if layer else ss.Site("embedding"))
         ratio = table.residuals.loc[table.residuals["site"] == site, "norm_ratio"].mean()
         assert nothing["norm_ratio"] == pytest.approx(ratio, rel=1e-5) and str(found.site) == site
@@ -223,10 +228,10 @@ def test_tokens_that_control_are_those_of_the_texts() -> None:
     ids[[0, 1, 2], [4, 6, 8]] = 7
     given = ss.Windows.of_ids(ids, loaded)
     found = ss.designate(loaded, given, token=7, controls=4)
-    assert found.move == "old sink's key and value, mask the old sink"
+    assert found.intervention == "old sink's key and value, mask the old sink"
     other = [ss.attention.CopyKey(token=9), ss.attention.MaskKey(0)]
-    rows = ss.compare(loaded, given, {"other": other}, positions=[4]).rows
-    expected = rows.loc[rows["move"] == "other", "nll"].mean()
+    rows = ss.compare(loaded, given, {"other": other}, positions=[4]).table
+    expected = rows.loc[rows["intervention"] == "other", "nll"].mean()
     assert [found.nll.least, found.nll.most] == pytest.approx([expected] * 2, abs=2e-6)
 
 
@@ -244,15 +249,15 @@ def test_a_sink_that_is_dark_by_the_move() -> None:
     rows[:, 3] = 0
     given = ss.Windows.of_ids(rows, loaded)
     found = ss.designate(loaded, given, 6, spectrum=spectrum, controls=2, draws=4)
-    assert (found.move, found.verdict, str(found.site)) == (
+    assert (found.intervention, found.verdict, str(found.site)) == (
         "old sink's dark band",
-        "dark by the move",
+        "dark by the intervention",
         "exit 1",
     )
     (edits,) = found.changes
     assert isinstance(edits, dict) and [*edits] == [ss.Site("exit", 1)], "what the layer reads that attends"
     table = ss.compare(loaded, given, {"it": found.changes}, positions=[6], spectrum=spectrum).residuals
-    here = table[table["site"] == "exit 1"].groupby("move")[["dark_share", "other_dark_share"]].mean()
+    here = table[table["site"] == "exit 1"].groupby("intervention")[["dark_share", "other_dark_share"]].mean()
     assert found.share_before.value == pytest.approx(here.loc["untouched", "dark_share"], abs=1e-6)
     assert found.share.value == pytest.approx(here.loc["it", "dark_share"], abs=1e-6)
     assert found.others.value == pytest.approx(here.loc["it", "other_dark_share"], abs=1e-6)
@@ -274,6 +279,6 @@ def test_dark_is_more_than_random_and_more_than_others(others: bool) -> None:
         words -= words @ dark @ dark.T
         words[0] += 3 * dark[:, 1]
     found = ss.designate(loaded, given, 0, spectrum=spectrum)
-    assert found.move == "nothing" and found.verdict == "not dark"
+    assert found.intervention == "nothing" and found.verdict == "not dark"
     assert (found.share.low > found.share.most) == others
     assert (found.share.low > found.others.high) == (not others)

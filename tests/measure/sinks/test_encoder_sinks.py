@@ -18,9 +18,9 @@ def test_attention_and_head_use_are_those_of_eager_maps(family: str) -> None:
         maps = torch.stack(
             plain(ids, output_attentions=True).attentions, 1
         )  # window, layer, head, query, key
-    seen = ss.attention.attention_by_position(model, windows, tokens=40)
+    seen = ss.attention.attention_by_position(model, windows, length=40)
     assert torch.allclose(torch.from_numpy(seen.alpha).float(), maps.mean(3), atol=1e-5)
-    found = ss.find_sinks(model, windows, ss.read_spectrum(model), tokens=40, draws=2)
+    found = ss.find_sinks(model, windows, ss.read_spectrum(model), length=40, draws=2)
     assert found.sink_rate.value == pytest.approx(float((maps.mean(3)[..., 0] > 0.3).float().mean()))
 
     position = 39

@@ -108,7 +108,7 @@ def test_numbers_recomputed(family: str) -> None:
         model,
         ss.Windows.of_ids(ids, model, owner),
         spectrum,
-        tokens=32,
+        length=32,
         epsilon=epsilon,
         draws=3,
         batch_size=2,
@@ -183,7 +183,7 @@ def test_tables_and_means_recomputed(family: str) -> None:
     ids = tiny_models.ids(5, 32, seed=8)
     windows = ss.Windows.of_ids(ids, model, owner.tolist())
     found = ss.find_sinks(
-        model, windows, ss.read_spectrum(model, bands=8), tokens=32, epsilon=epsilon, draws=2
+        model, windows, ss.read_spectrum(model, bands=8), length=32, epsilon=epsilon, draws=2
     )
     maps = eager(model, ids).double().transpose(0, 1).numpy()  # windows layers heads queries keys
 
@@ -226,7 +226,7 @@ def test_above_epsilon_is_strictly_above_it() -> None:
     windows = ss.Windows.of_ids([[3, 4], [5, 6], [7, 8]], model)
     for epsilon, positions in ((0.75, []), (0.7499, [0]), (0.5, [0]), (0.4999, [0, 1])):
         with pytest.warns(ss.SpectralWarning, match="repeat one token"):  # one of two fills half
-            found = ss.find_sinks(model, windows, spectrum, tokens=2, epsilon=epsilon, draws=2)
+            found = ss.find_sinks(model, windows, spectrum, length=2, epsilon=epsilon, draws=2)
         assert [sink.position for sink in found.sinks] == positions, "half of the queries are enough"
         assert found.sink_rate.value == found.sink_rate_of_seen.value == (0 in positions)
         assert found.rates()["mean"].tolist() == [0 in positions, 1 in positions]

@@ -133,7 +133,7 @@ def test_what_it_needs() -> None:
 def test_a_row_of_the_table(across: Any, tmp_path: Path) -> None:
     model, spectrum, windows = sinking(20)
     verdict = ss.sink_verdict(model, windows, spectrum, name="planted", draws=3)
-    row = verdict.row()
+    row = verdict.record()
     assert row["model"] == "planted" and row["site"] == str(verdict.site)
     assert (row["share"], row["share_low"], row["share_most"]) == (
         verdict.share.value,

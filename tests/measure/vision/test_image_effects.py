@@ -467,6 +467,7 @@ def test_what_cannot_be_measured_is_refused() -> None:
         )
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_text_has_its_own_call() -> None:
     with pytest.raises(ss.InputError, match="reads images: evaluate_images"):
         ss.evaluate(tiny_encoders.model(), tiny_encoders.pixels(), {})  # pyright: ignore[reportArgumentType]

@@ -185,6 +185,7 @@ def test_dino_seg_against_the_published_threshold(rows: int, columns: int, seed:
     assert weights.flatten()[inside].max() == weights[found.seed]
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_bad_input() -> None:
     with pytest.raises(ss.InputError, match=r"shape \(4, 3\)"):
         ss.vision.lost(torch.ones(4, 3))

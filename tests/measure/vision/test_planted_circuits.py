@@ -167,6 +167,7 @@ def test_vision_images_one_by_one_give_what_a_batch_gives() -> None:
         assert np.allclose(alone[["attention", "weighted"]], part[["attention", "weighted"]], atol=1e-6)
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("family", "position", "said"),
     [
@@ -204,6 +205,7 @@ def test_vision_positions_by_window_work_on_text() -> None:
         assert np.allclose(*chosen, atol=1e-5)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_vision_sinks_are_not_asked_of_the_text_rule() -> None:
     model, pixels = tiny_encoders.model(), tiny_encoders.pixels()
     with pytest.raises(ss.InputError, match="vision_sinks"):

@@ -285,6 +285,7 @@ def test_figures(shown: ss.Images, tmp_path: Path) -> None:
     assert not (tmp_path / "none.png").exists()
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_bad_input(shown: ss.Images, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ss.InputError, match="choose from keys"):
         ss.vision.discover(planted("dinov2"), shown, features="mlp")  # pyright: ignore[reportArgumentType]

@@ -111,6 +111,7 @@ def test_images_of_one_colour_and_one_image() -> None:
     assert np.isnan(one.summary()["low"]).all()
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("rule", ["best", -1.0, 0])
 def test_other_rules_are_refused(rule: Any) -> None:
     model, pixels = planted()

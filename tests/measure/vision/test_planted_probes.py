@@ -72,7 +72,7 @@ def test_bad_input() -> None:
         ss.vision.token_probes(ss.outliers(twin, ss.pixels(images, twin)))
     model = ss.load_vision(planted_outliers.plant())
     found = ss.outliers(model, ss.pixels(images[:3], model))
-    with pytest.raises(ss.InputError, match="four at least"):
+    with pytest.raises(ss.InputError, match="at least four"):
         ss.vision.token_probes(found)
     with pytest.raises(ss.InputError, match="layers 0 to 2, or -1"):
         ss.vision.token_probes(ss.outliers(model, ss.pixels(images, model)), 3)

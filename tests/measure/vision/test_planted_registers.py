@@ -294,6 +294,7 @@ def test_vision_planted_constant_registers_matter_and_their_content_does_not() -
         )
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_vision_planted_ablation_with_labels_and_bad_requests() -> None:
     model, pixels = ablated("dinov2 registers classifier")
     logits = features(model, tiny_encoders.images(5))["logits"].argmax(-1)

@@ -157,7 +157,7 @@ def test_vision_record_is_json_and_figures_are_drawn(tmp_path: Path) -> None:
     maps = [found.maps(layer) for layer in range(3)]
     images = torch.stack(list(pixels)).numpy()
     titles = ["layer 0", "layer 1", "layer 2"]
-    ss.figures.attention_maps(images, maps, titles, 1 / found.tokens, tmp_path / "maps.png")
+    ss.figures.attention_maps(images, maps, titles, 1 / found.length, tmp_path / "maps.png")
     assert (tmp_path / "heads.png").stat().st_size > 5000 and (tmp_path / "maps.png").stat().st_size > 5000
 
 
