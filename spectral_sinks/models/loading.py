@@ -42,7 +42,7 @@ def load(
 
     A checkpoint whose `architectures` name a masked language model (BERT, RoBERTa, ModernBERT) is loaded as
     an encoder, with `causal` False, unless its configuration sets `is_decoder`. A model given as an object
-    stays on its device, in its dtype and with its attention, and is put into evaluation mode.
+    keeps its dtype and its attention, and is put into evaluation mode.
 
     Args:
         model: the name of an embedded model, a Hugging Face id, a folder, or a model of transformers, nnsight
@@ -69,11 +69,14 @@ def load(
     Raises:
         InputError: for a name that is neither a folder nor reachable; for missing, pickled (unless allowed)
             or non-finite weights; for a checkpoint that runs code of its own (unless trusted); for a model
-            without a head over the vocabulary; for a model whose modules are not found or do not add up; and
-            for an encoder that is to run remotely.
+            without a head over the vocabulary; for a model whose modules are not found or do not add up; for
+            an encoder that is to run remotely; and for options that a model object cannot take.
 
     """
+    if not isinstance(model, str | Path):
+        refuse_options(model, dtype=dtype, device_map=device_map, revision=revision, attention=attention)
     if isinstance(model, LanguageModel):
+        refuse_options(model, tokenizer=tokenizer, device=device, parts=parts)
         place = remote_state(remote, model.remote and model.remote.commit, factors)
         return model if place is None else replace(model, remote=place)
     # a model on a server: only its configuration and tokenizer are loaded
@@ -169,32 +172,56 @@ def _load_module(
     if attention == "auto" and named and not is_softmax(named):
         attention = named
     masked = _masked(source)
-    try:
-        loaded: Any = (AutoModelForMaskedLM if masked else AutoModelForCausalLM).from_pretrained(
-            source.location,
-            dtype=dtype,
-            device_map=device_map,
-            attn_implementation="eager" if attention in ("auto", OPENING) else attention,
-            revision=source.revision,
-            local_files_only=source.offline or source.folder is not None,
-            use_safetensors=None if allow_pickle else True,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-        )
-    except (ValueError, KeyError, OSError, RuntimeError, SafetensorError) as error:
-        kind = "masked" if masked else "causal"
-        raise InputError(f"{source.name} cannot be loaded as a {kind} language model: {error}") from error
-    module, report = loaded
-    if lacking := sorted(report["missing_keys"]):  # transformers would fill them with random numbers
-        raise InputError(
-            f"{source.name} lacks {len(lacking)} of the weights of a {type(module).__name__}: "
-            f"{', '.join(lacking[:3])}{', ...' if len(lacking) > 3 else ''}"
-        )
+    module = load_weights(
+        source,
+        AutoModelForMaskedLM if masked else AutoModelForCausalLM,
+        f"a {'masked' if masked else 'causal'} language model",
+        dtype=dtype,
+        device_map=device_map,
+        attn_implementation="eager" if attention in ("auto", OPENING) else attention,
+        use_safetensors=None if allow_pickle else True,
+        trust_remote_code=trust_remote_code,
+    )
     if attention == OPENING:
         _check_opening(source.name, module)
     if attention == OPENING or (attention == "auto" and module._supports_sdpa and not masked):
         module.set_attn_implementation(OPENING)
     return module
+
+
+def load_weights(source: Source, kind: Any, what: str, **options: Any) -> Any:
+    """Load a checkpoint by `from_pretrained` of a transformers class, and return the module.
+
+    Raises InputError for a checkpoint that is not `what` it should be, and for missing weights.
+    """
+    try:
+        module, report = kind.from_pretrained(
+            source.location,
+            revision=source.revision,
+            local_files_only=source.offline or source.folder is not None,
+            output_loading_info=True,
+            **options,
+        )
+    except (ValueError, KeyError, OSError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"{source.name} cannot be loaded as {what}: {error}") from error
+    if lacking := sorted(report["missing_keys"]):  # transformers would fill them with random numbers
+        raise InputError(
+            f"{source.name} lacks {len(lacking)} of the weights of a {type(module).__name__}: "
+            f"{', '.join(lacking[:3])}{', ...' if len(lacking) > 3 else ''}"
+        )
+    return module
+
+
+def refuse_options(model: object, **options: Any) -> None:
+    """Raise InputError if options of loading are given for a model that is loaded already.
+
+    An option counts as given if it is neither None nor "auto".
+    """
+    if given := [name for name, value in options.items() if value is not None and value != "auto"]:
+        raise InputError(
+            f"{', '.join(given)} cannot be given with a {type(model).__name__}, which is loaded already: "
+            "give its name or folder to load it anew"
+        )
 
 
 def _masked(source: Source) -> bool:

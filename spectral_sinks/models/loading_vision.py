@@ -8,13 +8,12 @@ from typing import Any
 import torch
 import transformers
 from nnsight import NNsight
-from safetensors import SafetensorError
 from transformers import AutoImageProcessor, AutoModel, PreTrainedModel, ViTImageProcessorPil
 
 from spectral_sinks.errors import InputError, SpectralWarning
 from spectral_sinks.models.checkpoint import Source, check_finite, find_source
 from spectral_sinks.models.layout_vision import vision_layout
-from spectral_sinks.models.loading import moved, refuse_code
+from spectral_sinks.models.loading import load_weights, moved, refuse_code, refuse_options
 from spectral_sinks.models.vision import VisionModel
 
 TWO_TOWERS = {"clip": "CLIPVisionModel", "siglip": "SiglipVisionModel"}
@@ -28,7 +27,7 @@ def load_vision(
     device: str | torch.device | None = None,
     dtype: torch.dtype | str = "auto",
     revision: str | None = None,
-    attention: str = "sdpa",
+    attention: str = "auto",
     parts: Mapping[str, str] | None = None,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
@@ -45,7 +44,7 @@ def load_vision(
         device: the device to which the model is moved.
         dtype: the dtype of the weights; "auto" is the checkpoint's own.
         revision: the revision of a hub model.
-        attention: transformers' `attn_implementation`. Sinks can be measured under all of them.
+        attention: transformers' `attn_implementation`; "auto" is "sdpa". Sinks can be measured under all.
         parts: names of modules, for a model whose layout is not found.
         allow_pickle: whether pickled weights may be loaded, which can run code.
         trust_remote_code: whether the checkpoint may run code of its own.
@@ -53,11 +52,14 @@ def load_vision(
     Raises:
         InputError: for a name that is neither a folder nor reachable; for missing, pickled (unless allowed)
             or non-finite weights; for a checkpoint that runs code of its own (unless trusted); for a model
-            that is not an image encoder, or whose modules are not found or do not add up; and for a device or
-            dtype given with a model object.
+            that is not an image encoder, or whose modules are not found or do not add up; and for
+            options that a model object cannot take.
 
     """
+    if not isinstance(model, str | Path):
+        refuse_options(model, dtype=dtype, device=device, revision=revision, attention=attention)
     if isinstance(model, VisionModel):
+        refuse_options(model, processor=processor, parts=parts)
         return model
     if isinstance(model, str | Path):
         source = find_source(str(model), revision)
@@ -67,8 +69,6 @@ def load_vision(
         name = source.name
     else:
         given: Any = model
-        if device is not None or dtype != "auto":
-            raise InputError("a model given as an object stays where it is: give no device and no dtype")
         alone = given.config.model_type in TWO_TOWERS and not hasattr(given, "classifier")
         module = getattr(given, "vision_model", given) if alone else given
         name = getattr(given, "name_or_path", "") or type(given).__name__
@@ -86,29 +86,15 @@ def _load(
 ) -> Any:
     refuse_code(source, trust_remote_code)
     source.require_weights(allow_pickle)
-    options: dict[str, Any] = {
-        "revision": source.revision,
-        "local_files_only": source.offline or source.folder is not None,
-        "trust_remote_code": trust_remote_code,
-    }
-    try:
-        kind = _class_of(source)
-        module, report = kind.from_pretrained(
-            source.location,
-            dtype=dtype,
-            attn_implementation=attention,
-            use_safetensors=None if allow_pickle else True,
-            output_loading_info=True,
-            **options,
-        )
-    except (ValueError, KeyError, OSError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"{source.name} cannot be loaded as an image encoder: {error}") from error
-    if lacking := sorted(report["missing_keys"]):  # transformers would fill them with random numbers
-        raise InputError(
-            f"{source.name} lacks {len(lacking)} of the weights of a {type(module).__name__}: "
-            f"{', '.join(lacking[:3])}{', ...' if len(lacking) > 3 else ''}"
-        )
-    return module
+    return load_weights(
+        source,
+        _class_of(source),
+        "an image encoder",
+        dtype=dtype,
+        attn_implementation="sdpa" if attention == "auto" else attention,
+        use_safetensors=None if allow_pickle else True,
+        trust_remote_code=trust_remote_code,
+    )
 
 
 def _class_of(source: Source) -> Any:

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from spectral_sinks.errors import InputError
 from spectral_sinks.models.checkpoint import Source, find_source
-from spectral_sinks.models.embedded import DEFAULT
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.models.layout import TRANSFORMS, through
 from spectral_sinks.models.loading import refuse_code
@@ -50,104 +49,79 @@ NORMS = (
 )
 
 
-def read_spectrum(
-    model: LanguageModel | VisionModel | str | Path = DEFAULT,
-    matrix: str = "unembedding",
+def read_local_spectrum(
+    model: LanguageModel | VisionModel | str | Path,
+    matrix: str,
     *,
     convention: Convention = "raw",
     bands: int = 20,
     revision: str | None = None,
     use_cache: bool = True,
 ) -> Spectrum:
-    """Return the spectrum of a model's unembedding, its embedding, or any matrix, by the name of its
-    parameter.
+    """Return a spectrum from weights in this process or in a checkpoint: the local part of `read_spectrum`.
 
-    From a name or folder, only the tensors needed are read, and the model is not built. A matrix named by its
-    parameter reads the residual stream along the side that has the model's width. A square one is taken as
-    `nn.Linear` stores it, so that its columns read. If the transform of a head lies between the residual
-    stream and the unembedding, as in BERT, the unembedding reads the output of the transform, and
-    `reads_through` of the spectrum says so.
-
-    For an image encoder, the default and "classifier" are the matrix that the classifier head reads with,
-    with one row for each class and token; "embedding" is the patch embedding. Without a head, name a matrix.
-    `centred` removes the mean over classes for each token. A head with fewer than d rows leaves a null space,
-    which `null()` of the spectrum returns.
-
-    Args:
-        model: a model, or the name, hub id or folder of a checkpoint.
-        matrix: "unembedding", "embedding", or the name of a parameter.
-        convention: how the unembedding is read: `raw`, or `folded` and `centred`, which only an unembedding
-            has.
-        bands: the number of bands.
-        revision: the revision of a hub model.
-        use_cache: whether the decomposition is cached on disk.
-
-    Raises:
-        InputError: for an encoder without a head, an unknown matrix, a matrix without a side of the model's
-            width, NaN or Inf, and a convention that the matrix does not have.
-
+    From a name or folder, only the tensors needed are read, and the model is not built. Arguments and errors
+    are those of `measure.residual.matrix_spectrum.read_spectrum`.
     """
     if matrix not in CLASSIFIER and convention != "raw":
         raise InputError(
             f"convention {convention!r} folds the final norm into the unembedding; {matrix} has only 'raw'"
         )
-    source = None
-    if not isinstance(model, LanguageModel | VisionModel):
-        source = find_source(str(model), revision)
-        refuse_code(source, trust_remote_code=True)  # only tensors are read, so none of its code runs
-        source.require_weights()
-    # the matrix, the gain of the norm before it, and the width of the residual stream
-    found: Reading | None = None
-    if isinstance(model, VisionModel):
-        found = read_model(model, matrix, convention)
-    elif source is not None and is_vision(source):
-        found = read_checkpoint(source, matrix, convention)
-    way = ""
-    if found is not None:
-        matrix, weight, width = found.name, found.weight, found.width
-        gain, layernorm, tied = found.gain, found.layernorm, False
-    elif isinstance(model, LanguageModel):
-        weight, gain, layernorm, tied, width = _from_model(model, matrix, convention)
-        way = model.reads_through
-    else:
-        assert source is not None
-        weight, gain, layernorm, tied, width = _from_checkpoint(source, matrix, convention)
-        way = read_through(source.shards)
+    read = _reading(model, matrix, convention, revision)
     # rows read the residual stream: [rows, d]
-    if weight.ndim == 2 and weight.shape[1] != width and weight.shape[0] == width:
+    weight = read.weight
+    if weight.ndim == 2 and weight.shape[1] != read.width and weight.shape[0] == read.width:
         weight = weight.T
-    if weight.ndim != 2 or weight.shape[1] != width:
+    if weight.ndim != 2 or weight.shape[1] != read.width:
         raise InputError(
-            f"{matrix} has shape {tuple(weight.shape)}: no side of the residual stream's width {width}"
+            f"{read.name} has shape {tuple(weight.shape)}: no side of the residual stream's width "
+            f"{read.width}"
         )
     return Spectrum.from_matrix(
         weight,
-        name=matrix,
+        name=read.name,
         convention=convention,
-        gain=gain,
-        centre_residual=layernorm,
-        tied=tied,
-        reads_through=way if matrix == "unembedding" else "",
+        gain=read.gain,
+        centre_residual=read.layernorm,
+        tied=read.tied,
+        reads_through=read.through if read.name == "unembedding" else "",
         bands=bands,
         use_cache=use_cache,
     )
 
 
-def _from_model(
-    model: LanguageModel, matrix: str, convention: Convention
-) -> tuple[Tensor, Tensor | None, bool, bool, int]:
+def _reading(
+    model: LanguageModel | VisionModel | str | Path,
+    matrix: str,
+    convention: Convention,
+    revision: str | None,
+) -> Reading:
+    """Find a matrix, and the norm through which it reads."""
+    if isinstance(model, VisionModel):
+        return read_model(model, matrix, convention)
+    if isinstance(model, LanguageModel):
+        return _from_model(model, matrix, convention)
+    source = find_source(str(model), revision)
+    refuse_code(source, trust_remote_code=True)  # only tensors are read, so none of its code runs
+    source.require_weights()
+    if is_vision(source):
+        return read_checkpoint(source, matrix, convention)
+    return _from_checkpoint(source, matrix, convention)
+
+
+def _from_model(model: LanguageModel, matrix: str, convention: Convention) -> Reading:
     named = {"unembedding": model.layout.unembedding, "embedding": model.layout.embedding}
     parameters: dict[str, Tensor] = dict(model.module.named_parameters(remove_duplicate=False))
     name = f"{named[matrix]}.weight" if matrix in named else matrix
     if name not in parameters:
         raise InputError(f"{model.name} has no parameter {name!r}; {_examples(list(parameters))}")
     gain = model.final_gain if convention != "raw" else None
-    return parameters[name], gain, model.centres_residual, model.tied, model.d
+    return Reading(
+        matrix, parameters[name], model.d, gain, model.centres_residual, model.tied, model.reads_through
+    )
 
 
-def _from_checkpoint(
-    source: Source, matrix: str, convention: Convention
-) -> tuple[Tensor, Tensor | None, bool, bool, int]:
+def _from_checkpoint(source: Source, matrix: str, convention: Convention) -> Reading:
     config: dict[str, Any] = source.config.get("text_config", source.config)
     is_masked_lm(config.get("architectures") or (), config.get("model_type"), config.get("is_decoder"))
     present = source.shards
@@ -172,7 +146,7 @@ def _from_checkpoint(
     width = config.get("hidden_size") or config.get("n_embd")
     if not isinstance(width, int):
         raise InputError(f"{source.name}: config.json names no hidden_size")
-    return source.tensor(str(name)), gain, layernorm, tied, width
+    return Reading(matrix, source.tensor(str(name)), width, gain, layernorm, tied, read_through(present))
 
 
 def read_through(present: Iterable[str]) -> str:

@@ -30,6 +30,10 @@ class Reading:
     width: int
     gain: Float[Tensor, "d"] | None = None
     layernorm: bool = False
+    """Whether that norm subtracts the mean over the residual stream."""
+    tied: bool = False
+    through: str = ""
+    """What lies between the residual stream and the matrix besides one norm."""
 
 
 def is_vision(source: Source) -> bool:

@@ -208,3 +208,25 @@ def test_the_embedded_model_is_the_default() -> None:
     same(ss.read_spectrum(), ss.read_spectrum(model))
     for text in ss.documents(limit=3):
         assert ss.cut(text, model).opens_with_bos == (model.bos is not None and model.opens_with_bos)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"dtype": torch.bfloat16},
+        {"dtype": "float32"},
+        {"attention": "sdpa"},
+        {"device_map": "cpu"},
+        {"revision": "main"},
+    ],
+    ids=str,
+)
+def test_options_that_a_loaded_model_cannot_take_are_refused(option: dict[str, Any]) -> None:
+    """They were ignored without a word."""
+    module = tiny_models.build()
+    for model in (module, ss.load(module)):
+        with pytest.raises(ss.InputError, match=f"{next(iter(option))} cannot be given with a"):
+            ss.load(model, **option)
+    with pytest.raises(ss.InputError, match="device cannot be given with a LanguageModel"):
+        ss.load(ss.load(module), device="cpu")
+    assert ss.load(ss.load(module)).module is module

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from spectral_sinks.errors import InputError
 from spectral_sinks.interventions.tracing import trace
-from spectral_sinks.models import spectra as matrices
 from spectral_sinks.models.embedded import DEFAULT
 from spectral_sinks.models.language import LanguageModel
+from spectral_sinks.models.spectra import read_local_spectrum
 from spectral_sinks.remote.client import remotely
 from spectral_sinks.spectra import cache
 from spectral_sinks.spectra.spectrum import Convention, Spectrum
@@ -33,11 +33,14 @@ def read_spectrum(
     Given a name or folder, or a model on a server, only the tensors that are needed are read. If only the
     server has the unembedding, it is decomposed there, and the result is cached by name, commit and server. A
     named matrix reads the residual stream along the side that has the model's width. A square one is taken as
-    `nn.Linear` stores it (columns read).
+    `nn.Linear` stores it (columns read). If the transform of a head lies between the residual stream and the
+    unembedding, as in BERT, the unembedding reads the output of the transform, and `reads_through` of the
+    spectrum says so.
 
     For an image encoder, "classifier" or the default is what its head reads of the residual stream, with one
-    row per class and token, and "embedding" is the patch embedding. If it has no head, name a matrix. A head
-    with fewer rows than d leaves a null space: see `rank` and `null()` of the spectrum.
+    row per class and token, and "embedding" is the patch embedding. If it has no head, name a matrix.
+    `centred` removes the mean over classes for each token. A head with fewer rows than d leaves a null space:
+    see `rank` and `null()` of the spectrum.
 
     Args:
         model: a model, or its name or folder.
@@ -54,13 +57,13 @@ def read_spectrum(
 
     """
     if not isinstance(model, LanguageModel) or model.remote is None or not model.weightless:
-        return matrices.read_spectrum(
+        return read_local_spectrum(
             model, matrix, convention=convention, bands=bands, revision=revision, use_cache=use_cache
         )
     # First the checkpoint, then the server
     revision = revision or model.remote.commit
     try:
-        return matrices.read_spectrum(
+        return read_local_spectrum(
             model.name, matrix, convention=convention, bands=bands, revision=revision, use_cache=use_cache
         )
     except InputError as error:
