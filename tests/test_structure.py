@@ -2,6 +2,8 @@
 
 import ast
 import importlib
+import json
+import zlib
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -165,6 +167,8 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+SERIALIZATION = "spectral_sinks.remote.serialization"
+
 FACES = {path for path in MODULES if path.name == "__init__.py"}
 
 
@@ -193,3 +197,41 @@ def test_no_files_import_each_other_in_a_circle() -> None:
 def test_a_circle_is_seen() -> None:
     with pytest.raises(CycleError):
         TopologicalSorter({"a": {"b"}, "b": {"a"}}).prepare()
+
+
+NAMED_AFTER = ("cli", "figures")
+"""A command or a figure, and its file, has the name of what it shows."""
+
+
+def test_no_two_files_have_one_name() -> None:
+    homes: dict[str, list[str]] = {}
+    for path in MODULES:
+        inside = path.relative_to(PACKAGE)
+        if inside.parts[0] not in NAMED_AFTER and not path.stem.startswith("__"):
+            homes.setdefault(path.stem, []).append(str(inside))
+    assert {stem: paths for stem, paths in homes.items() if len(paths) > 1} == {}
+
+
+def test_no_two_public_functions_or_classes_have_one_name() -> None:
+    homes: dict[str, list[str]] = {}
+    for path in MODULES:
+        inside = path.relative_to(PACKAGE)
+        for node in ast.parse(path.read_text()).body:
+            defined = isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
+            if defined and inside.parts[0] not in NAMED_AFTER:
+                homes.setdefault(node.name, []).append(str(inside))
+    assert {name: paths for name, paths in homes.items() if len(paths) > 1} == {}
+
+
+def test_a_server_gets_every_module_that_a_measurement_imports() -> None:
+    texts = json.loads(zlib.decompress(importlib.import_module(SERIALIZATION).sources()[0]))
+    graph = {module_name(path): runtime_imports(path) for path in MODULES}
+    reached, todo = set[str](), {name for name in graph if name.startswith("spectral_sinks.measure")}
+    while todo:
+        name = todo.pop()
+        reached.add(name)
+        # importing a module imports the packages around it
+        around = {name.rsplit(".", depth)[0] for depth in range(1, name.count(".") + 1)}
+        todo |= (graph[name] | (around & graph.keys())) - reached
+    assert "spectral_sinks.spectra.svd" in reached, "of a measurement's own imports"
+    assert reached <= texts.keys()

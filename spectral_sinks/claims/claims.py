@@ -10,20 +10,20 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from spectral_sinks.claims.tables import Cell, globbed
+from spectral_sinks.claims.tables import TableCell, globbed
 from spectral_sinks.errors import InputError
 
 
-class Claim(Cell):
+class Claim(TableCell):
     """A fragment of a page with numbers in braces that are checked, or a comparison that holds in a table."""
 
     page: str
     text: str
     tolerance: float | None = Field(default=None, gt=0)
     """In the units of the page; by default 0.55 of a unit of the last stated digit."""
-    above: Cell | None = None
+    above: TableCell | None = None
     """A number that every selected number exceeds."""
-    below: Cell | None = None
+    below: TableCell | None = None
     """A number that exceeds every selected number."""
 
     @property

@@ -21,7 +21,7 @@ class LookupFailure(SpectralError):
     """A file, row or column that does not exist."""
 
 
-class Cell(BaseModel):
+class TableCell(BaseModel):
     """The location of numbers in a table."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -45,9 +45,9 @@ class Cell(BaseModel):
     """Reduces all selected rows to one number; a list gives several."""
     scale: float = 1.0
     """Factor on the numbers, such as 100 for per cent."""
-    over: "Cell | None" = None
+    over: "TableCell | None" = None
     """A number by which the numbers are divided."""
-    minus: "Cell | None" = None
+    minus: "TableCell | None" = None
     """A number that is subtracted."""
     by: list[str] = []
     """Columns that pair the rows of a comparison."""
@@ -63,13 +63,13 @@ class Cell(BaseModel):
             return self.column or ["value"]
         return self.column or DEFAULTS.get(numbers, ["value"])
 
-    def inherited(self, other: "Cell") -> "Cell":
+    def inherited(self, other: "TableCell") -> "TableCell":
         """Return another cell, with the file, row, column, `by` and scale of this one where it sets none of
         its own.
         """
         mine = {key: getattr(self, key) for key in ("file", "row", "column", "by", "scale")}
         own = {key: getattr(other, key) for key in other.model_fields_set}
-        return Cell(**mine | own)
+        return TableCell(**mine | own)
 
 
 def table(file: str, results: Path, repository: Path | None, cache: dict[str, Any]) -> Any:
@@ -95,7 +95,7 @@ def table(file: str, results: Path, repository: Path | None, cache: dict[str, An
     return cache[file]
 
 
-def values(cell: Cell, columns: list[str], found: Any) -> pd.DataFrame:
+def values(cell: TableCell, columns: list[str], found: Any) -> pd.DataFrame:
     """Return the numbers of a cell as rows x columns, indexed by its `by`. Raises LookupFailure."""
     if not isinstance(found, pd.DataFrame):
         return _of_json(cell, columns, found)
@@ -129,7 +129,7 @@ def globbed(pattern: str) -> re.Pattern[str]:
     return re.compile(".*".join(map(re.escape, pattern.split("*"))), re.DOTALL)
 
 
-def _selected(cell: Cell, selector: Selector, found: pd.DataFrame) -> pd.Series:
+def _selected(cell: TableCell, selector: Selector, found: pd.DataFrame) -> pd.Series:
     wanted = {"quantity": selector} if isinstance(selector, str) else selector
     hit = pd.Series(True, index=found.index)
     for name, value in wanted.items():
@@ -142,7 +142,7 @@ def _selected(cell: Cell, selector: Selector, found: pd.DataFrame) -> pd.Series:
     return hit
 
 
-def _numbers(cell: Cell, rows: pd.DataFrame, column: str) -> pd.Series:
+def _numbers(cell: TableCell, rows: pd.DataFrame, column: str) -> pd.Series:
     name, _, place = column.partition(":")
     if name not in rows:
         raise LookupFailure(f"{cell.file} has no column {name!r}: {', '.join(rows.columns)}")
@@ -156,7 +156,7 @@ def _numbers(cell: Cell, rows: pd.DataFrame, column: str) -> pd.Series:
     return pd.Series([float(part[index]) for part in parts], index=rows.index)
 
 
-def _of_json(cell: Cell, columns: list[str], found: Any) -> pd.DataFrame:
+def _of_json(cell: TableCell, columns: list[str], found: Any) -> pd.DataFrame:
     flat: list[float] = []
     for column in columns:
         value = found

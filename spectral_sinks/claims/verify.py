@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from spectral_sinks.claims.claims import Claim, Claims, Stated, flat
-from spectral_sinks.claims.tables import Cell, LookupFailure, table, values
+from spectral_sinks.claims.tables import LookupFailure, TableCell, table, values
 
 ROUNDING = 0.55
 """Tolerance in units of the last stated digit: half, and a little for the arithmetic of other machines."""
@@ -117,7 +117,7 @@ def _in_page(claim: Claim | Stated, paths: dict[str, str], pages: dict[str, str 
 def _in_table(claim: Claim, results: Path, repository: Path | None, tables: dict[str, Any]) -> Iterator[str]:
     """Yield the problems with the numbers. Raises LookupFailure if they are not found."""
 
-    def look(cell: Cell, columns: list[str]) -> pd.DataFrame:
+    def look(cell: TableCell, columns: list[str]) -> pd.DataFrame:
         return values(cell, columns, table(cell.file or "", results, repository, tables))
 
     stated = claim.stated
@@ -152,7 +152,7 @@ def _in_table(claim: Claim, results: Path, repository: Path | None, tables: dict
             yield f"not {word} in {wrong.sum()} of {len(block)} rows, such as {name}"
 
 
-def _single(cell: Cell, word: str, look: Callable[[Cell, list[str]], pd.DataFrame]) -> float:
+def _single(cell: TableCell, word: str, look: Callable[[TableCell, list[str]], pd.DataFrame]) -> float:
     found = look(cell, cell.columns(1)).to_numpy()
     if found.size != 1:
         raise LookupFailure(f"`{word}` selects {found.size} numbers of {cell.file}")

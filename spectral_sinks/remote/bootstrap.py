@@ -113,7 +113,7 @@ def _classes():
     return [cloudpickle._DYNAMIC_CLASS_TRACKER_BY_ID, cloudpickle._DYNAMIC_CLASS_TRACKER_BY_CLASS]
 
 
-def run(nn, sources, digest, job):
+def run_job(nn, sources, digest, job):
     """Run a packed job on the nnsight model of this process, undo all other changes, and return the packed
     outcome.
     """

@@ -57,4 +57,4 @@ def send(model: LanguageModel, function: Callable[..., T], /, *args: Any, **opti
 def submit(model: LanguageModel, function: Callable[..., Any], /, *args: Any, **options: Any) -> Sent:
     """Send a job without waiting for it; `transport.fetch` gets its result. Raises as `send` does."""
     handshake.require(model)
-    return transport.submit(model, function, *args, **options)
+    return transport.send_job(model, function, *args, **options)

@@ -52,10 +52,10 @@ def call(model: LanguageModel, function: Callable[..., T], /, *args: Any, **opti
         sent = Sent("local", remote.host, len(job), before, time.time() - before, len(answer))
     else:
         sent, answer = _persistently(model.name, lambda: _wait(model, job))
-    return received(model, answer, sent)
+    return unpack_answer(model, answer, sent)
 
 
-def submit(model: LanguageModel, function: Callable[..., Any], /, *args: Any, **options: Any) -> Sent:
+def send_job(model: LanguageModel, function: Callable[..., Any], /, *args: Any, **options: Any) -> Sent:
     """Send a job without waiting for it; `fetch` gets its result. Raises as `call` does."""
     job = _fitting(model, function, *args, **options)
 
@@ -85,7 +85,7 @@ def fetch(job: str, host: str, model: str) -> tuple[bytes | None, bool]:
     return _persistently(model, once)
 
 
-def received(model: LanguageModel, answer: bytes, sent: Sent) -> Any:
+def unpack_answer(model: LanguageModel, answer: bytes, sent: Sent) -> Any:
     """Unpack an answer, and record the job with the model. Raises InputError for what the server refused."""
     remote = _remote(model)
     kind, value, remote.facts = unpack(answer, model)
@@ -138,7 +138,7 @@ def _session(model: LanguageModel, job: bytes, backend: Any) -> Any:
     with _modules_along(), ss_nn.session(backend=backend):
         ss_space = {"__name__": "ss_bootstrap"}
         exec(ss_bootstrap, ss_space)
-        ss_result = nnsight.save(ss_space["run"](ss_nn, ss_sources, ss_digest, ss_job))  # pyright: ignore
+        ss_result = nnsight.save(ss_space["run_job"](ss_nn, ss_sources, ss_digest, ss_job))  # pyright: ignore
     return ss_result
 
 

@@ -38,7 +38,7 @@ def fingerprint(weight: Tensor, gain: Tensor | None, convention: str) -> str:
     return digest.hexdigest()
 
 
-def load(key: str) -> tuple[Tensor, Tensor] | None:
+def find(key: str) -> tuple[Tensor, Tensor] | None:
     """Return the stored singular values and vectors, or None; a damaged file is reported and ignored."""
     path = folder() / f"{key}.safetensors"
     if not os.path.exists(path):  # false as well for a folder that cannot be read, where Path.exists raises

@@ -134,7 +134,7 @@ class Spectrum:
         folded = gain if convention != "raw" else None
         centre = centre_residual and convention == "centred"
         fingerprint = cache.fingerprint(weight, folded, f"{convention}-{centre}")
-        stored = cache.load(fingerprint) if use_cache else None
+        stored = cache.find(fingerprint) if use_cache else None
         if stored is None:
             stored = _decompose(weight, folded, convention == "centred", centre)
             if use_cache:

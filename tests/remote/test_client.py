@@ -411,7 +411,7 @@ sys.meta_path.insert(0, Lacking())
 read = lambda file: open(file, "rb").read()
 space = {"__name__": "arrival"}
 exec(read(arrival).decode(), space)
-answer = space["run"](nn, read(sources), digest, read(job))
+answer = space["run_job"](nn, read(sources), digest, read(job))
 open(out, "wb").write(answer)
 assert not [n for n in sys.modules if n.partition(".")[0] in LACKING], "something was left behind"
 """
@@ -430,7 +430,7 @@ JOBS: dict[str, Callable[[ss.LanguageModel, ss.Windows, ss.Spectrum], tuple[Any,
         64,
         [u.dark()],
     ),
-    "sinks": lambda m, w, u: (massive.observe, w, 16),
+    "sinks": lambda m, w, u: (massive.attention_and_residuals, w, 16),
     "own": lambda m, w, u: (entropies.__wrapped__, tiny_models.ids(2, 9)),
 }
 

@@ -119,7 +119,7 @@ def test_no_single_flipped_byte_goes_unnoticed(cache_folder):
             path.write_bytes(whole[:place] + bytes([whole[place] ^ bits]) + whole[place + 1 :])
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                found = cache.load("key")
+                found = cache.find("key")
             if found is None:
                 assert [w.category for w in caught] == [SpectralWarning], place
             else:  # white space of the header, say
@@ -132,7 +132,7 @@ def test_a_stranger_file_is_passed_over(cache_folder):
     for content, metadata in [(tensors, None), (tensors, {"checksum": "0"}), ({"values": torch.ones(2)}, {})]:
         cache.save_file(content, cache_folder / "key.safetensors", metadata)
         with pytest.warns(SpectralWarning, match="damaged"):
-            assert cache.load("key") is None
+            assert cache.find("key") is None
 
 
 @pytest.mark.parametrize("below", ["file/cache", "n" * 300])
@@ -164,7 +164,7 @@ def test_a_reader_never_sees_half_a_file(weight, monkeypatch):
 
     def slowly(tensors, path, metadata):
         path.write_bytes(b"half")
-        seen.append(cache.load("key"))
+        seen.append(cache.find("key"))
         save(tensors, path, metadata)
 
     monkeypatch.setattr(cache, "save_file", slowly)
@@ -172,7 +172,7 @@ def test_a_reader_never_sees_half_a_file(weight, monkeypatch):
     cache.store("key", old, vectors)
     cache.store("key", new, vectors)
     assert seen[0] is None and torch.equal(seen[1][0], old)
-    assert torch.equal(cache.load("key")[0], new)
+    assert torch.equal(cache.find("key")[0], new)
 
 
 def test_several_processes_at_once(weight, cache_folder, no_decomposition):

@@ -1,15 +1,15 @@
 # Made by: python docs/generate_api.py
-from .attention_edits import AttentionCall as AttentionCall
-from .attention_edits import AttentionEdit as AttentionEdit
-from .attention_edits import CopyKey as CopyKey
-from .attention_edits import KeyBias as KeyBias
-from .attention_edits import MaskKey as MaskKey
-from .attention_edits import Prefix as Prefix
-from .attention_edits import Restrict as Restrict
-from .attention_edits import SetValue as SetValue
-from .attention_edits import SinkLogit as SinkLogit
-from .attention_edits import Streaming as Streaming
-from .attention_edits import attending as attending
+from .attention_interventions import AttentionCall as AttentionCall
+from .attention_interventions import AttentionEdit as AttentionEdit
+from .attention_interventions import CopyKey as CopyKey
+from .attention_interventions import KeyBias as KeyBias
+from .attention_interventions import MaskKey as MaskKey
+from .attention_interventions import Prefix as Prefix
+from .attention_interventions import Restrict as Restrict
+from .attention_interventions import SetValue as SetValue
+from .attention_interventions import SinkLogit as SinkLogit
+from .attention_interventions import Streaming as Streaming
+from .attention_interventions import attending as attending
 from .by_position import PositionAttention as PositionAttention
 from .by_position import attention_by_position as attention_by_position
 from .received import attention_by_head as attention_by_head

@@ -22,7 +22,7 @@ Position = int | str | Sequence[int]
 """The location of the sink: one position, one for each window, or the name of a token of an image encoder."""
 
 
-def observe(
+def show_attention(
     model: Transformer, windows: Inputs, observers: Sequence[Observer], *, batch_size: int = 16
 ) -> None:
     """Run the windows through the untouched model, and show each layer's attention to the observers."""

@@ -12,8 +12,8 @@ from spectral_sinks.measure.attention.by_position import Inputs
 from spectral_sinks.measure.attention.capture import (
     Position,
     at_sink,
-    observe,
     readers,
+    show_attention,
     sink_positions,
     to_sink,
 )
@@ -84,7 +84,7 @@ def head_use(
 @remotely
 def _seen(model: Transformer, windows: Inputs, position: Position, batch_size: int) -> Found:
     use = HeadUse(model, sink_positions(model, windows, position, batch_size))
-    observe(model, windows, [use], batch_size=batch_size)
+    show_attention(model, windows, [use], batch_size=batch_size)
     return use.found
 
 

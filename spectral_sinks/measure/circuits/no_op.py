@@ -11,7 +11,7 @@ from torch import Tensor
 
 from spectral_sinks.errors import InputError
 from spectral_sinks.measure.attention.by_position import Inputs
-from spectral_sinks.measure.attention.capture import Position, observe, sink_positions
+from spectral_sinks.measure.attention.capture import Position, show_attention, sink_positions
 from spectral_sinks.measure.attention.received import EPSILON
 from spectral_sinks.measure.circuits import heads as head_use
 from spectral_sinks.measure.circuits import qk_detectors
@@ -242,7 +242,7 @@ def _seen(
     sinks = sink_positions(model, windows, position, batch_size)
     # One pass for the use of the sink and what its value writes, two for the detectors, one for the readings
     use, values = HeadUse(model, sinks), SinkValues(model, spectrum, sinks)
-    observe(model, windows, [use, values], batch_size=batch_size)
+    show_attention(model, windows, [use, values], batch_size=batch_size)
     found = qk_detectors.detectors(model, windows, sinks.tolist(), batch_size=batch_size)
     directions = key_directions(model, found)
     read, energy = readings(model, windows, spectrum, directions, sinks, batch_size)

@@ -12,7 +12,13 @@ from torch import Tensor
 
 from spectral_sinks.data.pixels import Pixels
 from spectral_sinks.measure.attention.by_position import Inputs
-from spectral_sinks.measure.attention.capture import Position, at_sink, observe, readers, sink_positions
+from spectral_sinks.measure.attention.capture import (
+    Position,
+    at_sink,
+    readers,
+    show_attention,
+    sink_positions,
+)
 from spectral_sinks.measure.circuits.heads import Found, per_document
 from spectral_sinks.models.attention_capture import AttentionCall
 from spectral_sinks.models.base import Transformer
@@ -126,9 +132,9 @@ def detectors(
         # The first pass gives the moments and thus the modes, the second the parts of the modes
         placed = Placed.of(model, windows, sinks, unturned)
         moments = Moments(model, placed)
-        observe(model, windows, [moments], batch_size=batch_size)
+        show_attention(model, windows, [moments], batch_size=batch_size)
         margins = Margins(placed, *moments.leading())
-        observe(model, windows, [margins], batch_size=batch_size)
+        show_attention(model, windows, [margins], batch_size=batch_size)
     return margins.detectors(windows, moments)
 
 

@@ -88,7 +88,7 @@ class Reader:
             yield band, running, part.add_(self.constant)
 
 
-def scale(model: LanguageModel, x: Float[Tensor, "rows d"]) -> Float[Tensor, "rows 1"]:
+def norm_scale(model: LanguageModel, x: Float[Tensor, "rows d"]) -> Float[Tensor, "rows 1"]:
     """Return the scale that the final norm applies to each residual, besides its gain, float32.
 
     It is measured by running the norm. Raises InputError where the norm is not a scale, a gain and a
@@ -179,7 +179,7 @@ def _scored(
     targets = ids[:, 1:].flatten()
     truth = final[:, :-1].flatten(0, 1)
     residuals = [read[site][:, :-1].flatten(0, 1) for site in sites]
-    residuals = [x.float() * scale(model, x) for x in residuals]
+    residuals = [x.float() * norm_scale(model, x) for x in residuals]
     step = chunk(model, truth.device)
     found: dict[tuple[Site, str, str, int], list[Tensor]] = {}
     for start in range(0, len(truth), step):

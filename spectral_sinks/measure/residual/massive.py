@@ -83,7 +83,9 @@ class Residuals:
 
 
 @remotely
-def observe(model: Transformer, windows: Inputs, batch_size: int = 16) -> tuple[PositionAttention, Residuals]:
+def attention_and_residuals(
+    model: Transformer, windows: Inputs, batch_size: int = 16
+) -> tuple[PositionAttention, Residuals]:
     """Return the attention received by every position and the size of every residual, for whole windows."""
     sites = residual_sites(model)
     shape = (len(windows), len(sites), windows.length)
@@ -142,7 +144,7 @@ def usual_levels(
             torch.cat([row[:1], torch.randint(model.vocabulary, (len(row) - 1,), generator=generator)])
             for row in windows.rows
         ]
-        attention, residuals = observe(model, Windows.of_ids(rows, model), batch_size)
+        attention, residuals = attention_and_residuals(model, Windows.of_ids(rows, model), batch_size)
         varied = np.ones_like(varied)
     usual = (attention.ids >= 0) & varied[:, None]
     usual[:, 0] = False
@@ -172,7 +174,7 @@ def massive_activations(
         InputError: as `attention_by_position` does.
 
     """
-    attention, residuals = observe(model, opened(model, windows, length), batch_size)
+    attention, residuals = attention_and_residuals(model, opened(model, windows, length), batch_size)
     return massive_table(attention, residuals, usual_levels(model, attention, residuals, batch_size))
 
 

@@ -71,7 +71,7 @@ def read_spectrum(
             raise
         key = f"{model.fingerprint} {matrix} {convention}"
         fingerprint = hashlib.sha256(key.encode()).hexdigest()
-        stored = cache.load(fingerprint) if use_cache else None
+        stored = cache.find(fingerprint) if use_cache else None
         if stored is None:
             try:
                 stored = decomposed(model, convention)

@@ -17,7 +17,7 @@ from spectral_sinks.interventions.sites import Site
 from spectral_sinks.measure.attention.received import EPSILON
 from spectral_sinks.measure.nll.remote_batch import by_job
 from spectral_sinks.measure.sinks.comparison import other_positions
-from spectral_sinks.measure.sinks.edit_effects import CombinedEdit, observe
+from spectral_sinks.measure.sinks.edit_effects import CombinedEdit, measure_edits
 from spectral_sinks.measure.sinks.sink import scalars
 from spectral_sinks.models.attention_capture import AttentionHook
 from spectral_sinks.models.language import LanguageModel
@@ -296,7 +296,7 @@ def _shown(
     """Run one batch under each of several interventions; return the entries of `Found` by window."""
     found: list[dict[str, Tensor]] = []
     for parts in several:
-        seen, _ = observe(model, ids, parts, queries, spaces=spaces)
+        seen, _ = measure_edits(model, ids, parts, queries, spaces=spaces)
         part = {"nll": seen.nll, "given": seen.given.mean(2)} | seen.chosen(marks)
         part["others"] = part["given"].mean(1).masked_fill(marks[:, : queries.shape[1]], 0.0)
         part["old_norm_ratio"] = seen.chosen(_column(old, ids))["norm_ratio"]

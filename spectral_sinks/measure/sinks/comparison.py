@@ -16,7 +16,7 @@ from spectral_sinks.errors import InputError
 from spectral_sinks.interventions.sites import Site
 from spectral_sinks.measure.nll.effects import check_edit
 from spectral_sinks.measure.nll.remote_batch import by_job
-from spectral_sinks.measure.sinks.edit_effects import Changes, CombinedEdit, EditEffect, observe
+from spectral_sinks.measure.sinks.edit_effects import Changes, CombinedEdit, EditEffect, measure_edits
 from spectral_sinks.models.attention_capture import attending
 from spectral_sinks.models.attention_sdpa import TOKENS
 from spectral_sinks.models.language import LanguageModel
@@ -227,9 +227,11 @@ def _edited(
 ) -> list[dict[str, Tensor]]:
     """Run one batch untouched and under each intervention; return the table entries by window."""
     queries = (torch.arange(length) > max(positions)).expand(len(ids), length)
-    base, reference = observe(model, ids, CombinedEdit(), queries, spaces=spaces)
+    base, reference = measure_edits(model, ids, CombinedEdit(), queries, spaces=spaces)
     passes = (
-        observe(model, ids, parts, queries, spaces=spaces, reference=reference)[0] if parts.act else base
+        measure_edits(model, ids, parts, queries, spaces=spaces, reference=reference)[0]
+        if parts.act
+        else base
         for parts in cells
     )
     return [_reduced(seen, positions, base.nll) for seen in passes]

@@ -130,7 +130,7 @@ class EditEffect:
         }
 
 
-def observe(
+def measure_edits(
     model: LanguageModel,
     ids: Int[Tensor, "batch length"],
     parts: CombinedEdit,

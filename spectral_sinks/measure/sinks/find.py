@@ -16,8 +16,8 @@ from spectral_sinks.measure.attention.by_position import PositionAttention, open
 from spectral_sinks.measure.attention.received import EPSILON
 from spectral_sinks.measure.residual.massive import (
     Residuals,
+    attention_and_residuals,
     massive_table,
-    observe,
     repeated_windows,
     usual_levels,
 )
@@ -195,7 +195,7 @@ def find_sinks(
     if isinstance(read, Pixels):
         raise InputError("sinks of images are found by kind of token: vision_sinks(model, pixels)")
     # One set of passes gives the attention and the norms of all positions
-    attention, residuals = observe(model, read, batch_size)
+    attention, residuals = attention_and_residuals(model, read, batch_size)
     levels = usual_levels(model, attention, residuals, batch_size)
     high = residuals.high(levels)
     # Site l is what layer l reads; the last exit is read by no layer

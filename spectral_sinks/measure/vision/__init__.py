@@ -18,7 +18,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "outlier_positions": ["outlier_places"],
         "outlier_tokens": ["Outliers", "outlier_onset", "outliers"],
         "register_effects": ["register_maps", "register_repair"],
-        "registers": ["install_registers", "with_registers", "without_registers"],
+        "register_tokens": ["install_registers", "with_registers", "without_registers"],
         "ridge": ["LinearProbe"],
         "trained_registers": ["register_ablation"],
     },

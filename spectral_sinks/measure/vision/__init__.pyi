@@ -18,9 +18,9 @@ from .outlier_tokens import outlier_onset as outlier_onset
 from .outlier_tokens import outliers as outliers
 from .register_effects import register_maps as register_maps
 from .register_effects import register_repair as register_repair
-from .registers import install_registers as install_registers
-from .registers import with_registers as with_registers
-from .registers import without_registers as without_registers
+from .register_tokens import install_registers as install_registers
+from .register_tokens import with_registers as with_registers
+from .register_tokens import without_registers as without_registers
 from .ridge import LinearProbe as LinearProbe
 from .trained_registers import register_ablation as register_ablation
 

@@ -28,7 +28,7 @@ class EncoderOutput:
     logits: Float[Tensor, "batch classes"] | None
 
 
-def encode(
+def run_encoder(
     model: VisionModel,
     batch: Tensor,
     edits: Interventions,

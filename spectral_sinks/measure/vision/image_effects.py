@@ -19,9 +19,9 @@ from spectral_sinks.measure.vision.features import (
     EncoderOutput,
     classes_in_range,
     classes_of,
-    encode,
     features,
     neighbours,
+    run_encoder,
     same_top_class,
     token_changes,
     token_kinds,
@@ -134,7 +134,7 @@ def evaluate_images(
     vectors: dict[str, list[dict[str, Tensor]]] = {name: [] for name in cells}
     for places, batch in pixels.batches(batch_size):
         batch = batch.to(model.device)
-        untouched, residuals = encode(model, batch, {}, exits)
+        untouched, residuals = run_encoder(model, batch, {}, exits)
         base.append(features(model, untouched))
         for name, edits in cells.items():
             own = for_batch(edits, places, len(pixels))
@@ -203,7 +203,7 @@ def _edited(
         exit = Site("exit", first)
         residual = residuals[exit]
         resume = Resume(first, acting.pop(exit)(residual) if exit in acting else residual)
-    found, _ = encode(model, batch, acting, (), resume)
+    found, _ = run_encoder(model, batch, acting, (), resume)
     return found, torch.stack(shares).mean(0)
 
 

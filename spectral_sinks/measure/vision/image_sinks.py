@@ -10,10 +10,10 @@ import pandas as pd
 from spectral_sinks.data.pixels import Pixels
 from spectral_sinks.errors import InputError
 from spectral_sinks.measure.attention.by_position import check_inputs
-from spectral_sinks.measure.attention.capture import observe as look_at
+from spectral_sinks.measure.attention.capture import show_attention
 from spectral_sinks.measure.attention.received import EPSILON
 from spectral_sinks.measure.circuits.heads import NO_OP, written_norms
-from spectral_sinks.measure.residual.massive import observe, usual_levels
+from spectral_sinks.measure.residual.massive import attention_and_residuals, usual_levels
 from spectral_sinks.measure.sinks.rule import SHARE, Place
 from spectral_sinks.measure.sinks.sink import Sink, as_json, measure_sinks, sink_rows
 from spectral_sinks.measure.vision.image_attention import ImageAttention, total_of
@@ -79,9 +79,9 @@ class VisionSinks(ImageAttention):
             "onset_layer": self.onset_layer,
             **as_json("total_sink_mass", Estimate.of(total)),
             "uniform_total_sink_mass": float(self.members.sum(1).mean() / self.length),
-            "kinds": as_rows(self.by_kind()),
-            "patches": as_rows(self.patches()),
-            "layers": as_rows(self.by_layer()),
+            "kinds": json_rows(self.by_kind()),
+            "patches": json_rows(self.patches()),
+            "layers": json_rows(self.by_layer()),
             "rule": RULE,
         }
 
@@ -119,7 +119,7 @@ def vision_sinks(
     if spectrum is not None and spectrum.d != model.d:
         raise InputError(f"a spectrum of width {spectrum.d} for {model.name} of width {model.d}")
     writes = [written_norms(model, layer) for layer in range(model.layers)]
-    attention, residuals = observe(model, pixels, batch_size)
+    attention, residuals = attention_and_residuals(model, pixels, batch_size)
     # Norms of what each value writes, in a second set of passes
     written = np.zeros(attention.alpha.shape, dtype=np.float32)
 
@@ -127,7 +127,7 @@ def vision_sinks(
         value = call.value.repeat_interleave(call.groups, dim=1).double()
         written[places, call.layer] = (value @ writes[call.layer].to(value.device)).norm(dim=-1).cpu()
 
-    look_at(model, pixels, [look], batch_size=batch_size)
+    show_attention(model, pixels, [look], batch_size=batch_size)
     found = VisionSinks(model.name, epsilon, model.prefix, pixels.grid, attention, written, residuals)
     # A prefix token is one sink for all images; of patches only the sinks of each image count
     places: list[Place] = []
@@ -145,6 +145,6 @@ def vision_sinks(
     return replace(found, sinks=tuple(sinks), dark_known=spectrum is not None)
 
 
-def as_rows(table: pd.DataFrame) -> list[dict[str, Any]]:
+def json_rows(table: pd.DataFrame) -> list[dict[str, Any]]:
     """Return the rows of a table as dictionaries, with None for NaN."""
     return table.astype(object).where(table.notna(), None).to_dict("records")

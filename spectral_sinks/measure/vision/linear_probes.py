@@ -60,7 +60,7 @@ def token_probes(
     if len(given) < 4:
         raise InputError(f"probes of {len(given)} images: give at least four, half of which are held out")
     return probe_tokens(
-        features(given.model, given, layer, batch_size),
+        token_features(given.model, given, layer, batch_size),
         torch.from_numpy(found.member[:, layer + 1].copy()),
         torch.stack([patches_of(given[place], given.model.patch_size) for place in range(len(given))]),
         given.grid,
@@ -69,7 +69,7 @@ def token_probes(
     )
 
 
-def features(
+def token_features(
     model: VisionModel, given: Pixels, layer: int, batch_size: int = 16
 ) -> Float[Tensor, "images tokens d"]:
     """Return the residual at a layer's exit (-1: the embedding) after the final norm, float32."""

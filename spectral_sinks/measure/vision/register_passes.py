@@ -14,7 +14,7 @@ from torch import Tensor
 
 from spectral_sinks.interventions.sites import Site
 from spectral_sinks.interventions.tracing import Interventions
-from spectral_sinks.measure.vision.features import encode, same_top_class, token_changes
+from spectral_sinks.measure.vision.features import run_encoder, same_top_class, token_changes
 from spectral_sinks.models.attention_capture import AttentionCall, attending
 from spectral_sinks.models.vision import VisionModel
 from spectral_sinks.spectra.edits import EditFunction, as_edits
@@ -57,7 +57,7 @@ def recorded_pass(
         weights.append(call.weights(slice(0, 1))[:, :, 0].float().cpu())
 
     with attending(model, record) if attention and model.cls is not None else nullcontext():
-        output, _ = encode(model, batch.to(model.device), own | {site: measured(site) for site in exits})
+        output, _ = run_encoder(model, batch.to(model.device), own | {site: measured(site) for site in exits})
     norms = torch.stack(sizes, dim=1).numpy()
     return RecordedPass(
         norms[..., start:],

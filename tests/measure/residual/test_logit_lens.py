@@ -7,7 +7,7 @@ from support import tiny_models
 from torch import Tensor
 
 import spectral_sinks as ss
-from spectral_sinks.measure.residual.logit_lens import Reader, scale
+from spectral_sinks.measure.residual.logit_lens import Reader, norm_scale
 
 IDS = tiny_models.ids(4, 15, seed=6)
 LENS_FAMILIES = ["llama", "gpt2", "gemma2", "gemma3", "gpt_neox", "qwen2", "olmo2"]
@@ -120,7 +120,7 @@ def test_the_scale_of_the_norm(family: str) -> None:
     model = tiny_models.model(family)
     x = torch.randn(20, 32, generator=torch.Generator().manual_seed(0)) * 3
     spread = x - x.mean(-1, keepdim=True) if family == "gpt2" else x
-    assert torch.allclose(scale(model, x), spread.square().mean(-1, keepdim=True).rsqrt(), rtol=1e-4)
+    assert torch.allclose(norm_scale(model, x), spread.square().mean(-1, keepdim=True).rsqrt(), rtol=1e-4)
 
 
 def test_bad_input() -> None:
@@ -131,4 +131,4 @@ def test_bad_input() -> None:
     norm = odd.module.model.norm
     norm.forward = lambda x: torch.tanh(x) * norm.weight
     with pytest.raises(ss.InputError, match=r"cannot be split by band|not understood as a norm"):
-        scale(odd, torch.randn(5, 32) * 3)
+        norm_scale(odd, torch.randn(5, 32) * 3)

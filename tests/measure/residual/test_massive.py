@@ -8,7 +8,12 @@ import torch
 from support import tiny_models
 
 import spectral_sinks as ss
-from spectral_sinks.measure.residual.massive import Residuals, observe, repeated_windows, usual_levels
+from spectral_sinks.measure.residual.massive import (
+    Residuals,
+    attention_and_residuals,
+    repeated_windows,
+    usual_levels,
+)
 
 IDS = tiny_models.ids(4, 70, seed=3)
 
@@ -24,7 +29,7 @@ def planted(value: float) -> ss.LanguageModel:
 def test_sizes_are_those_of_the_residual_stream(family: str) -> None:
     model = tiny_models.model(family)
     windows = ss.Windows.of_ids([*IDS[:3], IDS[3, :40]], model)
-    attention, found = observe(model, windows, batch_size=2)
+    attention, found = attention_and_residuals(model, windows, batch_size=2)
     assert found.norm.shape == (4, 4, 70) and np.isnan(found.norm[3, :, 40:]).all()
     sites = [ss.Site("embedding"), *(ss.Site("exit", layer) for layer in range(3))]
     for place, row in enumerate(windows.rows):
@@ -85,7 +90,7 @@ def test_a_planted_activation(value: float, massive: bool) -> None:
         assert entry["norm_ratio"].to_numpy() == pytest.approx(norm / middle, rel=1e-5)
         assert entry["z"].to_numpy() == pytest.approx((norm - middle) / spread, rel=1e-4)
         windows = ss.Windows.of_ids(IDS[:, :64], model)
-        _, sizes = observe(model, windows)
+        _, sizes = attention_and_residuals(model, windows)
         for row in table.itertuples():
             here = (row.window, row.layer + 1)
             norms = sizes.norm[:, row.layer + 1, 1:]
@@ -107,18 +112,18 @@ def test_windows_of_one_token_are_measured_against_others() -> None:
         ss.Windows.of_ids([half, half.clone().index_fill(0, torch.tensor([3]), 1)], model)
     ).tolist() == [True, False]
     mixed, varied = (
-        usual_levels(model, *observe(model, ss.Windows.of_ids(rows, model)))
+        usual_levels(model, *attention_and_residuals(model, ss.Windows.of_ids(rows, model)))
         for rows in ([equal, *IDS[:2, :64]], IDS[:2, :64])
     )
     assert mixed == pytest.approx(varied, rel=1e-4), "what repeats is left out"
     random = torch.randint(model.vocabulary, (63,), generator=torch.Generator().manual_seed(0))
     alone, drawn = (
-        usual_levels(model, *observe(model, ss.Windows.of_ids([row], model)))
+        usual_levels(model, *attention_and_residuals(model, ss.Windows.of_ids([row], model)))
         for row in (equal, torch.cat([equal[:1], random]))
     )
     assert alone == pytest.approx(drawn, rel=1e-4), "random tokens after the window's own first one"
     for rows in ([equal, *IDS[:2, :64]], [equal]):
-        attention, residuals = observe(model, ss.Windows.of_ids(rows, model))
+        attention, residuals = attention_and_residuals(model, ss.Windows.of_ids(rows, model))
         levels = usual_levels(model, attention, residuals)
         assert residuals.high(levels)[0, 0].all(), "every copy has the norm, though no copy stands out"
         assert levels[0, 0] < 2, "of tokens in other windows, or random ones where there are none"

@@ -7,7 +7,7 @@ import torch
 from support import planted_outliers
 
 import spectral_sinks as ss
-from spectral_sinks.measure.vision.linear_probes import features, patches_of, probe_tokens
+from spectral_sinks.measure.vision.linear_probes import patches_of, probe_tokens, token_features
 
 GRID = (4, 5)
 CLASSES = 3
@@ -59,7 +59,7 @@ def test_on_a_model() -> None:
     one = patches_of(pixels[2], 4)
     assert torch.equal(one[7], images[2, :, 4:8, 8:12].flatten())
     assert torch.equal(one[marks[2].flatten()], torch.full((2, 48), planted_outliers.MARK))
-    x = features(model, pixels, 2, batch_size=5)
+    x = token_features(model, pixels, 2, batch_size=5)
     with torch.no_grad():
         expected = planted_outliers.plant()(images).last_hidden_state
     assert torch.allclose(x, expected, atol=1e-5)
