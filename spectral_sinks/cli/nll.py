@@ -50,11 +50,14 @@ def run_nll(options: Nll) -> None:
     tokens = parse_tokens(options.tokens)
     site = ss.Site.parse(options.site)
     model, windows, spectrum = options.prepare()
+    from spectral_sinks.measure.memory import batch_size_for  # not for --help
+
+    size = batch_size_for(model, windows.length, options.batch_size)
     spec = options.keep or options.remove
     # without --layer, the filter acts below the layer with the strongest sink
     layer = options.layer
     if spec and layer is None and site.kind != "embedding":
-        layer = layer_of_strongest_sink(model, windows, options.batch_size)
+        layer = layer_of_strongest_sink(model, windows, size)
     site = ss.Site.parse(options.site, layer or 0)
     site.check(model)
     # the filter and its random controls, each as one cell
@@ -69,14 +72,14 @@ def run_nll(options: Nll) -> None:
         for seed in range(options.controls):
             control = ss.remove(ss.random_subspace(model.d, chosen.rank, seed), fill, tokens)
             cells[f"control {seed}"] = {site: control}
-    batches = len(list(windows.batches(options.batch_size)))
+    batches = len(list(windows.batches(size)))
     hidden = True if options.json else None  # None hides the bar unless the output is a terminal
     with tqdm(total=len(cells) * batches, desc="nll", unit="pass", leave=False, disable=hidden) as bar:
 
         def tick(done: int) -> None:
             bar.update(done)
 
-        effects = ss.evaluate_all(model, windows, cells, batch_size=options.batch_size, progress=tick)
+        effects = ss.evaluate_all(model, windows, cells, batch_size=size, progress=tick)
     effect, *controls = effects.values()
     low, high = effect.delta_nll_interval
     if len(effect.table) < 2:

@@ -67,8 +67,8 @@ class Running(Common):
     The default is 2, or all windows where the text is a single document."""
     bos: Literal["auto", "always", "never"] = "auto"
     """Whether windows open with BOS; auto does what the tokenizer of the model does."""
-    batch_size: int = 16
-    """Number of windows in a batch."""
+    batch_size: int | None = None
+    """Number of windows in a batch; by default as many as the memory holds, at most 16."""
     device: str | None = None
     """Device to run on, such as cuda or cpu."""
     dtype: str = "auto"

@@ -48,8 +48,8 @@ class Vision:
     """Layer at whose exit outliers are sought to find register neurons, counted from the end if negative."""
     figures: Path | None = None
     """Folder for figures (PNG): norm maps of the first images, outliers by layer, attention, registers."""
-    batch_size: int = 16
-    """Number of images in a batch."""
+    batch_size: int | None = None
+    """Number of images in a batch; by default as many as the memory holds, at most 16."""
     device: str | None = None
     """Device to run on, such as cuda or cpu."""
     dtype: str = "auto"

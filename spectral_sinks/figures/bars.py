@@ -69,5 +69,5 @@ def _band(axis: Any, null: pd.DataFrame, label: str) -> None:
 
 
 def _ticks(table: pd.DataFrame) -> list[int]:
-    layers = sorted(table["layer"].unique())
+    layers = sorted(table["layer"].unique().tolist())
     return layers[:: max(1, len(layers) // 8)]

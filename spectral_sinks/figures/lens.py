@@ -18,7 +18,7 @@ def lens(table: pd.DataFrame, spread: pd.DataFrame, path: Path) -> None:
     high. `spread`: the same keys with mean, min and max over random bases, for some bands.
     """
     together, alone = "bands 1 to k", "band k alone"
-    layers = sorted(table["layer"].unique())
+    layers = sorted(table["layer"].unique().tolist())
     chosen = sorted({layers[round(i)] for i in np.linspace(0, len(layers) - 1, min(7, len(layers)))})
     with saved_figure(path, 1, 3, (11, 3.1)) as axes:
         tones = matplotlib.colormaps["Greys"](np.linspace(0.35, 1.0, len(chosen)))

@@ -38,7 +38,7 @@ def vision_bands(
     `table` is the result of `image_ladder` for several exits. `rank` is the number of bands in which the
     matrix reads. Bands beyond it are cut from its null space, which is shaded.
     """
-    layers = sorted(table["layer"].unique())
+    layers = sorted(table["layer"].unique().tolist())
     shown = layers if len(layers) <= 4 else [layers[round(i)] for i in np.linspace(0, len(layers) - 1, 4)]
     size = (2.0 * (len(shown) + 1.6), 1.75 * len(quantities) + 0.5)
     widths = [1.0] * len(shown) + [1.5]

@@ -2,12 +2,15 @@
 
 import gc
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import psutil
 import torch
+from torch import Tensor
 
+from spectral_sinks.data.pixels import Pixels
+from spectral_sinks.data.texts import Windows
 from spectral_sinks.errors import InputError
 from spectral_sinks.models.base import Transformer
 
@@ -72,6 +75,13 @@ def batch_size_for(model: Transformer, length: int, batch_size: int | None = Non
     if batch_size < 1:
         raise InputError(f"batch_size {batch_size}: expected at least 1, or None to find it by memory")
     return batch_size
+
+
+def batches(
+    model: Transformer, inputs: Windows | Pixels, batch_size: int | None
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Yield batches of windows or images with their indices, as many in each as `batch_size_for` says."""
+    return inputs.batches(batch_size_for(model, inputs.length, batch_size))
 
 
 def free(device: torch.device) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor
 from spectral_sinks.data.pixels import Pixels
 from spectral_sinks.interventions.sites import Site
 from spectral_sinks.interventions.tracing import trace
+from spectral_sinks.measure.memory import batches
 from spectral_sinks.measure.vision.image_effects import evaluate_images
 from spectral_sinks.models.vision import VisionModel
 from spectral_sinks.spectra.controls import energy_matched
@@ -36,7 +37,7 @@ def image_ladder(
     labels: Sequence[int] | Int[Tensor, "images"] | None = None,
     probe: Literal["cls", "patches"] | None = None,
     draws: int = 20,
-    batch_size: int = 32,
+    batch_size: int | None = None,
 ) -> pd.DataFrame:
     """Evaluate an image encoder with bands 1 to k kept, with each band removed, and without the tail.
 
@@ -104,11 +105,13 @@ def image_ladder(
     return table[first + [name for name in table.columns if name not in first]]
 
 
-def residuals(model: VisionModel, given: Pixels, site: Site, batch_size: int) -> Float[Tensor, "tokens d"]:
+def residuals(
+    model: VisionModel, given: Pixels, site: Site, batch_size: int | None
+) -> Float[Tensor, "tokens d"]:
     """Return the residuals of all tokens of some images at a site."""
     parts = [
         trace(model, batch.to(model.device), {}, [site], readout=lambda _, read, __: read[site].cpu())
-        for _, batch in given.batches(batch_size)
+        for _, batch in batches(model, given, batch_size)
     ]
     return torch.cat(parts).flatten(0, 1)
 

@@ -73,7 +73,6 @@ def test_the_embedded_model(capsys: pytest.CaptureFixture[str]) -> None:
     ("options", "message"),
     [
         (["--length", 200], "model has a context of 128"),
-        (["--length", 30], "over 64 tokens, and the longest window has 30: give longer texts"),
         (["--length", 1], "windows of 1 tokens: nothing is left"),
         (["--epsilon", 1.5], "epsilon 1.5: attention received lies between 0 and 1"),
     ],

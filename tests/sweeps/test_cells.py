@@ -125,6 +125,7 @@ def test_the_mean_is_of_its_model_and_windows() -> None:
     )
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -102,6 +102,7 @@ def test_every_site_and_every_edit_is_a_cell_of_its_own() -> None:
     assert len({of(cell) for cell in cells}) == len(cells)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_what_does_not_change_a_number() -> None:
     two = {EXIT: DARK, ss.Site("mlp", 1): DARK}
     assert of(two) == of(dict(reversed(two.items())))
@@ -158,6 +159,7 @@ def test_weights_and_settings(shared: Callable[..., Any], tmp_path: Path) -> Non
     assert blind == expected | {"metrics": expected["metrics"][:-1]}, "no sink mass is read"
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_data(shared: Callable[..., Any]) -> None:
     windows, expected = small_sweeps.windows(), shared()
     ids = torch.stack(windows.rows)

@@ -414,6 +414,7 @@ def test_a_plan_counts_what_is_missing(out: Path) -> None:
     assert (planned.cells, planned.units, planned.windows) == (2, 2, 5)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_what_it_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Counts by hand: a layer takes 2 s and the head 3 s for a window, so a pass takes 9 s."""
     now = [0.0]

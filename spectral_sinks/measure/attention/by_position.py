@@ -18,7 +18,7 @@ from spectral_sinks.data.texts import Windows
 from spectral_sinks.errors import InputError, SpectralWarning
 from spectral_sinks.interventions.tracing import Interventions, trace
 from spectral_sinks.measure.attention.received import EPSILON, from_others
-from spectral_sinks.measure.memory import Memory
+from spectral_sinks.measure.memory import Memory, batches
 from spectral_sinks.models.attention_capture import AttentionCall, attending
 from spectral_sinks.models.attention_sdpa import TOKENS
 from spectral_sinks.models.base import Transformer
@@ -119,7 +119,7 @@ def _above(values: NDArray[np.float64], threshold: float) -> NDArray[np.float64]
 
 
 def attention_by_position(
-    model: Transformer, windows: Inputs, *, length: int = TOKENS, batch_size: int = 16
+    model: Transformer, windows: Inputs, *, length: int = TOKENS, batch_size: int | None = None
 ) -> PositionAttention:
     """Measure the attention received by every position in the first `length` tokens of each window, in every
     head.
@@ -149,7 +149,7 @@ def attention_by_position(
 def watch(
     model: Transformer,
     windows: Inputs,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     edits: Interventions | None = None,
     after: Callable[[list[int]], None] = lambda places: None,
 ) -> PositionAttention:
@@ -184,7 +184,7 @@ def watch(
     own, sums = model.own_attention, list[float]()
     maps = own is not None or model.weightless
     memory = Memory(model, length)
-    for places, rows in windows.batches(batch_size):
+    for places, rows in batches(model, windows, batch_size):
 
         def run(start: int, stop: int, places: list[int] = places, rows: Tensor = rows) -> None:
             found.clear()

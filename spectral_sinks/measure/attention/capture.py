@@ -11,6 +11,7 @@ from spectral_sinks.data.pixels import Pixels
 from spectral_sinks.errors import InputError
 from spectral_sinks.interventions.tracing import trace
 from spectral_sinks.measure.attention.by_position import Inputs, attention_by_position, check_inputs
+from spectral_sinks.measure.memory import batches
 from spectral_sinks.models.attention_capture import AttentionCall, attending
 from spectral_sinks.models.base import Transformer
 from spectral_sinks.models.vision import VisionModel
@@ -23,10 +24,10 @@ Position = int | str | Sequence[int]
 
 
 def show_attention(
-    model: Transformer, windows: Inputs, observers: Sequence[Observer], *, batch_size: int = 16
+    model: Transformer, windows: Inputs, observers: Sequence[Observer], *, batch_size: int | None = None
 ) -> None:
     """Run the windows through the untouched model, and show each layer's attention to the observers."""
-    for places, ids in windows.batches(batch_size):
+    for places, ids in batches(model, windows, batch_size):
 
         def look(call: AttentionCall, places: list[int] = places) -> None:
             for observer in observers:
@@ -37,7 +38,7 @@ def show_attention(
 
 
 def sink_positions(
-    model: Transformer, windows: Inputs, position: Position, batch_size: int = 16
+    model: Transformer, windows: Inputs, position: Position, batch_size: int | None = None
 ) -> Int[Tensor, "windows"]:
     """Return the sink's position in each window.
 
@@ -71,7 +72,7 @@ def sink_positions(
     return found.expand(len(windows)).clone()
 
 
-def _named(model: VisionModel, pixels: Pixels, name: str, batch_size: int) -> Int[Tensor, "images"]:
+def _named(model: VisionModel, pixels: Pixels, name: str, batch_size: int | None) -> Int[Tensor, "images"]:
     if name in model.prefix:
         return torch.full((len(pixels),), model.prefix.index(name))
     if name != "patch":

@@ -11,6 +11,7 @@ from spectral_sinks.data.pixels import Pixels
 from spectral_sinks.data.texts import Windows
 from spectral_sinks.errors import InputError
 from spectral_sinks.interventions.tracing import trace
+from spectral_sinks.measure.memory import batches
 from spectral_sinks.models.attention_sdpa import OPENING, TOKENS
 from spectral_sinks.models.base import Transformer
 
@@ -88,7 +89,7 @@ def attention_by_head(
     position: int = 0,
     *,
     length: int | None = None,
-    batch_size: int = 16,
+    batch_size: int | None = None,
 ) -> pd.DataFrame:
     """Measure the attention received by one position in every head, by document.
 
@@ -116,7 +117,7 @@ def attention_by_head(
             f"the first {TOKENS}: load the model with attention='eager'"
         )
     rows: list[pd.DataFrame] = []
-    for places, ids in windows.batches(batch_size):
+    for places, ids in batches(model, windows, batch_size):
         received = trace(
             model,
             ids.to(model.device),

@@ -12,6 +12,7 @@ from spectral_sinks.measure.attention.by_position import Inputs
 from spectral_sinks.measure.attention.capture import at_sink
 from spectral_sinks.measure.circuits.heads import Found
 from spectral_sinks.measure.circuits.qk_detectors import Detectors
+from spectral_sinks.measure.memory import batches
 from spectral_sinks.models.attention_capture import AttentionCall
 from spectral_sinks.models.base import Transformer
 from spectral_sinks.models.rotary import key_gain
@@ -55,7 +56,7 @@ def readings(
     spectrum: Spectrum,
     directions: Float[Tensor, "layers heads d"],
     sinks: Int[Tensor, "windows"],
-    batch_size: int,
+    batch_size: int | None,
 ) -> tuple[Found, Found]:
     """Split what each head's leading mode reads at the sink by band, and likewise the energy of the residual.
 
@@ -77,7 +78,7 @@ def readings(
     sizes = np.diff(spectrum.edges).tolist()
     read: Found = []
     energy: Found = []
-    for places, ids in windows.batches(batch_size):
+    for places, ids in batches(model, windows, batch_size):
         at = sinks[places]
 
         def readout(

@@ -47,7 +47,7 @@ QUANTITIES = ("attention", "weighted", "queries_on_sink", "value_ratio", "stable
 
 
 def head_use(
-    model: Transformer, windows: Inputs, position: Position = 0, *, batch_size: int = 16
+    model: Transformer, windows: Inputs, position: Position = 0, *, batch_size: int | None = None
 ) -> pd.DataFrame:
     """Measure what each head does with a sink at `position`, by document.
 
@@ -82,7 +82,7 @@ def head_use(
 
 
 @remotely
-def _seen(model: Transformer, windows: Inputs, position: Position, batch_size: int) -> Found:
+def _seen(model: Transformer, windows: Inputs, position: Position, batch_size: int | None) -> Found:
     use = HeadUse(model, sink_positions(model, windows, position, batch_size))
     show_attention(model, windows, [use], batch_size=batch_size)
     return use.found

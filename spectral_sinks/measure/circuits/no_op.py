@@ -174,7 +174,7 @@ def no_op_circuits(
     spectrum: Spectrum,
     position: Position = 0,
     *,
-    batch_size: int = 16,
+    batch_size: int | None = None,
 ) -> Circuits:
     """Find the heads with a no-op circuit for the sink at `position`, by the rule `Circuits.rule`.
 
@@ -237,7 +237,7 @@ class Seen:
 
 @remotely
 def _seen(
-    model: Transformer, windows: Inputs, spectrum: Spectrum, position: Position, batch_size: int
+    model: Transformer, windows: Inputs, spectrum: Spectrum, position: Position, batch_size: int | None
 ) -> Seen:
     sinks = sink_positions(model, windows, position, batch_size)
     # One pass for the use of the sink and what its value writes, two for the detectors, one for the readings

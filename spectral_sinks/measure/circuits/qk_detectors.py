@@ -90,7 +90,7 @@ class Detectors:
 
 @remotely
 def detectors(
-    model: Transformer, windows: Inputs, position: Position = 0, *, batch_size: int = 16
+    model: Transformer, windows: Inputs, position: Position = 0, *, batch_size: int | None = None
 ) -> Detectors:
     """Find the modes of each head's query-key form, and their contributions to the score of the sink.
 

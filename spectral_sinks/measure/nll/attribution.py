@@ -13,7 +13,7 @@ from spectral_sinks.data.texts import Windows
 from spectral_sinks.errors import InputError
 from spectral_sinks.interventions.sites import Site
 from spectral_sinks.interventions.tracing import trace
-from spectral_sinks.measure.memory import batch_size_for
+from spectral_sinks.measure.memory import batches
 from spectral_sinks.measure.nll.scoring import chunk, predicted, predictions
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.models.masked_lm import masked_ids
@@ -61,7 +61,7 @@ def first_order(
     sizes = np.diff(spectrum.edges).tolist()
     estimates = np.zeros((len(windows), len(exits), spectrum.count))
     tokens = np.zeros(len(windows))
-    for indices, ids in windows.batches(batch_size_for(model, windows.length, batch_size)):
+    for indices, ids in batches(model, windows, batch_size):
         ids = ids.to(model.device)
 
         def readout(final: Tensor, read: dict[Site, Tensor], _: list[Tensor], ids: Tensor = ids) -> Tensor:

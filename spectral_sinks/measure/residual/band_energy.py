@@ -12,6 +12,7 @@ from spectral_sinks.data.texts import Windows
 from spectral_sinks.errors import InputError
 from spectral_sinks.interventions.sites import Site
 from spectral_sinks.interventions.tracing import trace
+from spectral_sinks.measure.memory import batches
 from spectral_sinks.models.base import Transformer
 from spectral_sinks.spectra.spectrum import Spectrum
 
@@ -28,7 +29,7 @@ def energy(
     sites: Sequence[Site] | None = None,
     *,
     marked: Bool[Tensor, "images tokens"] | None = None,
-    batch_size: int = 16,
+    batch_size: int | None = None,
 ) -> pd.DataFrame:
     """Measure the share of each band in the residuals at some sites, by document and class of token.
 
@@ -63,7 +64,7 @@ def energy(
     if marked is not None and (not isinstance(windows, Pixels) or tuple(marked.shape) != expected):
         raise InputError(f"marks of shape {tuple(marked.shape)}: expected those of images, {expected}")
     rows: list[dict[str, object]] = []
-    for places, ids in windows.batches(batch_size):
+    for places, ids in batches(model, windows, batch_size):
         # Classes as masks `[batch, tokens]`; marked tokens leave their own class
         classes = _of_images(windows, ids) if isinstance(windows, Pixels) else _of_text(windows, ids)
         if marked is not None:

@@ -13,6 +13,7 @@ from spectral_sinks.data.texts import Windows
 from spectral_sinks.errors import InputError
 from spectral_sinks.interventions.sites import Site
 from spectral_sinks.interventions.tracing import trace
+from spectral_sinks.measure.memory import batches
 from spectral_sinks.measure.nll.scoring import chunk
 from spectral_sinks.measure.residual.band_energy import residual_sites
 from spectral_sinks.models.language import LanguageModel
@@ -117,7 +118,7 @@ def band_lens(
     *,
     bands: Sequence[int] | None = None,
     alone: bool = True,
-    batch_size: int = 8,
+    batch_size: int | None = None,
 ) -> pd.DataFrame:
     """Read the next-token distribution from bands 1 to k of the residual, and from band k alone.
 
@@ -153,7 +154,7 @@ def band_lens(
         spectra if model.remote else {name: Reader.of(model, spectrum) for name, spectrum in spectra.items()}
     )
     rows: list[dict[str, Any]] = []
-    for places, ids in windows.batches(batch_size):
+    for places, ids in batches(model, windows, batch_size):
         found = _scored(model, ids.to(model.device), made, sites, readings, bands)
         for (site, name, reading, band), parts in found.items():
             scores = torch.cat(parts).view(len(ids), -1, 3).mean(1)

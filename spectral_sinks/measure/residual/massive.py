@@ -84,7 +84,7 @@ class Residuals:
 
 @remotely
 def attention_and_residuals(
-    model: Transformer, windows: Inputs, batch_size: int = 16
+    model: Transformer, windows: Inputs, batch_size: int | None = None
 ) -> tuple[PositionAttention, Residuals]:
     """Return the attention received by every position and the size of every residual, for whole windows."""
     sites = residual_sites(model)
@@ -126,7 +126,7 @@ def repeated_windows(windows: Windows) -> Bool[NDArray[np.bool_], "windows"]:
 
 
 def usual_levels(
-    model: Transformer, attention: PositionAttention, residuals: Residuals, batch_size: int = 16
+    model: Transformer, attention: PositionAttention, residuals: Residuals, batch_size: int | None = None
 ) -> Float[NDArray[np.float64], "2 sites"]:
     """Return `Residuals.levels` of usual tokens: those after the first, or the patches of images.
 
@@ -152,7 +152,7 @@ def usual_levels(
 
 
 def massive_activations(
-    model: Transformer, windows: Inputs, *, length: int = TOKENS, batch_size: int = 16
+    model: Transformer, windows: Inputs, *, length: int = TOKENS, batch_size: int | None = None
 ) -> pd.DataFrame:
     """Find the tokens whose residuals stand out by either rule, one row per token and layer.
 

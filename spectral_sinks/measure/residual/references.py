@@ -11,6 +11,7 @@ from spectral_sinks.data.texts import Windows
 from spectral_sinks.errors import InputError
 from spectral_sinks.interventions.sites import Site
 from spectral_sinks.interventions.tracing import trace
+from spectral_sinks.measure.memory import batches
 from spectral_sinks.models.attention_capture import AttentionCall, attending
 from spectral_sinks.models.base import Transformer
 from spectral_sinks.models.language import LanguageModel
@@ -19,7 +20,7 @@ from spectral_sinks.remote.client import remotely
 
 
 def mean_residual(
-    model: Transformer, windows: Windows | Pixels, site: Site, batch_size: int = 16
+    model: Transformer, windows: Windows | Pixels, site: Site, batch_size: int | None = None
 ) -> Float[Tensor, "tokens d"]:
     """Return the mean residual at a site by position, over windows or images.
 
@@ -31,12 +32,12 @@ def mean_residual(
 
 
 def mean_residuals(
-    model: Transformer, windows: Windows | Pixels, sites: Sequence[Site], batch_size: int = 16
+    model: Transformer, windows: Windows | Pixels, sites: Sequence[Site], batch_size: int | None = None
 ) -> dict[Site, Tensor]:
     """Return `mean_residual` at several sites from one pass, `[tokens, d]` each, float64."""
     total = {site: torch.zeros(windows.length, model.d, dtype=torch.float64) for site in sites}
     count = torch.zeros(windows.length, 1, dtype=torch.float64)
-    for _, ids in windows.batches(batch_size):
+    for _, ids in batches(model, windows, batch_size):
         ids = ids.to(model.device)
         sums = trace(
             model,
@@ -53,7 +54,7 @@ def mean_residuals(
 
 
 def mean_values(
-    model: LanguageModel, windows: Windows, position: int | None = 0, *, batch_size: int = 16
+    model: LanguageModel, windows: Windows, position: int | None = 0, *, batch_size: int | None = None
 ) -> Float[Tensor, "layers key_heads size"]:
     """Return the mean over windows of a position's values, or of all tokens' (None), by layer and key head.
 
@@ -63,7 +64,7 @@ def mean_values(
 
 
 def mean_keys(
-    model: LanguageModel, windows: Windows, position: int = 0, *, batch_size: int = 16
+    model: LanguageModel, windows: Windows, position: int = 0, *, batch_size: int | None = None
 ) -> Float[Tensor, "layers key_heads size"]:
     """Return the mean over windows of a position's keys, by layer and key head.
 
@@ -74,7 +75,7 @@ def mean_keys(
 
 @remotely
 def _means(
-    model: LanguageModel, windows: Windows, position: int | None, which: str, batch_size: int
+    model: LanguageModel, windows: Windows, position: int | None, which: str, batch_size: int | None
 ) -> Float[Tensor, "layers key_heads size"]:
     shortest = min(len(row) for row in windows.rows)
     if position is not None and not 0 <= position < shortest:
@@ -88,7 +89,7 @@ def _means(
         total[call.layer] = total.get(call.layer, 0) + part.sum((0, 2)).cpu()
 
     with attending(model, look):
-        for _, ids in windows.batches(batch_size):
+        for _, ids in batches(model, windows, batch_size):
             trace(model, ids.to(model.device), {}, readout=lambda *_: None)
             count += ids.numel() if position is None else len(ids)
     return torch.stack([total[layer] for layer in range(model.layers)]) / count

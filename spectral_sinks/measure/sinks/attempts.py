@@ -15,6 +15,7 @@ from spectral_sinks.errors import InputError
 from spectral_sinks.interventions.attention_edits import CopyKey, MaskKey, Restrict
 from spectral_sinks.interventions.sites import Site
 from spectral_sinks.measure.attention.received import EPSILON
+from spectral_sinks.measure.memory import batch_size_for
 from spectral_sinks.measure.nll.remote_batch import by_job
 from spectral_sinks.measure.sinks.comparison import other_positions
 from spectral_sinks.measure.sinks.edit_effects import CombinedEdit, measure_edits
@@ -107,7 +108,7 @@ class Attempts:
         token: int | None,
         dark: Subspace | None,
         length: int,
-        batch_size: int,
+        batch_size: int | None,
     ) -> None:
         """Run the untouched pass and find the old sink.
 
@@ -132,7 +133,8 @@ class Attempts:
         if len(lengths) > 1:
             raise InputError(f"windows of {min(lengths)} to {max(lengths)} tokens: cut them to one length")
         self.model, self.position, self.token, self.dark = model, position, token, dark
-        self.length, self.batch_size = min(length, lengths.pop()), batch_size
+        whole = lengths.pop()
+        self.length, self.batch_size = min(length, whole), batch_size_for(model, whole, batch_size)
         if position is not None and position >= self.length - 1:
             raise InputError(
                 f"position {position}: no query comes after it among the first {self.length} tokens; give "

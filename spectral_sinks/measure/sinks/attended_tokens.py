@@ -32,7 +32,12 @@ GIVEN = ("position", "usual", "count")
 
 
 def attended(
-    model: LanguageModel, windows: Windows, spectrum: Spectrum, *, draws: int = 20, batch_size: int = 8
+    model: LanguageModel,
+    windows: Windows,
+    spectrum: Spectrum,
+    *,
+    draws: int = 20,
+    batch_size: int | None = None,
 ) -> pd.DataFrame:
     """Return one row for each token in each layer: the columns of `received`, relative to chance.
 

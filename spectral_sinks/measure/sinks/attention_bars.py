@@ -12,6 +12,7 @@ from spectral_sinks.data.texts import Windows
 from spectral_sinks.errors import InputError
 from spectral_sinks.interventions.sites import Site
 from spectral_sinks.interventions.tracing import trace
+from spectral_sinks.measure.memory import batches
 from spectral_sinks.models.attention_sdpa import whole_maps
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.spectra.subspace import Subspace
@@ -38,7 +39,11 @@ def later_attention(
 
 
 def received(
-    model: LanguageModel, windows: Windows, subspaces: Mapping[str, Subspace], *, batch_size: int = 8
+    model: LanguageModel,
+    windows: Windows,
+    subspaces: Mapping[str, Subspace],
+    *,
+    batch_size: int | None = None,
 ) -> pd.DataFrame:
     """Measure the attention that every token receives from later ones, and where its residual lies.
 
@@ -77,7 +82,7 @@ def received(
 
     tables: list[pd.DataFrame] = []
     with whole_maps(model):
-        for places, ids in windows.batches(batch_size):
+        for places, ids in batches(model, windows, batch_size):
             attention, places_in = trace(
                 model,
                 ids.to(model.device),

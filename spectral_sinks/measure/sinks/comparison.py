@@ -14,6 +14,7 @@ from torch import Tensor
 from spectral_sinks.data.texts import Windows
 from spectral_sinks.errors import InputError
 from spectral_sinks.interventions.sites import Site
+from spectral_sinks.measure.memory import batches
 from spectral_sinks.measure.nll.effects import check_edit
 from spectral_sinks.measure.nll.remote_batch import by_job
 from spectral_sinks.measure.sinks.edit_effects import Changes, CombinedEdit, EditEffect, measure_edits
@@ -101,7 +102,7 @@ def compare(
     controls: int = 0,
     seed: int = 0,
     length: int = TOKENS,
-    batch_size: int = 16,
+    batch_size: int | None = None,
 ) -> Comparison:
     """Measure NLL, attention and residuals under each of several interventions, and under none.
 
@@ -157,7 +158,7 @@ def compare(
     places: list[int] = []
     found: dict[str, list[dict[str, Tensor]]] = {name: [] for name in cells}
     # Measure all cells on each batch, as many to a job as fit
-    for chosen, ids in windows.batches(batch_size):
+    for chosen, ids in batches(model, windows, batch_size):
         places += chosen
 
         def run(some: Sequence[CombinedEdit], ids: Tensor = ids) -> list[dict[str, Tensor]]:

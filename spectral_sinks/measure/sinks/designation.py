@@ -114,7 +114,7 @@ def designate(
     draws: int = 20,
     seed: int = 0,
     length: int = TOKENS,
-    batch_size: int = 16,
+    batch_size: int | None = None,
 ) -> Designation:
     """Make a position or a token the sink, by the lightest intervention of a fixed list that works.
 

@@ -166,7 +166,7 @@ def find_sinks(
     length: int = TOKENS,
     epsilon: float = EPSILON,
     draws: int = 20,
-    batch_size: int = 16,
+    batch_size: int | None = None,
 ) -> Sinks:
     """Find the attention sinks of a language model in the first `length` tokens of each window.
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from spectral_sinks.interventions.sites import Site
 from spectral_sinks.interventions.tracing import trace
 from spectral_sinks.measure.attention.by_position import PositionAttention
+from spectral_sinks.measure.memory import batches
 from spectral_sinks.measure.residual.band_energy import residual_sites
 from spectral_sinks.measure.residual.massive import Residuals
 from spectral_sinks.measure.sinks.rule import Place, above, in_documents
@@ -129,7 +130,7 @@ def measure_sinks(
     others: Bool[NDArray[np.bool_], "windows tokens"],
     epsilon: float,
     draws: int,
-    batch_size: int,
+    batch_size: int | None,
 ) -> list[Sink]:
     """Measure every sink in the layer that gives it the most attention, and compare it with other tokens.
 
@@ -257,7 +258,7 @@ def _dark_shares(
     places: Sequence[Place],
     others: NDArray[np.bool_],
     draws: int,
-    batch_size: int,
+    batch_size: int | None,
 ) -> list[Float[NDArray[np.float64], "windows columns"]]:
     """Return dark shares by window, one array per sink.
 
@@ -271,7 +272,7 @@ def _dark_shares(
     stream = residual_sites(model)
     sites = list(dict.fromkeys(stream[layer] for layer in layers))
     found = [np.full((len(others), 2 + draws), np.nan) for _ in layers]
-    for rows, ids in attention.windows.batches(batch_size):
+    for rows, ids in batches(model, attention.windows, batch_size):
 
         def readout(final: Tensor, read: dict[Site, Tensor], weights: list[Tensor]) -> dict[Site, Any]:
             shares = {s: torch.stack([space.share(x) for space in spaces], -1) for s, x in read.items()}

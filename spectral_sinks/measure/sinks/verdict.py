@@ -12,6 +12,7 @@ from spectral_sinks.errors import InputError
 from spectral_sinks.interventions.sites import Site
 from spectral_sinks.interventions.tracing import Interventions, trace
 from spectral_sinks.measure.attention.received import EPSILON, attention_by_head, uniform_attention
+from spectral_sinks.measure.memory import batches
 from spectral_sinks.measure.nll.effects import Effect, evaluate_all
 from spectral_sinks.measure.sinks.sink import scalars
 from spectral_sinks.models.language import LanguageModel
@@ -92,7 +93,7 @@ def sink_verdict(
     *,
     name: str | None = None,
     draws: int = 20,
-    batch_size: int = 16,
+    batch_size: int | None = None,
 ) -> SinkVerdict:
     """Measure the sink at position 0, and judge by a stated rule whether it is dark.
 
@@ -187,7 +188,7 @@ def carrier_shares(
     site: Site,
     dark: Subspace,
     randoms: list[Subspace],
-    batch_size: int = 16,
+    batch_size: int | None = None,
 ) -> pd.DataFrame:
     """Return the dark shares of position 0 and of the other tokens, by document.
 
@@ -205,7 +206,7 @@ def carrier_shares(
     """
     names = ["carrier", "others", *(f"random {seed}" for seed in range(len(randoms)))]
     tables: list[pd.DataFrame] = []
-    for places, ids in windows.batches(batch_size):
+    for places, ids in batches(model, windows, batch_size):
 
         def readout(final: Tensor, read: dict[Site, Tensor], weights: list[Tensor]) -> Tensor:
             x = read[site]

@@ -13,6 +13,7 @@ from spectral_sinks.data.pixels import Pixels
 from spectral_sinks.errors import InputError
 from spectral_sinks.interventions.sites import Site
 from spectral_sinks.interventions.tracing import Interventions, Resume
+from spectral_sinks.measure.memory import batch_size_for, batches
 from spectral_sinks.measure.nll.effects import InterventionEffect
 from spectral_sinks.measure.nll.replay import apply_and_measure, first_exit, for_batch
 from spectral_sinks.measure.vision.features import (
@@ -76,7 +77,7 @@ def evaluate_images(
     *,
     labels: Sequence[int] | Int[Tensor, "images"] | None = None,
     probe: Literal["cls", "patches"] | None = None,
-    batch_size: int = 16,
+    batch_size: int | None = None,
 ) -> dict[str, ImageEffect]:
     """Return the effects of several interventions on the output of an image encoder.
 
@@ -114,6 +115,7 @@ def evaluate_images(
             batch of one image.
 
     """
+    batch_size = batch_size_for(model, pixels.length, batch_size)
     cells = {name: as_edits(interventions) for name, interventions in cells.items()}
     for edits in cells.values():
         for site, edit in edits.items():
@@ -132,7 +134,7 @@ def evaluate_images(
     base: list[dict[str, Tensor]] = []
     columns: dict[str, list[dict[str, Tensor]]] = {name: [] for name in cells}
     vectors: dict[str, list[dict[str, Tensor]]] = {name: [] for name in cells}
-    for places, batch in pixels.batches(batch_size):
+    for places, batch in batches(model, pixels, batch_size):
         batch = batch.to(model.device)
         untouched, residuals = run_encoder(model, batch, {}, exits)
         base.append(features(model, untouched))

@@ -93,7 +93,7 @@ def vision_sinks(
     *,
     epsilon: float = EPSILON,
     draws: int = 20,
-    batch_size: int = 16,
+    batch_size: int | None = None,
 ) -> VisionSinks:
     """Find the attention sinks of an image encoder by kind of token: those of the prefix, and patches.
 

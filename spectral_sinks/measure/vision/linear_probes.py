@@ -13,6 +13,7 @@ from spectral_sinks.data.pixels import Pixels
 from spectral_sinks.errors import InputError, SpectralWarning
 from spectral_sinks.interventions.sites import Site
 from spectral_sinks.interventions.tracing import trace
+from spectral_sinks.measure.memory import batches
 from spectral_sinks.measure.vision.outlier_tokens import Outliers
 from spectral_sinks.measure.vision.ridge import PENALTIES, LinearProbe, ridge, split
 from spectral_sinks.models.vision import VisionModel
@@ -23,7 +24,7 @@ ROWS = 20_000
 
 
 def token_probes(
-    found: Outliers, layer: int | None = None, *, seed: int = 0, batch_size: int = 16
+    found: Outliers, layer: int | None = None, *, seed: int = 0, batch_size: int | None = None
 ) -> pd.DataFrame:
     """Measure what linear probes read from outliers, other patches and [CLS] (Darcet et al. 2024, 2.1).
 
@@ -70,7 +71,7 @@ def token_probes(
 
 
 def token_features(
-    model: VisionModel, given: Pixels, layer: int, batch_size: int = 16
+    model: VisionModel, given: Pixels, layer: int, batch_size: int | None = None
 ) -> Float[Tensor, "images tokens d"]:
     """Return the residual at a layer's exit (-1: the embedding) after the final norm, float32."""
     site = Site("embedding") if layer < 0 else Site("exit", layer)
@@ -80,7 +81,7 @@ def token_features(
         return read[site]
 
     parts: list[Tensor] = []
-    for _, batch in given.batches(batch_size):
+    for _, batch in batches(model, given, batch_size):
         residual = trace(model, batch.to(model.device), {}, [site], readout=readout)
         with torch.no_grad():
             parts.append(norm(residual).float().cpu())

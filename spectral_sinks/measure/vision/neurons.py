@@ -14,6 +14,7 @@ from spectral_sinks.data.pixels import Pixels
 from spectral_sinks.errors import InputError
 from spectral_sinks.interventions.registers import mlp_output
 from spectral_sinks.interventions.tracing import trace
+from spectral_sinks.measure.memory import batches
 from spectral_sinks.measure.vision.outlier_tokens import Outliers, outliers
 from spectral_sinks.models.vision import VisionModel
 
@@ -30,7 +31,7 @@ def register_neurons(
     top_layer: int | None = None,
     count: int = 50,
     measured: Outliers | None = None,
-    batch_size: int = 16,
+    batch_size: int | None = None,
 ) -> pd.DataFrame:
     """Find the MLP neurons that make outlier patches, the strongest first.
 
@@ -92,7 +93,7 @@ def register_neurons(
         sums[at] = sums.get(at, 0) + means.cpu()[:, here.any(1)].sum(1)
 
     with _activations(model, range(top + 1), add):
-        for places, batch in pixels.batches(batch_size):
+        for places, batch in batches(model, pixels, batch_size):
             here = torch.from_numpy(marked[places])
             if here.any():
                 trace(model, batch.to(model.device), {}, readout=lambda *_: None)

@@ -39,7 +39,7 @@ def discover(
     bias: float = 0.0,
     draws: int = DRAWS,
     seed: int = 0,
-    batch_size: int = 16,
+    batch_size: int | None = None,
 ) -> pd.DataFrame:
     """Find the box of one object in each image, and control boxes where boxes are given to compare with.
 

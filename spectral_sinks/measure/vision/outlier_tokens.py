@@ -15,6 +15,7 @@ from spectral_sinks.data.pixels import Pixels, pixels
 from spectral_sinks.errors import InputError
 from spectral_sinks.interventions.sites import Site
 from spectral_sinks.interventions.tracing import trace
+from spectral_sinks.measure.memory import batches
 from spectral_sinks.measure.residual.massive import RATIO, Z, high_norm_cutoff, robust_levels
 from spectral_sinks.models.vision import VisionModel
 from spectral_sinks.stats import mean_interval
@@ -134,7 +135,7 @@ def outliers(
     *,
     rule: Rule = "robust",
     measured: Outliers | None = None,
-    batch_size: int = 16,
+    batch_size: int | None = None,
 ) -> Outliers:
     """Find the outlier patches of an encoder at the embedding and at every layer's exit.
 
@@ -167,12 +168,12 @@ def outliers(
 
 
 def _norms(
-    model: VisionModel, given: Pixels, batch_size: int
+    model: VisionModel, given: Pixels, batch_size: int | None
 ) -> Float[NDArray[np.float64], "images sites tokens"]:
     """Measure the norm of every token at the embedding and at every layer's exit."""
     sites = [Site("embedding"), *(Site("exit", layer) for layer in range(model.layers))]
     parts: list[Tensor] = []
-    for _, batch in given.batches(batch_size):
+    for _, batch in batches(model, given, batch_size):
         sizes: list[Tensor] = []
 
         def measure(x: Tensor, sizes: list[Tensor] = sizes) -> Tensor:
@@ -217,7 +218,7 @@ def outlier_onset(
     given: Pixels,
     *,
     rule: Rule = "robust",
-    batch_size: int = 16,
+    batch_size: int | None = None,
 ) -> pd.DataFrame:
     """Measure the outliers of a training run's checkpoints, one row per `step` and layer.
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from spectral_sinks.data.pixels import Pixels
 from spectral_sinks.interventions.sites import Kind, Site
 from spectral_sinks.interventions.tracing import Interventions, trace
+from spectral_sinks.measure.memory import batches
 from spectral_sinks.models.attention_capture import AttentionCall, attending
 from spectral_sinks.models.vision import VisionModel
 
@@ -18,7 +19,12 @@ Features = Literal["keys", "queries", "values", "exit", "attention"]
 
 
 def patch_values(
-    model: VisionModel, read: Pixels, features: Features, layer: int, edits: Interventions, batch_size: int
+    model: VisionModel,
+    read: Pixels,
+    features: Features,
+    layer: int,
+    edits: Interventions,
+    batch_size: int | None,
 ) -> Iterator[tuple[int, Float[Tensor, "rows columns *d"]]]:
     """Yield the features by which the patches of each image are compared, with the index of the image.
 
@@ -31,7 +37,7 @@ def patch_values(
         batch_size: images in a pass.
 
     """
-    for places, batch in read.batches(batch_size):
+    for places, batch in batches(model, read, batch_size):
         grid = model.grid(batch)
         count = grid[0] * grid[1]
         batch = batch.to(model.device)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from spectral_sinks.data.pixels import Pixels
 from spectral_sinks.errors import InputError
 from spectral_sinks.interventions.registers import Neurons, by_layer, install_registers, mlp_output
+from spectral_sinks.measure.memory import batches
 from spectral_sinks.measure.vision.features import classes_of
 from spectral_sinks.measure.vision.outlier_tokens import Outliers, outliers
 from spectral_sinks.measure.vision.register_passes import RecordedPass, output_changes, recorded_pass, tabled
@@ -32,7 +33,7 @@ def register_repair(
     draws: int = 5,
     seed: int = 0,
     measured: Outliers | None = None,
-    batch_size: int = 16,
+    batch_size: int | None = None,
 ) -> pd.DataFrame:
     """Measure the effect of test-time registers, and of controls, on norms, attention and output.
 
@@ -92,7 +93,7 @@ def register_repair(
     marked, cuts = known.member[:, 1:][:, layer], known.cutoff[1:]
     values: dict[tuple[Any, ...], list[NDArray[Any]]] = defaultdict(list)
     classes = classes_of(model, pixels, pixels.labels)
-    for places, batch in pixels.batches(batch_size):
+    for places, batch in batches(model, pixels, batch_size):
         marks = marked[places]
         labels = None if classes is None else classes[places]
         base: RecordedPass | None = None
@@ -117,7 +118,7 @@ def register_maps(
     *,
     registers: int = 1,
     layer: int = -1,
-    batch_size: int = 16,
+    batch_size: int | None = None,
 ) -> dict[str, Float[NDArray[np.float32], "images rows columns"]]:
     """Return maps over the patches of each image, before and after test-time registers.
 
@@ -135,7 +136,7 @@ def register_maps(
 
     """
     maps: dict[str, list[NDArray[Any]]] = defaultdict(list)
-    for _, batch in pixels.batches(batch_size):
+    for _, batch in batches(model, pixels, batch_size):
         for when, edit in (
             ("before", nullcontext()),
             ("after", install_registers(model, neurons, registers)),

@@ -16,6 +16,7 @@ from spectral_sinks.errors import InputError
 from spectral_sinks.interventions.registers import require_registers, without_registers
 from spectral_sinks.interventions.sites import Site
 from spectral_sinks.interventions.tracing import trace
+from spectral_sinks.measure.memory import batches
 from spectral_sinks.measure.vision.features import classes_of
 from spectral_sinks.measure.vision.outlier_tokens import Outliers, outliers
 from spectral_sinks.measure.vision.register_passes import RecordedPass, output_changes, recorded_pass, tabled
@@ -34,7 +35,7 @@ def register_ablation(
     layer: int = -2,
     seed: int = 0,
     measured: Outliers | None = None,
-    batch_size: int = 16,
+    batch_size: int | None = None,
 ) -> pd.DataFrame:
     """Measure the effect of removing or replacing trained registers on the output of an image encoder.
 
@@ -95,7 +96,7 @@ def register_ablation(
     cut = float(known.cutoff[1:][layer])
     values: dict[tuple[Any, ...], list[NDArray[Any]]] = defaultdict(list)
     classes = classes_of(model, pixels, pixels.labels)
-    for places, batch in pixels.batches(batch_size):
+    for places, batch in batches(model, pixels, batch_size):
         labels = None if classes is None else classes[places]
         base: RecordedPass | None = None
         for edit in ("none", *edits):
@@ -113,7 +114,7 @@ def register_ablation(
 
 
 def _registers(
-    model: VisionModel, pixels: Pixels, sites: list[Site], batch_size: int
+    model: VisionModel, pixels: Pixels, sites: list[Site], batch_size: int | None
 ) -> Float[Tensor, "images sites registers d"]:
     """Return the residuals of the registers at some sites."""
     here = list(model.registers)
@@ -125,7 +126,7 @@ def _registers(
             sites,
             readout=lambda _, reads, __: torch.stack([reads[site][:, here] for site in sites], dim=1).cpu(),
         )
-        for _, batch in pixels.batches(batch_size)
+        for _, batch in batches(model, pixels, batch_size)
     ]
     return torch.cat(parts)
 

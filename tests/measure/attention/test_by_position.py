@@ -284,13 +284,13 @@ def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 with torch.no_grad():
     model.module(ids[:, :8], use_cache=False)
-ss.attention.attention_by_position(model, windows, tokens=8)
+ss.attention.attention_by_position(model, windows, length=8)
 spectrum = ss.read_spectrum(model, bands=8)
 if sys.argv[1] == "plain":
     with torch.no_grad():
         model.module(ids, use_cache=False, logits_to_keep=1)
 else:
-    ss.find_sinks(model, windows, spectrum, tokens=2048, draws=2)
+    ss.find_sinks(model, windows, spectrum, length=2048, draws=2)
 print(json.dumps(peak()))
 """
 
