@@ -127,3 +127,10 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert not hasattr(ss, "another_thing")
+
+
+def test_the_package_runs_as_the_command() -> None:
+    ran = subprocess.run(
+        [sys.executable, "-m", "spectral_sinks", "merge", "--help"], capture_output=True, text=True, check=True
+    )
+    assert "Join the results folders" in ran.stdout

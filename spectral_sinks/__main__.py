@@ -1,0 +1,5 @@
+"""`python -m spectral_sinks` is the command `spectral-sinks`."""
+
+from spectral_sinks.cli import main
+
+main()
