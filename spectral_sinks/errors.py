@@ -1,5 +1,12 @@
 """What the package raises and warns with."""
 
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+F = TypeVar("F", bound=Callable[..., Any])
+
 
 class SpectralError(Exception):
     """Base of every error that this package raises on purpose: `except SpectralError` catches them all."""
@@ -19,3 +26,20 @@ class RemoteError(SpectralError, ConnectionError):
 
 class SpectralWarning(UserWarning):
     """The result can be used, with a caveat that the message states."""
+
+
+def renamed_argument(old: str, new: str) -> Callable[[F], F]:
+    """Let a function take `new` under its old name for one version, with a DeprecationWarning."""
+
+    def decorate(function: F) -> F:
+        @functools.wraps(function)
+        def call(*args: Any, **options: Any) -> Any:
+            if old in options:
+                message = f"{function.__name__}({old}=...) is now {function.__name__}({new}=...)"
+                warnings.warn(message, DeprecationWarning, stacklevel=2)
+                options[new] = options.pop(old)
+            return function(*args, **options)
+
+        return cast(F, call)
+
+    return decorate

@@ -276,7 +276,8 @@ _study_of_process = cache(_study)
 def idle_jobs(model: LanguageModel) -> int:
     """Return the number of experiments that can run at the same time: by idle cores and free memory."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    idle = cores - int(psutil.getloadavg()[0] + 0.5)
+    # measured over a second, since a load average still counts what has just ended
+    idle = min(cores, sum(busy < 50 for busy in psutil.cpu_percent(1.0, percpu=True)))
     weights = sum(p.numel() * p.element_size() for p in model.module.parameters())
     # a process holds torch and transformers, the weights, and about as much again in activations and bases
     held = psutil.virtual_memory().available // (PROCESS_BYTES + 3 * weights)

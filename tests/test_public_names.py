@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support import tiny_models
 
 import spectral_sinks as ss
 
@@ -131,6 +132,21 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 
 def test_the_package_runs_as_the_command() -> None:
     ran = subprocess.run(
-        [sys.executable, "-m", "spectral_sinks", "merge", "--help"], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "spectral_sinks", "merge", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert "Join the results folders" in ran.stdout
+
+
+def test_an_old_argument_warns_and_works() -> None:
+    model = tiny_models.model()
+    windows = ss.Windows.of_ids(tiny_models.ids(2, 9), model)
+    with pytest.warns(DeprecationWarning, match=r"compare\(moves=\.\.\.\) is now compare\(interventions="):
+        old = ss.compare(model, windows, moves={"mask": ss.attention.MaskKey(0)})  # pyright: ignore
+    new = ss.compare(model, windows, {"mask": ss.attention.MaskKey(0)})
+    assert old.table.equals(new.table)
+    with pytest.warns(DeprecationWarning, match=r"find_sinks\(tokens="):
+        found = ss.find_sinks(model, windows, ss.read_spectrum(model, bands=4), tokens=9, draws=1)  # pyright: ignore
+    assert found.length == 9

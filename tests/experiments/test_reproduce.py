@@ -49,13 +49,14 @@ def test_fewer_than_one_job_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("load", "gigabytes", "jobs"), [(0.2, 64, 8), (5.4, 64, 3), (9.0, 64, 1), (0.0, 3.2, 3), (0.0, 0.1, 1)]
+    ("busy", "gigabytes", "jobs"), [(0, 64, 8), (5, 64, 3), (8, 64, 1), (0, 3.2, 3), (0, 0.1, 1)]
 )
 def test_jobs_are_the_idle_cores_that_the_memory_can_serve(
-    monkeypatch: pytest.MonkeyPatch, load: float, gigabytes: float, jobs: int
+    monkeypatch: pytest.MonkeyPatch, busy: int, gigabytes: float, jobs: int
 ) -> None:
     monkeypatch.setattr(experiments.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
-    monkeypatch.setattr(psutil, "getloadavg", lambda: (load, 0.0, 0.0))
+    percent = [97.0] * busy + [3.0] * (8 - busy)
+    monkeypatch.setattr(psutil, "cpu_percent", lambda interval, percpu: percent)
     memory = SimpleNamespace(available=int(gigabytes * 2**30))
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
     assert experiments.idle_jobs(tiny_models.model()) == jobs

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import dask
 import pytest
 from distributed import Client
 from support import small_sweeps, tiny_models
@@ -20,6 +21,13 @@ from spectral_sinks.cli import sweep as sweeping_commands
 
 TESTS = Path(__file__).parents[1]
 
+PATIENT: dict[str, Any] = {
+    "distributed.comm.timeouts.connect": "600s",
+    "distributed.comm.timeouts.tcp": "600s",
+    "distributed.scheduler.worker-ttl": None,
+}
+"""A busy machine may not answer within Dask's 30 s, after which a client gives up all that it waits for."""
+
 
 class Cluster:
     """A scheduler and two workers, processes of ours; what they say is in `log`."""
@@ -28,6 +36,10 @@ class Cluster:
         self.folder, self.file = folder, folder / "scheduler.json"
         path = os.pathsep.join([str(TESTS), str(TESTS.parent), *filter(None, sys.path)])
         self.environment = os.environ | {"PYTHONPATH": path, "SPECTRAL_SINKS_CACHE": str(folder / "cache")}
+        with dask.config.set(PATIENT):
+            self.environment["DASK_INTERNAL_INHERIT_CONFIG"] = dask.config.serialize(
+                dask.config.global_config
+            )
         self.log = (folder / "log").open("w")
         self.processes: list[subprocess.Popen[bytes]] = []
         self.start("scheduler", "--port", "0", "--no-show", "--no-dashboard")
@@ -66,7 +78,7 @@ class Cluster:
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     made = Cluster(tmp_path_factory.mktemp("cluster"))
     try:
-        until = time.monotonic() + 60
+        until = time.monotonic() + 600
         while not made.file.exists() and time.monotonic() < until:
             time.sleep(0.05)
         yield made
@@ -76,8 +88,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="module")
 def client(cluster: Cluster) -> Iterator[Client]:
-    with Client(cluster.address, timeout=60, set_as_default=False) as made:
-        made.wait_for_workers(2, timeout=60)
+    with dask.config.set(PATIENT), Client(cluster.address, timeout=600, set_as_default=False) as made:
+        made.wait_for_workers(2, timeout=600)
         yield made
 
 

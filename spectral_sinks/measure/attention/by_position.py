@@ -15,7 +15,7 @@ from torch import Tensor
 
 from spectral_sinks.data.pixels import Pixels
 from spectral_sinks.data.texts import Windows
-from spectral_sinks.errors import InputError, SpectralWarning
+from spectral_sinks.errors import InputError, SpectralWarning, renamed_argument
 from spectral_sinks.interventions.tracing import Interventions, trace
 from spectral_sinks.measure.attention.received import EPSILON, from_others
 from spectral_sinks.measure.memory import Memory, batches
@@ -118,6 +118,7 @@ def _above(values: NDArray[np.float64], threshold: float) -> NDArray[np.float64]
     return np.where(np.isnan(values), np.nan, values > threshold)
 
 
+@renamed_argument("tokens", "length")
 def attention_by_position(
     model: Transformer, windows: Inputs, *, length: int = TOKENS, batch_size: int | None = None
 ) -> PositionAttention:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from spectral_sinks.data.pixels import Pixels
 from spectral_sinks.data.texts import Windows
-from spectral_sinks.errors import InputError
+from spectral_sinks.errors import InputError, renamed_argument
 from spectral_sinks.interventions.tracing import trace
 from spectral_sinks.measure.memory import batches
 from spectral_sinks.models.attention_sdpa import OPENING, TOKENS
@@ -83,6 +83,7 @@ def sink_rate(received: Float[Tensor, "batch layers heads"], epsilon: float = EP
     return float((received > epsilon).float().mean())
 
 
+@renamed_argument("tokens", "length")
 def attention_by_head(
     model: Transformer,
     windows: Windows | Pixels,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from spectral_sinks.data.pixels import Pixels
 from spectral_sinks.data.texts import Windows
+from spectral_sinks.errors import renamed_argument
 from spectral_sinks.interventions.sites import Site
 from spectral_sinks.measure.attention.by_position import Inputs, PositionAttention, opened, watch
 from spectral_sinks.measure.residual.band_energy import residual_sites
@@ -151,6 +152,7 @@ def usual_levels(
     return residuals.levels(usual)
 
 
+@renamed_argument("tokens", "length")
 def massive_activations(
     model: Transformer, windows: Inputs, *, length: int = TOKENS, batch_size: int | None = None
 ) -> pd.DataFrame:

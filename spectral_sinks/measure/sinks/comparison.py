@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from spectral_sinks.data.texts import Windows
-from spectral_sinks.errors import InputError
+from spectral_sinks.errors import InputError, renamed_argument
 from spectral_sinks.interventions.sites import Site
 from spectral_sinks.measure.memory import batches
 from spectral_sinks.measure.nll.effects import check_edit
@@ -92,6 +92,8 @@ class Comparison:
         return numbers.to_string(float_format="%.4f")
 
 
+@renamed_argument("tokens", "length")
+@renamed_argument("moves", "interventions")
 def compare(
     model: LanguageModel,
     windows: Windows,

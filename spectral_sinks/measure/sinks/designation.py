@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from spectral_sinks.data.texts import Windows
+from spectral_sinks.errors import renamed_argument
 from spectral_sinks.interventions.sites import Site
 from spectral_sinks.interventions.tracing import Interventions
 from spectral_sinks.measure.sinks.attempts import Attempts, Found, site_of
@@ -103,6 +104,7 @@ class Designation:
         )
 
 
+@renamed_argument("tokens", "length")
 def designate(
     model: LanguageModel,
     windows: Windows,

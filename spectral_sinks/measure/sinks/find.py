@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from spectral_sinks.data.pixels import Pixels
 from spectral_sinks.data.texts import Windows
-from spectral_sinks.errors import InputError, SpectralWarning
+from spectral_sinks.errors import InputError, SpectralWarning, renamed_argument
 from spectral_sinks.measure.attention.by_position import PositionAttention, opened
 from spectral_sinks.measure.attention.received import EPSILON
 from spectral_sinks.measure.residual.massive import (
@@ -158,6 +158,7 @@ class Sinks:
         }
 
 
+@renamed_argument("tokens", "length")
 def find_sinks(
     model: LanguageModel,
     windows: Windows,
