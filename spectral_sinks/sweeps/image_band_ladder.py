@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from spectral_sinks.data.pixels import Pixels
+from spectral_sinks.errors import renamed_argument
 from spectral_sinks.interventions.sites import Site
 from spectral_sinks.interventions.tracing import trace
 from spectral_sinks.measure.memory import batches
@@ -28,9 +29,10 @@ QUANTITIES = (
 """The columns of `evaluate_images` that a ladder reports, if they are measured."""
 
 
+@renamed_argument("given", "pixels")
 def image_ladder(
     model: VisionModel,
-    given: Pixels,
+    pixels: Pixels,
     site: Site,
     spectrum: Spectrum,
     *,
@@ -47,7 +49,7 @@ def image_ladder(
 
     Args:
         model: an image encoder.
-        given: the images.
+        pixels: the images.
         site: the site at which all filters act.
         spectrum: the spectrum whose bands are kept or removed.
         labels: the labels, as `evaluate_images` takes them.
@@ -76,13 +78,13 @@ def image_ladder(
         cells["keep", band] = {site: phi(spectrum, 1, band)}
         cells["remove", band] = {site: remove(spectrum.band(band))}
     cells |= {(name, 0): {site: remove(part)} for name, part in named.items()}
-    seen = residuals(model, given, site, batch_size)
+    seen = residuals(model, pixels, site, batch_size)
     for name, part in named.items():
         for seed in range(draws):
             cells[f"{name} rank", seed] = {site: rnd(model.d, part.rank, seed)}
             cells[f"{name} energy", seed] = {site: remove(energy_matched(part, seen, seed))}
     keyed = {f"{name}|{place}": edits for (name, place), edits in cells.items()}
-    effects = evaluate_images(model, given, keyed, labels=labels, probe=probe, batch_size=batch_size)
+    effects = evaluate_images(model, pixels, keyed, labels=labels, probe=probe, batch_size=batch_size)
     # one table per filter, with the controls as further columns
     rows: list[pd.DataFrame] = []
     for name, band in cells:
@@ -106,12 +108,12 @@ def image_ladder(
 
 
 def residuals(
-    model: VisionModel, given: Pixels, site: Site, batch_size: int | None
+    model: VisionModel, pixels: Pixels, site: Site, batch_size: int | None
 ) -> Float[Tensor, "tokens d"]:
     """Return the residuals of all tokens of some images at a site."""
     parts = [
         trace(model, batch.to(model.device), {}, [site], readout=lambda _, read, __: read[site].cpu())
-        for _, batch in batches(model, given, batch_size)
+        for _, batch in batches(model, pixels, batch_size)
     ]
     return torch.cat(parts).flatten(0, 1)
 

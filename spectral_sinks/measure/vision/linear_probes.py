@@ -57,21 +57,21 @@ def token_probes(
         raise InputError(f"layer {layer}: {found.model} has layers 0 to {found.norm.shape[1] - 2}, or -1")
     if layer is None or not found.member[:, layer + 1].any():
         raise InputError(f"{found.model} has no outliers at layer {layer}: there is nothing to compare")
-    given = found.pixels
-    if len(given) < 4:
-        raise InputError(f"probes of {len(given)} images: give at least four, half of which are held out")
+    pixels = found.pixels
+    if len(pixels) < 4:
+        raise InputError(f"probes of {len(pixels)} images: give at least four, half of which are held out")
     return probe_tokens(
-        token_features(given.model, given, layer, batch_size),
+        token_features(pixels.model, pixels, layer, batch_size),
         torch.from_numpy(found.member[:, layer + 1].copy()),
-        torch.stack([patches_of(given[place], given.model.patch_size) for place in range(len(given))]),
-        given.grid,
-        given.labels,
+        torch.stack([patches_of(pixels[place], pixels.model.patch_size) for place in range(len(pixels))]),
+        pixels.grid,
+        pixels.labels,
         seed,
     )
 
 
 def token_features(
-    model: VisionModel, given: Pixels, layer: int, batch_size: int | None = None
+    model: VisionModel, pixels: Pixels, layer: int, batch_size: int | None = None
 ) -> Float[Tensor, "images tokens d"]:
     """Return the residual at a layer's exit (-1: the embedding) after the final norm, float32."""
     site = Site("embedding") if layer < 0 else Site("exit", layer)
@@ -81,7 +81,7 @@ def token_features(
         return read[site]
 
     parts: list[Tensor] = []
-    for _, batch in batches(model, given, batch_size):
+    for _, batch in batches(model, pixels, batch_size):
         residual = trace(model, batch.to(model.device), {}, [site], readout=readout)
         with torch.no_grad():
             parts.append(norm(residual).float().cpu())

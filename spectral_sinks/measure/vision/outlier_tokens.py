@@ -11,8 +11,9 @@ from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from spectral_sinks.data.pixels import Pixels, pixels
-from spectral_sinks.errors import InputError
+from spectral_sinks.data import pixels as pixel_data
+from spectral_sinks.data.pixels import Pixels
+from spectral_sinks.errors import InputError, renamed_argument
 from spectral_sinks.interventions.sites import Site
 from spectral_sinks.interventions.tracing import trace
 from spectral_sinks.measure.memory import batches
@@ -129,9 +130,10 @@ class Outliers:
         }
 
 
+@renamed_argument("given", "pixels")
 def outliers(
     model: VisionModel,
-    given: Pixels,
+    pixels: Pixels,
     *,
     rule: Rule = "robust",
     measured: Outliers | None = None,
@@ -143,7 +145,7 @@ def outliers(
 
     Args:
         model: The encoder.
-        given: Its pixels.
+        pixels: Its pixels.
         rule: "robust" (`RULE`), "published" (norm above 150; made for the output of DINOv2-g), or a norm.
         measured: Outliers of the same model and pixels. Their norms are judged by `rule`, without a pass.
         batch_size: Images in a pass.
@@ -154,9 +156,9 @@ def outliers(
     """
     if not (rule in ("robust", "published") or (isinstance(rule, int | float) and rule > 0)):
         raise InputError(f"rule {rule!r}: give 'robust', 'published' or a norm above 0")
-    if measured is not None and measured.pixels is not given:
+    if measured is not None and measured.pixels is not pixels:
         raise InputError("the measured outliers are those of other pixels: give the ones of these")
-    norm = _norms(model, given, batch_size) if measured is None else measured.norm
+    norm = _norms(model, pixels, batch_size) if measured is None else measured.norm
     patches = np.moveaxis(norm[..., len(model.prefix) :], 1, 2)  # [images, patches, sites]
     levels = robust_levels(patches.reshape(-1, norm.shape[1]))
     if rule == "robust":
@@ -164,16 +166,16 @@ def outliers(
     else:
         fixed = PUBLISHED if rule == "published" else float(rule)
         cutoff, name = np.full_like(levels[0], fixed), f"norm above {fixed:g}"
-    return Outliers(model.name, name, given, norm, cutoff, *levels)
+    return Outliers(model.name, name, pixels, norm, cutoff, *levels)
 
 
 def _norms(
-    model: VisionModel, given: Pixels, batch_size: int | None
+    model: VisionModel, pixels: Pixels, batch_size: int | None
 ) -> Float[NDArray[np.float64], "images sites tokens"]:
     """Measure the norm of every token at the embedding and at every layer's exit."""
     sites = [Site("embedding"), *(Site("exit", layer) for layer in range(model.layers))]
     parts: list[Tensor] = []
-    for _, batch in batches(model, given, batch_size):
+    for _, batch in batches(model, pixels, batch_size):
         sizes: list[Tensor] = []
 
         def measure(x: Tensor, sizes: list[Tensor] = sizes) -> Tensor:
@@ -186,14 +188,14 @@ def _norms(
 
 
 @torch.no_grad()
-def neighbour_cosines(given: Pixels, image: int) -> Float[NDArray[np.float64], "rows columns"]:
+def neighbour_cosines(pixels: Pixels, image: int) -> Float[NDArray[np.float64], "rows columns"]:
     """Return the mean cosine of each patch to its neighbours above, below, left and right.
 
     The patches are taken after the patch embedding.
     """
-    model = given.model
+    model = pixels.model
     convolution = next(part for part in model.tower.embeddings.modules() if isinstance(part, torch.nn.Conv2d))
-    x = convolution.forward(given[image][None].to(model.device, model.dtype))[0].double()
+    x = convolution.forward(pixels[image][None].to(model.device, model.dtype))[0].double()
     x = x / x.norm(dim=0).clamp_min(torch.finfo(x.dtype).tiny)
     down, right = (x[:, 1:] * x[:, :-1]).sum(0), (x[:, :, 1:] * x[:, :, :-1]).sum(0)
     total, count = torch.zeros_like(x[0]), torch.zeros_like(x[0])
@@ -213,9 +215,10 @@ def border_distance(grid: tuple[int, int]) -> NDArray[np.int64]:
     return np.minimum(rows[:, None], columns)
 
 
+@renamed_argument("given", "pixels")
 def outlier_onset(
     checkpoints: Iterable[tuple[int, VisionModel]],
-    given: Pixels,
+    pixels: Pixels,
     *,
     rule: Rule = "robust",
     batch_size: int | None = None,
@@ -226,7 +229,7 @@ def outlier_onset(
     """
     tables: list[pd.DataFrame] = []
     for step, model in checkpoints:
-        found = outliers(model, pixels(given.images, model), rule=rule, batch_size=batch_size)
+        found = outliers(model, pixel_data.pixels(pixels.images, model), rule=rule, batch_size=batch_size)
         tables.append(found.summary().assign(step=step))
     if not tables:
         raise InputError("no checkpoints: give pairs of a step and a model")
