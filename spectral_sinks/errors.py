@@ -35,6 +35,8 @@ def renamed_argument(old: str, new: str) -> Callable[[F], F]:
         @functools.wraps(function)
         def call(*args: Any, **options: Any) -> Any:
             if old in options:
+                if new in options:
+                    raise TypeError(f"{function.__name__} got both {old!r} and {new!r}, its new name")
                 message = f"{function.__name__}({old}=...) is now {function.__name__}({new}=...)"
                 warnings.warn(message, DeprecationWarning, stacklevel=2)
                 options[new] = options.pop(old)

@@ -150,3 +150,5 @@ def test_an_old_argument_warns_and_works() -> None:
     with pytest.warns(DeprecationWarning, match=r"find_sinks\(tokens="):
         found = ss.find_sinks(model, windows, ss.read_spectrum(model, bands=4), tokens=9, draws=1)  # pyright: ignore
     assert found.length == 9
+    with pytest.raises(TypeError, match="got both 'moves' and 'interventions'"):
+        ss.compare(model, windows, moves={}, interventions={})  # pyright: ignore

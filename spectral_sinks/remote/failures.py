@@ -78,9 +78,8 @@ def explained(error: BaseException, model: str) -> InputError | RemoteError:
         return error
     said = hidden(" ".join(str(error).split()))
     host = CONFIG.API.HOST
-    if (
-        "Traceback" in said
-    ):  # of the job on the server: its last line has the class and the message of the error
+    # the traceback of a job on the server ends with the class and the message of the error
+    if "Traceback" in said:
         said = hidden(str(error).strip().splitlines()[-1].strip())
     short = said if len(said) <= 200 else f"{said[:200]}..."
     connection = isinstance(error, OSError) or type(error).__module__.partition(".")[0] in (

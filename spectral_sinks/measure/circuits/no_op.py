@@ -96,7 +96,7 @@ class Circuits:
         """Return the rule, the heads with a circuit and all heads, as a dictionary that JSON can hold."""
         return {
             "model": self.model,
-            "position": self.position,
+            "position": np.asarray(self.position).tolist(),
             "rule": self.rule,
             "windows": self.windows,
             "circuits": self.heads[self.heads["circuit"]].to_dict("records"),
