@@ -15,5 +15,10 @@ class Info(Common):
 
 
 def run_info(options: Info) -> None:
-    found = ss.describe(options.model, revision=options.revision, trust_remote_code=options.trust_remote_code)
+    found = ss.describe(
+        options.model,
+        revision=options.revision,
+        trust_remote_code=options.trust_remote_code,
+        gguf_file=options.gguf_file,
+    )
     show(options.json, found, table("", ("", ""), [(k, str(v)) for k, v in found.items()]))

@@ -23,11 +23,13 @@ class Common:
     """Options of every command that reads a model."""
 
     model: Positional[str] = ss.DEFAULT
-    """Name of the embedded model, a Hugging Face id, or a folder."""
+    """Name of the embedded model, a Hugging Face id, a folder, or a GGUF file."""
     json: bool = False
     """Print one JSON object and nothing else on standard output."""
     revision: str | None = None
     """Branch, tag or commit of a Hugging Face id."""
+    gguf_file: str | None = None
+    """Name of the GGUF file in a folder that holds several, or in a Hugging Face repository."""
     allow_pickle: bool = False
     """Allow pickled weights, which can run code when they are loaded."""
     trust_remote_code: bool = False
@@ -37,6 +39,7 @@ class Common:
         return ss.load(
             self.model,
             revision=self.revision,
+            gguf_file=self.gguf_file,
             allow_pickle=self.allow_pickle,
             trust_remote_code=self.trust_remote_code,
             **options,
@@ -123,7 +126,14 @@ def remote_of(name: RemoteName | None) -> bool | str:
 def read_spectrum(options: Common, matrix: str, convention: Any, bands: int) -> ss.Spectrum:
     # A single tensor can be read from safetensors only; pickled weights are loaded as a whole
     model = options.load() if options.allow_pickle else options.model
-    return ss.read_spectrum(model, matrix, convention=convention, bands=bands, revision=options.revision)
+    return ss.read_spectrum(
+        model,
+        matrix,
+        convention=convention,
+        bands=bands,
+        revision=options.revision,
+        gguf_file=options.gguf_file,
+    )
 
 
 def ran(model: ss.LanguageModel) -> dict[str, Any]:

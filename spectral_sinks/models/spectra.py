@@ -23,6 +23,7 @@ UNEMBEDDINGS = (
     "cls.predictions.decoder.weight",
     "lm_head.decoder.weight",
     "decoder.weight",
+    "output.weight",  # GGUF
 )
 EMBEDDINGS = (
     "model.embed_tokens.weight",
@@ -34,6 +35,7 @@ EMBEDDINGS = (
     "bert.embeddings.word_embeddings.weight",
     "roberta.embeddings.word_embeddings.weight",
     "model.embeddings.tok_embeddings.weight",
+    "token_embd.weight",  # GGUF
 )
 NORMS = (
     "model.norm.weight",
@@ -46,6 +48,7 @@ NORMS = (
     "cls.predictions.transform.LayerNorm.gamma",
     "lm_head.layer_norm.weight",
     "head.norm.weight",
+    "output_norm.weight",  # GGUF
 )
 
 
@@ -56,6 +59,7 @@ def read_local_spectrum(
     convention: Convention = "raw",
     bands: int = 20,
     revision: str | None = None,
+    gguf_file: str | None = None,
     use_cache: bool = True,
 ) -> Spectrum:
     """Return a spectrum from weights in this process or in a checkpoint: the local part of `read_spectrum`.
@@ -67,7 +71,7 @@ def read_local_spectrum(
         raise InputError(
             f"convention {convention!r} folds the final norm into the unembedding; {matrix} has only 'raw'"
         )
-    read = _reading(model, matrix, convention, revision)
+    read = _reading(model, matrix, convention, revision, gguf_file)
     # rows read the residual stream: [rows, d]
     weight = read.weight
     if weight.ndim == 2 and weight.shape[1] != read.width and weight.shape[0] == read.width:
@@ -95,13 +99,14 @@ def _reading(
     matrix: str,
     convention: Convention,
     revision: str | None,
+    gguf_file: str | None,
 ) -> Reading:
     """Find a matrix, and the norm through which it reads."""
     if isinstance(model, VisionModel):
         return read_model(model, matrix, convention)
     if isinstance(model, LanguageModel):
         return _from_model(model, matrix, convention)
-    source = find_source(str(model), revision)
+    source = find_source(str(model), revision, gguf_file)
     refuse_code(source, trust_remote_code=True)  # only tensors are read, so none of its code runs
     source.require_weights()
     if is_vision(source):
@@ -140,7 +145,9 @@ def _from_checkpoint(source: Source, matrix: str, convention: Convention) -> Rea
         if norm is None:
             raise InputError(f"{source.name} holds no final norm that is known: use convention 'raw'")
         gain = source.tensor(norm).float()
-        gain = 1 + gain if str(config.get("model_type", "")).startswith("gemma") else gain
+        # GGUF files store 1 + w
+        if source.gguf is None and str(config.get("model_type", "")).startswith("gemma"):
+            gain = 1 + gain
     layernorm = norm is not None and norm.removesuffix("weight") + "bias" in present
     layernorm = layernorm or read_through(present) != ""  # the LayerNorm of a masked-LM head may lack a bias
     width = config.get("hidden_size") or config.get("n_embd")
