@@ -40,7 +40,7 @@ class Source:
     offline: bool = False
     """Whether the hub cannot be reached, so that only its local cache is used."""
     gguf_file: str | None = None
-    """The name of the GGUF file in the folder or repository that holds configuration, tokenizer and weights."""
+    """The GGUF file in the folder or repository that holds configuration, tokenizer and weights."""
 
     @property
     def location(self) -> str:
