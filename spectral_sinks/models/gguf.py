@@ -23,7 +23,7 @@ from spectral_sinks.errors import InputError, SpectralWarning
 SUFFIX = ".gguf"
 
 LONG = 1000
-"""Arrays of more entries than this are a vocabulary, its scores or its merges, which the header leaves out."""
+"""Longer arrays are a vocabulary, its scores or its merges, which the header leaves out."""
 
 DIGIT_BY_DIGIT = frozenset(
     ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b", "mellum")
@@ -189,9 +189,9 @@ class GgufFile:
                 )
             elif pre not in AS_GPT2:
                 warnings.warn(
-                    f"{self.path.name} names the pre-tokenizer {pre!r}, which is not known here: text is split "
-                    "as GPT-2 splits it, which may differ from the model's training; give the model's own "
-                    "tokenizer, load(..., tokenizer=...)",
+                    f"{self.path.name} names the pre-tokenizer {pre!r}, which is not known here: text is "
+                    "split as GPT-2 splits it, which may differ from the model's training; give the model's "
+                    "own tokenizer, load(..., tokenizer=...)",
                     SpectralWarning,
                     stacklevel=2,
                 )

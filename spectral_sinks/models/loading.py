@@ -80,9 +80,10 @@ def load(
 
     Raises:
         InputError: for a name that is neither a path nor reachable; for missing, pickled (unless allowed),
-            truncated or non-finite weights; for an architecture that transformers cannot read from GGUF; for a checkpoint that runs code of its own (unless trusted); for a model
-            without a head over the vocabulary; for a model whose modules are not found or do not add up; for
-            an encoder that is to run remotely; and for options that a model object cannot take.
+            truncated or non-finite weights; for an architecture that transformers cannot read from GGUF; for
+            a checkpoint that runs code of its own (unless trusted); for a model without a head over the
+            vocabulary; for a model whose modules are not found or do not add up; for an encoder or a GGUF
+            file that is to run remotely; and for options that a model object cannot take.
 
     """
     if not isinstance(model, str | Path):

@@ -137,7 +137,7 @@ def test_a_folder_with_one_file_needs_no_name_and_with_several_it_does(tmp_path:
     assert ss.load(tmp_path, gguf_file="b.gguf").layers == 3
     assert ss.describe(tmp_path, gguf_file="b.gguf")["layers"] == 3
     assert ss.read_spectrum(tmp_path, gguf_file="a.gguf", use_cache=False).d == 32
-    with pytest.raises(ss.InputError, match="holds no file 'c.gguf'"):
+    with pytest.raises(ss.InputError, match=r"holds no file 'c\.gguf'"):
         ss.load(tmp_path, gguf_file="c.gguf")
     small_llama().save_pretrained(tmp_path)
     assert ss.load(tmp_path).name == str(tmp_path)  # a Hugging Face checkpoint comes first
@@ -167,7 +167,7 @@ def test_a_truncated_file_is_refused_in_one_sentence(share: float, tmp_path: Pat
     content = file.read_bytes()
     file.write_bytes(content[: int(share * len(content))])
     for act in (ss.load, ss.describe, ss.read_spectrum):
-        with pytest.raises(ss.InputError, match="truncated or damaged|is not a GGUF file") as caught:
+        with pytest.raises(ss.InputError, match=r"truncated or damaged|is not a GGUF file") as caught:
             act(file)
         assert "\n" not in str(caught.value)
 
