@@ -1,6 +1,5 @@
 """A description of a checkpoint, from its configuration and tokenizer alone."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,15 +51,10 @@ def describe(
         "context": context_of(config),
         "tied": bool(config.tie_word_embeddings)
         and not (causal and any(name in names for name in UNEMBEDDINGS)),
-        "quantization": source.gguf and source.gguf.quantization(_head(names)),
+        "quantization": source.gguf and source.gguf.quantization(source.gguf.unembedding),
         "quantizations": source.gguf and source.gguf.quantizations(),
         "tokenizer": None if tokenizer is None else type(tokenizer).__name__,
         "bos_token": None if tokenizer is None or bos is None else tokenizer.convert_ids_to_tokens(bos),
         "bos_token_id": bos,
         "opens_with_bos": opens,
     }
-
-
-def _head(names: Mapping[str, str]) -> str:
-    """Return the tensor that is the unembedding of a GGUF file."""
-    return "output.weight" if "output.weight" in names else "token_embd.weight"

@@ -22,6 +22,8 @@ from spectral_sinks.errors import InputError, SpectralWarning
 
 SUFFIX = ".gguf"
 
+EMBEDDING, HEAD = "token_embd.weight", "output.weight"
+
 LONG = 1000
 """Longer arrays are a vocabulary, its scores or its merges, which the header leaves out."""
 
@@ -39,6 +41,25 @@ BYTE_LEVEL_WITH_BOS = frozenset(
     ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "tekken")
 )
 """Pre-tokenizers for which llama.cpp adds BOS where the file does not say whether to."""
+
+
+STEPS = {
+    "Q4_0": (32, 8, True),
+    "Q5_0": (32, 16, True),
+    "Q8_0": (32, 127, True),
+    "Q3_K": (16, 4, True),
+    "Q6_K": (16, 32, True),
+    "Q4_1": (32, 15, False),
+    "Q5_1": (32, 31, False),
+    "Q2_K": (16, 3, False),
+    "Q4_K": (32, 15, False),
+    "Q5_K": (32, 31, False),
+}
+"""For types with evenly spaced values: entries that share a step, steps in the range, and whether that range
+is from zero to the largest magnitude. Otherwise it is from the smallest to the largest value."""
+
+MANTISSA = {"F32": 23, "F16": 10, "BF16": 7}
+"""Bits of the mantissa."""
 
 
 class HeaderReader(gguf.GGUFReader):
@@ -125,9 +146,14 @@ class GgufFile:
     @cached_property
     def vocabulary(self) -> int:
         """Number of rows of the embedding."""
-        if "token_embd.weight" not in self.tensors:
+        if EMBEDDING not in self.tensors:
             raise InputError(f"{self.path} holds no token embedding: expected a language model")
-        return int(self.tensors["token_embd.weight"].shape[1])
+        return int(self.tensors[EMBEDDING].shape[1])
+
+    @property
+    def unembedding(self) -> str:
+        """Name of the tensor that is the unembedding: the embedding, if the file holds no other."""
+        return HEAD if HEAD in self.tensors else EMBEDDING
 
     def tensor(self, name: str) -> Tensor:
         """Return one tensor, dequantised to float32, in torch's order of dimensions."""
@@ -140,6 +166,24 @@ class GgufFile:
                 "dequantise"
             ) from error
         return torch.from_numpy(np.array(values, dtype=np.float32))
+
+    def steps(self, name: str) -> Tensor | None:
+        """Return the step between the values that each entry of a tensor can take, float32.
+
+        It is worked out from the dequantised values of each block: their range over the number of steps, for a
+        type that spaces its values evenly, or the spacing of floating-point numbers. None for another type.
+        """
+        kind = self.quantization(name)
+        values = self.tensor(name)
+        if kind in MANTISSA:
+            return torch.exp2(torch.floor(torch.log2(values.abs().clamp(min=1e-38))) - MANTISSA[kind])
+        if kind not in STEPS:
+            return None
+        size, count, symmetric = STEPS[kind]
+        blocks = values.reshape(-1, size)
+        low, high = blocks.amin(1), blocks.amax(1)
+        extent = torch.maximum(low.abs(), high.abs()) if symmetric else high.clamp(min=0) - low.clamp(max=0)
+        return (extent / count).repeat_interleave(size).view(values.shape)
 
     def quantization(self, name: str) -> str:
         """Return the type in which a tensor is stored, such as "Q8_0"."""

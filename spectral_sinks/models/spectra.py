@@ -8,12 +8,14 @@ from torch import Tensor
 
 from spectral_sinks.errors import InputError
 from spectral_sinks.models.checkpoint import Source, find_source
+from spectral_sinks.models.gguf import EMBEDDING
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.models.layout import TRANSFORMS, through
 from spectral_sinks.models.loading import refuse_code
 from spectral_sinks.models.masked_lm import is_masked_lm
 from spectral_sinks.models.spectra_vision import CLASSIFIER, Reading, is_vision, read_checkpoint, read_model
 from spectral_sinks.models.vision import VisionModel
+from spectral_sinks.spectra.rounding import RoundingNoise, rounding_noise
 from spectral_sinks.spectra.spectrum import Convention, Spectrum
 
 UNEMBEDDINGS = (
@@ -154,6 +156,35 @@ def _from_checkpoint(source: Source, matrix: str, convention: Convention) -> Rea
     if not isinstance(width, int):
         raise InputError(f"{source.name}: config.json names no hidden_size")
     return Reading(matrix, source.tensor(str(name)), width, gain, layernorm, tied, read_through(present))
+
+
+def quantization_noise(
+    model: str | Path,
+    spectrum: Spectrum,
+    *,
+    revision: str | None = None,
+    gguf_file: str | None = None,
+) -> RoundingNoise | None:
+    """Return what the quantisation of a GGUF file does to the dark band of its unembedding.
+
+    It is measured by noise of the size of the quantisation. None for another checkpoint, for another matrix,
+    and for a type whose values are not evenly spaced.
+
+    Args:
+        model: the file, or its folder or hub id.
+        spectrum: the spectrum of the unembedding, as read from the file.
+        revision: the revision of a hub model.
+        gguf_file: the name of the file in a folder that holds several, or in a hub repository.
+
+    """
+    source = find_source(str(model), revision, gguf_file)
+    if source.gguf is None or spectrum.matrix not in ("unembedding", "embedding"):
+        return None
+    read = _from_checkpoint(source, spectrum.matrix, spectrum.convention)
+    step = source.gguf.steps(EMBEDDING if spectrum.matrix == "embedding" else source.gguf.unembedding)
+    if step is None:
+        return None
+    return rounding_noise(read.weight, step, spectrum, gain=read.gain, centre_residual=read.layernorm)
 
 
 def read_through(present: Iterable[str]) -> str:

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import spectral_sinks as ss
 from spectral_sinks.models.gguf import GgufFile
+from spectral_sinks.models.spectra import quantization_noise
 
 MAKERS = {
     "llama": small_llama,
@@ -199,3 +200,35 @@ def test_a_gguf_file_is_not_for_a_server(tmp_path: Path) -> None:
     file = write_gguf(tmp_path / "x.gguf", small_llama())
     with pytest.raises(ss.InputError, match="in this process alone"):
         ss.load(file, gguf_file="x.gguf", remote=True)
+
+
+@pytest.mark.parametrize("kind", ["F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
+def test_step_is_that_of_the_rounding_that_was_made(kind: str, tmp_path: Path) -> None:
+    written = small_llama(vocab_size=200, hidden_size=128)
+    stored = GGMLQuantizationType[kind]
+    file = GgufFile(write_gguf(tmp_path / "x.gguf", written, stored=stored))
+    error = file.tensor("token_embd.weight") - written.model.embed_tokens.weight.detach()
+    step = file.steps("token_embd.weight")
+    assert step is not None
+    uniform = (step.square().mean() / 12).sqrt()
+    assert float(error.square().mean().sqrt() / uniform) == pytest.approx(1, abs=0.1)
+
+
+def test_quantisation_noise_of_a_file(tmp_path: Path) -> None:
+    written = small_llama(hidden_size=64)
+    angles = {}
+    for kind in ("Q4_0", "Q8_0", "F32"):
+        file = write_gguf(tmp_path / f"{kind}.gguf", written, stored=GGMLQuantizationType[kind])
+        spectrum = ss.read_spectrum(file, convention="folded", use_cache=False)
+        noise = quantization_noise(file, spectrum)
+        assert noise is not None
+        assert noise.smallest == spectrum.values[-1]
+        angles[kind] = noise.largest_angle
+    assert angles["Q4_0"] > 5 * angles["Q8_0"] > 25 * angles["F32"]
+    assert quantization_noise(ss.DEFAULT, spectrum) is None
+
+
+def test_a_type_without_even_spacing_has_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = GgufFile(write_gguf(tmp_path / "x.gguf", small_llama()))
+    monkeypatch.setattr(GgufFile, "quantization", lambda *_: "IQ4_NL")
+    assert file.steps("token_embd.weight") is None
