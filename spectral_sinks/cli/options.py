@@ -136,6 +136,31 @@ def read_spectrum(options: Common, matrix: str, convention: Any, bands: int) -> 
     )
 
 
+def bos_record(model: ss.LanguageModel, windows: ss.Windows) -> dict[str, Any]:
+    """Compare the untouched NLL with and without BOS, and warn where the policy in use is worse.
+
+    Nothing is compared for a model at a server.
+    """
+    if model.weightless:
+        return {}
+    found = ss.nll.compare_bos(model, windows)
+    if found is not None and found.advice is not None:
+        warnings.warn(found.advice, ss.SpectralWarning, stacklevel=2)
+    return {"bos_comparison": None if found is None else found.record()}
+
+
+def bos_row(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the row of a table for the comparison of `bos_record`; none if nothing was compared."""
+    if not (compared := found.get("bos_comparison")):
+        return []
+    return [
+        (
+            "NLL with and without BOS",
+            f"{compared['with_bos']:.3f}, {compared['without_bos']:.3f} ({compared['windows']} windows)",
+        )
+    ]
+
+
 def ran(model: ss.LanguageModel) -> dict[str, Any]:
     """Return the record of the server, or nothing where the model is in this process."""
     return {} if model.remote is None else {"remote": model.remote.record()}

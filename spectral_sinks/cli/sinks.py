@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Group
 
 import spectral_sinks as ss
-from spectral_sinks.cli.options import Running, ran
+from spectral_sinks.cli.options import Running, bos_record, bos_row, ran
 from spectral_sinks.cli.output import plain, show, table
 
 LENGTH = 64
@@ -45,6 +45,7 @@ def run_sinks(options: Sinks) -> None:
         "first_token_ids": found.attention.windows.record["first_token_ids"],
         "opens_with_bos": found.attention.windows.record["opens_with_bos"],
         "data_hash": found.attention.windows.record["data_hash"],
+        **bos_record(model, found.attention.windows),
         **ran(model),
     }
     if options.figure is not None:
@@ -77,6 +78,7 @@ def _tables(record: dict[str, Any]) -> list[Any]:
         ("onset layer", plain(record["onset_layer"])),
         ("documents, windows", f"{record['documents']}, {record['windows']}"),
     ]
+    rows += bos_row(record)
     if "remote" in record:
         rows.append(("server", record["remote"]["host"]))
     tables = [table(title, ("", ""), rows)]

@@ -68,8 +68,8 @@ def run_spectrum(options: SpectrumCommand) -> None:
     if noise is not None:
         shown.append(
             f"Quantisation noise has a norm of {noise.norm:.3g} beside the smallest singular value of "
-            f"{noise.smallest:.4g}. Noise of that size turns {noise.rotated:.2%} of the dark band out of it "
-            f"(largest angle {noise.largest_angle:.2g} degrees)."
+            f"{noise.smallest:.4g}. Noise of that size turns {100 * noise.rotated:.2g} % of the dark band "
+            f"out of it (largest angle {noise.largest_angle:.2g} degrees)."
         )
     columns = ("band", "directions", "largest singular value", "smallest", "share of the matrix's energy")
     show(options.json, found, Group(table(repr(spectrum), columns, rows), *shown))

@@ -165,6 +165,13 @@ class Source:
         cached = try_to_load_from_cache(self.name, name, revision=self.revision)
         return Path(cached) if isinstance(cached, str) else None
 
+    @property
+    def bytes_at_hand(self) -> int | None:
+        """Size of the weights, if all of their files are on this machine; None otherwise."""
+        paths = [self._at_hand(shard) for shard in sorted(set(self.shards.values()))]
+        sizes = [path.stat().st_size for path in paths if path is not None]
+        return sum(sizes) if sizes and len(sizes) == len(paths) else None
+
     def require_weights(self, allow_pickle: bool = False) -> None:
         """Raise InputError unless there are weights, which must be safetensors unless pickle is allowed."""
         if self.shards:

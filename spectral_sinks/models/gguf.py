@@ -170,8 +170,8 @@ class GgufFile:
     def steps(self, name: str) -> Tensor | None:
         """Return the step between the values that each entry of a tensor can take, float32.
 
-        It is worked out from the dequantised values of each block: their range over the number of steps, for a
-        type that spaces its values evenly, or the spacing of floating-point numbers. None for another type.
+        It is worked out from the dequantised values: their range in each block over the number of steps, for
+        a type that spaces its values evenly, or the spacing of floating-point numbers. None for another type.
         """
         kind = self.quantization(name)
         values = self.tensor(name)
