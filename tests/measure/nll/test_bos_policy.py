@@ -66,6 +66,7 @@ def test_nothing_is_compared_without_bos() -> None:
     assert compare_bos(bare, ss.Windows.of_ids([[3, 4, 5]], bare)) is None
 
 
+@pytest.mark.filterwarnings("always")
 def test_commands_warn_and_name_the_option(capsys: pytest.CaptureFixture[str]) -> None:
     """A model that was trained with BOS loses by its absence."""
     for command in (["nll", "--documents", "4", "--length", "64"], ["sinks", "--documents", "4"]):
@@ -79,6 +80,7 @@ def test_commands_warn_and_name_the_option(capsys: pytest.CaptureFixture[str]) -
         assert "BOS" not in printed.err
 
 
+@pytest.mark.filterwarnings("always")
 def test_info_compares_where_bos_is_there_and_not_used(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
