@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -89,13 +89,17 @@ _patching = Lock()
 
 @contextmanager
 def fast_reader() -> Iterator[None]:
-    """Let transformers open GGUF files by `HeaderReader`; it takes the class from the gguf package."""
+    """Let transformers open GGUF files by `HeaderReader`, and make the map of tensor names once for a model.
+
+    transformers takes both from the gguf package when it opens a file, and makes the map once per module.
+    """
     with _patching:
-        usual, gguf.GGUFReader = gguf.GGUFReader, HeaderReader
+        usual = gguf.GGUFReader, gguf.get_tensor_name_map
+        gguf.GGUFReader, gguf.get_tensor_name_map = HeaderReader, cache(gguf.get_tensor_name_map)
         try:
             yield
         finally:
-            gguf.GGUFReader = usual
+            gguf.GGUFReader, gguf.get_tensor_name_map = usual
 
 
 @dataclass(frozen=True)

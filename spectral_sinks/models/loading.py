@@ -1,7 +1,7 @@
 """`load`: a language model by name, folder, hub id or object."""
 
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -256,6 +256,11 @@ def _from_gguf(source: Source, kind: Any, *, dtype: Any, **options: Any) -> tupl
     return module, report
 
 
+def _gguf_reader(source: Source) -> AbstractContextManager[None]:
+    """Return the context in which transformers reads the checkpoint."""
+    return nullcontext() if source.gguf is None else fast_reader()
+
+
 def read_config(source: Source, trust_remote_code: bool) -> Any:
     """Return the checkpoint's configuration as an object of transformers.
 
@@ -265,7 +270,7 @@ def read_config(source: Source, trust_remote_code: bool) -> Any:
     # the long arrays of a GGUF file are not read, and the vocabulary is among them
     sizes = {} if source.gguf is None else {"vocab_size": known["vocab_size"]}
     try:
-        with fast_reader() if source.gguf is not None else nullcontext():
+        with _gguf_reader(source):
             return AutoConfig.from_pretrained(
                 source.location, **source.options, trust_remote_code=trust_remote_code, **sizes
             )
@@ -334,9 +339,10 @@ def load_tokenizer(source: Source, trust_remote_code: bool) -> Any:
     ):
         return None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            source.location, **source.options, trust_remote_code=trust_remote_code
-        )
+        with _gguf_reader(source):
+            tokenizer = AutoTokenizer.from_pretrained(
+                source.location, **source.options, trust_remote_code=trust_remote_code
+            )
     except (ValueError, KeyError, OSError) as error:
         raise InputError(f"the tokenizer of {source.name} cannot be loaded: {error}") from error
     if source.gguf is not None:
