@@ -36,7 +36,7 @@ from spectral_sinks.stats import mean_interval
 from spectral_sinks.sweeps.band_ladder import ladder
 from spectral_sinks.sweeps.definition import versions
 
-__all__ = ["Finding", "Study", "answer", "reproduce", "without_last_band"]
+__all__ = ["Finding", "Study", "answer", "find_experiment", "reproduce", "without_last_band"]
 
 BATCH = 16
 """Number of windows in a forward pass."""

@@ -1,7 +1,6 @@
 """`load`: a language model by name, folder, hub id or object."""
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -256,24 +255,18 @@ def _from_gguf(source: Source, kind: Any, *, dtype: Any, **options: Any) -> tupl
     return module, report
 
 
-def _gguf_reader(source: Source) -> AbstractContextManager[None]:
-    """Return the context in which transformers reads the checkpoint."""
-    return nullcontext() if source.gguf is None else fast_reader()
-
-
 def read_config(source: Source, trust_remote_code: bool) -> Any:
     """Return the checkpoint's configuration as an object of transformers.
 
     Raises InputError for a missing or broken configuration.
     """
     known = source.config  # its errors are clearer than transformers'
-    # the long arrays of a GGUF file are not read, and the vocabulary is among them
-    sizes = {} if source.gguf is None else {"vocab_size": known["vocab_size"]}
     try:
-        with _gguf_reader(source):
-            return AutoConfig.from_pretrained(
-                source.location, **source.options, trust_remote_code=trust_remote_code, **sizes
-            )
+        if source.gguf is not None:
+            return AutoConfig.for_model(**known)
+        return AutoConfig.from_pretrained(
+            source.location, **source.options, trust_remote_code=trust_remote_code
+        )
     except (ValueError, KeyError, OSError) as error:
         raise InputError(f"the configuration of {source.name} cannot be read: {error}") from error
 
@@ -339,10 +332,11 @@ def load_tokenizer(source: Source, trust_remote_code: bool) -> Any:
     ):
         return None
     try:
-        with _gguf_reader(source):
-            tokenizer = AutoTokenizer.from_pretrained(
-                source.location, **source.options, trust_remote_code=trust_remote_code
-            )
+        # transformers would read a GGUF file once more for the configuration
+        known = {} if source.gguf is None else {"config": read_config(source, trust_remote_code)}
+        tokenizer = AutoTokenizer.from_pretrained(
+            source.location, **source.options, trust_remote_code=trust_remote_code, **known
+        )
     except (ValueError, KeyError, OSError) as error:
         raise InputError(f"the tokenizer of {source.name} cannot be loaded: {error}") from error
     if source.gguf is not None:
