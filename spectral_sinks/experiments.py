@@ -18,8 +18,8 @@ import psutil
 import torch
 from tqdm import tqdm
 
+from spectral_sinks.data.document_sources import documents as read_documents
 from spectral_sinks.data.texts import Windows, cut
-from spectral_sinks.data.texts import documents as read_documents
 from spectral_sinks.errors import InputError, SpectralWarning
 from spectral_sinks.files import atomic_write
 from spectral_sinks.interventions.sites import Site

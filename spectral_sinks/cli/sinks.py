@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Group
+from rich.text import Text
 
 import spectral_sinks as ss
 from spectral_sinks.cli.options import Running, bos_record, bos_row, ran
@@ -82,6 +84,8 @@ def _tables(record: dict[str, Any]) -> list[Any]:
     if "remote" in record:
         rows.append(("server", record["remote"]["host"]))
     tables = [table(title, ("", ""), rows)]
+    if "roles" in record:
+        tables.append(_roles(record["roles"]))
     if not record["sinks"]:
         return [*tables, "no sinks"]
     columns = ("sink", "layers", "attention", "norm ratio", "dark share", "dark")
@@ -99,6 +103,27 @@ def _tables(record: dict[str, Any]) -> list[Any]:
         for sink in record["sinks"]
     ]
     return [*tables, table("", columns, lines)]
+
+
+def _roles(rows: list[dict[str, Any]]) -> Any:
+    columns = ("role", "tokens", "sinks", "attention received", "share of attention", "share to sinks")
+    lines = [
+        (
+            Text(row["role"]),
+            f"{row['tokens']}\n{row['documents']} documents",
+            str(row["sink_tokens"]),
+            _low_high(row, "attention"),
+            f"{_low_high(row, 'share')}\nuniform {row['uniform_share']:.3f}",
+            _low_high(row, "sink_share"),
+        )
+        for row in rows
+    ]
+    return table("Attention by role", columns, lines)
+
+
+def _low_high(row: dict[str, Any], name: str) -> str:
+    low, high = row[f"{name}_low"], row[f"{name}_high"]
+    return f"{row[name]:.3f}" + ("" if math.isnan(low) else f"\n[{low:.3f}, {high:.3f}]")
 
 
 def _with_interval(record: dict[str, Any], name: str) -> str:

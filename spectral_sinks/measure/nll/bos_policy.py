@@ -61,13 +61,13 @@ def compare_bos(model: LanguageModel, windows: Windows) -> BosComparison | None:
     """Compare the untouched NLL with and without BOS on the first window of the first four documents.
 
     At most 64 tokens of each window are read. Returns None for an encoder, for a model whose tokenizer has no
-    BOS, and for windows of fewer than two tokens of text.
+    BOS, for windows of fewer than two tokens of text, and for chats, which open as their template has it.
 
     Raises InputError for a model whose weights are in another process.
     """
     if model.weightless:
         raise InputError(f"the weights of {model.name} are in another process: BOS is compared in this one")
-    if not model.causal or model.bos is None:
+    if not model.causal or model.bos is None or windows.roles is not None:
         return None
     first = {owner: row for owner, row in reversed(list(zip(windows.document, windows.rows, strict=True)))}
     found: list[tuple[float, float]] = []

@@ -64,6 +64,9 @@ def test_nothing_is_compared_without_bos() -> None:
     module = small_llama()
     bare = ss.load(module)
     assert compare_bos(bare, ss.Windows.of_ids([[3, 4, 5]], bare)) is None
+    model = ss.load()
+    chat = ss.Windows.of_ids([[model.bos or 0, 4, 5]], model, roles=[["template", "user", "user"]])
+    assert compare_bos(model, chat) is None and compare_bos(model, ss.Windows.of_ids(chat.rows, model))
 
 
 @pytest.mark.filterwarnings("always")
