@@ -120,8 +120,12 @@ def read_spectra(
         InputError: as `read_spectrum` does, for the first spectrum.
 
     """
-    given: dict[str, Any] = {"bands": bands, "revision": revision, "gguf_file": gguf_file}
-    given["use_cache"] = use_cache
+    given: dict[str, Any] = {
+        "bands": bands,
+        "revision": revision,
+        "gguf_file": gguf_file,
+        "use_cache": use_cache,
+    }
     found = [read_spectrum(model, convention=convention, **given)]
     for other in SIDE_BY_SIDE:
         if other != convention:
