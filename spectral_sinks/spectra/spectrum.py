@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from jaxtyping import Float
@@ -17,16 +17,9 @@ from torch import Tensor
 
 from spectral_sinks.errors import InputError, SpectralWarning
 from spectral_sinks.spectra import cache
+from spectral_sinks.spectra.conventions import Convention
 from spectral_sinks.spectra.subspace import Subspace, random_subspace
 from spectral_sinks.spectra.svd import right_singular
-
-Convention = Literal["raw", "folded", "centred"]
-
-DEFAULT_CONVENTION: Convention = "raw"
-"""The convention in which an unembedding is read unless another one is named."""
-
-SIDE_BY_SIDE: tuple[Convention, ...] = ("raw", "folded")
-"""The conventions that are shown beside the one that decides."""
 
 DEGENERATE = 1e-6
 """Relative gap of singular values under which a band edge is reported as ill defined [ours]."""

@@ -14,8 +14,8 @@ from spectral_sinks.measure.residual.matrix_spectrum import read_spectrum
 from spectral_sinks.models.embedded import DEFAULT
 from spectral_sinks.models.loading import load
 from spectral_sinks.models.remote_state import To
+from spectral_sinks.spectra.conventions import DEFAULT_CONVENTION, Convention
 from spectral_sinks.spectra.filters import Tokens
-from spectral_sinks.spectra.spectrum import DEFAULT_CONVENTION, Convention
 from spectral_sinks.sweeps.cells import Cell, FillName, Rung, grid
 from spectral_sinks.sweeps.content_address import digest
 from spectral_sinks.sweeps.definition import Sweep

@@ -16,7 +16,8 @@ from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.models.spectra import read_local_spectrum
 from spectral_sinks.remote.client import remotely
 from spectral_sinks.spectra import cache
-from spectral_sinks.spectra.spectrum import DEFAULT_CONVENTION, SIDE_BY_SIDE, Convention, Spectrum
+from spectral_sinks.spectra.conventions import DEFAULT_CONVENTION, SIDE_BY_SIDE, Convention
+from spectral_sinks.spectra.spectrum import Spectrum
 
 COLUMNS = 64
 """Columns of the unembedding that are read at once where the weights are in another process."""

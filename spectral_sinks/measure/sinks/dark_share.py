@@ -1,6 +1,6 @@
 """The dark share of a sink under one convention, and where two conventions disagree on what is dark."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from spectral_sinks.interventions.sites import Site
 from spectral_sinks.interventions.tracing import trace
 from spectral_sinks.measure.memory import batches
 from spectral_sinks.models.language import LanguageModel
+from spectral_sinks.spectra.conventions import disagreement, suffixes
 from spectral_sinks.spectra.subspace import Subspace
 from spectral_sinks.stats import Estimate
 
@@ -52,24 +53,32 @@ class DarkShare:
         )
 
 
+def row_of(conventions: Mapping[str, DarkShare]) -> dict[str, Any]:
+    """Return the columns of several conventions, whose names end as in `dark_share_folded`."""
+    found: dict[str, Any] = {}
+    for name, suffix in suffixes(conventions).items():
+        found |= conventions[name].row(suffix)
+    return found
+
+
+def record_of(conventions: Mapping[str, DarkShare]) -> dict[str, Any]:
+    """Return the numbers of several conventions as a dictionary that JSON can hold."""
+    found: dict[str, Any] = {}
+    for name, suffix in suffixes(conventions).items():
+        found |= conventions[name].record(suffix)
+    return found
+
+
+def disagreement_on(conventions: Mapping[str, DarkShare]) -> str:
+    """Return where conventions disagree on what is dark; those without an interval say nothing."""
+    said = {name: share.dark for name, share in conventions.items()}
+    words = {True: "dark", False: "not dark"}
+    return disagreement({name: words[dark] for name, dark in said.items() if dark is not None})
+
+
 def as_json(name: str, value: Estimate) -> dict[str, Any]:
     """Return a mean under `name` and its interval under `NAME_interval`."""
     return {name: value.value, f"{name}_interval": [value.low, value.high]}
-
-
-def suffixes(conventions: Iterable[str]) -> dict[str, str]:
-    """Return what the names of columns end in, by convention: nothing for the first, which decides."""
-    return {name: f"_{name}" if place else "" for place, name in enumerate(conventions)}
-
-
-def disagreement(words: Mapping[str, str]) -> str:
-    """Return a text such as "dark under folded; not dark under raw"; "" where all conventions agree."""
-    if len(set(words.values())) < 2:
-        return ""
-    return "; ".join(
-        f"{word} under {' and '.join(name for name, said in words.items() if said == word)}"
-        for word in sorted(set(words.values()))
-    )
 
 
 def carrier_shares(

@@ -17,10 +17,11 @@ from spectral_sinks.measure.attention.by_position import PositionAttention
 from spectral_sinks.measure.memory import batches
 from spectral_sinks.measure.residual.band_energy import residual_sites
 from spectral_sinks.measure.residual.massive import Residuals
-from spectral_sinks.measure.sinks.dark_share import DarkShare, as_json, disagreement, suffixes
+from spectral_sinks.measure.sinks.dark_share import DarkShare, as_json, disagreement_on, record_of, row_of
 from spectral_sinks.measure.sinks.rule import Place, above, in_documents
 from spectral_sinks.models.base import Transformer
 from spectral_sinks.models.vision import VisionModel
+from spectral_sinks.spectra.conventions import suffixes
 from spectral_sinks.spectra.spectrum import Spectrum
 from spectral_sinks.spectra.subspace import Subspace, random_subspace
 from spectral_sinks.stats import Estimate
@@ -97,9 +98,7 @@ class Sink:
     @property
     def disagreement(self) -> str:
         """Where conventions disagree: "dark under folded; not dark under raw", or ""."""
-        found = {name: share.dark for name, share in self.conventions.items()}
-        words = {True: "dark", False: "not dark"}
-        return disagreement({name: words[dark] for name, dark in found.items() if dark is not None})
+        return disagreement_on(self.conventions)
 
     @property
     def _decides(self) -> DarkShare:
@@ -110,10 +109,8 @@ class Sink:
 
         Columns of the first convention have no suffix; those of another are named as in `dark_share_folded`.
         """
-        found = scalars(self) | ({"convention": self.convention} if self.conventions else {})
-        for name, suffix in suffixes(self.conventions).items():
-            found |= self.conventions[name].row(suffix)
-        return found
+        named = {"convention": self.convention} if self.conventions else {}
+        return scalars(self) | named | row_of(self.conventions)
 
     def record(self) -> dict[str, Any]:
         """Return all fields as a dictionary that JSON can hold, with names that end as in `row`."""
@@ -122,10 +119,8 @@ class Sink:
             value = getattr(self, field.name)
             if field.name != "conventions":
                 found |= as_json(field.name, value) if isinstance(value, Estimate) else {field.name: value}
-        found |= {"convention": self.convention} if self.conventions else {}
-        for name, suffix in suffixes(self.conventions).items():
-            found |= self.conventions[name].record(suffix)
-        return found
+        named = {"convention": self.convention} if self.conventions else {}
+        return found | named | record_of(self.conventions)
 
 
 def scalars(result: Any) -> dict[str, Any]:

@@ -13,9 +13,10 @@ from spectral_sinks.interventions.tracing import Interventions
 from spectral_sinks.measure.attention.received import EPSILON, attention_by_head, uniform_attention
 from spectral_sinks.measure.nll.effects import Effect, evaluate_all
 from spectral_sinks.measure.residual.matrix_spectrum import by_convention
-from spectral_sinks.measure.sinks.dark_share import carrier_shares, disagreement
+from spectral_sinks.measure.sinks.dark_share import carrier_shares
 from spectral_sinks.measure.sinks.sink import flat_row, scalars
 from spectral_sinks.models.language import LanguageModel
+from spectral_sinks.spectra.conventions import disagreement
 from spectral_sinks.spectra.filters import remove
 from spectral_sinks.spectra.spectrum import Spectrum
 from spectral_sinks.spectra.subspace import random_subspace

@@ -11,7 +11,7 @@ import torch
 from support.planted_sinks import BANDS, D, sinking
 
 import spectral_sinks as ss
-from spectral_sinks.measure.sinks.dark_share import disagreement
+from spectral_sinks.spectra.conventions import disagreement
 
 CASES = {(1, 1e-3): "folded", (10, 1e-3): "folded", (20, 1e3): "raw"}
 """The convention under which the planted sink is dark, by its band under raw and the gain of its channel."""
