@@ -27,7 +27,7 @@ _find, __dir__, __all__ = lazy_loader.attach(
         "measure.nll.effects": ["Effect", "evaluate", "evaluate_all"],
         "measure.nll.generation": ["generate"],
         "measure.residual.band_energy": ["energy"],
-        "measure.residual.matrix_spectrum": ["read_spectrum"],
+        "measure.residual.matrix_spectrum": ["read_spectra", "read_spectrum"],
         "measure.residual.references": ["mean_residual"],
         "measure.sinks.comparison": ["compare"],
         "measure.sinks.designation": ["designate"],

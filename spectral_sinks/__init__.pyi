@@ -34,6 +34,7 @@ from .measure.nll.effects import evaluate as evaluate
 from .measure.nll.effects import evaluate_all as evaluate_all
 from .measure.nll.generation import generate as generate
 from .measure.residual.band_energy import energy as energy
+from .measure.residual.matrix_spectrum import read_spectra as read_spectra
 from .measure.residual.matrix_spectrum import read_spectrum as read_spectrum
 from .measure.residual.references import mean_residual as mean_residual
 from .measure.sinks.comparison import compare as compare
@@ -127,6 +128,7 @@ __all__ = [
     'pixels',
     'psi',
     'random_subspace',
+    'read_spectra',
     'read_spectrum',
     'remote',
     'remotely',

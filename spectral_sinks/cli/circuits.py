@@ -38,7 +38,7 @@ class Circuits(Running):
 
 
 def run_circuits(options: Circuits) -> None:
-    model, windows, spectrum = options.prepare()
+    model, windows, (spectrum,) = options.prepare(beside=False)
     found = ss.no_op_circuits(model, windows, spectrum, options.position, batch_size=options.batch_size)
     if options.figures is not None:
         draw(found, options.figures)

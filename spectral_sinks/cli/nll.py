@@ -6,13 +6,18 @@ import warnings
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from rich.console import Group
+from rich.text import Text
 from tqdm import tqdm
 
 import spectral_sinks as ss
-from spectral_sinks.cli.options import Running, bos_record, bos_row, ran
+from spectral_sinks.cli.options import Running, bos_record, bos_row, ran, why
 from spectral_sinks.cli.output import plain, show, table
 
 FillName = Literal["zero", "mean", "swap", "noise"]
+
+DRAWS = 20
+"""Number of random subspaces that the dark share of position 0 is compared with."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +54,14 @@ def run_nll(options: Nll) -> None:
         )
     tokens = parse_tokens(options.tokens)
     site = ss.Site.parse(options.site)
-    model, windows, spectrum = options.prepare()
-    from spectral_sinks.measure.memory import batch_size_for  # not for --help
+    spec = options.keep or options.remove
+    model, windows, spectra = options.prepare(beside=bool(spec))
+    spectrum = spectra[0]
+    # not for --help
+    from spectral_sinks.measure.memory import batch_size_for
+    from spectral_sinks.measure.sinks.dark_share import disagreement_on, record_of
 
     size = batch_size_for(model, windows.length, options.batch_size)
-    spec = options.keep or options.remove
     # without --layer, the filter acts below the layer with the strongest sink
     layer = options.layer
     if spec and layer is None and site.kind != "embedding":
@@ -81,6 +89,7 @@ def run_nll(options: Nll) -> None:
 
         effects = ss.evaluate_all(model, windows, cells, batch_size=size, progress=tick)
     effect, *controls = effects.values()
+    shares = dark_shares(model, windows, site, spectra, size) if chosen else {}
     low, high = effect.delta_nll_interval
     if len(effect.table) < 2:
         warnings.warn("one window has no interval: give a longer text", ss.SpectralWarning, stacklevel=2)
@@ -107,10 +116,12 @@ def run_nll(options: Nll) -> None:
         "fill": options.fill,
         "filtered_tokens": options.tokens,
         "convention": spectrum.convention,
+        "conventions": [each.convention for each in spectra],
         "rank": chosen.rank if chosen else 0,
         "removed_energy_share": float(effect.table["removed_energy_share"].mean()),
         "sink_mass": effect.sink_mass,
         "baseline_sink_mass": effect.baseline_sink_mass,
+        **record_of(shares),
         **bos_record(model, windows),
         **ran(model),
         "controls": [
@@ -126,7 +137,9 @@ def run_nll(options: Nll) -> None:
     if not model.causal:
         found["masking"] = windows.record["masking"]
         found["reads_through"] = model.reads_through
-    rows = [(str(k), plain(v)) for k, v in found.items() if k not in ("controls", "remote", "bos_comparison")]
+    elsewhere = {"controls", "remote", "bos_comparison", "conventions", *record_of(shares)}
+    rows = [(str(k), plain(v)) for k, v in found.items() if k not in elsewhere]
+    rows += [(f"dark share of position 0, {name}", described(share)) for name, share in shares.items()]
     rows += bos_row(found)
     token = "token" if model.causal else "masked token"
     if model.remote is not None:
@@ -135,7 +148,30 @@ def run_nll(options: Nll) -> None:
         reached = ss.stats.null_rank(effect.delta_nll, [c.delta_nll for c in controls])
         rows.append(("delta_nll of random controls", plain([c.delta_nll for c in controls])))
         rows.append(("controls that reach the filter's", f"{reached} of {len(controls)}"))
-    show(options.json, found, table(f"NLL (nats per {token}) of {model.name}", ("", ""), rows))
+    made = table(f"NLL (nats per {token}) of {model.name}", ("", ""), rows)
+    said = disagreement_on(shares)
+    notes = [Text(f"At {site}, position 0 is {said} {why(shares)}.")] if said else []
+    show(options.json, found, Group(made, *notes))
+
+
+def dark_shares(
+    model: ss.LanguageModel, windows: ss.Windows, site: ss.Site, spectra: list[ss.Spectrum], batch_size: int
+) -> dict[str, ss.sinks.DarkShare]:
+    """Return the share of position 0 in the dark band at the site of the filter, by convention."""
+    from spectral_sinks.measure.sinks.dark_share import carrier_shares  # not for --help
+
+    darks = {spectrum.convention: spectrum.dark() for spectrum in spectra}
+    randoms = [ss.random_subspace(model.d, spectra[0].dark().rank, seed) for seed in range(DRAWS)]
+    return carrier_shares(model, windows, site, darks, randoms, batch_size)
+
+
+def described(share: ss.sinks.DarkShare) -> str:
+    """Format the dark share of position 0, beside random subspaces and the other tokens."""
+    own = share.share
+    return (
+        f"{plain(own.value)} [{plain(own.low)}, {plain(own.high)}]; random {plain(own.least)} to "
+        f"{plain(own.most)}; other tokens {plain(share.others.value)}"
+    )
 
 
 def layer_of_strongest_sink(model: ss.LanguageModel, windows: ss.Windows, batch_size: int) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from typing import Any, Literal
 from tyro.conf import Positional
 
 import spectral_sinks as ss
+from spectral_sinks.spectra.conventions import DEFAULT_CONVENTION, Convention
 
 RemoteName = Literal["ndif", "local"]
 
@@ -44,6 +46,12 @@ class Common:
             trust_remote_code=self.trust_remote_code,
             **options,
         )
+
+    def source(self) -> dict[str, Any]:
+        """Return the arguments by which `read_spectrum` finds the checkpoint."""
+        # A single tensor can be read from safetensors only; pickled weights are loaded as a whole
+        model = self.load() if self.allow_pickle else self.model
+        return {"model": model, "revision": self.revision, "gguf_file": self.gguf_file}
 
 
 @dataclass(frozen=True)
@@ -85,18 +93,28 @@ class Running(Common):
     The value local rehearses such a run in this process."""
     factors: str | None = None
     """Dtype in which bases are sent to a server, such as float32; by default the dtype of the model."""
-    convention: Literal["raw", "folded", "centred"] = "raw"
+    convention: Convention = DEFAULT_CONVENTION
     """How the unembedding is read: raw as stored, folded with the gain of the final norm.
-    The value centred also removes the mean over the vocabulary."""
+    The value centred also removes the mean over the vocabulary.
+    The commands sinks, energy and nll show raw and folded beside it."""
     bands: int = 20
     """Number of bands."""
 
-    def prepare(self) -> tuple[ss.LanguageModel, ss.Windows, ss.Spectrum]:
+    def prepare(self, *, beside: bool) -> tuple[ss.LanguageModel, ss.Windows, list[ss.Spectrum]]:
+        """Load the model and the text, and read the spectrum of --convention, with raw and folded beside it.
+
+        Without `beside`, only the spectrum of --convention is read.
+        """
+
+        def read(**source: Any) -> list[ss.Spectrum]:
+            given = source | {"convention": self.convention, "bands": self.bands}
+            return ss.read_spectra(**given) if beside else [ss.read_spectrum(**given)]
+
         if self.remote == "ndif":
             model = self.load(dtype=self.dtype, remote=True, factors=self.factors, device=self.device)
-            spectrum = ss.read_spectrum(model, convention=self.convention, bands=self.bands)
+            spectra = read(model=model)
         else:
-            spectrum = read_spectrum(self, "unembedding", self.convention, self.bands)
+            spectra = read(**self.source())
             remote = remote_of(self.remote)
             model = self.load(device=self.device, dtype=self.dtype, remote=remote, factors=self.factors)
         separator = self.separator and self.separator.replace("\\n", "\n").replace("\\t", "\t")
@@ -130,7 +148,7 @@ class Running(Common):
                 stacklevel=2,
             )
             windows = windows.as_documents()
-        return model, windows, spectrum
+        return model, windows, spectra
 
 
 def remote_of(name: RemoteName | None) -> bool | str:
@@ -138,17 +156,11 @@ def remote_of(name: RemoteName | None) -> bool | str:
     return {None: False, "ndif": True, "local": "local"}[name]
 
 
-def read_spectrum(options: Common, matrix: str, convention: Any, bands: int) -> ss.Spectrum:
-    # A single tensor can be read from safetensors only; pickled weights are loaded as a whole
-    model = options.load() if options.allow_pickle else options.model
-    return ss.read_spectrum(
-        model,
-        matrix,
-        convention=convention,
-        bands=bands,
-        revision=options.revision,
-        gguf_file=options.gguf_file,
-    )
+def why(conventions: Iterable[str]) -> str:
+    """Return in brackets what the conventions other than raw do, for a sentence on where they disagree."""
+    names = [name for name in conventions if name != "raw"]
+    read = f"{' and '.join(names)} read" + ("s" if len(names) == 1 else "")
+    return f"({read} the residual through the gain of the final norm, as the vocabulary does)"
 
 
 def bos_record(model: ss.LanguageModel, windows: ss.Windows) -> dict[str, Any]:

@@ -11,8 +11,9 @@ from rich.console import Group
 from rich.text import Text
 
 import spectral_sinks as ss
-from spectral_sinks.cli.options import Running, bos_record, bos_row, ran
+from spectral_sinks.cli.options import Running, bos_record, bos_row, ran, why
 from spectral_sinks.cli.output import plain, show, table
+from spectral_sinks.spectra.conventions import suffixes
 
 LENGTH = 64
 """Tokens in a window unless --length is given. Attention received falls with their number."""
@@ -31,18 +32,17 @@ class Sinks(Running):
 
 
 def run_sinks(options: Sinks) -> None:
-    model, windows, spectrum = replace(options, length=options.length or LENGTH).prepare()
+    model, windows, spectra = replace(options, length=options.length or LENGTH).prepare(beside=True)
     found = ss.find_sinks(
         model,
         windows,
-        spectrum,
+        spectra,
         length=options.length or LENGTH,
         epsilon=options.epsilon,
         draws=options.draws,
         batch_size=options.batch_size,
     )
     record = found.record() | {
-        "convention": spectrum.convention,
         "documents": found.attention.windows.record["documents"],
         "first_token_ids": found.attention.windows.record["first_token_ids"],
         "opens_with_bos": found.attention.windows.record["opens_with_bos"],
@@ -54,7 +54,7 @@ def run_sinks(options: Sinks) -> None:
         ss.figures.sinks(
             found.by_head(), found.rates(), found.norms(), options.figure, epsilon=options.epsilon
         )
-    show(options.json, record, Group(*_tables(record)))
+    show(options.json, record, Group(*_tables(record), *_disagreements(found)))
 
 
 def _tables(record: dict[str, Any]) -> list[Any]:
@@ -79,6 +79,7 @@ def _tables(record: dict[str, Any]) -> list[Any]:
         ("dispersal over repeated tokens", "yes" if record["dispersal"] else "no"),
         ("onset layer", plain(record["onset_layer"])),
         ("documents, windows", f"{record['documents']}, {record['windows']}"),
+        ("convention that decides what is dark", record["convention"]),
     ]
     rows += bos_row(record)
     if "remote" in record:
@@ -88,7 +89,9 @@ def _tables(record: dict[str, Any]) -> list[Any]:
         tables.append(_roles(record["roles"]))
     if not record["sinks"]:
         return [*tables, "no sinks"]
-    columns = ("sink", "layers", "attention", "norm ratio", "dark share", "dark")
+    ends = suffixes(record["conventions"])
+    shares = (f"dark share,\n{name}" for name in ends)
+    columns = ("sink", "layers", "attention", "norm\nratio", *shares)
     lines = [
         (
             f"{_any(sink['position'])} {_any(sink['token'])}\n{sink['documents']} documents\n"
@@ -96,9 +99,7 @@ def _tables(record: dict[str, Any]) -> list[Any]:
             f"strongest {sink['layer']}\nfrom {sink['onset_layer']}\nto {plain(sink['erasure_layer'])}",
             f"{_interval(sink, 'attention_mass')}\nuniform {sink['uniform_mass']:.3f}",
             f"{sink['norm_ratio']:.2f}",
-            f"{_interval(sink, 'dark_share')}\nrandom {sink['random_dark_share'][0]:.3f} to "
-            f"{sink['random_dark_share'][1]:.3f}\nothers {sink['other_dark_share']:.3f}",
-            {True: "yes", False: "no", None: "-"}[sink["dark"]],
+            *(_dark_share(sink, end) for end in ends.values()),
         )
         for sink in record["sinks"]
     ]
@@ -124,6 +125,29 @@ def _roles(rows: list[dict[str, Any]]) -> Any:
 def _low_high(row: dict[str, Any], name: str) -> str:
     low, high = row[f"{name}_low"], row[f"{name}_high"]
     return f"{row[name]:.3f}" + ("" if math.isnan(low) else f"\n[{low:.3f}, {high:.3f}]")
+
+
+def _dark_share(sink: dict[str, Any], end: str) -> str:
+    """Format the dark share of a sink under the convention that the names of its columns end in."""
+    (least, most), (low, high) = sink[f"random_dark_share{end}"], sink[f"dark_share{end}_interval"]
+    said = {True: ", dark", False: ", not dark", None: ""}[sink[f"dark{end}"]]
+    return (
+        f"{sink[f'dark_share{end}']:.3f}{said}\n[{low:.3f}, {high:.3f}]\nrandom {least:.3f}\nto {most:.3f}\n"
+        f"others {sink[f'other_dark_share{end}']:.3f}"
+    )
+
+
+def _disagreements(found: ss.sinks.Sinks) -> list[Text]:
+    """Return a sentence on each sink that is dark under one convention and not under another."""
+    return [
+        Text(f"The sink {_place(sink)} is {sink.disagreement} {why(found.conventions)}.")
+        for sink in found.sinks
+        if sink.disagreement
+    ]
+
+
+def _place(sink: ss.sinks.Sink) -> str:
+    return repr(sink.token) if sink.position is None else f"at position {sink.position}"
 
 
 def _with_interval(record: dict[str, Any], name: str) -> str:

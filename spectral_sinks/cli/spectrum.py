@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 from rich.console import Group
 
-from spectral_sinks.cli.options import Common, read_spectrum
+import spectral_sinks as ss
+from spectral_sinks.cli.options import Common
 from spectral_sinks.cli.output import show, table
+from spectral_sinks.spectra.conventions import DEFAULT_CONVENTION, Convention
 
 
 @dataclass(frozen=True)
@@ -17,7 +19,7 @@ class SpectrumCommand(Common):
 
     matrix: str = "unembedding"
     """Matrix: unembedding, embedding, or the name of a parameter."""
-    convention: Literal["raw", "folded", "centred"] = "raw"
+    convention: Convention = DEFAULT_CONVENTION
     """How the unembedding is read: raw as stored, folded with the gain of the final norm.
     The value centred also removes the mean over the vocabulary."""
     bands: int = 20
@@ -27,7 +29,9 @@ class SpectrumCommand(Common):
 def run_spectrum(options: SpectrumCommand) -> None:
     from spectral_sinks.models.spectra import quantization_noise  # not for --help
 
-    spectrum = read_spectrum(options, options.matrix, options.convention, options.bands)
+    spectrum = ss.read_spectrum(
+        matrix=options.matrix, convention=options.convention, bands=options.bands, **options.source()
+    )
     energy = spectrum.values.square()
     bands = [
         {

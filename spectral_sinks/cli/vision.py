@@ -74,13 +74,16 @@ def run_vision(options: Vision) -> None:
     source: Any = options.images[0] if len(options.images) == 1 else list(options.images)
     images = ss.images(source, limit=options.limit, broken=options.broken, split=options.split)
     pixels = ss.pixels(images, model, size=options.size)
-    spectrum = None
-    if options.matrix is not None or model.classes:
-        spectrum = ss.read_spectrum(model, options.matrix or "classifier")
+    spectra: list[ss.Spectrum] = []
+    if options.matrix is not None:
+        spectra = [ss.read_spectrum(model, options.matrix)]
+    elif model.classes:
+        spectra = ss.read_spectra(model)
+    spectrum = spectra[0] if spectra else None
     # outliers and sinks
     batch: dict[str, Any] = {"batch_size": options.batch_size}
     found = ss.outliers(model, pixels, rule=rule_of(options.rule), **batch)
-    sinks = ss.vision_sinks(model, pixels, spectrum, epsilon=options.epsilon, **batch)
+    sinks = ss.vision_sinks(model, pixels, spectra or None, epsilon=options.epsilon, **batch)
     record: dict[str, Any] = {
         "model": model.name,
         "family": model.family,
@@ -90,7 +93,7 @@ def run_vision(options: Vision) -> None:
         "sinks": sinks.record(),
         "circuits": {},
     }
-    tables: list[Any] = [outlier_table(found), sink_table(sinks, spectrum)]
+    tables: list[Any] = [outlier_table(found), sink_table(sinks)]
     # circuits, positions and probes, where there is something to measure
     if spectrum is not None:
         for sink in sinks.sinks:
@@ -213,13 +216,13 @@ def outlier_table(found: ss.vision.Outliers) -> Any:
     return table(title + "; norms in medians of patches", columns, rows)
 
 
-def sink_table(sinks: Any, spectrum: ss.Spectrum | None) -> Any:
+def sink_table(sinks: ss.vision.VisionSinks) -> Any:
     """Make the table of the attention that each kind of token receives."""
     title = (
         f"Attention by kind of token, T = {sinks.length}, epsilon = {sinks.epsilon:g}, onset layer "
         f"{plain(sinks.onset_layer)}"
     )
-    dark = {sink.token: sink for sink in sinks.sinks} if spectrum is not None else {}
+    found = {sink.token: sink for sink in sinks.sinks}
     rows: list[tuple[str, ...]] = []
     for row in sinks.by_kind().to_dict("records"):
         rows.append(
@@ -229,18 +232,20 @@ def sink_table(sinks: Any, spectrum: ss.Spectrum | None) -> Any:
                 f"{spread(row, 'mass')}\nuniform {row['uniform']:.3f}",
                 spread(row, "weighted"),
                 f"{row['share_of_images']:.0%}",
-                dark_of(dark.get(row["kind"])),
+                *(dark_of(found.get(row["kind"]), name) for name in sinks.conventions),
             )
         )
-    columns = ("token", "sink rate", "attention", "norm-weighted", "sink in images", "dark share")
+    shares = (f"dark share,\n{name}" for name in sinks.conventions)
+    columns = ("token", "sink rate", "attention", "norm-weighted", "sink in images", *shares)
     return table(title, columns, rows)
 
 
-def dark_of(sink: Any) -> str:
+def dark_of(sink: ss.sinks.Sink | None, convention: str) -> str:
     """Format the dark share of a sink, with that of the tokens that are not sinks below it."""
     if sink is None:
         return "-"
-    return f"{plain(sink.dark_share.value)}\nothers {plain(sink.other_dark_share.value)}"
+    share = sink.conventions[convention]
+    return f"{plain(share.share.value)}\nothers {plain(share.others.value)}"
 
 
 def circuit_table(kind: str, heads: pd.DataFrame) -> Any:

@@ -15,8 +15,9 @@ from spectral_sinks.models.loading import refuse_code
 from spectral_sinks.models.masked_lm import is_masked_lm
 from spectral_sinks.models.spectra_vision import CLASSIFIER, Reading, is_vision, read_checkpoint, read_model
 from spectral_sinks.models.vision import VisionModel
+from spectral_sinks.spectra.conventions import DEFAULT_CONVENTION, Convention
 from spectral_sinks.spectra.rounding import RoundingNoise, rounding_noise
-from spectral_sinks.spectra.spectrum import Convention, Spectrum
+from spectral_sinks.spectra.spectrum import Spectrum
 
 UNEMBEDDINGS = (
     "lm_head.weight",
@@ -58,7 +59,7 @@ def read_local_spectrum(
     model: LanguageModel | VisionModel | str | Path,
     matrix: str,
     *,
-    convention: Convention = "raw",
+    convention: Convention = DEFAULT_CONVENTION,
     bands: int = 20,
     revision: str | None = None,
     gguf_file: str | None = None,

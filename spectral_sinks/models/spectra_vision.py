@@ -12,7 +12,7 @@ from spectral_sinks.models.checkpoint import Source
 from spectral_sinks.models.layout_vision import HEADS, SEARCHED, TOWERS
 from spectral_sinks.models.loading_vision import TWO_TOWERS
 from spectral_sinks.models.vision import VISION_FAMILIES, VisionModel
-from spectral_sinks.spectra.spectrum import Convention
+from spectral_sinks.spectra.conventions import Convention
 
 CLASSIFIER = ("unembedding", "classifier")
 """Names of the matrix of the classifier head."""

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from jaxtyping import Float
@@ -17,10 +17,9 @@ from torch import Tensor
 
 from spectral_sinks.errors import InputError, SpectralWarning
 from spectral_sinks.spectra import cache
+from spectral_sinks.spectra.conventions import Convention
 from spectral_sinks.spectra.subspace import Subspace, random_subspace
 from spectral_sinks.spectra.svd import right_singular
-
-Convention = Literal["raw", "folded", "centred"]
 
 DEGENERATE = 1e-6
 """Relative gap of singular values under which a band edge is reported as ill defined [ours]."""
@@ -56,6 +55,7 @@ class Spectrum:
     def __post_init__(self) -> None:
         if not 1 <= self.count <= self.d:
             raise InputError(f"{self.count} bands of {self.d} directions: give 1 to {self.d} bands")
+        name = self.matrix if self.convention == "raw" else f"{self.convention} {self.matrix}"
         arbitrary: list[str] = []
         for edge in self.edges[1:-1]:
             above, below = self.values[edge - 1], self.values[edge]
@@ -63,7 +63,7 @@ class Spectrum:
                 arbitrary.append(f"after direction {edge} ({above:.9g} and {below:.9g})")
         if arbitrary:
             warnings.warn(
-                f"band edges of the {self.matrix} spectrum fall between nearly equal singular values: "
+                f"band edges of the {name} spectrum fall between nearly equal singular values: "
                 f"{', '.join(arbitrary)} of {self.d}; which direction lies on which side of them is "
                 "arbitrary; another number of bands moves the edges",
                 SpectralWarning,
@@ -71,7 +71,7 @@ class Spectrum:
             )
         if within := [band for band, edge in enumerate(self.edges[:-1]) if edge > self.rank]:
             warnings.warn(
-                f"band edges of the {self.matrix} spectrum fall into its null space (rank {self.rank} of "
+                f"band edges of the {name} spectrum fall into its null space (rank {self.rank} of "
                 f"{self.d}): bands {within[0]} to {self.count} divide what is not read at all at arbitrary "
                 "positions; null() is all of it",
                 SpectralWarning,

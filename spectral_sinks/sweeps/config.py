@@ -15,8 +15,8 @@ from spectral_sinks.measure.residual.matrix_spectrum import read_spectrum
 from spectral_sinks.models.embedded import DEFAULT
 from spectral_sinks.models.loading import load
 from spectral_sinks.models.remote_state import To
+from spectral_sinks.spectra.conventions import DEFAULT_CONVENTION, Convention
 from spectral_sinks.spectra.filters import Tokens
-from spectral_sinks.spectra.spectrum import Convention
 from spectral_sinks.sweeps.cells import Cell, FillName, Rung, grid
 from spectral_sinks.sweeps.content_address import digest
 from spectral_sinks.sweeps.definition import Sweep
@@ -51,7 +51,7 @@ class SpectrumTable(_Table):
     """The spectrum that the bands belong to."""
 
     matrix: str = "unembedding"
-    convention: Convention = "raw"
+    convention: Convention = DEFAULT_CONVENTION
     bands: int = Field(default=20, ge=1)
 
 

@@ -41,7 +41,7 @@ def test_json_is_the_library_s(run: Run, checkpoint: Path, tmp_path: Path) -> No
     record = json.loads(done.out)
     model = ss.load(checkpoint)
     windows = ss.cut([tiny_models.text(90, seed) for seed in range(4)], model, length=40)
-    found = ss.find_sinks(model, windows, ss.read_spectrum(model), length=40, epsilon=0.07, draws=2)
+    found = ss.find_sinks(model, windows, ss.read_spectra(model), length=40, epsilon=0.07, draws=2)
     expected = json.loads(json.dumps(found.record())) | {"model": record["model"]}
     assert expected["sinks"] and {key: record[key] for key in expected} == expected
     assert (record["documents"], record["windows"], record["first_token_ids"]) == (4, 8, [0])

@@ -81,6 +81,15 @@ def by_sink(found: ss.sinks.Sinks) -> dict[str, Any]:
     return {"value": np.concatenate([found.attention.total.ravel(), *sizes, shares])}
 
 
+def by_convention(found: ss.sinks.Sinks) -> pd.DataFrame:
+    assert found.conventions == ("raw", "folded")
+    return found.summary()[["dark_share", "dark_share_folded", "other_dark_share_folded"]]
+
+
+def both() -> list[ss.Spectrum]:
+    return ss.read_spectra(tiny_models.model(), bands=4)
+
+
 def comparisons(u: ss.Spectrum) -> dict[str, Any]:
     return {
         "masked": ss.attention.MaskKey(0),
@@ -98,8 +107,10 @@ def frequent(w: ss.Windows) -> int:
 
 MEASUREMENTS: dict[str, Callable[[ss.LanguageModel, ss.Windows, ss.Spectrum], pd.DataFrame]] = {
     "energy": lambda m, w, u: ss.energy(m, w, u),
+    "energy, two conventions": lambda m, w, u: ss.energy(m, w, both()),
     "attention": lambda m, w, u: ss.attention_by_head(m, w),
     "verdict": lambda m, w, u: ss.sink_verdict(m, w, u, draws=3).summary(),
+    "verdict, two conventions": lambda m, w, u: ss.sink_verdict(m, w, both(), draws=3).summary(),
     "received": lambda m, w, u: ss.sinks.received(m, w, {"dark": u.dark(), "rest": u.dark().complement()}),
     "lens": lambda m, w, u: ss.residual.band_lens(m, w, {"u": u}, bands=[1, 4]),
     "weights": lambda m, w, u: ss.residual.weight_shares(m, {"dark": u.dark()}, convention="folded"),
@@ -119,6 +130,9 @@ MEASUREMENTS: dict[str, Callable[[ss.LanguageModel, ss.Windows, ss.Spectrum], pd
         by_position(ss.attention.attention_by_position(m, w, length=40))
     ),
     "sinks": lambda m, w, u: pd.DataFrame(by_sink(ss.find_sinks(m, w, u, epsilon=0.07, draws=3))),
+    "sinks, two conventions": lambda m, w, u: by_convention(
+        ss.find_sinks(m, w, both(), epsilon=0.07, draws=3)
+    ),
     "compare": lambda m, w, u: ss.compare(m, w, comparisons(u), controls=2, spectrum=u, batch_size=3).table,
     "designate": lambda m, w, u: ss.designate(m, w, 3, spectrum=u, controls=2, draws=3).tried,
     "designate a token": lambda m, w, u: ss.designate(m, w, token=frequent(w), controls=2).tried,

@@ -13,8 +13,12 @@ def gaussian(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def sinking(band: int) -> tuple[ss.LanguageModel, ss.Spectrum, ss.Windows]:
-    """Every query asks for the first direction of a band of W_U, which token 0 alone carries."""
+def sinking(band: int, gain: float | None = None) -> tuple[ss.LanguageModel, ss.Spectrum, ss.Windows]:
+    """Every query asks for the first direction of a band of W_U, which token 0 alone carries.
+
+    With a gain, this direction is channel 0, and the final norm multiplies that channel by the gain. No layer
+    reads through the final norm, so the sink is the same.
+    """
     config = transformers.LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=D,
@@ -27,8 +31,14 @@ def sinking(band: int) -> tuple[ss.LanguageModel, ss.Spectrum, ss.Windows]:
     )
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     left = torch.linalg.qr(gaussian(VOCABULARY, D, seed=1).double()).Q
-    right = torch.linalg.qr(gaussian(D, D, seed=2).double()).Q
-    carrier = right[:, 2 * (band - 1)].float()
+    mixed, place = gaussian(D, D, seed=2).double(), 2 * (band - 1)
+    if gain is not None:
+        mixed[:, place] = mixed[:, 0]
+        mixed[:, 0] = torch.eye(D)[0]  # the first column of Q is this channel
+    right = torch.linalg.qr(mixed).Q
+    if gain is not None:
+        right[:, [0, place]] = right[:, [place, 0]]
+    carrier = right[:, place].float()
     slow = torch.zeros(D // HEADS)
     slow[3] = 1.0  # the pair of dimensions that RoPE hardly turns
     with torch.no_grad():
@@ -39,6 +49,7 @@ def sinking(band: int) -> tuple[ss.LanguageModel, ss.Spectrum, ss.Windows]:
         words -= (words @ carrier).outer(carrier)
         words[0] += 30 * carrier
         model.model.embed_tokens.weight.copy_(words)
+        model.model.norm.weight[0] = 1.0 if gain is None else gain
         for layer in model.model.layers:
             attention = layer.self_attn
             attention.q_proj.weight.zero_()

@@ -8,7 +8,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "band_energy": ["energy"],
         "logit_lens": ["ALONE", "TOGETHER", "band_lens"],
         "massive": ["massive_activations"],
-        "matrix_spectrum": ["read_spectrum"],
+        "matrix_spectrum": ["read_spectra", "read_spectrum"],
         "references": ["massive_channels", "mean_keys", "mean_residual", "mean_values"],
         "weight_energy": ["weight_shares"],
     },

@@ -4,6 +4,7 @@ from .logit_lens import ALONE as ALONE
 from .logit_lens import TOGETHER as TOGETHER
 from .logit_lens import band_lens as band_lens
 from .massive import massive_activations as massive_activations
+from .matrix_spectrum import read_spectra as read_spectra
 from .matrix_spectrum import read_spectrum as read_spectrum
 from .references import massive_channels as massive_channels
 from .references import mean_keys as mean_keys
@@ -21,6 +22,7 @@ __all__ = [
     'mean_keys',
     'mean_residual',
     'mean_values',
+    'read_spectra',
     'read_spectrum',
     'weight_shares',
 ]

@@ -1,6 +1,6 @@
 """The energy of the residual stream: norm and band shares by class of token."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import pandas as pd
 import torch
@@ -13,6 +13,7 @@ from spectral_sinks.errors import InputError
 from spectral_sinks.interventions.sites import Site
 from spectral_sinks.interventions.tracing import trace
 from spectral_sinks.measure.memory import batches
+from spectral_sinks.measure.residual.matrix_spectrum import by_convention
 from spectral_sinks.models.base import Transformer
 from spectral_sinks.spectra.spectrum import Spectrum
 
@@ -25,7 +26,7 @@ def residual_sites(model: Transformer) -> list[Site]:
 def energy(
     model: Transformer,
     windows: Windows | Pixels,
-    spectrum: Spectrum,
+    spectrum: Spectrum | Sequence[Spectrum],
     sites: Sequence[Site] | None = None,
     *,
     marked: Bool[Tensor, "images tokens"] | None = None,
@@ -40,29 +41,32 @@ def energy(
     Args:
         model: a language model or an image encoder.
         windows: windows of text, or images.
-        spectrum: the spectrum whose bands are used.
+        spectrum: the spectrum whose bands are used, or several conventions of one matrix, as from
+            `read_spectra`.
         sites: the sites; by default the embedding and all exits.
         marked: tokens of images, such as outlier tokens, that form the class "marked" and leave their own
             class.
         batch_size: windows in a pass.
 
     Returns:
-        One row per `document`, `site` (its kind), `layer` (-1 for the embedding), `position_class` and `band`
-        (from 1). `share` is the share of energy, mean over tokens; `norm` is the median norm of the class. A
-        random direction has share r/d in r of d directions.
+        One row per `document`, `site` (its kind), `layer` (-1 for the embedding), `position_class`, `band`
+        (from 1) and `convention` of the spectrum. `share` is the share of energy, mean over tokens; `norm` is
+        the median norm of the class. A random direction has share r/d in r of d directions.
 
     Raises:
-        InputError: for a spectrum of another width, and for marks that do not fit the images.
+        InputError: for a spectrum of another width, for several spectra that differ in more than their
+            convention, and for marks that do not fit the images.
 
     Source: Cancedda 2024, section 5.
 
     """
-    if spectrum.d != model.d:
-        raise InputError(f"a spectrum of width {spectrum.d} for {model.name} of width {model.d}")
+    spectra = by_convention(model, spectrum)
     sites = residual_sites(model) if sites is None else list(sites)
     expected = (len(windows), windows.length)
     if marked is not None and (not isinstance(windows, Pixels) or tuple(marked.shape) != expected):
         raise InputError(f"marks of shape {tuple(marked.shape)}: expected those of images, {expected}")
+    # A server receives each basis in a job of its own, since two may be more than it accepts
+    jobs = [spectra] if model.remote is None else [{name: each} for name, each in spectra.items()]
     rows: list[dict[str, object]] = []
     for places, ids in batches(model, windows, batch_size):
         # Classes as masks `[batch, tokens]`; marked tokens leave their own class
@@ -71,41 +75,52 @@ def energy(
             here = marked[places]
             classes = {name: mask & ~here for name, mask in classes.items()} | {"marked": here}
 
-        reduced = trace(model, ids.to(model.device), {}, sites, readout=_reduce(spectrum, classes))
-        # One row per band, for the classes that the window contains
-        for site, (shares, norms) in reduced.items():
-            for row, place in enumerate(places):
-                for which, (name, mask) in enumerate(classes.items()):
-                    if not mask[row].any():
-                        continue
-                    for band, share in enumerate(shares[row, which].tolist(), start=1):
-                        rows.append(
-                            {
-                                "document": windows.document[place],
-                                "site": site.kind,
-                                "layer": -1 if site.kind == "embedding" else site.layer,
-                                "position_class": name,
-                                "band": band,
-                                "share": share,
-                                "norm": float(norms[row, which]),
-                            }
-                        )
-    keys = ["document", "site", "layer", "position_class", "band"]
+        reduced: Reduced = {}
+        for part in jobs:
+            reduced |= trace(model, ids.to(model.device), {}, sites, readout=_reduce(part, classes))
+        rows += _rows(windows, places, classes, reduced)
+    keys = ["document", "site", "layer", "position_class", "band", "convention"]
     return pd.DataFrame(rows).groupby(keys, sort=False, as_index=False).mean()
 
 
-def _reduce(
-    spectrum: Spectrum, classes: dict[str, Tensor]
-) -> Callable[..., dict[Site, tuple[Tensor, Tensor]]]:
+Reduced = dict[str, dict[Site, tuple[Tensor, Tensor]]]
+"""By convention and site: the shares of the classes `[batch, classes, bands]`, and their median norms."""
+
+
+def _reduce(spectra: Mapping[str, Spectrum], classes: dict[str, Tensor]) -> Callable[..., Reduced]:
     """Return a readout that reduces residuals to the shares and the norms of each class of tokens."""
     masks = list(classes.values())
 
-    def readout(
-        final: Tensor, read: dict[Site, Tensor], weights: list[Tensor]
-    ) -> dict[Site, tuple[Tensor, Tensor]]:
-        return {s: (_shares(spectrum, x, masks).cpu(), _norms(x, masks).cpu()) for s, x in read.items()}
+    def readout(final: Tensor, read: dict[Site, Tensor], weights: list[Tensor]) -> Reduced:
+        return {
+            name: {s: (_shares(spectrum, x, masks).cpu(), _norms(x, masks).cpu()) for s, x in read.items()}
+            for name, spectrum in spectra.items()
+        }
 
     return readout
+
+
+def _rows(
+    windows: Windows | Pixels, places: Sequence[int], classes: dict[str, Tensor], reduced: Reduced
+) -> Iterator[dict[str, object]]:
+    """Give one row per band, for the classes that each window contains."""
+    parts = [(name, site, *found) for name, by_site in reduced.items() for site, found in by_site.items()]
+    for convention, site, shares, norms in parts:
+        for row, place in enumerate(places):
+            for which, (name, mask) in enumerate(classes.items()):
+                if not mask[row].any():
+                    continue
+                for band, share in enumerate(shares[row, which].tolist(), start=1):
+                    yield {
+                        "document": windows.document[place],
+                        "site": site.kind,
+                        "layer": -1 if site.kind == "embedding" else site.layer,
+                        "position_class": name,
+                        "band": band,
+                        "convention": convention,
+                        "share": share,
+                        "norm": float(norms[row, which]),
+                    }
 
 
 def _of_text(windows: Windows, ids: Tensor) -> dict[str, Tensor]:

@@ -1,19 +1,23 @@
 """The spectrum of a model, from its weights, from its checkpoint, or computed by a server."""
 
 import hashlib
+import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from spectral_sinks.errors import InputError
+from spectral_sinks.errors import InputError, SpectralWarning
 from spectral_sinks.interventions.tracing import trace
+from spectral_sinks.models.base import Transformer
 from spectral_sinks.models.embedded import DEFAULT
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.models.spectra import read_local_spectrum
 from spectral_sinks.remote.client import remotely
 from spectral_sinks.spectra import cache
-from spectral_sinks.spectra.spectrum import Convention, Spectrum
+from spectral_sinks.spectra.conventions import DEFAULT_CONVENTION, SIDE_BY_SIDE, Convention
+from spectral_sinks.spectra.spectrum import Spectrum
 
 COLUMNS = 64
 """Columns of the unembedding that are read at once where the weights are in another process."""
@@ -23,7 +27,7 @@ def read_spectrum(
     model: Any = DEFAULT,
     matrix: str = "unembedding",
     *,
-    convention: Convention = "raw",
+    convention: Convention = DEFAULT_CONVENTION,
     bands: int = 20,
     revision: str | None = None,
     gguf_file: str | None = None,
@@ -89,6 +93,81 @@ def read_spectrum(
                 cache.store(fingerprint, *stored)
         values, vectors = stored
         return Spectrum(vectors, values, matrix, convention, model.tied, fingerprint, bands)
+
+
+def read_spectra(
+    model: Any = DEFAULT,
+    *,
+    convention: Convention = DEFAULT_CONVENTION,
+    bands: int = 20,
+    revision: str | None = None,
+    gguf_file: str | None = None,
+    use_cache: bool = True,
+) -> list[Spectrum]:
+    """Return the spectrum of the unembedding under one convention, and under `raw` and `folded` beside it.
+
+    The first has the convention asked for. A `SpectralWarning` names each of the others that this model does
+    not have, such as `folded` where no gain of a final norm is known, and it is left out.
+
+    Args:
+        model: a model, or its name or folder.
+        convention: the convention of the first spectrum.
+        bands: number of bands.
+        revision: revision of the checkpoint, where it is read by name.
+        gguf_file: name of the GGUF file in a folder or hub repository that is read by name.
+        use_cache: whether cached spectra are used, and computed ones stored.
+
+    Raises:
+        InputError: as `read_spectrum` does, for the first spectrum.
+
+    """
+    given: dict[str, Any] = {
+        "bands": bands,
+        "revision": revision,
+        "gguf_file": gguf_file,
+        "use_cache": use_cache,
+    }
+    found = [read_spectrum(model, convention=convention, **given)]
+    for other in SIDE_BY_SIDE:
+        if other != convention:
+            try:
+                found.append(read_spectrum(model, convention=other, **given))
+            except InputError as error:
+                warnings.warn(
+                    f"nothing is shown under convention {other!r}: {error}", SpectralWarning, stacklevel=2
+                )
+    return found
+
+
+def by_convention(model: Transformer, spectrum: Spectrum | Sequence[Spectrum]) -> dict[str, Spectrum]:
+    """Return one spectrum, or several of one matrix, by convention, in the order given.
+
+    Raises InputError for none, for a spectrum of another width, and unless all have the same matrix, the same
+    number of bands and different conventions.
+    """
+    spectra = [spectrum] if isinstance(spectrum, Spectrum) else list(spectrum)
+    if not spectra:
+        raise InputError("no spectrum is given: give at least one")
+    for each in spectra:
+        if each.d != model.d:
+            raise InputError(f"a spectrum of width {each.d} for {model.name} of width {model.d}")
+    found = {each.convention: each for each in spectra}
+    if len(found) < len(spectra):
+        raise InputError(
+            f"spectra of conventions {', '.join(each.convention for each in spectra)}: give each convention "
+            "once"
+        )
+    first = spectra[0]
+    for each in spectra[1:]:
+        if each.matrix != first.matrix:
+            raise InputError(
+                f"spectra of {first.matrix} and {each.matrix}: give several conventions of one matrix"
+            )
+        if each.count != first.count:
+            raise InputError(
+                f"spectra of {first.count} and {each.count} bands: give the same number of bands"
+            )
+    return found
 
 
 @remotely

@@ -8,6 +8,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "attended_tokens": ["attended", "attended_cost", "attended_darkness", "most_attended"],
         "attention_bars": ["candidates", "mark_bars", "matched", "received", "strata"],
         "comparison": ["Comparison", "compare"],
+        "dark_share": ["DarkShare"],
         "designation": ["Designation", "designate"],
         "find": ["Sinks", "find_sinks"],
         "sink": ["Sink"],

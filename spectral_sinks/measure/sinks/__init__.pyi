@@ -10,6 +10,7 @@ from .attention_bars import received as received
 from .attention_bars import strata as strata
 from .comparison import Comparison as Comparison
 from .comparison import compare as compare
+from .dark_share import DarkShare as DarkShare
 from .designation import Designation as Designation
 from .designation import designate as designate
 from .find import Sinks as Sinks
@@ -20,6 +21,7 @@ from .verdict import sink_verdict as sink_verdict
 
 __all__ = [
     'Comparison',
+    'DarkShare',
     'Designation',
     'Sink',
     'SinkVerdict',

@@ -1,6 +1,7 @@
 """Find the attention sinks of a model, with the attention and norms of every position."""
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +22,10 @@ from spectral_sinks.measure.residual.massive import (
     repeated_windows,
     usual_levels,
 )
+from spectral_sinks.measure.residual.matrix_spectrum import by_convention
+from spectral_sinks.measure.sinks.dark_share import as_json
 from spectral_sinks.measure.sinks.rule import RULE, places_of
-from spectral_sinks.measure.sinks.sink import Sink, as_json, measure_sinks, sink_rows
+from spectral_sinks.measure.sinks.sink import Sink, measure_sinks, sink_rows
 from spectral_sinks.models.attention_sdpa import TOKENS
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.spectra.spectrum import Spectrum
@@ -35,6 +38,8 @@ class Sinks:
 
     model: str
     epsilon: float
+    conventions: tuple[str, ...]
+    """The conventions under which dark shares were measured; the first decides which sinks are dark."""
     sinks: tuple[Sink, ...]
     """The sinks, the one that receives the most attention first."""
     members: Bool[NDArray[np.bool_], "windows tokens"]
@@ -64,6 +69,11 @@ class Sinks:
     """Attention that goes to a learned logit without a value."""
     repeated: int
     """Number of windows in which one token fills at least half of the positions."""
+
+    @property
+    def convention(self) -> str:
+        """The convention that decides which sinks are dark."""
+        return self.conventions[0]
 
     @property
     def length(self) -> int:
@@ -100,9 +110,10 @@ class Sinks:
         """Return one row per sink, the most attended first: the fields of `Sink`, each estimate with its
         range.
 
-        The table is empty if there is no sink.
+        The columns `dark_share`, `other_dark_share` and `dark` are under the first convention. Those of
+        another are named as in `dark_share_folded`. The table is empty if there is no sink.
         """
-        return sink_rows(self.sinks)
+        return sink_rows(self.sinks, self.conventions)
 
     def by_head(self) -> pd.DataFrame:
         """Return the attention by `document`, `layer` and `head`.
@@ -194,6 +205,8 @@ class Sinks:
         return {
             "model": self.model,
             "epsilon": self.epsilon,
+            "convention": self.convention,
+            "conventions": list(self.conventions),
             "tokens_per_window": self.length,
             "windows": len(self.attention.windows),
             **as_json("sink_rate", self.sink_rate),
@@ -219,7 +232,7 @@ class Sinks:
 def find_sinks(
     model: LanguageModel,
     windows: Windows,
-    spectrum: Spectrum,
+    spectrum: Spectrum | Sequence[Spectrum],
     *,
     length: int = TOKENS,
     epsilon: float = EPSILON,
@@ -234,21 +247,21 @@ def find_sinks(
     Args:
         model: a language model.
         windows: the text.
-        spectrum: the spectrum whose dark tail is tested.
+        spectrum: the spectrum whose dark tail is tested; or several of one matrix, as from `read_spectra`, of
+            which the first decides. Their dark shares are measured in the same passes.
         length: T, the number of tokens read in each window; 64 by default.
         epsilon: attention received above which a head has a sink; 0.3 by default.
         draws: number of random subspaces that the dark tail is compared with.
         batch_size: windows in a pass.
 
     Raises:
-        InputError: as `attention_by_position` does, for a spectrum of another width, and for an epsilon
-            outside 0 to 1.
+        InputError: as `attention_by_position` does, for a spectrum of another width, for several spectra that
+            differ in more than their convention, and for an epsilon outside 0 to 1.
 
     """
     if not 0 <= epsilon < 1:
         raise InputError(f"epsilon {epsilon}: attention received lies between 0 and 1")
-    if spectrum.d != model.d:
-        raise InputError(f"a spectrum of width {spectrum.d} for {model.name} of width {model.d}")
+    spectra = by_convention(model, spectrum)
     read = opened(model, windows, length)
     if isinstance(read, Pixels):
         raise InputError("sinks of images are found by kind of token: vision_sinks(model, pixels)")
@@ -263,7 +276,7 @@ def find_sinks(
     members = np.any([np.zeros_like(high[:, 0]), *(place.member for place in places)], axis=0)
     others = (attention.ids >= 0) & ~members
     sinks = measure_sinks(
-        model, attention, residuals, high, spectrum, places, others, epsilon, draws, batch_size
+        model, attention, residuals, high, spectra, places, others, epsilon, draws, batch_size
     )
 
     def measured(values: Shaped[NDArray[np.generic], "windows layers heads"]) -> Estimate:
@@ -275,6 +288,7 @@ def find_sinks(
     found = Sinks(
         model=model.name,
         epsilon=epsilon,
+        conventions=tuple(spectra),
         sinks=tuple(sinks),
         members=members,
         attention=attention,

@@ -1,8 +1,8 @@
-"""Measurements of one sink: its attention, its layers, the norm of its residual, and its dark share."""
+"""Measurements of one sink: its attention, its layers, the norm of its residual, and its dark shares."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -17,12 +17,17 @@ from spectral_sinks.measure.attention.by_position import PositionAttention
 from spectral_sinks.measure.memory import batches
 from spectral_sinks.measure.residual.band_energy import residual_sites
 from spectral_sinks.measure.residual.massive import Residuals
+from spectral_sinks.measure.sinks.dark_share import DarkShare, as_json, disagreement_on, record_of, row_of
 from spectral_sinks.measure.sinks.rule import Place, above, in_documents
 from spectral_sinks.models.base import Transformer
 from spectral_sinks.models.vision import VisionModel
+from spectral_sinks.spectra.conventions import suffixes
 from spectral_sinks.spectra.spectrum import Spectrum
 from spectral_sinks.spectra.subspace import Subspace, random_subspace
 from spectral_sinks.stats import Estimate
+
+UNKNOWN = Estimate(float("nan"), float("nan"), float("nan"))
+"""An estimate without a value."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +56,9 @@ class Sink:
     """The value of `attention_mass` under uniform attention."""
     norm_ratio: Estimate
     """Norm of the sink's residual over the median norm of the tokens of the same text that are not sinks."""
-    dark_share: Estimate
-    """Share of the sink's residual energy in the dark tail, with the range over random subspaces of the same
-    rank. NaN where no spectrum was given."""
-    other_dark_share: Estimate
-    """Dark share of the tokens that are not sinks."""
+    conventions: dict[str, DarkShare]
+    """Share of the sink's residual energy in the dark tail under each convention whose spectrum was given;
+    the first decides. Empty where no spectrum was given."""
     onset_layer: int
     """First layer in which the number of documents with this sink reaches half of its maximum over the
     layers."""
@@ -68,27 +71,56 @@ class Sink:
     """The exit after the last one at which it does; None if the last exit does, or none."""
 
     @property
+    def convention(self) -> str | None:
+        """The convention of `dark_share`, `other_dark_share` and `dark`; None without a spectrum."""
+        return next(iter(self.conventions), None)
+
+    @property
+    def dark_share(self) -> Estimate:
+        """Share of the sink's residual energy in the dark tail, with the range over random subspaces of the
+        same rank. NaN where no spectrum was given.
+        """
+        return self._decides.share
+
+    @property
+    def other_dark_share(self) -> Estimate:
+        """Dark share of the tokens that are not sinks."""
+        return self._decides.others
+
+    @property
     def dark(self) -> bool | None:
         """Whether the dark tail carries the sink, by `RULE`; None without intervals.
 
         There are none without a spectrum, or with fewer than two documents.
         """
-        if np.isnan([self.dark_share.low, self.other_dark_share.high]).any():
-            return None
-        return self.dark_share.low > max(self.dark_share.most, self.other_dark_share.high)
+        return self._decides.dark
+
+    @property
+    def disagreement(self) -> str:
+        """Where conventions disagree: "dark under folded; not dark under raw", or ""."""
+        return disagreement_on(self.conventions)
+
+    @property
+    def _decides(self) -> DarkShare:
+        return next(iter(self.conventions.values()), DarkShare(UNKNOWN, UNKNOWN))
 
     def row(self) -> dict[str, Any]:
-        """Return one row of a table of sinks: `NAME`, `NAME_low`, `NAME_high`, `NAME_least`, `NAME_most`."""
-        return scalars(self) | {"dark": self.dark}
+        """Return one row of a table of sinks: `NAME`, `NAME_low`, `NAME_high`, `NAME_least`, `NAME_most`.
+
+        Columns of the first convention have no suffix; those of another are named as in `dark_share_folded`.
+        """
+        named = {"convention": self.convention} if self.conventions else {}
+        return scalars(self) | named | row_of(self.conventions)
 
     def record(self) -> dict[str, Any]:
-        """Return all fields as a dictionary that JSON can hold."""
+        """Return all fields as a dictionary that JSON can hold, with names that end as in `row`."""
         found: dict[str, Any] = {}
         for field in fields(self):
             value = getattr(self, field.name)
-            found |= as_json(field.name, value) if isinstance(value, Estimate) else {field.name: value}
-        found["random_dark_share"] = [self.dark_share.least, self.dark_share.most]
-        return found | {"dark": self.dark}
+            if field.name != "conventions":
+                found |= as_json(field.name, value) if isinstance(value, Estimate) else {field.name: value}
+        named = {"convention": self.convention} if self.conventions else {}
+        return found | named | record_of(self.conventions)
 
 
 def scalars(result: Any) -> dict[str, Any]:
@@ -97,8 +129,13 @@ def scalars(result: Any) -> dict[str, Any]:
     An estimate NAME becomes `NAME`, `NAME_low`, `NAME_high`, `NAME_least` and `NAME_most`, without those that
     are not numbers. Tables and other fields are left out.
     """
+    return flat_row(vars(result))
+
+
+def flat_row(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return one flat row from values by name, as `scalars` does from the fields of a result."""
     found: dict[str, Any] = {}
-    for name, value in vars(result).items():
+    for name, value in values.items():
         if isinstance(value, Estimate):
             found |= value.all_columns(name)
         elif isinstance(value, Site):
@@ -108,16 +145,15 @@ def scalars(result: Any) -> dict[str, Any]:
     return found
 
 
-def sink_rows(sinks: Sequence[Sink]) -> pd.DataFrame:
+def sink_rows(sinks: Sequence[Sink], conventions: Sequence[str]) -> pd.DataFrame:
     """Return one row per sink; a table with the columns of `Sink` and no row if there is none."""
-    if not sinks:
-        return pd.DataFrame(columns=[*(field.name for field in fields(Sink)), "dark"])
-    return pd.DataFrame([sink.row() for sink in sinks])
-
-
-def as_json(name: str, value: Estimate) -> dict[str, Any]:
-    """Return a mean under `name` and its interval under `NAME_interval`."""
-    return {name: value.value, f"{name}_interval": [value.low, value.high]}
+    if sinks:
+        return pd.DataFrame([sink.row() for sink in sinks])
+    names = [field.name for field in fields(Sink) if field.name != "conventions"]
+    names += ["convention"] if conventions else []
+    for suffix in suffixes(conventions).values():
+        names += [f"dark_share{suffix}", f"other_dark_share{suffix}", f"dark{suffix}"]
+    return pd.DataFrame(columns=names)
 
 
 def measure_sinks(
@@ -125,7 +161,7 @@ def measure_sinks(
     attention: PositionAttention,
     residuals: Residuals,
     high: Bool[NDArray[np.bool_], "windows sites tokens"],
-    spectrum: Spectrum | None,
+    spectra: Mapping[str, Spectrum],
     places: Sequence[Place],
     others: Bool[NDArray[np.bool_], "windows tokens"],
     epsilon: float,
@@ -139,7 +175,7 @@ def measure_sinks(
         attention: attention received by every position.
         residuals: norms of the residuals at every site.
         high: which tokens have high norm at each site.
-        spectrum: the spectrum whose dark tail is tested; None leaves all dark shares NaN.
+        spectra: the spectra whose dark tails are tested, by convention; without one there is no dark share.
         places: the sinks to measure.
         others: the tokens that are not sinks.
         epsilon: attention received above which a head has a sink.
@@ -154,7 +190,8 @@ def measure_sinks(
     alphas = [_mean(np.moveaxis(attention.alpha.mean(2), 1, 2), place.member) for place in places]
     # The layer that gives each sink the most attention
     layers = [int(np.nanmean(attention.by_document(alpha), axis=0).argmax()) for alpha in alphas]
-    shares = _dark_shares(model, attention, spectrum, layers, places, others, draws, batch_size)
+    darks = {name: spectrum.dark() for name, spectrum in spectra.items()}
+    shares = _dark_shares(model, attention, darks, layers, places, others, draws, batch_size)
     # Which tokens are sinks of some head, [windows, layers, tokens]
     drawn: NDArray[np.bool_] = np.any(above(attention, epsilon), axis=2)
     found: list[Sink] = []
@@ -177,8 +214,13 @@ def measure_sinks(
                 attention_mass=_over_documents(attention, alpha[:, layer]),
                 uniform_mass=_over_documents(attention, _mean(_uniform(attention), place.member)).value,
                 norm_ratio=_over_documents(attention, _norm_ratio(residuals.norm[:, layer], place, others)),
-                dark_share=_over_documents(attention, share[:, 0], share[:, 2:]),
-                other_dark_share=_over_documents(attention, share[:, 1]),
+                conventions={
+                    name: DarkShare(
+                        _over_documents(attention, share.dark[:, index], share.random),
+                        _over_documents(attention, share.others[:, index]),
+                    )
+                    for index, name in enumerate(darks)
+                },
                 onset_layer=onset,
                 erasure_layer=erasure,
                 norm_onset=None if rise is None else rise - 1,
@@ -221,7 +263,7 @@ def _over_documents(
     """
     sample = attention.by_document(values)
     if np.isnan(sample).all():
-        return Estimate(float("nan"), float("nan"), float("nan"))
+        return UNKNOWN
     drawn = None if controls is None else np.nanmean(attention.by_document(controls), axis=0)
     return Estimate.of(sample[~np.isnan(sample)], drawn)
 
@@ -250,28 +292,35 @@ def _text(model: Transformer, token: int) -> str:
     return str(token) if tokenizer is None else tokenizer.decode([token])
 
 
+class Shares(NamedTuple):
+    """Shares of a sink's residual energy by window; NaN in a window without the sink."""
+
+    dark: Float[NDArray[np.float64], "windows conventions"]
+    others: Float[NDArray[np.float64], "windows conventions"]
+    """Dark share of the other tokens."""
+    random: Float[NDArray[np.float64], "windows draws"]
+    """Share of the sink in each random subspace."""
+
+
 def _dark_shares(
     model: Transformer,
     attention: PositionAttention,
-    spectrum: Spectrum | None,
+    darks: Mapping[str, Subspace],
     layers: Sequence[int],
     places: Sequence[Place],
     others: NDArray[np.bool_],
     draws: int,
     batch_size: int | None,
-) -> list[Float[NDArray[np.float64], "windows columns"]]:
-    """Return dark shares by window, one array per sink.
-
-    The columns are the share of the sink in the dark tail, the share of the other tokens there, and the share
-    of the sink in each random subspace. Everything is NaN without a spectrum.
-    """
-    if not layers or spectrum is None:
-        return [np.full((len(others), 2 + draws), np.nan) for _ in layers]
-    dark = spectrum.dark()
-    spaces: list[Subspace] = [dark, *(random_subspace(model.d, dark.rank, seed) for seed in range(draws))]
+) -> list[Shares]:
+    """Return the shares of each sink in the dark tails and in random subspaces, from one set of passes."""
+    windows, count = len(others), len(darks)
+    found = [Shares(*(np.full((windows, k), np.nan) for k in (count, count, draws))) for _ in layers]
+    if not layers or not darks:
+        return found
+    spaces: list[Subspace] = list(darks.values())
+    spaces += [random_subspace(model.d, spaces[0].rank, seed) for seed in range(draws)]
     stream = residual_sites(model)
     sites = list(dict.fromkeys(stream[layer] for layer in layers))
-    found = [np.full((len(others), 2 + draws), np.nan) for _ in layers]
     for rows, ids in batches(model, attention.windows, batch_size):
 
         def readout(final: Tensor, read: dict[Site, Tensor], weights: list[Tensor]) -> dict[Site, Any]:
@@ -283,6 +332,6 @@ def _dark_shares(
             here = read[stream[layer]]
             length = slice(attention.windows.tokens(ids).shape[1])
             at = _mean(here, place.member[rows, length])
-            values[rows, 0], values[rows, 2:] = at[:, 0], at[:, 1:]
-            values[rows, 1] = _mean(here[..., 0], others[rows, length])
+            values.dark[rows], values.random[rows] = at[:, :count], at[:, count:]
+            values.others[rows] = _mean(here[..., :count], others[rows, length])
     return found

@@ -1,24 +1,25 @@
 """Decide whether a model has a sink and whether it is dark, by one stated rule."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import pandas as pd
-import torch
-from torch import Tensor
 
 from spectral_sinks.data.texts import Windows
 from spectral_sinks.errors import InputError
 from spectral_sinks.interventions.sites import Site
-from spectral_sinks.interventions.tracing import Interventions, trace
+from spectral_sinks.interventions.tracing import Interventions
 from spectral_sinks.measure.attention.received import EPSILON, attention_by_head, uniform_attention
-from spectral_sinks.measure.memory import batches
 from spectral_sinks.measure.nll.effects import Effect, evaluate_all
-from spectral_sinks.measure.sinks.sink import scalars
+from spectral_sinks.measure.residual.matrix_spectrum import by_convention
+from spectral_sinks.measure.sinks.dark_share import carrier_shares
+from spectral_sinks.measure.sinks.sink import flat_row, scalars
 from spectral_sinks.models.language import LanguageModel
+from spectral_sinks.spectra.conventions import disagreement
 from spectral_sinks.spectra.filters import remove
 from spectral_sinks.spectra.spectrum import Spectrum
-from spectral_sinks.spectra.subspace import Subspace, random_subspace
+from spectral_sinks.spectra.subspace import random_subspace
 from spectral_sinks.stats import Estimate, null_rank
 
 ONSET = 2.0
@@ -35,12 +36,17 @@ RULE = (
 
 Verdict = Literal["dark", "not dark", "no sink"]
 
+BY_CONVENTION = ("verdict", "reason", "share", "others", "cut", "delta", "reached")
+"""The fields of a verdict that depend on the convention."""
+
 
 @dataclass(frozen=True)
 class SinkVerdict:
     """The measurements of one model, and the verdict that follows from them by `RULE`."""
 
     model: str
+    convention: str
+    """The convention of the spectrum whose dark tail is tested."""
     verdict: Verdict
     reason: str
     layer: int
@@ -71,6 +77,18 @@ class SinkVerdict:
     """Difference in NLL without the dark tail, nats per token."""
     reached: int
     """Number of random draws whose difference in NLL reaches that of the dark tail."""
+    alternatives: "tuple[SinkVerdict, ...]" = ()
+    """The verdicts under the other conventions, from the same passes."""
+
+    @property
+    def conventions(self) -> "dict[str, SinkVerdict]":
+        """The verdict itself and its alternatives, by convention."""
+        return {verdict.convention: verdict for verdict in (self, *self.alternatives)}
+
+    @property
+    def disagreement(self) -> str:
+        """Where conventions disagree: "dark under folded; not dark under raw", or ""."""
+        return disagreement({name: each.verdict for name, each in self.conventions.items()})
 
     @property
     def table(self) -> pd.DataFrame:
@@ -78,18 +96,24 @@ class SinkVerdict:
         return self.summary()
 
     def summary(self) -> pd.DataFrame:
-        """Return one row; an estimate is `NAME`, `NAME_low`, `NAME_high`, `NAME_least`, `NAME_most`."""
+        """Return one row; an estimate is `NAME`, `NAME_low`, `NAME_high`, `NAME_least`, `NAME_most`.
+
+        What another convention gives is named as in `verdict_folded`, `share_folded` and `share_folded_low`.
+        """
         return pd.DataFrame([self.record()])
 
     def record(self) -> dict[str, Any]:
         """Return the row of `summary` as a dictionary that JSON can hold."""
-        return scalars(self)
+        row = scalars(self)
+        for other in self.alternatives:
+            row |= flat_row({f"{name}_{other.convention}": getattr(other, name) for name in BY_CONVENTION})
+        return row
 
 
 def sink_verdict(
     model: LanguageModel,
     windows: Windows,
-    spectrum: Spectrum,
+    spectrum: Spectrum | Sequence[Spectrum],
     *,
     name: str | None = None,
     draws: int = 20,
@@ -103,16 +127,19 @@ def sink_verdict(
     Args:
         model: a language model.
         windows: the text.
-        spectrum: the spectrum whose dark tail is tested.
+        spectrum: the spectrum whose dark tail is tested; or several of one matrix, as from `read_spectra`, of
+            which the first decides. The verdicts under the others come from the same passes.
         name: the name of the model in the result; by default its own.
         draws: number of random subspaces.
         batch_size: windows in a pass.
 
     Raises:
         InputError: where attention cannot be read, windows are shorter than 64 tokens, or there are fewer
-            than two documents, which have no interval.
+            than two documents, which have no interval; for a spectrum of another width, and for several
+            spectra that differ in more than their convention.
 
     """
+    spectra = by_convention(model, spectrum)
     if windows.record["documents"] < 2:
         raise InputError("a verdict needs intervals: give at least two documents")
     # The layer and the head with the strongest sink, and the onset
@@ -122,47 +149,56 @@ def sink_verdict(
     layer = int(mass.idxmax())
     site = Site("exit", layer - 1) if layer else Site("embedding")
     strongest = heads.groupby(["layer", "head"])["attention"].mean().idxmax()
+    head = Estimate.of(heads.set_index(["layer", "head"]).loc[strongest, "attention"])
     uniform = uniform_attention() if model.causal else uniform_attention(length=windows.length, causal=False)
     over = mass[mass > ONSET * uniform]
 
-    # The dark share of position 0, and what removing the dark tail does
-    dark = spectrum.dark()
-    randoms = [random_subspace(model.d, dark.rank, seed) for seed in range(draws)]
-    shares = carrier_shares(model, windows, site, dark, randoms, batch_size)
-    cells: dict[str, Interventions] = {"dark": {site: remove(dark)}}
+    # The dark shares of position 0, and what removing each dark tail does
+    darks = {convention: each.dark() for convention, each in spectra.items()}
+    rank = next(iter(darks.values())).rank
+    randoms = [random_subspace(model.d, rank, seed) for seed in range(draws)]
+    shares = carrier_shares(model, windows, site, darks, randoms, batch_size)
+    cells: dict[str, Interventions] = {f"dark {name}": {site: remove(dark)} for name, dark in darks.items()}
     cells |= {f"random {seed}": {site: remove(drawn)} for seed, drawn in enumerate(randoms)}
     effects = evaluate_all(model, windows, cells, batch_size=batch_size)
 
     def cut(effect: Effect) -> pd.Series:
         return 1 - effect.table[f"sink_mass_{layer}"] / effect.table[f"baseline_sink_mass_{layer}"]
 
-    controls = [effect for name, effect in effects.items() if name != "dark"]
+    controls = [effects[f"random {seed}"] for seed in range(draws)]
     deltas = [effect.delta_nll for effect in controls]
-    found = {
-        "head": Estimate.of(heads.set_index(["layer", "head"]).loc[strongest, "attention"]),
-        "share": Estimate.of(shares["carrier"], shares.filter(like="random").mean()),
-        "others": Estimate.of(shares["others"]),
-        "cut": Estimate.of(cut(effects["dark"]), [cut(effect).mean() for effect in controls]),
-    }
-    verdict, reason = judge(**found)
-    return SinkVerdict(
-        name or model.name,
-        verdict,
-        reason,
-        layer,
-        int(over.index[0]) if len(over) else None,
-        site,
-        dark.rank,
-        windows.record["documents"],
-        windows.opens_with_bos,
-        draws,
-        nll=Estimate.of(effects["dark"].table["baseline_nll"]),
-        rate=Estimate.of((heads["attention"] > EPSILON).groupby(heads["document"]).mean()),
-        mass=Estimate.of(by_layer.loc[layer]),
-        delta=Estimate.of(effects["dark"].table["delta_nll"], deltas),
-        reached=null_rank(effects["dark"].delta_nll, deltas),
-        **found,
-    )
+    cuts = [cut(effect).mean() for effect in controls]
+
+    def under(convention: str) -> SinkVerdict:
+        effect = effects[f"dark {convention}"]
+        share, others = shares[convention].share, shares[convention].others
+        lost = Estimate.of(cut(effect), cuts)
+        verdict, reason = judge(head, share, others, lost)
+        return SinkVerdict(
+            name or model.name,
+            convention,
+            verdict,
+            reason,
+            layer,
+            int(over.index[0]) if len(over) else None,
+            site,
+            rank,
+            windows.record["documents"],
+            windows.opens_with_bos,
+            draws,
+            nll=Estimate.of(effect.table["baseline_nll"]),
+            rate=Estimate.of((heads["attention"] > EPSILON).groupby(heads["document"]).mean()),
+            head=head,
+            mass=Estimate.of(by_layer.loc[layer]),
+            share=share,
+            others=others,
+            cut=lost,
+            delta=Estimate.of(effect.table["delta_nll"], deltas),
+            reached=null_rank(effect.delta_nll, deltas),
+        )
+
+    first, *others = map(under, spectra)
+    return replace(first, alternatives=tuple(others))
 
 
 def judge(head: Estimate, share: Estimate, others: Estimate, cut: Estimate) -> tuple[Verdict, str]:
@@ -180,40 +216,3 @@ def judge(head: Estimate, share: Estimate, others: Estimate, cut: Estimate) -> t
         return "not dark", "; ".join(lacking)
     reason = f"dark share {share.value:.3f}, random up to {share.most:.3f}; "
     return "dark", reason + f"sink cut by {cut.value:.3f}, random up to {cut.most:.3f}"
-
-
-def carrier_shares(
-    model: LanguageModel,
-    windows: Windows,
-    site: Site,
-    dark: Subspace,
-    randoms: list[Subspace],
-    batch_size: int | None = None,
-) -> pd.DataFrame:
-    """Return the dark shares of position 0 and of the other tokens, by document.
-
-    The columns are `carrier` (position 0) and `others` (mean of the rest). The columns `random 0`, `random
-    1`, ... are the shares of position 0 in random subspaces.
-
-    Args:
-        model: a language model.
-        windows: the text.
-        site: the site of the residuals.
-        dark: the dark tail.
-        randoms: the random subspaces.
-        batch_size: windows in a pass.
-
-    """
-    names = ["carrier", "others", *(f"random {seed}" for seed in range(len(randoms)))]
-    tables: list[pd.DataFrame] = []
-    for places, ids in batches(model, windows, batch_size):
-
-        def readout(final: Tensor, read: dict[Site, Tensor], weights: list[Tensor]) -> Tensor:
-            x = read[site]
-            first = [space.share(x[:, 0]) for space in (dark, *randoms)]
-            return torch.stack([first[0], dark.share(x[:, 1:]).mean(1), *first[1:]], dim=1).cpu()
-
-        found = trace(model, ids.to(model.device), {}, [site], readout=readout)
-        index = pd.Index([windows.document[place] for place in places], name="document")
-        tables.append(pd.DataFrame(found.double().numpy(), index, names))
-    return pd.concat(tables).groupby("document").mean()

@@ -1,6 +1,7 @@
 """Attention sinks of images: prefix tokens at fixed positions, and patches that differ between images."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,8 +15,10 @@ from spectral_sinks.measure.attention.capture import show_attention
 from spectral_sinks.measure.attention.received import EPSILON
 from spectral_sinks.measure.circuits.heads import NO_OP, written_norms
 from spectral_sinks.measure.residual.massive import attention_and_residuals, usual_levels
+from spectral_sinks.measure.residual.matrix_spectrum import by_convention
+from spectral_sinks.measure.sinks.dark_share import as_json
 from spectral_sinks.measure.sinks.rule import SHARE, Place
-from spectral_sinks.measure.sinks.sink import Sink, as_json, measure_sinks, sink_rows
+from spectral_sinks.measure.sinks.sink import Sink, measure_sinks, sink_rows
 from spectral_sinks.measure.vision.image_attention import ImageAttention, total_of
 from spectral_sinks.models.attention_capture import AttentionCall
 from spectral_sinks.models.vision import VisionModel
@@ -38,8 +41,8 @@ class VisionSinks(ImageAttention):
 
     sinks: tuple[Sink, ...] = ()
     """The kinds of token that are sinks by `RULE` (`token` holds the kind), the most attended first."""
-    dark_known: bool = False
-    """Whether a spectrum was given."""
+    conventions: tuple[str, ...] = ()
+    """The conventions of the spectra given, the one that decides first; empty without a spectrum."""
 
     @property
     def onset_layer(self) -> int | None:
@@ -57,14 +60,10 @@ class VisionSinks(ImageAttention):
 
         The table is empty if there is no sink.
         """
-        rows = sink_rows(self.sinks)
-        return rows if self.dark_known else rows[[name for name in rows if "dark" not in str(name)]]
+        return sink_rows(self.sinks, self.conventions)
 
     def record(self) -> dict[str, Any]:
         """Return everything except the tables by head and the arrays, as a dictionary that JSON can hold."""
-        sinks = [sink.record() for sink in self.sinks]
-        if not self.dark_known:
-            sinks = [{k: v for k, v in sink.items() if "dark" not in k} for sink in sinks]
         total = total_of(self.attention.alpha, self.members[:, None, None]).mean((1, 2))
         return {
             "model": self.model,
@@ -75,7 +74,8 @@ class VisionSinks(ImageAttention):
             "images": len(self.members),
             "grid": list(self.grid),
             "prefix": list(self.prefix),
-            "sinks": sinks,
+            "conventions": list(self.conventions),
+            "sinks": [sink.record() for sink in self.sinks],
             "onset_layer": self.onset_layer,
             **as_json("total_sink_mass", Estimate.of(total)),
             "uniform_total_sink_mass": float(self.members.sum(1).mean() / self.length),
@@ -89,7 +89,7 @@ class VisionSinks(ImageAttention):
 def vision_sinks(
     model: VisionModel,
     pixels: Pixels,
-    spectrum: Spectrum | None = None,
+    spectrum: Spectrum | Sequence[Spectrum] | None = None,
     *,
     epsilon: float = EPSILON,
     draws: int = 20,
@@ -103,7 +103,8 @@ def vision_sinks(
         model: an image encoder.
         pixels: the images.
         spectrum: a spectrum of the residual stream. With it, the dark share of each sink is measured, and
-            compared with that of patches that are not sinks and with random subspaces.
+            compared with that of patches that are not sinks and with random subspaces. Of several conventions
+            of one matrix, the first decides.
         epsilon: attention received above which a head has a sink.
         draws: number of random subspaces.
         batch_size: images in a pass.
@@ -116,8 +117,7 @@ def vision_sinks(
     check_inputs(model, pixels)
     if not 0 <= epsilon < 1:
         raise InputError(f"epsilon {epsilon}: attention received lies between 0 and 1")
-    if spectrum is not None and spectrum.d != model.d:
-        raise InputError(f"a spectrum of width {spectrum.d} for {model.name} of width {model.d}")
+    spectra = {} if spectrum is None else by_convention(model, spectrum)
     writes = [written_norms(model, layer) for layer in range(model.layers)]
     attention, residuals = attention_and_residuals(model, pixels, batch_size)
     # Norms of what each value writes, in a second set of passes
@@ -140,9 +140,9 @@ def vision_sinks(
     others = found.kinds["patch"] & ~found.members
     high = residuals.high(usual_levels(model, attention, residuals, batch_size))
     sinks = measure_sinks(
-        model, attention, residuals, high, spectrum, places, others, epsilon, draws, batch_size
+        model, attention, residuals, high, spectra, places, others, epsilon, draws, batch_size
     )
-    return replace(found, sinks=tuple(sinks), dark_known=spectrum is not None)
+    return replace(found, sinks=tuple(sinks), conventions=tuple(spectra))
 
 
 def json_rows(table: pd.DataFrame) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from support import tiny_models
@@ -56,6 +57,21 @@ def test_shares_and_norms_by_hand(family: str) -> None:
                 norms = x.norm(dim=-1)[rows, part].reshape(-1, tokens)
                 median = float(norms.quantile(0.5, 1).mean())
                 assert found["norm"] == pytest.approx(median, rel=1e-5)
+
+
+def test_conventions_side_by_side() -> None:
+    """Each convention has the rows of its spectrum alone, from the same passes."""
+    model, windows = tiny_models.model("gemma2"), ss.Windows.of_ids(IDS, tiny_models.model("gemma2"))
+    spectra = ss.read_spectra(model, bands=5)
+    both = ss.energy(model, windows, spectra)
+    for spectrum in spectra:
+        alone = ss.energy(model, windows, spectrum)
+        assert set(alone["convention"]) == {spectrum.convention}
+        here = both[both["convention"] == spectrum.convention].reset_index(drop=True)
+        pd.testing.assert_frame_equal(here, alone)
+    shares = both.set_index([*KEYS, "band", "convention"])["share"].unstack()
+    assert (shares["raw"] - shares["folded"]).abs().max() > 0.01
+    assert (both.groupby([*KEYS, "band"])["norm"].nunique() == 1).all()
 
 
 def test_the_first_token_is_bos_only_where_it_is_one() -> None:

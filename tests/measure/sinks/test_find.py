@@ -284,12 +284,13 @@ def test_every_part_of_dark_and_of_dispersal_is_needed() -> None:
     share, other = ss.stats.Estimate(0.6, 0.5, 0.7, 0.1, 0.4), ss.stats.Estimate(0.2, 0.1, 0.45)
     for change, dark in (
         ({}, True),
-        ({"dark_share": replace(share, most=0.5)}, False),
-        ({"dark_share": replace(share, low=0.39)}, False),
-        ({"other_dark_share": replace(other, high=0.5)}, False),
+        ({"share": replace(share, most=0.5)}, False),
+        ({"share": replace(share, low=0.39)}, False),
+        ({"others": replace(other, high=0.5)}, False),
     ):
-        sink = replace(found.sinks[0], **{"dark_share": share, "other_dark_share": other} | change)
-        assert sink.dark == dark, change
+        raw = ss.sinks.DarkShare(**{"share": share, "others": other} | change)
+        sink = replace(found.sinks[0], conventions={"raw": raw})
+        assert sink.dark == raw.dark == dark, change
     total = ss.stats.Estimate(0.25, 0.2, 0.3)
     for repeated, mass, dispersed in ((1, 0.51, True), (1, 0.5, False), (0, 0.9, False)):
         high = ss.stats.Estimate(mass, mass, mass)

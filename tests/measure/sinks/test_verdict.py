@@ -41,6 +41,51 @@ def test_planted_sinks(band: int, verdict: str) -> None:
         assert "dark share 0.0" in found.reason and "cut by" in found.reason
 
 
+@pytest.mark.parametrize(("band", "gain", "dark"), [(1, 1e-3, "folded"), (20, 1e3, "raw")])
+def test_planted_sinks_under_two_conventions(band: int, gain: float, dark: str) -> None:
+    """Each verdict is that of its spectrum alone, whichever comes first."""
+    model, raw, windows = sinking(band, gain)
+    spectra = {"raw": raw, "folded": ss.read_spectrum(model, convention="folded", bands=20)}
+    other = {"raw": "folded", "folded": "raw"}[dark]
+    found = ss.sink_verdict(model, windows, list(spectra.values()), draws=4)
+    assert (found.convention, found.verdict) == ("raw", "dark" if dark == "raw" else "not dark")
+    assert found.conventions[dark].verdict == "dark" and found.conventions[other].verdict == "not dark"
+    assert found.disagreement == f"dark under {dark}; not dark under {other}"
+    assert found.conventions[dark].cut.value > 0.8 and found.conventions[other].cut.value < 0.5
+    row = found.record()
+    for place, (name, spectrum) in enumerate(spectra.items()):
+        alone = ss.sink_verdict(model, windows, spectrum, draws=4)
+        assert alone.alternatives == () and alone.disagreement == ""
+        suffix = f"_{name}" if place else ""
+        for column in ("verdict", "reason", "reached"):
+            assert row[f"{column}{suffix}"] == getattr(alone, column)
+        for column in ("share", "others", "cut", "delta"):
+            for end, number in getattr(alone, column).all_columns("").items():
+                assert row[f"{column}{suffix}{end}"] == pytest.approx(number, abs=1e-6), (name, column, end)
+    assert (row["nll"], row["rate"]) == (found.alternatives[0].nll.value, found.alternatives[0].rate.value)
+    turned = ss.sink_verdict(model, windows, list(spectra.values())[::-1], draws=4)
+    assert (turned.convention, turned.disagreement) == ("folded", found.disagreement)
+
+
+def test_a_second_convention_is_one_more_cell(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _, windows = sinking(1, 1e-3)
+    cells: list[list[str]] = []
+    traced: list[int] = []
+
+    def evaluated(*given: Any, **options: Any) -> Any:
+        cells.append(list(given[2]))
+        return ss.evaluate_all(*given, **options)
+
+    def trace(*given: Any, **options: Any) -> Any:
+        traced.append(1)
+        return ss.trace(*given, **options)
+
+    monkeypatch.setattr("spectral_sinks.measure.sinks.verdict.evaluate_all", evaluated)
+    monkeypatch.setattr("spectral_sinks.measure.sinks.dark_share.trace", trace)
+    ss.sink_verdict(model, windows, ss.read_spectra(model, bands=20), draws=2)
+    assert cells == [["dark raw", "dark folded", "random 0", "random 1"]] and len(traced) == 1
+
+
 def test_a_uniform_model_has_no_sink() -> None:
     model, spectrum, windows = sinking(20)
     for layer in model.module.model.layers:
