@@ -12,13 +12,16 @@ from spectral_sinks.models.language import opening_token
 from spectral_sinks.models.layout import FAMILIES, context_of
 from spectral_sinks.models.loading import load_tokenizer, refuse_code
 from spectral_sinks.models.masked_lm import is_masked_lm
-from spectral_sinks.models.spectra import UNEMBEDDINGS, read_through
+from spectral_sinks.models.spectra import read_through, ties
 
 
 def describe(
     model: str | Path = DEFAULT, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> dict[str, Any]:
     """Return the family, sizes, tying, BOS policy and context of a checkpoint, without reading its weights.
+
+    Only two matrices that the configuration ties although both are stored are compared, since transformers
+    does not tie them if they differ.
 
     `causal` is False for an encoder. `reads_through` names the modules between the residual stream and the
     unembedding, other than one norm.
@@ -56,8 +59,7 @@ def describe(
         "key_value_heads": getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
         "vocabulary": config.vocab_size,
         "context": context_of(config),
-        "tied": bool(config.tie_word_embeddings)
-        and not (causal and any(name in names for name in UNEMBEDDINGS)),
+        "tied": ties(source),
         "tokenizer": None if tokenizer is None else type(tokenizer).__name__,
         "bos_token": None if tokenizer is None or bos is None else tokenizer.convert_ids_to_tokens(bos),
         "bos_token_id": bos,
