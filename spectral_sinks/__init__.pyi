@@ -6,13 +6,13 @@ from . import remote as remote
 from . import spectra as spectra
 from . import stats as stats
 from . import sweeps as sweeps
+from .data.document_sources import documents as documents
 from .data.images import Images as Images
 from .data.images import images as images
 from .data.pixels import Pixels as Pixels
 from .data.pixels import pixels as pixels
 from .data.texts import Windows as Windows
 from .data.texts import cut as cut
-from .data.texts import documents as documents
 from .errors import InputError as InputError
 from .errors import RemoteError as RemoteError
 from .errors import SpectralError as SpectralError

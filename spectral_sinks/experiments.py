@@ -18,8 +18,8 @@ import psutil
 import torch
 from tqdm import tqdm
 
+from spectral_sinks.data.document_sources import documents as read_documents
 from spectral_sinks.data.texts import Windows, cut
-from spectral_sinks.data.texts import documents as read_documents
 from spectral_sinks.errors import InputError, SpectralWarning
 from spectral_sinks.files import atomic_write
 from spectral_sinks.interventions.sites import Site
@@ -36,7 +36,7 @@ from spectral_sinks.stats import mean_interval
 from spectral_sinks.sweeps.band_ladder import ladder
 from spectral_sinks.sweeps.definition import versions
 
-__all__ = ["Finding", "Study", "answer", "reproduce", "without_last_band"]
+__all__ = ["Finding", "Study", "answer", "find_experiment", "reproduce", "without_last_band"]
 
 BATCH = 16
 """Number of windows in a forward pass."""

@@ -114,7 +114,7 @@ def test_an_option_that_cannot_be(
         ("", "the text is empty"),
         (" \n\n ", "the text is empty"),
         ("w5", "shorter than two tokens: 'w5'"),
-        ("<bos> w5", "shorter than two tokens"),
+        ("<bos> w5", "contains '<bos>', which the tokenizer of"),
         (b"\xff\xfe\x00w5", "is not UTF-8 text"),
     ],
 )

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 import spectral_sinks as ss
-from spectral_sinks.cli.options import Running, ran
+from spectral_sinks.cli.options import Running, bos_record, bos_row, ran
 from spectral_sinks.cli.output import plain, show, table
 
 FillName = Literal["zero", "mean", "swap", "noise"]
@@ -111,6 +111,7 @@ def run_nll(options: Nll) -> None:
         "removed_energy_share": float(effect.table["removed_energy_share"].mean()),
         "sink_mass": effect.sink_mass,
         "baseline_sink_mass": effect.baseline_sink_mass,
+        **bos_record(model, windows),
         **ran(model),
         "controls": [
             {
@@ -125,7 +126,8 @@ def run_nll(options: Nll) -> None:
     if not model.causal:
         found["masking"] = windows.record["masking"]
         found["reads_through"] = model.reads_through
-    rows = [(str(k), plain(v)) for k, v in found.items() if k not in ("controls", "remote")]
+    rows = [(str(k), plain(v)) for k, v in found.items() if k not in ("controls", "remote", "bos_comparison")]
+    rows += bos_row(found)
     token = "token" if model.causal else "masked token"
     if model.remote is not None:
         rows.append(("server", model.remote.host))

@@ -23,11 +23,13 @@ class Common:
     """Options of every command that reads a model."""
 
     model: Positional[str] = ss.DEFAULT
-    """Name of the embedded model, a Hugging Face id, or a folder."""
+    """Name of the embedded model, a Hugging Face id, a folder, or a GGUF file."""
     json: bool = False
     """Print one JSON object and nothing else on standard output."""
     revision: str | None = None
     """Branch, tag or commit of a Hugging Face id."""
+    gguf_file: str | None = None
+    """Name of the GGUF file in a folder that holds several, or in a Hugging Face repository."""
     allow_pickle: bool = False
     """Allow pickled weights, which can run code when they are loaded."""
     trust_remote_code: bool = False
@@ -37,6 +39,7 @@ class Common:
         return ss.load(
             self.model,
             revision=self.revision,
+            gguf_file=self.gguf_file,
             allow_pickle=self.allow_pickle,
             trust_remote_code=self.trust_remote_code,
             **options,
@@ -48,15 +51,19 @@ class Running(Common):
     """Options of every command that runs a model."""
 
     text: str | None = None
-    """A text file, .jsonl, .csv or .parquet, the id of a hub data set, or - for standard input.
-    By default it is the shipped corpus."""
+    """A text file, .jsonl, .csv or .parquet, a folder of .txt files, the id of a hub data set,
+    or - for standard input. By default it is the shipped corpus."""
     separator: str | None = None
     """String between the documents of a text file or of standard input, such as "\\n\\n".
     Without it, the whole text is one document."""
     split: str = "train"
     """Split of a hub data set."""
-    column: str = "text"
-    """Column of a table or data set that holds the text."""
+    column: str | None = None
+    """Column of a table or data set that holds the text.
+    The default is text, or with --chat messages where the rows have it."""
+    chat: bool = False
+    """Read chats: lists of messages with role and content, or texts, each as one message of a user.
+    A window is the start of a chat, as the chat template of the tokenizer writes it."""
     documents: int = 48
     """Maximum number of documents that are read."""
     length: int | None = None
@@ -64,7 +71,7 @@ class Running(Common):
     The default is 256, or the context of the model where that is shorter."""
     per_document: int | None = None
     """Maximum number of windows from one document.
-    The default is 2, or all windows where the text is a single document."""
+    The default is 2, or all windows where the text is a single document. A chat gives one."""
     bos: Literal["auto", "always", "never"] = "auto"
     """Whether windows open with BOS; auto does what the tokenizer of the model does."""
     batch_size: int | None = None
@@ -95,16 +102,27 @@ class Running(Common):
         separator = self.separator and self.separator.replace("\\n", "\n").replace("\\t", "\t")
         source: Any = self.text
         if self.text == "-":
-            source = sys.stdin.read().split(separator or "\0")
+            from spectral_sinks.data.document_sources import decoded  # not for --help
+
+            raw = getattr(sys.stdin, "buffer", sys.stdin).read()
+            text = decoded(raw, "standard input") if isinstance(raw, bytes) else raw
+            source = text.split(separator or "\0")
         elif self.text is not None and any(c.isspace() for c in self.text):
             source = Path(self.text)
         texts = ss.documents(
-            source, split=self.split, column=self.column, limit=self.documents, separator=separator
+            source,
+            split=self.split,
+            column=self.column,
+            limit=self.documents,
+            separator=separator,
+            chat=self.chat,
         )
         per_document = self.per_document
         if per_document is None and len(texts) > 1:
             per_document = 2
-        windows = ss.cut(texts, model, length=self.length, per_document=per_document, bos=self.bos)
+        windows = ss.cut(
+            texts, model, length=self.length, per_document=per_document, bos=self.bos, chat=self.chat
+        )
         if windows.record["documents"] == 1 and len(windows) > 1:
             warnings.warn(
                 "the text is one document: intervals are over its windows, which are not independent",
@@ -123,7 +141,39 @@ def remote_of(name: RemoteName | None) -> bool | str:
 def read_spectrum(options: Common, matrix: str, convention: Any, bands: int) -> ss.Spectrum:
     # A single tensor can be read from safetensors only; pickled weights are loaded as a whole
     model = options.load() if options.allow_pickle else options.model
-    return ss.read_spectrum(model, matrix, convention=convention, bands=bands, revision=options.revision)
+    return ss.read_spectrum(
+        model,
+        matrix,
+        convention=convention,
+        bands=bands,
+        revision=options.revision,
+        gguf_file=options.gguf_file,
+    )
+
+
+def bos_record(model: ss.LanguageModel, windows: ss.Windows) -> dict[str, Any]:
+    """Compare the untouched NLL with and without BOS, and warn where the policy in use is worse.
+
+    Nothing is compared for a model at a server.
+    """
+    if model.weightless:
+        return {}
+    found = ss.nll.compare_bos(model, windows)
+    if found is not None and found.advice is not None:
+        warnings.warn(found.advice, ss.SpectralWarning, stacklevel=2)
+    return {"bos_comparison": None if found is None else found.record()}
+
+
+def bos_row(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the row of a table for the comparison of `bos_record`; none if nothing was compared."""
+    if not (compared := found.get("bos_comparison")):
+        return []
+    return [
+        (
+            "NLL with and without BOS",
+            f"{compared['with_bos']:.3f}, {compared['without_bos']:.3f} ({compared['windows']} windows)",
+        )
+    ]
 
 
 def ran(model: ss.LanguageModel) -> dict[str, Any]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Group
+from rich.text import Text
 
 import spectral_sinks as ss
-from spectral_sinks.cli.options import Running, ran
+from spectral_sinks.cli.options import Running, bos_record, bos_row, ran
 from spectral_sinks.cli.output import plain, show, table
 
 LENGTH = 64
@@ -45,6 +47,7 @@ def run_sinks(options: Sinks) -> None:
         "first_token_ids": found.attention.windows.record["first_token_ids"],
         "opens_with_bos": found.attention.windows.record["opens_with_bos"],
         "data_hash": found.attention.windows.record["data_hash"],
+        **bos_record(model, found.attention.windows),
         **ran(model),
     }
     if options.figure is not None:
@@ -77,9 +80,12 @@ def _tables(record: dict[str, Any]) -> list[Any]:
         ("onset layer", plain(record["onset_layer"])),
         ("documents, windows", f"{record['documents']}, {record['windows']}"),
     ]
+    rows += bos_row(record)
     if "remote" in record:
         rows.append(("server", record["remote"]["host"]))
     tables = [table(title, ("", ""), rows)]
+    if "roles" in record:
+        tables.append(_roles(record["roles"]))
     if not record["sinks"]:
         return [*tables, "no sinks"]
     columns = ("sink", "layers", "attention", "norm ratio", "dark share", "dark")
@@ -97,6 +103,27 @@ def _tables(record: dict[str, Any]) -> list[Any]:
         for sink in record["sinks"]
     ]
     return [*tables, table("", columns, lines)]
+
+
+def _roles(rows: list[dict[str, Any]]) -> Any:
+    columns = ("role", "tokens", "sinks", "attention received", "share of attention", "share to sinks")
+    lines = [
+        (
+            Text(row["role"]),
+            f"{row['tokens']}\n{row['documents']} documents",
+            str(row["sink_tokens"]),
+            _low_high(row, "attention"),
+            f"{_low_high(row, 'share')}\nuniform {row['uniform_share']:.3f}",
+            _low_high(row, "sink_share"),
+        )
+        for row in rows
+    ]
+    return table("Attention by role", columns, lines)
+
+
+def _low_high(row: dict[str, Any], name: str) -> str:
+    low, high = row[f"{name}_low"], row[f"{name}_high"]
+    return f"{row[name]:.3f}" + ("" if math.isnan(low) else f"\n[{low:.3f}, {high:.3f}]")
 
 
 def _with_interval(record: dict[str, Any], name: str) -> str:

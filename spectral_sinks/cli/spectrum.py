@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from rich.console import Group
 
 from spectral_sinks.cli.options import Common, read_spectrum
 from spectral_sinks.cli.output import show, table
@@ -23,6 +25,8 @@ class SpectrumCommand(Common):
 
 
 def run_spectrum(options: SpectrumCommand) -> None:
+    from spectral_sinks.models.spectra import quantization_noise  # not for --help
+
     spectrum = read_spectrum(options, options.matrix, options.convention, options.bands)
     energy = spectrum.values.square()
     bands = [
@@ -56,5 +60,16 @@ def run_spectrum(options: SpectrumCommand) -> None:
         )
         for b in bands
     ]
+    noise = quantization_noise(
+        options.model, spectrum, revision=options.revision, gguf_file=options.gguf_file
+    )
+    found["quantization_noise"] = None if noise is None else asdict(noise)
+    shown: list[Any] = []
+    if noise is not None:
+        shown.append(
+            f"Quantisation noise has a norm of {noise.norm:.3g} beside the smallest singular value of "
+            f"{noise.smallest:.4g}. Noise of that size turns {100 * noise.rotated:.2g} % of the dark band "
+            f"out of it (largest angle {noise.largest_angle:.2g} degrees)."
+        )
     columns = ("band", "directions", "largest singular value", "smallest", "share of the matrix's energy")
-    show(options.json, found, table(repr(spectrum), columns, rows))
+    show(options.json, found, Group(table(repr(spectrum), columns, rows), *shown))

@@ -295,7 +295,7 @@ READ = ("outliers", "others", "cls", "shuffled")
 def repair_table(repair: pd.DataFrame, registers: int) -> Any:
     """Make the table of the effect of test-time registers, and of the controls."""
     last = repair["layer"].max()
-    chosen = repair[repair["layer"].isna() | (repair["layer"] == last) | (repair["layer"] < 0)]
+    chosen = repair[repair["layer"].isna() | (repair["layer"] == last)]
     rows = [
         (str(state), str(row["measure"]), spread(row, "mean", "low", "high"))
         for state, part in chosen.groupby("state", sort=False)

@@ -151,7 +151,8 @@ def _hash(images: Any) -> str:
     digest = hashlib.sha256()
     for image in images:
         if isinstance(image, Tensor):
+            digest.update(repr(tuple(image.shape)).encode())
             digest.update(image.contiguous().cpu().numpy().data)
         else:
-            digest.update(image.convert("RGB").tobytes())
+            digest.update(repr(image.size).encode() + image.convert("RGB").tobytes())
     return digest.hexdigest()

@@ -1,133 +1,23 @@
-"""Cutting of texts into documents and token windows, with a record of every choice."""
+"""Windows of token ids, cut from texts and chats, with a record of every choice."""
 
 import hashlib
-import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal
 
-import datasets
 import torch
-from huggingface_hub import HfApi
 from jaxtyping import Int
 from torch import Tensor
 
+from spectral_sinks.data.chats import Chat, ChatEncoder, is_chat
+from spectral_sinks.data.token_ids import TextEncoder
 from spectral_sinks.errors import InputError, SpectralWarning
-from spectral_sinks.models import embedded
-from spectral_sinks.models.checkpoint import TIMEOUT
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.models.masked_lm import RULE
 
-CORPUS = embedded.FOLDER / "corpus.jsonl"
-"""The shipped corpus: held-out Wikipedia articles (CC BY-SA; attribution by the url of each row)."""
-
 Bos = Literal["auto", "always", "never"]
-
-BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".gz": "json"}
-
-
-def documents(
-    source: str | Path | Iterable[Any] | None = None,
-    *,
-    split: str = "train",
-    column: str = "text",
-    name: str | None = None,
-    limit: int | None = None,
-    separator: str | None = None,
-) -> list[str]:
-    """Load texts as a list with one string per document.
-
-    A source can be:
-
-    - None for the shipped corpus;
-    - a file: .txt is one document, or several between `separator`; .jsonl, .csv and .parquet have one
-      document per row, in `column`;
-    - a string with white space, which is the text itself;
-    - any other string, a data set id of the hub, which is streamed;
-    - any iterable of strings or of rows, such as a `datasets` object.
-
-    Args:
-        source: where the texts come from, as listed above.
-        split: the split of a data set of the hub.
-        column: the column that holds the text, where the source has rows.
-        name: the configuration of a data set of the hub.
-        limit: the number of documents to keep, from the first.
-        separator: the string between documents in a .txt file.
-
-    Raises:
-        InputError: for a source that does not exist or cannot be reached, a missing column, and empty texts.
-
-    """
-    if source is None:
-        source = CORPUS
-    if isinstance(source, str) and (any(c.isspace() for c in source) or not source):
-        found: Iterable[Any] = [source]
-    elif isinstance(source, Path) or (isinstance(source, str) and _is_path(source)):
-        found = _from_file(Path(source).expanduser(), separator)
-    elif isinstance(source, str):
-        found = _from_hub(source, name, split)
-    else:
-        found = source
-    taken: list[str] = []
-    for place, row in enumerate(found):
-        if limit is not None and len(taken) == limit:
-            break
-        if isinstance(row, Mapping):
-            if column not in row:
-                raise InputError(f"rows have no column {column!r}; columns: {', '.join(row)}")
-            row = row[column]
-        if not isinstance(row, str | None):
-            raise InputError(f"row {place} of the texts is {type(row).__name__}, expected a string")
-        if row and row.strip():
-            taken.append(row)
-    if not taken:
-        raise InputError("the text is empty: give at least one document of two tokens")
-    return taken
-
-
-def _is_path(source: str) -> bool:
-    """Whether a name without white space means a file rather than a data set of the hub."""
-    return source[0] in "./~" or Path(source).suffix in {".txt", *BUILDERS} or Path(source).exists()
-
-
-def _from_file(path: Path, separator: str | None) -> Iterable[Any]:
-    if path.is_dir():
-        raise InputError(f"{path} is a folder: give a file of text")
-    if not path.exists():
-        raise InputError(f"{path} does not exist")
-    if path.suffix in BUILDERS:
-        return _rows(path, BUILDERS[path.suffix])
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
-    return text.split(separator) if separator else [text]
-
-
-def _rows(path: Path, builder: str) -> Iterator[Any]:
-    """Stream the rows of a table, without the cache of `datasets`, which may be read-only."""
-    files = {"train": str(path)}
-    try:
-        with tempfile.TemporaryDirectory() as cache:
-            yield from datasets.load_dataset(
-                builder, data_files=files, split="train", streaming=True, cache_dir=cache
-            )
-    except (ValueError, OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise InputError(f"{path} cannot be read as {builder}: {error}") from error
-
-
-def _from_hub(source: str, name: str | None, split: str) -> Iterable[Any]:
-    try:
-        HfApi().dataset_info(source, timeout=TIMEOUT)
-        return datasets.load_dataset(source, name, split=split, streaming=True)
-    except Exception as error:  # errors of several libraries behind the hub client
-        raise InputError(
-            f"{source!r} is not a file, and as a data set of the hub it cannot be read ({error}); "
-            "a text itself needs white space"
-        ) from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,6 +30,9 @@ class Windows:
     """How the windows were cut: policy, counts, first token ids, hash of the ids, and the masking rule for an
     encoder.
     """
+    roles: tuple[tuple[str, ...], ...] | None = None
+    """The role of each token of a chat: the role of its message, or "template" for what the chat template
+    writes around the messages. None for windows that are not chats."""
 
     @classmethod
     def of_ids(
@@ -147,12 +40,16 @@ class Windows:
         ids: Int[Tensor, "windows tokens"] | Sequence[Int[Tensor, "_"] | Sequence[int]],
         model: LanguageModel,
         document: Sequence[int] | None = None,
+        *,
+        roles: Sequence[Sequence[str]] | None = None,
         **record: Any,
     ) -> "Windows":
         """Make windows from token ids; without `document`, each window is a document of its own.
 
-        Raises InputError for no windows, ids outside the vocabulary, windows of fewer than two tokens, and
-        windows longer than the model's context.
+        `roles` has the role of each token of each window, for chats.
+
+        Raises InputError for no windows, ids outside the vocabulary, windows of fewer than two tokens,
+        windows longer than the model's context, and roles that are not one for each token.
         """
         rows = tuple(torch.as_tensor(row, dtype=torch.long) for row in ids)
         if not rows:
@@ -167,6 +64,8 @@ class Windows:
                 raise InputError(
                     f"a window of {len(row)} tokens, {model.name} has a context of {model.context}"
                 )
+        if roles is not None and [len(row) for row in roles] != [len(row) for row in rows]:
+            raise InputError("the roles do not fit the windows: give one role for each token of each window")
         owner = tuple(range(len(rows))) if document is None else tuple(document)
         digest = hashlib.sha256(b"".join(row.numpy().tobytes() for row in rows)).hexdigest()
         opened = model.bos is not None and all(int(row[0]) == model.bos for row in rows)
@@ -181,7 +80,7 @@ class Windows:
         if not model.causal:
             closed = model.sep is not None and all(int(row[-1]) == model.sep for row in rows)
             record |= {"closes_with_sep": closed, "masking": RULE}
-        return cls(rows, owner, record)
+        return cls(rows, owner, record, None if roles is None else tuple(map(tuple, roles)))
 
     @property
     def first_token_ids(self) -> list[int]:
@@ -241,45 +140,65 @@ class Windows:
 
 
 def cut(
-    texts: Iterable[str] | str,
+    texts: Iterable[Chat] | Chat,
     model: LanguageModel,
     *,
     length: int | None = None,
     per_document: int | None = 2,
     bos: Bos = "auto",
+    chat: bool = False,
 ) -> Windows:
     """Cut documents into unpadded windows of `length` tokens, including BOS (and SEP for an encoder).
 
     Consecutive windows are taken from the start of each document. The rest at its end is dropped, but a
-    document shorter than one window becomes one shorter window. A BOS at the start of the text itself is not
-    doubled. The windows of an encoder begin with [CLS] and end with [SEP] by the same rule as for BOS.
-    Documents shorter than two tokens are left out with a warning, and their number is recorded.
+    document shorter than one window becomes one shorter window. The windows of an encoder begin with [CLS]
+    and end with [SEP] by the same rule as for BOS. Documents shorter than two tokens are left out with a
+    warning, and their number is recorded.
+
+    The string of a special token, such as "<bos>" or "</s>", is text in a document, also at its start, and a
+    warning says how many documents contain one.
+
+    A chat becomes one window, its first `length` tokens as the chat template of the tokenizer writes them,
+    without a generation prompt: only the start of a chat stands where the template has it. BOS is there if
+    the template writes it. `Windows.roles` has the role of each token. The strings of special tokens are text
+    inside a message, so they end no turn.
 
     Args:
-        texts: the documents, or a single one.
+        texts: the documents, or a single one. With `chat`, each is a list of messages with `role` and
+            `content`, or a string, which is one message of a user.
         model: the model whose tokenizer is used.
         length: the number of tokens in a window; by default 256, or the context of the model if that is
             shorter.
-        per_document: the largest number of windows from one document; None for all.
+        per_document: the largest number of windows from one document; None for all. A chat gives one.
         bos: "always" opens each window with BOS, "never" opens none with it, and "auto" follows the model's
             own tokenizer.
+        chat: whether the documents are chats.
 
     Raises:
         InputError: for a model without a tokenizer, texts that are all shorter than two tokens, a window
-            longer than the context, and `bos` "always" without a BOS token.
+            longer than the context, `bos` "always" without a BOS token, a document that is no string or
+            contains a lone surrogate, and the string of a special token where the tokenizer cannot read it
+            as text. With `chat`, for a tokenizer without a chat template or without offsets, for `bos`
+            "always" and "never", and for a chat that the template refuses or rewrites.
 
     """
-    texts = [texts] if isinstance(texts, str) else list(texts)
+    alone = isinstance(texts, str) or (chat and is_chat(texts) and len(texts) > 0)
+    given: list[Any] = [texts] if alone else list(texts)
     if model.tokenizer is None:
         raise InputError(
             f"{model.name} came without a tokenizer: load(model, tokenizer=...) or Windows.of_ids"
         )
+    encoder = (ChatEncoder if chat else TextEncoder)(model.tokenizer, model.name)
     if bos not in ("auto", "always", "never"):
         raise InputError(f"bos {bos!r}: choose from auto, always, never")
+    if chat and bos != "auto":
+        raise InputError(f"bos {bos!r} for chats: a chat opens as its template writes it, so leave out bos")
     if bos == "always" and model.bos is None:
         raise InputError(f"the tokenizer of {model.name} has no BOS token: use bos='never'")
-    opened = bos == "always" or (bos == "auto" and model.opens_with_bos)
-    closed = model.sep is not None and (bos == "always" or (bos == "auto" and model.closes_with_sep))
+    opened = not chat and (bos == "always" or (bos == "auto" and model.opens_with_bos))
+    closed = (
+        not chat and model.sep is not None and bos != "never" and (bos == "always" or model.closes_with_sep)
+    )
     opening = [model.bos] if opened else []
     closing = [model.sep] if closed else []
     length = min(256, model.context or 256) if length is None else length
@@ -288,16 +207,16 @@ def cut(
     if length < 2 + opened + closed:
         raise InputError(f"windows of {length} tokens: nothing is left to predict")
     span = length - opened - closed  # tokens of the text in a window
+    per_document = 1 if chat else per_document
     rows: list[Tensor] = []
+    roles: list[list[str]] = []
     owner: list[int] = []
-    short: list[str] = []
+    short: list[Any] = []
+    held: list[str] = []
     dropped = 0
-    for index, text in enumerate(texts):
-        ids = model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        while model.bos is not None and ids[:1] == [model.bos]:
-            ids = ids[1:]
-        while closed and ids[-1:] == closing:
-            ids = ids[:-1]
+    for index, text in enumerate(given):
+        ids, said = encoder.read(text, f"document {index}")
+        held += encoder.held(text)[:1]
         if len(ids) < 2:
             short.append(text)
             continue
@@ -306,6 +225,7 @@ def cut(
         parts = [ids[i * span : (i + 1) * span] for i in range(count)]
         dropped += len(ids) - sum(map(len, parts))
         rows += [torch.tensor(opening + part + closing) for part in parts]
+        roles.append(said[:length])
         owner += [index] * count
     if short and not rows:
         raise InputError(f"the text is shorter than two tokens: {short[0][:40]!r}")
@@ -315,13 +235,23 @@ def cut(
             SpectralWarning,
             stacklevel=2,
         )
+    if held:
+        warnings.warn(
+            f"{len(held)} documents contain strings of special tokens, such as {held[0]!r}, which are read "
+            "as text",
+            SpectralWarning,
+            stacklevel=2,
+        )
+    template = {"chat_template": encoder.template_hash} if isinstance(encoder, ChatEncoder) else {}
     return Windows.of_ids(
         rows,
         model,
         owner,
+        roles=roles if chat else None,
         length=length,
         per_document=per_document,
         bos=bos,
         tokens_dropped=dropped,
         documents_dropped=len(short),
+        **template,
     )

@@ -6,6 +6,7 @@ from .circuits import circuit_page as circuit_page
 from .circuits import circuits as circuits
 from .controls import controls as controls
 from .controls import reads as reads
+from .conventions import conventions as conventions
 from .designated import designated as designated
 from .designated import tuned as tuned
 from .designated import variants as variants
@@ -23,6 +24,7 @@ from .main import spectrum as spectrum
 from .no_bos import no_bos as no_bos
 from .outliers import norm_maps as norm_maps
 from .outliers import outlier_shares as outlier_shares
+from .real_ladder import real_ladder as real_ladder
 from .registers import register_ablation as register_ablation
 from .registers import registers as registers
 from .several import several as several
@@ -46,6 +48,7 @@ __all__ = [
     'circuit_page',
     'circuits',
     'controls',
+    'conventions',
     'designated',
     'eu_dark',
     'fills',
@@ -56,6 +59,7 @@ __all__ = [
     'norm_maps',
     'outlier_shares',
     'reads',
+    'real_ladder',
     'register_ablation',
     'registers',
     'several',

@@ -19,9 +19,11 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn import Parameter
+from transformers import PretrainedConfig
 
 from spectral_sinks.errors import InputError
 from spectral_sinks.models.embedded import DEFAULT, FOLDER, TWIN
+from spectral_sinks.models.gguf import SUFFIX, GgufFile, fast_reader, find_gguf
 from spectral_sinks.models.remote_tensor import open_remote, read_header, read_tensor
 
 TIMEOUT = 5.0
@@ -43,11 +45,33 @@ class Source:
     revision: str | None = None
     offline: bool = False
     """Whether the hub cannot be reached, so that only its local cache is used."""
+    gguf_file: str | None = None
+    """The GGUF file in the folder or repository that holds configuration, tokenizer and weights."""
 
     @property
     def location(self) -> str:
         """The path or id for transformers' `from_pretrained`."""
         return str(self.folder) if self.folder else self.name
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of transformers' `from_pretrained` that say which files are meant."""
+        named = {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
+        return {
+            "revision": self.revision,
+            "local_files_only": self.offline or self.folder is not None,
+            **named,
+        }
+
+    @cached_property
+    def gguf(self) -> GgufFile | None:
+        """The GGUF file, downloaded from the hub where it is not on disk; None for another checkpoint."""
+        if self.gguf_file is None:
+            return None
+        path = self.file(self.gguf_file)
+        if path is None:
+            raise InputError(f"{self.name} holds no file {self.gguf_file!r}")
+        return GgufFile(path)
 
     def file(self, name: str) -> Path | None:
         """Return the path of one file of the checkpoint, downloaded alone from the hub; None if it does not
@@ -65,7 +89,13 @@ class Source:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The content of config.json. Raises InputError if it is missing or not a JSON object."""
+        """The content of config.json, or the configuration that transformers reads from a GGUF file.
+
+        Raises InputError if it is missing or not a JSON object, and for an architecture that transformers
+        does not read from GGUF.
+        """
+        if self.gguf is not None:
+            return self._gguf_config(self.gguf)
         if (path := self.file("config.json")) is not None:
             return _json(path)
         if self.adapter is not None:
@@ -73,17 +103,37 @@ class Source:
                 f"{self.name} holds an adapter and no model: use load({self.name!r}), or name the model that "
                 f"it adapts, {self.adapter.get('base_model_name_or_path')}"
             )
-        raise InputError(f"{self.name} has no config.json: expected a Hugging Face checkpoint")
+        raise InputError(f"{self.name} has no config.json: expected a Hugging Face checkpoint or a GGUF file")
 
     @cached_property
     def adapter(self) -> dict[str, Any] | None:
         """The content of the adapter_config.json of peft; None for a checkpoint without an adapter."""
-        path = self.file("adapter_config.json")
+        path = None if self.gguf_file else self.file("adapter_config.json")
         return None if path is None else _json(path)
+
+    def _gguf_config(self, file: GgufFile) -> dict[str, Any]:
+        _ = file.metadata  # its errors are clearer than transformers'
+        try:
+            with fast_reader():
+                config, _ = PretrainedConfig.get_config_dict(self.location, **self.options)
+        except (ValueError, KeyError, OSError, NotImplementedError) as error:
+            architecture = file.metadata["general.architecture"]
+            raise InputError(
+                f"{file.path} holds a model of the architecture {architecture!r}, which transformers cannot "
+                f"read from GGUF ({error}): give the Hugging Face checkpoint"
+            ) from error
+        return {key: value for key, value in config.items() if key != "gguf_file"} | {
+            "vocab_size": file.vocabulary
+        }
 
     @cached_property
     def shards(self) -> dict[str, str]:
-        """Map from each tensor name to the safetensors file that holds it; empty without safetensors."""
+        """Map from each tensor name to the file that holds it; empty without safetensors and GGUF.
+
+        A GGUF file has names of its own for tensors, such as `token_embd.weight`.
+        """
+        if self.gguf is not None:
+            return dict.fromkeys(self.gguf.tensors, str(self.gguf_file))
         name = "model.safetensors"  # which transformers prefers to an index that lies beside it
         if (path := self._at_hand(name)) is not None:
             with _opened(path) as stored:
@@ -106,6 +156,8 @@ class Source:
         """
         if name not in self.shards:
             raise InputError(f"{self.name} holds no tensor {name!r}")
+        if self.gguf is not None:
+            return self.gguf.tensor(name)
         shard = self.shards[name]
         if (path := self._at_hand(shard)) is not None:
             with _opened(path) as stored:
@@ -142,6 +194,13 @@ class Source:
         cached = try_to_load_from_cache(self.name, name, revision=self.revision)
         return Path(cached) if isinstance(cached, str) else None
 
+    @property
+    def bytes_at_hand(self) -> int | None:
+        """Size of the weights, if all of their files are on this machine; None otherwise."""
+        paths = [self._at_hand(shard) for shard in sorted(set(self.shards.values()))]
+        sizes = [path.stat().st_size for path in paths if path is not None]
+        return sum(sizes) if sizes and len(sizes) == len(paths) else None
+
     def require_weights(self, allow_pickle: bool = False) -> None:
         """Raise InputError unless there are weights, which must be safetensors unless pickle is allowed."""
         if self.shards:
@@ -156,22 +215,34 @@ class Source:
             raise InputError(f"{self.name} holds no weights: expected model.safetensors or {INDEX}")
 
 
-def find_source(name: str, revision: str | None = None) -> Source:
-    """Find a checkpoint by the name of an embedded model, a folder, or a hub id.
+def find_source(name: str, revision: str | None = None, gguf_file: str | None = None) -> Source:
+    """Find a checkpoint by the name of an embedded model, a folder, a GGUF file, or a hub id.
 
-    Raises InputError within seconds for a name that is neither a folder nor known to the hub, where that can
-    be reached.
+    Args:
+        name: the name, path or id.
+        revision: the revision of a hub model.
+        gguf_file: the name of a GGUF file in the folder or in the repository of the hub. A folder without
+            config.json that holds one GGUF file needs no name.
+
+    Raises:
+        InputError: within seconds for a name that is neither a path nor known to the hub, where that can be
+            reached; for a file that is not GGUF, and for a folder with several of them and no `gguf_file`.
+
     """
     if name in (DEFAULT, TWIN):
         return Source(name, FOLDER / name)
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return Source(name, folder)
-    if folder.exists():
-        raise InputError(f"{name} is a file: give the folder of a Hugging Face checkpoint")
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return Source(name, path, gguf_file=find_gguf(path, gguf_file))
+    if path.suffix == SUFFIX and (path.exists() or len(path.parts) > 2):
+        if not path.is_file():
+            raise InputError(f"{name} does not exist")
+        return Source(name, path.parent, gguf_file=path.name)
+    if path.exists():
+        raise InputError(f"{name} is a file: give the folder of a Hugging Face checkpoint, or a GGUF file")
     try:
         info = HfApi().model_info(name, revision=revision, timeout=TIMEOUT)
-        return Source(name, revision=info.sha)
+        return Source(name, revision=info.sha, gguf_file=gguf_file)
     except HFValidationError as error:
         raise InputError(f"{name!r} is neither a folder nor a valid hub id") from error
     except HfHubHTTPError as error:
@@ -181,20 +252,20 @@ def find_source(name: str, revision: str | None = None) -> Source:
                 f"{name!r} is not a folder, and the hub has no such model or revision that you may read "
                 f"(status {status}); for a gated model log in with `hf auth login`"
             ) from error
-        return _cached(name, revision, error)
+        return _cached(name, revision, gguf_file, error)
     except (OfflineModeIsEnabled, OSError) as error:
-        return _cached(name, revision, error)
+        return _cached(name, revision, gguf_file, error)
     except Exception as error:
         if type(error).__module__.startswith(
             "httpx"
         ):  # the hub client's http library, which it vendors under changing names
-            return _cached(name, revision, error)
+            return _cached(name, revision, gguf_file, error)
         raise
 
 
-def _cached(name: str, revision: str | None, error: Exception) -> Source:
-    if isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
-        return Source(name, revision=revision, offline=True)
+def _cached(name: str, revision: str | None, gguf_file: str | None, error: Exception) -> Source:
+    if isinstance(try_to_load_from_cache(name, gguf_file or "config.json", revision=revision), str):
+        return Source(name, revision=revision, offline=True, gguf_file=gguf_file)
     raise InputError(
         f"{name!r} is not a folder, is not in the hub's cache, and the hub cannot be reached ({error})"
     ) from error

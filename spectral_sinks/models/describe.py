@@ -3,20 +3,21 @@
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
-
-from spectral_sinks.errors import InputError
 from spectral_sinks.models.checkpoint import find_source
 from spectral_sinks.models.embedded import DEFAULT
 from spectral_sinks.models.language import opening_token
 from spectral_sinks.models.layout import FAMILIES, context_of
-from spectral_sinks.models.loading import load_tokenizer, refuse_code
+from spectral_sinks.models.loading import load_tokenizer, read_config, refuse_code
 from spectral_sinks.models.masked_lm import is_masked_lm
 from spectral_sinks.models.spectra import read_through, ties
 
 
 def describe(
-    model: str | Path = DEFAULT, *, revision: str | None = None, trust_remote_code: bool = False
+    model: str | Path = DEFAULT,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    gguf_file: str | None = None,
 ) -> dict[str, Any]:
     """Return the family, sizes, tying, BOS policy and context of a checkpoint, without reading its weights.
 
@@ -24,22 +25,14 @@ def describe(
     does not tie them if they differ.
 
     `causal` is False for an encoder. `reads_through` names the modules between the residual stream and the
-    unembedding, other than one norm.
+    unembedding, other than one norm. `quantization` is the type in which a GGUF file stores the unembedding,
+    and `quantizations` has the types of each kind of its tensors; both are None for another checkpoint.
 
-    Raises InputError for a name that is neither a folder nor reachable, and for a broken configuration.
+    Raises InputError for a name that is neither a path nor reachable, and for a broken configuration.
     """
-    source = find_source(str(model), revision)
+    source = find_source(str(model), revision, gguf_file)
     refuse_code(source, trust_remote_code)
-    _ = source.config  # its errors about a missing or broken config.json are clearer than transformers'
-    try:
-        config = AutoConfig.from_pretrained(
-            source.location,
-            revision=source.revision,
-            local_files_only=source.offline or source.folder is not None,
-            trust_remote_code=trust_remote_code,
-        ).get_text_config()
-    except (ValueError, KeyError, OSError) as error:
-        raise InputError(f"the configuration of {source.name} cannot be read: {error}") from error
+    config = read_config(source, trust_remote_code).get_text_config()
     tokenizer: Any = load_tokenizer(source, trust_remote_code)
     causal = not is_masked_lm(
         source.config.get("architectures") or (), config.model_type, getattr(config, "is_decoder", False)
@@ -60,6 +53,8 @@ def describe(
         "vocabulary": config.vocab_size,
         "context": context_of(config),
         "tied": ties(source),
+        "quantization": source.gguf and source.gguf.quantization(source.gguf.unembedding),
+        "quantizations": source.gguf and source.gguf.quantizations(),
         "tokenizer": None if tokenizer is None else type(tokenizer).__name__,
         "bos_token": None if tokenizer is None or bos is None else tokenizer.convert_ids_to_tokens(bos),
         "bos_token_id": bos,

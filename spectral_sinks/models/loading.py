@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from nnsight import TransformersModel
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from spectral_sinks.errors import InputError
@@ -17,6 +24,7 @@ from spectral_sinks.models.attention_sdpa import OPENING, is_softmax
 from spectral_sinks.models.checkpoint import Source, check_finite, find_source
 from spectral_sinks.models.effective_weights import adapter_state, device_of
 from spectral_sinks.models.embedded import DEFAULT
+from spectral_sinks.models.gguf import fast_reader
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.models.layout import Layout, find_layout
 from spectral_sinks.models.masked_lm import is_masked_lm, predicts_masked
@@ -40,20 +48,23 @@ def load(
     trust_remote_code: bool = False,
     remote: To = False,
     factors: str | None = None,
+    gguf_file: str | None = None,
 ) -> LanguageModel:
-    """Load a language model: the embedded `sinklet`, a Hugging Face id, a folder, or a model object.
+    """Load a language model: the embedded `sinklet`, a Hugging Face id, a folder, a file, or a model object.
 
+    A GGUF file is dequantised when it is loaded. Its tokenizer opens and closes texts as the file says.
     A checkpoint whose `architectures` name a masked language model (BERT, RoBERTa, ModernBERT) is loaded as
     an encoder, with `causal` False, unless its configuration sets `is_decoder`. A model given as an object
     keeps its dtype and its attention, and is put into evaluation mode.
 
     Args:
-        model: the name of an embedded model, a Hugging Face id, a folder, or a model of transformers, nnsight
-            or this package. A model of peft is measured with the adapters that are active, and its folder is
-            loaded with the base model. Wrappers of torch.compile and DataParallel are taken off.
+        model: the name of an embedded model, a Hugging Face id, a folder, a GGUF file, or a model of
+            transformers, nnsight or this package. A model of peft is measured with the adapters that are
+            active, and its folder is loaded with the base model. Wrappers of torch.compile and DataParallel
+            are taken off.
         tokenizer: the tokenizer; by default the checkpoint's own.
         device: the device to which the model is moved.
-        dtype: the dtype of the weights; "auto" is the checkpoint's own.
+        dtype: the dtype of the weights; "auto" is the checkpoint's own, and float32 for a GGUF file.
         device_map: transformers' `device_map`.
         revision: the revision of a hub model.
         attention: transformers' `attn_implementation`. Sink mass can be read from "eager", and from
@@ -69,16 +80,25 @@ def load(
             by default, and no weights are loaded into this process. "local" rehearses a remote run in this
             process, with the weights.
         factors: the dtype in which bases are sent to a server; by default the model's dtype.
+        gguf_file: the name of the GGUF file in a folder that holds several, or in a hub repository.
 
     Raises:
-        InputError: for a name that is neither a folder nor reachable; for missing, pickled (unless allowed)
-            or non-finite weights; for a checkpoint that runs code of its own (unless trusted); for a model
-            without a head over the vocabulary; for a model whose modules are not found or do not add up; for
-            an encoder that is to run remotely; and for options that a model object cannot take.
+        InputError: for a name that is neither a path nor reachable; for missing, pickled (unless allowed),
+            truncated or non-finite weights; for an architecture that transformers cannot read from GGUF; for
+            a checkpoint that runs code of its own (unless trusted); for a model without a head over the
+            vocabulary; for a model whose modules are not found or do not add up; for an encoder or a GGUF
+            file that is to run remotely; and for options that a model object cannot take.
 
     """
     if not isinstance(model, str | Path):
-        refuse_options(model, dtype=dtype, device_map=device_map, revision=revision, attention=attention)
+        refuse_options(
+            model,
+            dtype=dtype,
+            device_map=device_map,
+            revision=revision,
+            attention=attention,
+            gguf_file=gguf_file,
+        )
     if isinstance(model, LanguageModel):
         refuse_options(model, tokenizer=tokenizer, device=device, parts=parts)
         place = remote_state(remote, model.remote and model.remote.commit, factors)
@@ -87,6 +107,10 @@ def load(
     if remote not in (False, "local"):
         if device is not None or device_map is not None:
             raise InputError("a model at a server has the server's devices: give no device and no device_map")
+        if gguf_file is not None:
+            raise InputError(
+                "a server loads checkpoints of the hub: GGUF files are read in this process alone"
+            )
         return _afar(model, tokenizer, attention, dtype, parts, revision, trust_remote_code, remote, factors)
     # the transformers module, its tokenizer and its name
     if isinstance(model, (str, Path)):
@@ -96,7 +120,7 @@ def load(
             and not isinstance(getattr(torch, dtype, None), torch.dtype)
         ):
             raise InputError(f"dtype {dtype!r}: expected auto, float32, bfloat16 or float16")
-        source = find_source(str(model), revision)
+        source = find_source(str(model), revision, gguf_file)
         base = adapted_base(source)
         module = _load_module(base or source, dtype, device_map, attention, allow_pickle, trust_remote_code)
         if source.adapter is not None:
@@ -125,7 +149,7 @@ def load(
             tokenizer = tokenizer or model.tokenizer
         name = getattr(module.config, "name_or_path", "") or type(module).__name__
         if tokenizer is None and Path(name).is_dir():
-            tokenizer = load_tokenizer(Source(name, Path(name)), trust_remote_code)
+            tokenizer = load_tokenizer(find_source(name), trust_remote_code)
     # checks of the attention, the weights and the layout
     masked = predicts_masked(module)
     if getattr(module.config, "_attn_implementation", "") == OPENING:
@@ -211,13 +235,12 @@ def load_weights(source: Source, kind: Any, what: str, **options: Any) -> Any:
     Raises InputError for a checkpoint that is not `what` it should be, and for missing weights.
     """
     try:
-        module, report = kind.from_pretrained(
-            source.location,
-            revision=source.revision,
-            local_files_only=source.offline or source.folder is not None,
-            output_loading_info=True,
-            **options,
-        )
+        if source.gguf is not None:
+            module, report = _from_gguf(source, kind, **options)
+        else:
+            module, report = kind.from_pretrained(
+                source.location, **source.options, output_loading_info=True, **options
+            )
     except (ValueError, KeyError, OSError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{source.name} cannot be loaded as {what}: {error}") from error
     except ImportError as error:
@@ -300,6 +323,43 @@ def run_once(name: str, module: Any) -> None:
         raise InputError(f"{name} is quantised and does not run here: {error}") from error
 
 
+def _from_gguf(source: Source, kind: Any, *, dtype: Any, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """Load a GGUF file by `from_pretrained`, dequantised, and return the module and the loading report."""
+    options["config"] = read_config(source, options.pop("trust_remote_code", False))
+    options.pop("use_safetensors", None)
+    with fast_reader():
+        module, report = kind.from_pretrained(
+            source.location,
+            **source.options,
+            output_loading_info=True,
+            dtype=torch.float32 if dtype == "auto" else dtype,
+            quantization_config=GgufConfig(dequantize=True),
+            **options,
+        )
+    # the weights are plain floats now, which transformers would not cast or save while these are set
+    for name in ("quantization_config", "_pre_quantization_dtype"):
+        if hasattr(module.config, name):
+            delattr(module.config, name)
+    module.is_quantized, module.hf_quantizer = False, None
+    return module, report
+
+
+def read_config(source: Source, trust_remote_code: bool) -> Any:
+    """Return the checkpoint's configuration as an object of transformers.
+
+    Raises InputError for a missing or broken configuration.
+    """
+    known = source.config  # its errors are clearer than transformers'
+    try:
+        if source.gguf is not None:
+            return AutoConfig.for_model(**known)
+        return AutoConfig.from_pretrained(
+            source.location, **source.options, trust_remote_code=trust_remote_code
+        )
+    except (ValueError, KeyError, OSError) as error:
+        raise InputError(f"the configuration of {source.name} cannot be read: {error}") from error
+
+
 def refuse_options(model: object, **options: Any) -> None:
     """Raise InputError if options of loading are given for a model that is loaded already.
 
@@ -360,17 +420,21 @@ def moved(module: Any, device: str | torch.device) -> Any:
 
 def load_tokenizer(source: Source, trust_remote_code: bool) -> Any:
     """Load the checkpoint's tokenizer; None if it ships none (token ids can still be measured)."""
-    if not any(source.file(name) for name in ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")):
+    if source.gguf is None and not any(
+        source.file(name) for name in ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
+    ):
         return None
     try:
-        return AutoTokenizer.from_pretrained(
-            source.location,
-            revision=source.revision,
-            local_files_only=source.offline or source.folder is not None,
-            trust_remote_code=trust_remote_code,
+        # transformers would read a GGUF file once more for the configuration
+        known = {} if source.gguf is None else {"config": read_config(source, trust_remote_code)}
+        tokenizer = AutoTokenizer.from_pretrained(
+            source.location, **source.options, trust_remote_code=trust_remote_code, **known
         )
     except (ValueError, KeyError, OSError) as error:
         raise InputError(f"the tokenizer of {source.name} cannot be loaded: {error}") from error
+    if source.gguf is not None:
+        source.gguf.configure_tokenizer(tokenizer)
+    return tokenizer
 
 
 def refuse_code(source: Source, trust_remote_code: bool) -> None:

@@ -118,12 +118,8 @@ def load_processor(source: Source) -> Any:
     """
     if source.file("preprocessor_config.json") is None:
         return None
-    options: dict[str, Any] = {
-        "revision": source.revision,
-        "local_files_only": source.offline or source.folder is not None,
-    }
     try:
-        return AutoImageProcessor.from_pretrained(source.location, backend="pil", **options)
+        return AutoImageProcessor.from_pretrained(source.location, backend="pil", **source.options)
     except ImportError as error:
         warnings.warn(
             f"{source.name}: transformers runs its image processor by torchvision, which is not installed: "
@@ -131,6 +127,6 @@ def load_processor(source: Source) -> Any:
             SpectralWarning,
             stacklevel=3,
         )
-        return ViTImageProcessorPil.from_pretrained(source.location, **options)
+        return ViTImageProcessorPil.from_pretrained(source.location, **source.options)
     except (ValueError, KeyError, OSError) as error:
         raise InputError(f"the image processor of {source.name} cannot be loaded: {error}") from error

@@ -45,8 +45,7 @@ def load_on_meta(
     try:
         config = AutoConfig.from_pretrained(
             source.location,
-            revision=source.revision,
-            local_files_only=source.offline or source.folder is not None,
+            **source.options,
             trust_remote_code=trust_remote_code,
         )
         with MetaDevice():

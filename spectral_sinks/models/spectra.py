@@ -12,6 +12,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from spectral_sinks.errors import InputError, SpectralWarning
 from spectral_sinks.models.checkpoint import QuantisedError, Source, find_source
 from spectral_sinks.models.effective_weights import effective_parameter
+from spectral_sinks.models.gguf import EMBEDDING
 from spectral_sinks.models.language import LanguageModel, token_rows
 from spectral_sinks.models.layout import TRANSFORMS, through
 from spectral_sinks.models.loading import load, load_tokenizer, refuse_code
@@ -19,6 +20,7 @@ from spectral_sinks.models.loading_vision import load_vision
 from spectral_sinks.models.masked_lm import is_masked_lm
 from spectral_sinks.models.spectra_vision import CLASSIFIER, Reading, is_vision, read_checkpoint, read_model
 from spectral_sinks.models.vision import VisionModel
+from spectral_sinks.spectra.rounding import RoundingNoise, rounding_noise
 from spectral_sinks.spectra.spectrum import Convention, Spectrum
 
 UNEMBEDDINGS = (
@@ -29,6 +31,7 @@ UNEMBEDDINGS = (
     "cls.predictions.decoder.weight",
     "lm_head.decoder.weight",
     "decoder.weight",
+    "output.weight",  # GGUF
 )
 EMBEDDINGS = (
     "model.embed_tokens.weight",
@@ -40,6 +43,7 @@ EMBEDDINGS = (
     "bert.embeddings.word_embeddings.weight",
     "roberta.embeddings.word_embeddings.weight",
     "model.embeddings.tok_embeddings.weight",
+    "token_embd.weight",  # GGUF
 )
 NORMS = (
     "model.norm.weight",
@@ -52,6 +56,7 @@ NORMS = (
     "cls.predictions.transform.LayerNorm.gamma",
     "lm_head.layer_norm.weight",
     "head.norm.weight",
+    "output_norm.weight",  # GGUF
 )
 
 
@@ -62,6 +67,7 @@ def read_local_spectrum(
     convention: Convention = "raw",
     bands: int = 20,
     revision: str | None = None,
+    gguf_file: str | None = None,
     use_cache: bool = True,
 ) -> Spectrum:
     """Return a spectrum from weights in this process or in a checkpoint: the local part of `read_spectrum`.
@@ -73,7 +79,7 @@ def read_local_spectrum(
         raise InputError(
             f"convention {convention!r} folds the final norm into the unembedding; {matrix} has only 'raw'"
         )
-    read = _reading(model, matrix, convention, revision)
+    read = _reading(model, matrix, convention, revision, gguf_file)
     if convention == "centred" and read.tokens is not None and read.tokens < len(read.weight):
         warnings.warn(
             f"{len(read.weight) - read.tokens} rows of the unembedding belong to no token of the tokenizer, "
@@ -109,13 +115,14 @@ def _reading(
     matrix: str,
     convention: Convention,
     revision: str | None,
+    gguf_file: str | None,
 ) -> Reading:
     """Find a matrix, and the norm through which it reads."""
     if isinstance(model, VisionModel):
         return read_model(model, matrix, convention)
     if isinstance(model, LanguageModel):
         return _from_model(model, matrix, convention)
-    source = find_source(str(model), revision)
+    source = find_source(str(model), revision, gguf_file)
     refuse_code(source, trust_remote_code=True)  # only tensors are read, so none of its code runs
     if source.adapter is not None:
         return _from_model(load(source.name, revision=revision), matrix, convention)
@@ -126,7 +133,7 @@ def _reading(
         return _from_checkpoint(source, matrix, convention)
     except QuantisedError:
         load_it = load_vision if is_vision(source) else load
-        return _reading(load_it(source.name, revision=revision), matrix, convention, revision)
+        return _reading(load_it(source.name, revision=revision), matrix, convention, revision, None)
 
 
 def _from_model(model: LanguageModel, matrix: str, convention: Convention) -> Reading:
@@ -174,7 +181,9 @@ def _from_checkpoint(source: Source, matrix: str, convention: Convention) -> Rea
         if norm is None:
             raise InputError(f"{source.name} holds no final norm that is known: use convention 'raw'")
         gain = source.tensor(norm).float()
-        gain = 1 + gain if str(config.get("model_type", "")).startswith("gemma") else gain
+        # GGUF files store 1 + w
+        if source.gguf is None and str(config.get("model_type", "")).startswith("gemma"):
+            gain = 1 + gain
     layernorm = norm is not None and norm.removesuffix("weight") + "bias" in present
     layernorm = layernorm or read_through(present) != ""  # the LayerNorm of a masked-LM head may lack a bias
     width = config.get("hidden_size") or config.get("n_embd")
@@ -204,6 +213,35 @@ def ties(source: Source) -> bool:
         return torch.equal(source.tensor(head), source.tensor(embedding))
     except QuantisedError:
         return False
+
+
+def quantization_noise(
+    model: str | Path,
+    spectrum: Spectrum,
+    *,
+    revision: str | None = None,
+    gguf_file: str | None = None,
+) -> RoundingNoise | None:
+    """Return what the quantisation of a GGUF file does to the dark band of its unembedding.
+
+    It is measured by noise of the size of the quantisation. None for another checkpoint, for another matrix,
+    and for a type whose values are not evenly spaced.
+
+    Args:
+        model: the file, or its folder or hub id.
+        spectrum: the spectrum of the unembedding, as read from the file.
+        revision: the revision of a hub model.
+        gguf_file: the name of the file in a folder that holds several, or in a hub repository.
+
+    """
+    source = find_source(str(model), revision, gguf_file)
+    if source.gguf is None or spectrum.matrix not in ("unembedding", "embedding"):
+        return None
+    read = _from_checkpoint(source, spectrum.matrix, spectrum.convention)
+    step = source.gguf.steps(EMBEDDING if spectrum.matrix == "embedding" else source.gguf.unembedding)
+    if step is None:
+        return None
+    return rounding_noise(read.weight, step, spectrum, gain=read.gain, centre_residual=read.layernorm)
 
 
 def read_through(present: Iterable[str]) -> str:

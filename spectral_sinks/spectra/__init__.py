@@ -26,6 +26,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "rnd",
         ],
         "qk_modes": ["Modes"],
+        "rounding": ["RoundingNoise", "rounding_noise"],
         "scaling": ["Amplified", "Copied", "Scaled", "amplify", "carry", "channels", "scale"],
         "spectrum": ["Spectrum"],
         "subspace": ["Subspace", "intersection", "principal_cosines", "random_subspace"],

@@ -17,6 +17,8 @@ from .filters import psi as psi
 from .filters import remove as remove
 from .filters import rnd as rnd
 from .qk_modes import Modes as Modes
+from .rounding import RoundingNoise as RoundingNoise
+from .rounding import rounding_noise as rounding_noise
 from .scaling import Amplified as Amplified
 from .scaling import Copied as Copied
 from .scaling import Scaled as Scaled
@@ -47,6 +49,7 @@ __all__ = [
     'NoOp',
     'Noise',
     'NormRestored',
+    'RoundingNoise',
     'Scaled',
     'Spectrum',
     'Subspace',
@@ -70,6 +73,7 @@ __all__ = [
     'random_within',
     'remove',
     'rnd',
+    'rounding_noise',
     'scale',
     'share_deviation',
     'union',

@@ -12,7 +12,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "cells": ["Cell", "grid"],
         "config": ["SweepFile"],
         "cost": ["Cost"],
-        "definition": ["Sweep"],
+        "definition": ["Sweep", "versions"],
         "effect_rows": ["effect_table"],
         "image_band_ladder": ["image_ladder"],
         "remote_jobs": ["collect", "jobs"],

@@ -5,6 +5,7 @@ from .cells import grid as grid
 from .config import SweepFile as SweepFile
 from .cost import Cost as Cost
 from .definition import Sweep as Sweep
+from .definition import versions as versions
 from .effect_rows import effect_table as effect_table
 from .image_band_ladder import image_ladder as image_ladder
 from .remote_jobs import collect as collect
@@ -31,4 +32,5 @@ __all__ = [
     'ladder',
     'plan',
     'sweep',
+    'versions',
 ]

@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 
-from spectral_sinks.data.texts import Bos, cut, documents
+from spectral_sinks.data.document_sources import documents
+from spectral_sinks.data.texts import Bos, cut
 from spectral_sinks.errors import InputError
 from spectral_sinks.measure.residual.matrix_spectrum import read_spectrum
 from spectral_sinks.models.embedded import DEFAULT
@@ -35,12 +36,15 @@ class Texts(_Table):
     """A file or a hub data set id."""
     documents: int = Field(default=16, ge=1)
     split: str = "train"
-    column: str = "text"
+    column: str | None = None
+    """"text" by default, or "messages" for chats where the rows have it."""
     separator: str | None = None
     length: int | None = None
     """Tokens in a window."""
     per_document: int | None = 1
     bos: Bos = "auto"
+    chat: bool = False
+    """Whether the documents are chats, which become windows by the chat template of the tokenizer."""
 
 
 class SpectrumTable(_Table):
@@ -141,8 +145,16 @@ class SweepFile(_Table):
                 column=texts.column,
                 limit=texts.documents,
                 separator=texts.separator,
+                chat=texts.chat,
             )
-            windows = cut(text, model, length=texts.length, per_document=texts.per_document, bos=texts.bos)
+            windows = cut(
+                text,
+                model,
+                length=texts.length,
+                per_document=texts.per_document,
+                bos=texts.bos,
+                chat=texts.chat,
+            )
         embedding = None
         with self._at("spectrum"):
             spectrum = read_spectrum(

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support import tiny_models
+from support import tiny_chats, tiny_models
 
 import spectral_sinks as ss
 
@@ -61,6 +61,55 @@ def test_tables_for_people(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         assert words in done.out, done.out
     assert "no sinks" in run("--epsilon", 0.99, "--draws", 2).out
+
+
+@pytest.fixture(scope="module")
+def chat_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_chats.save(tmp_path_factory.mktemp("checkpoint") / "chats")
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "chats.jsonl"
+    path.write_text("".join(json.dumps({"messages": chat, "text": "unread"}) + "\n" for chat in CHATS))
+    return path
+
+
+CHATS = [
+    [{"role": "user", "content": f"What is {n}?"}, {"role": "assistant", "content": "A number. " * 5}]
+    for n in range(4)
+]
+
+
+def test_chats(
+    capsys: pytest.CaptureFixture[str],
+    chat_checkpoint: Path,
+    chats: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    given = ["sinks", chat_checkpoint, "--text", chats, "--chat", "--epsilon", 0.07, "--draws", 2]
+    record = json.loads(tiny_models.run(capsys, *given, "--json").out)
+    model = ss.load(chat_checkpoint)
+    windows = ss.cut(CHATS, model, chat=True, length=64)
+    found = ss.find_sinks(model, windows, ss.read_spectrum(model), epsilon=0.07, draws=2)
+    assert record["roles"] == json.loads(json.dumps(found.by_role().to_dict("records")))
+    assert {row["role"] for row in record["roles"]} == {"template", "user", "assistant"}
+    assert (record["documents"], record["data_hash"]) == (4, windows.record["data_hash"])
+    shown = tiny_models.run(capsys, *given).out
+    for words in ("Attention by role", "share of attention", "template", "assistant", "4 documents"):
+        assert words in shown, shown
+
+
+def test_chats_that_are_refused(
+    run: Run, capsys: pytest.CaptureFixture[str], chat_checkpoint: Path, chats: Path
+) -> None:
+    assert "has no chat template: take a chat model" in run("--chat").err
+    given = ["sinks", chat_checkpoint, "--text", chats, "--chat"]
+    done = tiny_models.run(capsys, *given, "--bos", "never")
+    assert done.status == 2 and "bos 'never' for chats" in done.err and done.err.count("\n") == 1
+    done = tiny_models.run(capsys, *given[:-1], "--column", "messages")
+    assert done.status == 2 and "document 0 is list, expected a string (for chats" in done.err
 
 
 def test_the_embedded_model(capsys: pytest.CaptureFixture[str]) -> None:

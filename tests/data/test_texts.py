@@ -1,17 +1,9 @@
 """Texts to documents to windows: no BOS doubled or lost, nothing padded, every token accounted for."""
 
-import gc
-import io
-import json
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import datasets
-import pandas as pd
 import pytest
 import torch
-from huggingface_hub import HfApi
 from hypothesis import given
 from hypothesis import strategies as st
 from support import tiny_models
@@ -61,7 +53,6 @@ OPENING, SILENT, BARE = model_with(), model_with(opens=False), model_with(bos=Fa
     documents=st.lists(st.lists(WORDS, min_size=2, max_size=60), min_size=1, max_size=4),
     length=st.integers(3, 30),
     per_document=st.one_of(st.none(), st.integers(1, 3)),
-    literal=st.integers(0, 2),
 )
 def test_cut(
     model: ss.LanguageModel,
@@ -70,11 +61,9 @@ def test_cut(
     documents: list[list[int]],
     length: int,
     per_document: int | None,
-    literal: int,
 ) -> None:
-    written = "<bos> " * literal if model is not BARE else ""
     windows = ss.cut(
-        [written + text_of(d) for d in documents], model, length=length, per_document=per_document, bos=bos
+        [text_of(d) for d in documents], model, length=length, per_document=per_document, bos=bos
     )
     span, dropped = length - opened, 0
     for index, ids in enumerate(documents):
@@ -127,7 +116,9 @@ def test_the_hash_tells_windows_apart() -> None:
     ("texts", "options", "message"),
     [
         (["w8", "w7"], {}, "the text is shorter than two tokens: 'w8'"),
-        (["<bos> <bos> w7"], {}, "the text is shorter than two tokens"),
+        (["<bos> <bos> w7"], {}, "document 0 contains '<bos>', which the tokenizer of .* reads as a special"),
+        (["w5 w6", "w7 \udfff"], {}, r"document 1 contains '\\udfff' at character 3, which is half of a"),
+        (["w5 w6", 7], {}, "document 1 is int, expected a string"),
         (["w5 w6"], {"length": 129}, "windows of 129 tokens: .* context of 128"),
         (["w5 w6"], {"length": 2}, "nothing is left to predict"),
         (["w5 w6"], {"bos": "sometimes"}, "choose from auto, always, never"),
@@ -182,94 +173,6 @@ def test_windows_of_given_ids() -> None:
     assert not ss.Windows.of_ids([[0, 5]], BARE).opens_with_bos
     with pytest.raises(ss.InputError, match="batches of 0 windows"):
         list(windows.batches(0))
-
-
-TEXTS = ["w5 w6 w7", "w8 w9", "zwölf • 12"]
-
-
-@pytest.fixture
-def closed() -> Iterator[None]:
-    """Meet here the files that `datasets` leaves for the garbage collector to close."""
-    yield
-    gc.collect()
-
-
-@pytest.mark.usefixtures("closed")
-@pytest.mark.filterwarnings("ignore:unclosed file", "ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("form", ["jsonl", "csv", "parquet", "txt"])
-def test_documents_of_a_file(tmp_path: Path, form: str) -> None:
-    path, table = tmp_path / f"my.{form}", pd.DataFrame({"id": range(3), "text": TEXTS})
-    if form == "jsonl":
-        path.write_text("".join(json.dumps({"id": i, "text": t}) + "\n" for i, t in enumerate(TEXTS)))
-    elif form == "csv":
-        table.to_csv(path, index=False)
-    elif form == "parquet":
-        table.to_parquet(path)
-    else:
-        path.write_text("\n--\n".join(TEXTS), encoding="utf-8")
-        assert ss.documents(path) == ["\n--\n".join(TEXTS)], "one document without a separator"
-        assert ss.documents(str(path), separator="\n--\n") == TEXTS
-        return
-    assert ss.documents(path) == TEXTS and ss.documents(str(path), limit=2) == TEXTS[:2]
-    assert ss.documents(path, column="text") == TEXTS
-    with pytest.raises(ss.InputError, match="no column 'body'; columns: id, text"):
-        ss.documents(path, column="body")
-
-
-def test_documents_of_anything_else() -> None:
-    rows = [{"text": t, "body": t.upper()} for t in TEXTS]
-    assert ss.documents("a text of its own") == ["a text of its own"]
-    assert ss.documents(TEXTS) == ss.documents(iter(TEXTS)) == ss.documents(rows) == TEXTS
-    assert ss.documents(datasets.Dataset.from_list(rows)) == TEXTS
-    assert ss.documents(datasets.Dataset.from_list(rows).to_iterable_dataset(), limit=1) == TEXTS[:1]
-    assert ss.documents(rows, column="body") == [t.upper() for t in TEXTS]
-    assert ss.documents(["", " \n", "w5 w6", None]) == ["w5 w6"], "what is empty is passed over"
-    assert ss.documents(io.StringIO("w5 w6\nw7 w8\n")) == ["w5 w6\n", "w7 w8\n"]
-    corpus = ss.documents()
-    assert len(corpus) > 20 and all(len(t) > 200 for t in corpus) and ss.documents(limit=3) == corpus[:3]
-
-
-@pytest.mark.parametrize("empty", ["", "  \n", [], ["", " "]], ids=repr)
-def test_no_text_at_all(empty: Any) -> None:
-    with pytest.raises(ss.InputError, match="the text is empty"):
-        ss.documents(empty)
-
-
-def test_files_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(ss.InputError, match="is a folder: give a file"):
-        ss.documents(tmp_path)
-    with pytest.raises(ss.InputError, match="does not exist"):
-        ss.documents(tmp_path / "missing.txt")
-    latin = tmp_path / "latin.txt"
-    latin.write_bytes("zwölf".encode("latin-1"))
-    with pytest.raises(ss.InputError, match=r"is not UTF-8 text .* at byte 2"):
-        ss.documents(latin)
-    for name in ("broken.jsonl", "broken.parquet"):
-        (tmp_path / name).write_text('{"text": "w5')
-        with pytest.raises(ss.InputError, match=f"{name} cannot be read as"):
-            ss.documents(tmp_path / name)
-    with pytest.raises(ss.InputError, match=r"row 1 .* is int"):
-        ss.documents(["w5 w6", 7])
-    with pytest.raises(ss.InputError, match=r"row 0 .* is int"):
-        ss.documents([{"text": 7}])
-
-
-def test_a_data_set_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Asked first whether the hub knows it, then streamed; no network here."""
-    asked: list[Any] = []
-    rows = datasets.Dataset.from_dict({"body": TEXTS}).to_iterable_dataset()
-    monkeypatch.setattr(HfApi, "dataset_info", lambda self, name, **_: asked.append(name))
-    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **o: asked.append((a, o)) or rows)
-    found = ss.documents("owner/set", name="part", split="test", column="body", limit=2)
-    assert found == TEXTS[:2]
-    assert asked == ["owner/set", (("owner/set", "part"), {"split": "test", "streaming": True})]
-
-    def unknown(*_: Any, **__: Any) -> None:
-        raise ConnectionError("no network")
-
-    monkeypatch.setattr(HfApi, "dataset_info", unknown)
-    with pytest.raises(ss.InputError, match=r"is not a file, and as a data set of the hub .*no network"):
-        ss.documents("owner/set")
 
 
 def test_neighbours_in_a_batch_are_of_different_documents() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import tiny_models
+from support import tiny_chats, tiny_models
 
 import spectral_sinks as ss
 
@@ -105,6 +105,26 @@ def test_what_it_means(write: Any, checkpoint: Path, texts: Path) -> None:
     assert manifest["windows"]["bos"] == "never" and manifest["model"] == str(checkpoint)
     assert manifest["libraries"].keys() >= {"torch", "nnsight", "transformers", "python"}
     json.dumps(manifest)
+
+
+def test_chats(write: Any, tmp_path: Path) -> None:
+    checkpoint = tiny_chats.save(tmp_path / "chats")
+    chats = [[{"role": "user", "content": f"Which number is {n}?"}] for n in range(3)]
+    (tmp_path / "chats.jsonl").write_text("\n".join(json.dumps({"messages": chat}) for chat in chats))
+    file = write(
+        f"""
+        model = "{checkpoint}"
+        [texts]
+        text = "{tmp_path / "chats.jsonl"}"
+        chat = true
+        [[grid]]
+        remove = "dark"
+        """
+    )
+    made = ss.sweeps.SweepFile.read(file).prepare()
+    expected = ss.cut(chats, ss.load(checkpoint), chat=True)
+    assert made.manifest()["windows"]["data_hash"] == expected.record["data_hash"]
+    assert made.windows.roles == expected.roles
 
 
 def test_a_file_and_its_objects_share_a_folder(write: Any, tmp_path: Path) -> None:

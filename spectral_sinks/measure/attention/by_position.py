@@ -303,6 +303,7 @@ def opened(model: Transformer, windows: Inputs, length: int) -> Inputs:
         [windows.rows[place][:length] for place in kept],
         language,
         [windows.document[place] for place in kept],
+        roles=windows.roles and [windows.roles[place][:length] for place in kept],
     )
 
 

@@ -9,6 +9,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "attribution": ["first_order"],
+        "bos_policy": ["BosComparison", "compare_bos"],
         "effects": ["Effect", "evaluate", "evaluate_all"],
         "generation": ["continuation_nll", "generate", "generate_all"],
         "repetition_metrics": ["distinct", "loop_onset", "repeated", "repetition"],

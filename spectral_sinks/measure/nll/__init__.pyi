@@ -1,5 +1,7 @@
 # Made by: python docs/generate_api.py
 from .attribution import first_order as first_order
+from .bos_policy import BosComparison as BosComparison
+from .bos_policy import compare_bos as compare_bos
 from .effects import Effect as Effect
 from .effects import evaluate as evaluate
 from .effects import evaluate_all as evaluate_all
@@ -14,7 +16,9 @@ from .repetition_metrics import repeated as repeated
 from .repetition_metrics import repetition as repetition
 
 __all__ = [
+    'BosComparison',
     'Effect',
+    'compare_bos',
     'continuation_nll',
     'distinct',
     'evaluate',

@@ -26,6 +26,7 @@ def read_spectrum(
     convention: Convention = "raw",
     bands: int = 20,
     revision: str | None = None,
+    gguf_file: str | None = None,
     use_cache: bool = True,
 ) -> Spectrum:
     """Return the spectrum of a model's unembedding, embedding, or any matrix named by its parameter.
@@ -50,6 +51,7 @@ def read_spectrum(
             `centred` leaves out rows that no token of the tokenizer uses, with a warning.
         bands: number of bands.
         revision: revision of the checkpoint, where it is read by name.
+        gguf_file: name of the GGUF file in a folder or hub repository that is read by name.
         use_cache: whether a cached spectrum is used, and a computed one stored.
 
     Raises:
@@ -60,7 +62,13 @@ def read_spectrum(
     """
     if not isinstance(model, LanguageModel) or model.remote is None or not model.weightless:
         return read_local_spectrum(
-            model, matrix, convention=convention, bands=bands, revision=revision, use_cache=use_cache
+            model,
+            matrix,
+            convention=convention,
+            bands=bands,
+            revision=revision,
+            gguf_file=gguf_file,
+            use_cache=use_cache,
         )
     # First the checkpoint, then the server
     revision = revision or model.remote.commit

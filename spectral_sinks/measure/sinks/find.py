@@ -71,6 +71,12 @@ class Sinks:
         return self.attention.length
 
     @property
+    def roles(self) -> tuple[tuple[str, ...], ...] | None:
+        """The role of each token that was read; None for windows that are not chats."""
+        windows = self.attention.windows
+        return windows.roles if isinstance(windows, Windows) else None
+
+    @property
     def dispersed(self) -> bool:
         """Whether windows repeat one token and attention goes to tokens of high norm that are not sinks.
 
@@ -122,6 +128,56 @@ class Sinks:
         )
         return table.rename_axis("position").reset_index()
 
+    def by_role(self) -> pd.DataFrame:
+        """Return the attention that the tokens of each role receive, in windows of chats; one row per role.
+
+        The rows are in the order of `share`. Intervals are over documents. The columns are:
+
+        - `role`: the role of a message, or "template" for the tokens that the chat template writes;
+        - `documents`, `tokens`, `sink_tokens`: the documents with this role, its tokens, and those of them
+          that belong to sinks;
+        - `attention`, `attention_low`, `attention_high`: attention received (alpha_k) by a token of the role,
+          mean over tokens, heads and layers, in the documents with this role;
+        - `share`, `share_low`, `share_high`: share of all attention received that goes to the role, mean over
+          all documents; the shares of all roles add up to 1;
+        - `uniform_share`: the value of `share` under uniform attention;
+        - `sink_share`, `sink_share_low`, `sink_share_high`: the part of `share` that goes to sinks.
+
+        Raises InputError for windows that are not chats.
+        """
+        if (roles := self.roles) is None:
+            raise InputError("these windows have no roles: cut chats with ss.cut(chats, model, chat=True)")
+        attention = self.attention
+        names = np.full(attention.ids.shape, "", dtype=object)
+        for row, said in zip(names, roles, strict=True):
+            row[: len(said)] = said
+        # Mean over heads and layers, and the share of each token in the attention of its window
+        alpha = attention.alpha.mean((1, 2))
+        total = np.nan_to_num(attention.total.astype(np.float64)).sum((1, 2))
+        share = total / total.sum(1, keepdims=True)
+        rows: list[dict[str, Any]] = []
+        for role in dict.fromkeys(name for said in roles for name in said):
+            member = names == role
+            count = member.sum(1)
+            received = np.where(member, alpha, 0.0).sum(1) / np.where(count, count, np.nan)
+            by_document = attention.by_document(received)
+            present = ~np.isnan(by_document)
+            rows.append(
+                {
+                    "role": role,
+                    "documents": int(present.sum()),
+                    "tokens": int(count.sum()),
+                    "sink_tokens": int((member & self.members).sum()),
+                    **Estimate.of(by_document[present]).columns("attention"),
+                    **Estimate.of(attention.by_document((share * member).sum(1))).columns("share"),
+                    "uniform_share": float(attention.by_document(attention.uniform(member[:, None])).mean()),
+                    **Estimate.of(attention.by_document((share * (member & self.members)).sum(1))).columns(
+                        "sink_share"
+                    ),
+                }
+            )
+        return pd.DataFrame(rows).sort_values("share", ascending=False, ignore_index=True)
+
     def norms(self) -> pd.DataFrame:
         """Return the norm by `layer` (-1: the embedding) and `position`.
 
@@ -155,6 +211,7 @@ class Sinks:
             "repeated_windows": self.repeated,
             **as_json("to_sink_logit", self.to_sink_logit),
             "rule": RULE,
+            **({} if self.roles is None else {"roles": self.by_role().to_dict("records")}),
         }
 
 

@@ -91,6 +91,7 @@ def evaluate_images(
 
     For tokens after the final norm, and compared with the untouched model, it always has:
 
+    - `removed_energy_share`: the share of each token's energy that the filters remove, mean over tokens.
     - `..._cosine` and the relative `..._error` of `cls`, `distillation`, `registers` and `patches` (means
       over tokens).
     - `..._nearest`: whether the nearest untouched image, by cosine of [CLS] or of the mean patch, is still

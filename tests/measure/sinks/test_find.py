@@ -349,6 +349,53 @@ def test_one_document_has_no_interval_and_no_verdict() -> None:
     assert found.record()["sinks"][0]["dark"] is None
 
 
+ROLES = ("template", "user", "template", "assistant")
+
+
+def test_attention_by_role_recomputed() -> None:
+    """Roles of tokens in turn; the last document has no assistant, and two windows are of one document."""
+    model = tiny_models.model("gpt_oss")
+    ids, owner = tiny_models.ids(5, 40, seed=8), [0, 1, 1, 2, 3]
+    roles = [[ROLES[(k // 3) % (4 if w < 4 else 2)] for k in range(40)] for w in range(5)]
+    given = ss.Windows.of_ids(ids, model, owner, roles=roles)
+    found = ss.find_sinks(model, given, ss.read_spectrum(model, bands=8), length=32, epsilon=0.09, draws=2)
+    table = found.by_role().set_index("role")
+    maps = eager(model, ids[:, :32]).double().numpy()  # layers windows heads queries keys
+    alpha = np.stack([maps[..., k:, k].mean(-1) for k in range(32)], -1).mean((0, 2))
+    total = maps.sum(-2).sum((0, 2))
+    uniform = np.array([sum(1 / (q + 1) for q in range(k, 32)) / 32 for k in range(32)])
+    documents = [[0], [1, 2], [3], [4]]
+    assert found.members.any() and found.roles is not None and {len(row) for row in found.roles} == {32}
+    for role in ("template", "user", "assistant"):
+        at = [np.array([said == role for said in row[:32]]) for row in roles]
+        row, holding = table.loc[role], [d for d in documents if at[d[0]].any()]
+        assert (row["documents"], row["tokens"]) == (len(holding), sum(int(here.sum()) for here in at))
+        assert row["sink_tokens"] == sum(int((a & m).sum()) for a, m in zip(at, found.members, strict=True))
+        received = [np.mean([alpha[w][at[w]].mean() for w in d]) for d in holding]
+        assert row["attention"] == pytest.approx(np.mean(received), rel=1e-5)
+        assert row["attention_low"] == pytest.approx(ss.stats.mean_interval(received)[0], rel=1e-4)
+        share = [np.mean([total[w][at[w]].sum() / total[w].sum() for w in d]) for d in documents]
+        assert row["share"] == pytest.approx(np.mean(share), rel=1e-5)
+        assert row["share_high"] == pytest.approx(ss.stats.mean_interval(share)[1], rel=1e-4)
+        even = [np.mean([uniform[at[w]].sum() for w in d]) for d in documents]
+        assert row["uniform_share"] == pytest.approx(np.mean(even))
+        sinks = [
+            np.mean([total[w][at[w] & found.members[w]].sum() / total[w].sum() for w in d]) for d in documents
+        ]
+        assert row["sink_share"] == pytest.approx(np.mean(sinks), rel=1e-5)
+    assert table["share"].sum() == pytest.approx(1) == table["uniform_share"].sum()
+    assert table["share"].is_monotonic_decreasing and table.loc["assistant", "documents"] == 3
+    assert found.record()["roles"] == found.by_role().to_dict("records")
+
+
+def test_windows_without_roles() -> None:
+    model, spectrum, windows = sinking(20)
+    found = ss.find_sinks(model, windows, spectrum, draws=2)
+    assert found.roles is None and "roles" not in found.record()
+    with pytest.raises(ss.InputError, match=r"have no roles: cut chats with ss.cut\(chats, model, chat"):
+        found.by_role()
+
+
 def test_tables_and_record() -> None:
     model, spectrum, windows = sinking(20)
     found = ss.find_sinks(model, windows, spectrum, draws=2)

@@ -1,0 +1,156 @@
+"""Run the experiments on real models, and write tables, figures and verdicts to a folder for each.
+
+An experiment whose tables are there, made with the same text, draws and versions, is not run again, so a run
+that was cut off goes on where it stopped. Progress and the time that is left are printed.
+
+    python experiments/real/run.py --models smollm2 gemma3 --only conventions --out results/real --jobs 2
+"""
+
+import importlib
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import pandas as pd
+import psutil
+import torch
+import tyro
+from fetch import expected, fetch
+from real_study import RealStudy, prepare
+
+import spectral_sinks as ss
+
+SPREAD = {"smollm2": 1, "gemma3": 1}
+"""Exits that are edited beside what the onset layer and the strongest layer read, by model."""
+
+NAMES = {"smollm2": "SmolLM2-135M-Instruct (Q4_1)", "gemma3": "Gemma 3 270M (Q4_K_M)"}
+
+MINUTES = {
+    "conventions": 40,
+    "ladders": 12,
+    "openings": 5,
+    "secondary": 6,
+    "spike": 12,
+    "designated": 10,
+    "circuits": 10,
+    "spectrum": 1,
+    "weights": 1,
+    "bos": 1,
+}
+"""The experiments, and what each takes on one core, roughly: a guess at the time that is left. The last five
+are those of the embedded model, here under the folded convention."""
+
+Model = Literal["smollm2", "gemma3"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of a run."""
+
+    models: tuple[Model, ...] = get_args(Model)
+    only: tuple[str, ...] = tuple(MINUTES)
+    """Names of experiments."""
+    out: Path = Path("results/real")
+    fetched: Path = Path("models")
+    """Folder of the models, which are fetched if need be."""
+    documents: int = 16
+    draws: int = 20
+    jobs: int | None = None
+    """Experiments that run at the same time, one thread each; by default one for each idle core."""
+
+
+def record(study: RealStudy, name: str) -> dict[str, Any]:
+    """Return everything on which the results depend."""
+    model = study.model
+    return {
+        "model": study.name,
+        "source": expected(name),
+        "family": model.family,
+        "dtype": str(model.dtype),
+        "attention": model.config._attn_implementation,
+        "exits": study.exits,
+        "onset": study.onset,
+        "strongest_layer": study.strongest,
+        "sink_mass": [round(mass, 4) for mass in study.sink_mass],
+        "spectra": {key: spectrum.fingerprint[:16] for key, spectrum in study.spectra.items()},
+        "bands": study.unembedding.count,
+        "windows": study.windows.record,
+        "draws_per_control": study.draws,
+        "versions": ss.sweeps.versions(),
+    }
+
+
+def run_one(name: str, experiment: str, options: Options) -> tuple[str, str, float]:
+    """Run one experiment on one model, unless its tables are there; return what it took in seconds."""
+    torch.set_num_threads(1)
+    out, began = options.out / name, time.process_time()
+    model = ss.load(fetch([name], options.fetched)[name])
+    study = replace(prepare(model, NAMES[name], out, options.documents, SPREAD[name]), draws=options.draws)
+    manifest = record(study, name)
+    if stored(out, manifest, experiment):
+        return name, experiment, 0.0
+    finding = find(experiment)(study)
+    study.save(
+        pd.DataFrame([{"experiment": experiment, **row} for row in finding.answers]), f"{experiment}_summary"
+    )
+    seconds = time.process_time() - began
+    done = {"verdict": finding.verdict, "processor_seconds": round(seconds)}
+    (out / f"{experiment}.json").write_text(json.dumps(manifest | done, indent=1) + "\n")
+    return name, experiment, seconds
+
+
+def find(experiment: str) -> Callable[[Any], ss.experiments.Finding]:
+    """Return the `run` of an experiment in this folder, or of one of the embedded model."""
+    if (Path(__file__).parent / f"{experiment}.py").is_file():
+        return importlib.import_module(experiment).run
+    return ss.experiments.find_experiment(experiment)
+
+
+def stored(out: Path, manifest: dict[str, Any], experiment: str) -> bool:
+    """Whether the tables of an experiment are there, made of the same things."""
+    try:
+        earlier = json.loads((out / f"{experiment}.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return all(earlier.get(key) == value for key, value in json.loads(json.dumps(manifest)).items())
+
+
+def main(options: Options) -> None:
+    todo = [(name, experiment) for experiment in options.only for name in options.models]
+    cores = sum(busy < 50 for busy in psutil.cpu_percent(1.0, percpu=True))
+    jobs = min(options.jobs or max(1, cores), len(todo))
+    fetch(options.models, options.fetched)
+    left = sum(MINUTES.get(experiment, 10) for _, experiment in todo)
+    print(f"{len(todo)} experiments, {jobs} at a time: about {left / jobs:.0f} minutes", file=sys.stderr)
+    began = time.monotonic()
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+        waiting = [pool.submit(run_one, name, experiment, options) for name, experiment in todo]
+        for count, done in enumerate(as_completed(waiting), start=1):
+            name, experiment, seconds = done.result()
+            left = max(0, left - MINUTES.get(experiment, 10))
+            took = "as before" if not seconds else f"{seconds / 60:.1f} minutes of processor time"
+            print(
+                f"{name} {experiment}: {took}; {count} of {len(todo)} after "
+                f"{(time.monotonic() - began) / 60:.0f} minutes, about {left / jobs:.0f} left",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
+def experiments_of(arguments: Sequence[str] | None = None) -> Options:
+    """Read the options of the command line."""
+    return tyro.cli(Options, description=__doc__, args=arguments)
+
+
+if __name__ == "__main__":
+    try:
+        main(experiments_of())
+    except ss.InputError as error:
+        print(error, file=sys.stderr)
+        sys.exit(1)
