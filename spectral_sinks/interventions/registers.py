@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from spectral_sinks.errors import InputError
+from spectral_sinks.models.effective_weights import outermost
 from spectral_sinks.models.vision import ADDED, VisionModel
 
 Neurons = pd.DataFrame | Sequence[tuple[int, int]]
@@ -71,15 +72,15 @@ class _Drop:
         return torch.cat([x[:, : self.start], x[:, self.start + self.count :]], dim=1)
 
 
-def mlp_output(model: VisionModel, layer: int, module: nn.Module | None = None) -> nn.Linear:
+def mlp_output(model: VisionModel, layer: int, module: nn.Module | None = None) -> Any:
     """Return the last matrix of a layer's MLP (fc2, down_proj), whose inputs are the neurons.
 
     With `module`, the matrix is taken from this copy of the model. Raises InputError for an MLP without a
     linear module that writes to the residual stream.
     """
     path = f"{model.layout.layers}.{layer}.{model.layout.mlp}"
-    parts = (module or model.module).get_submodule(path).modules()
-    linear = [part for part in parts if isinstance(part, nn.Linear) and part.out_features == model.d]
+    parts = outermost((module or model.module).get_submodule(path), nn.Linear)
+    linear = [part for part in parts if part.out_features == model.d]
     if not linear:
         raise InputError(
             f"{path} of {model.name} has no linear module that writes to the residual stream, so it has no "
@@ -199,13 +200,13 @@ def install_registers(
 @contextmanager
 def fingerprinted_anew(model: VisionModel) -> Iterator[None]:
     """Compute the fingerprint of the model anew inside the block, and restore the known one afterwards."""
-    known = model.__dict__.pop("fingerprint", None)
+    known = model.__dict__.pop("weights_hash", None)
     try:
         yield
     finally:
-        model.__dict__.pop("fingerprint", None)
+        model.__dict__.pop("weights_hash", None)
         if known:
-            model.__dict__["fingerprint"] = known
+            model.__dict__["weights_hash"] = known
 
 
 def with_registers(

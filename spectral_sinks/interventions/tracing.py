@@ -103,6 +103,7 @@ def trace(
     start = 0 if resume is None else resume.layer + 1
     if any(layer < start for layer, _ in hooks):
         raise InputError(f"a pass that begins above layer {start - 1} has sites at or below it")
+    writes = _head_writes(model, hooks)
     # run the model; the walk through its modules happens inside the trace
     on_attention = (lambda weights: weights) if attention is True else attention or None
     options = model.inputs(ids)
@@ -111,7 +112,7 @@ def trace(
         options |= {"use_cache": cache is not None, "past_key_values": cache}
         options |= {} if stops else {"logits_to_keep": 1}
     with torch.set_grad_enabled(gradients), model.nn.trace(**options) as tracer:
-        ss_result = nnsight.save(_walk(model, hooks, on_attention, resume, readout, read))
+        ss_result = nnsight.save(_walk(model, hooks, writes, on_attention, resume, readout, read))
         if stops:
             tracer.stop()
     return ss_result
@@ -125,9 +126,16 @@ def _recorder(site: Site, into: dict[Site, Tensor]) -> EditFunction:
     return record
 
 
+def _head_writes(model: Transformer, hooks: Hooks) -> dict[Site, Tensor]:
+    """Return what the heads with functions write by, if the weights are in this process."""
+    heads = [site for (_, kind), functions in hooks.items() if kind == "head" for site, _ in functions]
+    return {} if model.weightless else {s: model.head_write(s.layer, s.head or 0) for s in set(heads)}
+
+
 def _walk(
     model: Transformer,
     hooks: Hooks,
+    writes: dict[Site, Tensor],
     attention: EditFunction | None,
     resume: Resume | None,
     readout: Callable[[Tensor, dict[Site, Tensor], list[Tensor]], T],
@@ -145,7 +153,7 @@ def _walk(
             kind: hooks[index, kind] for kind in ORDER if (index, kind) in hooks
         }
         if own or attention is not None:
-            _visit(model, model.layer(index), own, attention, weights)
+            _visit(model, model.layer(index), own, writes, attention, weights)
     return readout(model.final(), read, weights)
 
 
@@ -153,6 +161,7 @@ def _visit(
     model: Transformer,
     layer: Any,
     hooks: dict[Kind, SiteFunctions],
+    writes: dict[Site, Tensor],
     on_attention: EditFunction | None,
     weights: list[Tensor],
 ) -> None:
@@ -173,12 +182,12 @@ def _visit(
         for site, edit in hooks["head"]:
             assert site.head is not None
             columns = slice(site.head * model.head_size, (site.head + 1) * model.head_size)
-            if model.weightless:
+            if site in writes:
+                written = mixed[..., columns] @ writes[site].to(mixed)
+            else:
                 alone = torch.zeros_like(mixed)
                 alone[..., columns] = mixed[..., columns]
                 written = projection(alone) - projection(torch.zeros_like(mixed))
-            else:
-                written = mixed[..., columns] @ model.head_write(site.layer, site.head)
             change = change + (edit(written) - written)
         projection.output = projection.output + change
     if on_attention is not None and inside:

@@ -14,8 +14,15 @@ from torch import Tensor, nn
 
 from spectral_sinks.errors import InputError
 from spectral_sinks.models.attention_sdpa import WHOLE, is_softmax
+from spectral_sinks.models.effective_weights import (
+    adapter_state,
+    device_of,
+    dtype_of,
+    effective_weight,
+    stored_tensors,
+)
 from spectral_sinks.models.layout import Layout
-from spectral_sinks.models.norms import gain_of
+from spectral_sinks.models.norms import centres, gain_of
 from spectral_sinks.models.remote_state import Remote
 
 torch.cos(torch.zeros(1))  # on one thread, since the first call on several may be off by 1e-4 (2.13.0)
@@ -85,11 +92,12 @@ class Transformer:
     @property
     def device(self) -> torch.device:
         """The device on which the model expects its inputs."""
-        return next(self.module.parameters()).device
+        return device_of(self.module)
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.module.parameters()).dtype
+        """The dtype of the residual stream."""
+        return dtype_of(self.module, self.module.dtype)
 
     @property
     def weightless(self) -> bool:
@@ -127,7 +135,7 @@ class Transformer:
     @property
     def centres_residual(self) -> bool:
         """Whether the final norm subtracts the mean of the residual over channels, as LayerNorm does."""
-        return isinstance(self.module.get_submodule(self.layout.final_norm), nn.LayerNorm)
+        return centres(self.module.get_submodule(self.layout.final_norm), self.d)
 
     def layer(self, index: int) -> Any:
         """Return the nnsight envoy of a layer. Raises InputError for a layer that does not exist."""
@@ -152,9 +160,8 @@ class Transformer:
         if not 0 <= head < self.heads:
             raise InputError(f"head {head}: {self.name} has heads 0 to {self.heads - 1}")
         path = f"{self.layout.layers}.{layer}.{self.layout.attention_projection}"
-        projection = self.module.get_submodule(path)
-        weight = projection.weight.T if isinstance(projection, nn.Linear) else projection.weight
-        return weight[head * self.head_size : (head + 1) * self.head_size]
+        columns = slice(head * self.head_size, (head + 1) * self.head_size)
+        return effective_weight(self.module.get_submodule(path), self.dtype, columns).T
 
     def projection_index(self, which: str) -> Tensor | slice:
         """Return which outputs of the layout's projection are `queries`, `keys` or `values`."""
@@ -217,21 +224,32 @@ class Transformer:
         kept = {k: v for k, v in self.config.to_dict().items() if k not in INCIDENTAL}
         return json.dumps(kept, sort_keys=True, default=str)
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
-        """SHA-256 of all weights and the configuration, which together determine what the model computes.
+        """SHA-256 of all weights, the active adapters and the configuration, which together determine what
+        the model computes.
 
         For a model whose weights are on a server, the hash covers the configuration, the model's name, the
         server, the published commit and the dtype.
         """
+        state = adapter_state(self.module)
+        return (
+            hashlib.sha256(f"{self.weights_hash} {state}".encode()).hexdigest()
+            if state
+            else self.weights_hash
+        )
+
+    @cached_property
+    def weights_hash(self) -> str:
+        """The part of `fingerprint` that does not change with the choice of adapters."""
         digest = hashlib.sha256()
         digest.update(self.settings.encode())
         if self.remote is not None and self.weightless:
             where = f"{self.name} at {self.remote.host}, commit {self.remote.commit}, {self.dtype}"
             digest.update(where.encode())
             return digest.hexdigest()
-        for name, tensor in sorted(self.module.state_dict().items()):
-            if tensor.device.type == "meta":
+        for name, tensor in stored_tensors(self.module):
+            if tensor.is_meta:
                 raise InputError(f"{self.name}: the weights of {name!r} are not in memory, so have no hash")
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)

@@ -1,6 +1,7 @@
 """Checkpoints: the embedded models, folders and hub ids, with access to single files and tensors."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +18,7 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.nn import Parameter
 from transformers import PretrainedConfig
 
 from spectral_sinks.errors import InputError
@@ -28,6 +30,10 @@ TIMEOUT = 5.0
 """Seconds to wait for the hub to say whether it knows a model."""
 
 INDEX = "model.safetensors.index.json"
+
+
+class QuantisedError(InputError):
+    """A tensor is not stored as it acts, so that it can be read from the loaded model only."""
 
 
 @dataclass(frozen=True)
@@ -90,18 +96,20 @@ class Source:
         """
         if self.gguf is not None:
             return self._gguf_config(self.gguf)
-        path = self.file("config.json")
-        if path is None:
+        if (path := self.file("config.json")) is not None:
+            return _json(path)
+        if self.adapter is not None:
             raise InputError(
-                f"{self.name} has no config.json: expected a Hugging Face checkpoint or a GGUF file"
+                f"{self.name} holds an adapter and no model: use load({self.name!r}), or name the model that "
+                f"it adapts, {self.adapter.get('base_model_name_or_path')}"
             )
-        try:
-            read = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise InputError(f"{path} is not JSON ({error})") from error
-        if not isinstance(read, dict):
-            raise InputError(f"{path} is not a configuration: expected a JSON object")
-        return read
+        raise InputError(f"{self.name} has no config.json: expected a Hugging Face checkpoint or a GGUF file")
+
+    @cached_property
+    def adapter(self) -> dict[str, Any] | None:
+        """The content of the adapter_config.json of peft; None for a checkpoint without an adapter."""
+        path = None if self.gguf_file else self.file("adapter_config.json")
+        return None if path is None else _json(path)
 
     def _gguf_config(self, file: GgufFile) -> dict[str, Any]:
         _ = file.metadata  # its errors are clearer than transformers'
@@ -126,24 +134,25 @@ class Source:
         """
         if self.gguf is not None:
             return dict.fromkeys(self.gguf.tensors, str(self.gguf_file))
+        name = "model.safetensors"  # which transformers prefers to an index that lies beside it
+        if (path := self._at_hand(name)) is not None:
+            with _opened(path) as stored:
+                return dict.fromkeys(stored.keys(), name)
+        local = self.folder is not None or self.offline
+        if not local and HfApi().file_exists(self.name, name, revision=self.revision):
+            with open_remote(self.name, self.revision, name) as stream:
+                return dict.fromkeys(read_header(stream), name)
         if index := self.file(INDEX):
             try:
                 return json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             except (ValueError, KeyError) as error:
                 raise InputError(f"{index} is not an index of safetensors files ({error})") from error
-        name = "model.safetensors"
-        if (path := self._at_hand(name)) is not None:
-            with _opened(path) as stored:
-                return dict.fromkeys(stored.keys(), name)
-        if self.folder or self.offline or not HfApi().file_exists(self.name, name, revision=self.revision):
-            return {}
-        with open_remote(self.name, self.revision, name) as stream:
-            return dict.fromkeys(read_header(stream), name)
+        return {}
 
     def tensor(self, name: str) -> Tensor:
         """Read one tensor of the checkpoint, and nothing else, not even the rest of its file on the hub.
 
-        Raises InputError if the tensor does not exist.
+        Raises InputError if the tensor does not exist, and QuantisedError if it is not stored as it acts.
         """
         if name not in self.shards:
             raise InputError(f"{self.name} holds no tensor {name!r}")
@@ -152,11 +161,31 @@ class Source:
         shard = self.shards[name]
         if (path := self._at_hand(shard)) is not None:
             with _opened(path) as stored:
-                return stored.get_tensor(name)
-        if self.folder or self.offline:
+                tensor = stored.get_tensor(name)
+        elif self.folder or self.offline:
             raise InputError(f"{self.name}: {shard} is missing, its index names it")
-        with open_remote(self.name, self.revision, shard) as stream:
-            return read_tensor(stream, name)
+        else:
+            with open_remote(self.name, self.revision, shard) as stream:
+                tensor = read_tensor(stream, name)
+        if not tensor.is_floating_point() or tensor.itemsize == 1:
+            raise QuantisedError(f"{self.name} stores {name!r} quantised, in {tensor.dtype}")
+        return tensor
+
+    def packed(self, name: str) -> bool:
+        """Whether a tensor on disk has at most one byte for each number; False for one on the hub."""
+        path = self._at_hand(self.shards[name])
+        if path is None:
+            return False
+        with _opened(path) as stored:
+            return stored.get_slice(name).get_dtype() not in ("F64", "F32", "F16", "BF16")
+
+    def require_plain(self, layers: Iterable[str]) -> None:
+        """Raise QuantisedError if a layer has its weight in other tensors than `weight`."""
+        for layer in layers:
+            inside = [name.removeprefix(f"{layer}.") for name in self.shards if name.startswith(f"{layer}.")]
+            own = {part for part in inside if "." not in part or part.startswith("weight.")}
+            if own - {"weight", "bias"}:
+                raise QuantisedError(f"{self.name} stores {layer!r} quantised, in {', '.join(sorted(own))}")
 
     def _at_hand(self, name: str) -> Path | None:
         """Return a file that needs no download, from the folder or from the hub's cache."""
@@ -242,6 +271,16 @@ def _cached(name: str, revision: str | None, gguf_file: str | None, error: Excep
     ) from error
 
 
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        read = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON ({error})") from error
+    if not isinstance(read, dict):
+        raise InputError(f"{path} is not a configuration: expected a JSON object")
+    return read
+
+
 def _opened(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
@@ -250,7 +289,10 @@ def _opened(path: Path) -> Any:
 
 
 def check_finite(name: str, tensor: Tensor) -> None:
-    """Raise InputError if a weight holds NaN or Inf."""
-    if tensor.device.type != "meta" and not torch.isfinite(tensor).all():
+    """Raise InputError if a weight that is in memory and not packed holds NaN or Inf."""
+    if type(tensor) not in (Tensor, Parameter) or tensor.is_meta or not tensor.is_floating_point():
+        return
+    tensor = tensor if tensor.itemsize > 1 else tensor.float()
+    if not torch.isfinite(tensor).all():
         bad = int((~torch.isfinite(tensor)).sum())
         raise InputError(f"{name} holds {bad} NaN or Inf of {tensor.numel()} values: check the weights")

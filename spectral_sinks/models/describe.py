@@ -9,7 +9,7 @@ from spectral_sinks.models.language import opening_token
 from spectral_sinks.models.layout import FAMILIES, context_of
 from spectral_sinks.models.loading import load_tokenizer, read_config, refuse_code
 from spectral_sinks.models.masked_lm import is_masked_lm
-from spectral_sinks.models.spectra import UNEMBEDDINGS, read_through
+from spectral_sinks.models.spectra import read_through, ties
 
 
 def describe(
@@ -20,6 +20,9 @@ def describe(
     gguf_file: str | None = None,
 ) -> dict[str, Any]:
     """Return the family, sizes, tying, BOS policy and context of a checkpoint, without reading its weights.
+
+    Only two matrices that the configuration ties although both are stored are compared, since transformers
+    does not tie them if they differ.
 
     `causal` is False for an encoder. `reads_through` names the modules between the residual stream and the
     unembedding, other than one norm. `quantization` is the type in which a GGUF file stores the unembedding,
@@ -49,8 +52,7 @@ def describe(
         "key_value_heads": getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
         "vocabulary": config.vocab_size,
         "context": context_of(config),
-        "tied": bool(config.tie_word_embeddings)
-        and not (causal and any(name in names for name in UNEMBEDDINGS)),
+        "tied": ties(source),
         "quantization": source.gguf and source.gguf.quantization(source.gguf.unembedding),
         "quantizations": source.gguf and source.gguf.quantizations(),
         "tokenizer": None if tokenizer is None else type(tokenizer).__name__,

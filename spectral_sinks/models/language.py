@@ -12,6 +12,14 @@ from torch import Tensor
 from spectral_sinks.errors import InputError
 from spectral_sinks.models.attention_sdpa import BLOCKWISE, OPENING, WHOLE
 from spectral_sinks.models.base import Transformer
+from spectral_sinks.models.effective_weights import (
+    device_of,
+    dtype_of,
+    effective_embedding,
+    effective_weight,
+    offloaded,
+    usual_weight,
+)
 from spectral_sinks.models.layout import FAMILIES, context_of
 from spectral_sinks.models.masked_lm import predicts_masked
 
@@ -57,19 +65,20 @@ class LanguageModel(Transformer):
     @property
     def device(self) -> torch.device:
         """The device on which the model expects its inputs; the CPU if the weights are in another process."""
-        weight = self.embedding_weight
-        return torch.device("cpu") if weight.is_meta else weight.device
+        return device_of(self.module.get_submodule(self.layout.embedding))
 
     @property
     def dtype(self) -> torch.dtype:
         if self.remote is not None and self.remote.examined:
             return getattr(torch, self.remote.examined["dtype"])
-        return self.embedding_weight.dtype
+        return dtype_of(self.module.get_submodule(self.layout.embedding), self.module.dtype)
 
     @property
     def weightless(self) -> bool:
         """Whether the weights are in another process."""
-        return self.unembedding_weight.is_meta
+        head = self.module.get_submodule(self.layout.unembedding)
+        weight = next(head.parameters(), None)
+        return weight is not None and weight.is_meta and not offloaded(head)
 
     @property
     def reads_attention(self) -> bool:
@@ -82,16 +91,28 @@ class LanguageModel(Transformer):
     @cached_property
     def tied(self) -> bool:
         """Whether embedding and unembedding are one matrix."""
-        a, b = self.embedding_weight, self.unembedding_weight
-        return a is b or (a.data_ptr() == b.data_ptr() and a.device.type != "meta")
+        parts = [self.module.get_submodule(name) for name in (self.layout.embedding, self.layout.unembedding)]
+        if self.weightless:
+            return parts[0].weight is parts[1].weight
+        stored = [usual_weight(part) for part in parts]
+        if stored[0] is not None and stored[1] is not None:
+            return stored[0].data_ptr() == stored[1].data_ptr()
+        return torch.equal(self.embedding_weight, self.unembedding_weight)
 
     @property
     def embedding_weight(self) -> Float[Tensor, "vocabulary d"]:
-        return self.module.get_submodule(self.layout.embedding).weight
+        """The matrix by which the embedding acts: dequantised, with the adapters that are active."""
+        return effective_embedding(self.module.get_submodule(self.layout.embedding))
 
     @property
     def unembedding_weight(self) -> Float[Tensor, "vocabulary d"]:
-        return self.module.get_submodule(self.layout.unembedding).weight
+        """The matrix by which the unembedding acts: dequantised, with the adapters that are active."""
+        return effective_weight(self.module.get_submodule(self.layout.unembedding), self.dtype)
+
+    @property
+    def stored_unembedding(self) -> Tensor | None:
+        """The stored matrix of the unembedding, if it acts by that and it is in memory; otherwise None."""
+        return usual_weight(self.module.get_submodule(self.layout.unembedding))
 
     @property
     def bos(self) -> int | None:
@@ -178,3 +199,8 @@ def opening_token(tokenizer: Any, causal: bool) -> int | None:
     if causal or tokenizer.cls_token_id is None:
         return tokenizer.bos_token_id
     return tokenizer.cls_token_id
+
+
+def token_rows(tokenizer: Any) -> int | None:
+    """Return the number of first rows of a vocabulary that tokens of the tokenizer use; None without one."""
+    return None if tokenizer is None else max(tokenizer.get_vocab().values()) + 1

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from spectral_sinks.errors import InputError
 from spectral_sinks.models.attention_sdpa import OPENING, is_softmax
 from spectral_sinks.models.checkpoint import Source, check_finite, find_source
+from spectral_sinks.models.effective_weights import adapter_state, device_of
 from spectral_sinks.models.embedded import DEFAULT
 from spectral_sinks.models.gguf import fast_reader
 from spectral_sinks.models.language import LanguageModel
@@ -29,10 +31,11 @@ from spectral_sinks.models.masked_lm import is_masked_lm, predicts_masked
 from spectral_sinks.models.meta_loading import load_on_meta
 from spectral_sinks.models.pickling import wrap
 from spectral_sinks.models.remote_state import To, remote_state
+from spectral_sinks.models.unwrapping import check_adapted, unwrapped
 
 
 def load(
-    model: str | Path | PreTrainedModel | TransformersModel | LanguageModel = DEFAULT,
+    model: str | Path | PreTrainedModel | torch.nn.Module | TransformersModel | LanguageModel = DEFAULT,
     *,
     tokenizer: Any = None,
     device: str | torch.device | None = None,
@@ -56,7 +59,9 @@ def load(
 
     Args:
         model: the name of an embedded model, a Hugging Face id, a folder, a GGUF file, or a model of
-            transformers, nnsight or this package.
+            transformers, nnsight or this package. A model of peft is measured with the adapters that are
+            active, and its folder is loaded with the base model. Wrappers of torch.compile and DataParallel
+            are taken off.
         tokenizer: the tokenizer; by default the checkpoint's own.
         device: the device to which the model is moved.
         dtype: the dtype of the weights; "auto" is the checkpoint's own, and float32 for a GGUF file.
@@ -116,21 +121,28 @@ def load(
         ):
             raise InputError(f"dtype {dtype!r}: expected auto, float32, bfloat16 or float16")
         source = find_source(str(model), revision, gguf_file)
-        module = _load_module(source, dtype, device_map, attention, allow_pickle, trust_remote_code)
+        base = adapted_base(source)
+        module = _load_module(base or source, dtype, device_map, attention, allow_pickle, trust_remote_code)
+        if source.adapter is not None:
+            module = with_adapter(module, source, allow_pickle)
         if device is not None:
             module = moved(module, device)
         tokenizer = tokenizer or load_tokenizer(source, trust_remote_code)
+        if tokenizer is None and base is not None:
+            tokenizer = load_tokenizer(base, trust_remote_code)
         name = source.name
     else:
         given: Any = model
         if isinstance(model, TransformersModel):
             given.dispatch()  # loads the weights of a model that is still on the meta device
-        module: Any = given._module if isinstance(model, TransformersModel) else model
-        if not isinstance(module, torch.nn.Module):
+        held = given._module if isinstance(model, TransformersModel) else given
+        module: Any = unwrapped(held)
+        if not isinstance(module, torch.nn.Module) or not hasattr(module, "config"):
             raise InputError(
                 f"{type(model).__name__} is not a model: give a name, a folder, or a model of transformers "
                 "or nnsight"
             )
+        check_adapted(held, module)
         if device is not None:
             module = moved(module, device)
         if isinstance(model, TransformersModel):
@@ -151,9 +163,14 @@ def load(
             f"{name} is a {type(module).__name__} whose tokens attend to later ones: set is_decoder=True in "
             "its configuration, or load it as a masked language model"
         )
-    wrapped = model if isinstance(model, TransformersModel) else wrap(module, tokenizer)
+    quantised = getattr(module, "is_quantized", False)
+    if quantised:
+        run_once(name, module)
+    wrapped: Any = model
+    if not isinstance(model, TransformersModel) or wrapped._module is not module:
+        wrapped = wrap(module, tokenizer)
     loaded = LanguageModel(wrapped, layout, name, tokenizer, remote=remote_state(remote, None, factors))
-    if not loaded.tested or parts:
+    if not loaded.tested or parts or quantised or adapter_state(module):
         loaded.check()
     return loaded
 
@@ -226,12 +243,84 @@ def load_weights(source: Source, kind: Any, what: str, **options: Any) -> Any:
             )
     except (ValueError, KeyError, OSError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{source.name} cannot be loaded as {what}: {error}") from error
+    except ImportError as error:
+        method = (source.config.get("quantization_config") or {}).get("quant_method")
+        stored = f", whose weights are quantised by {method}," if method else ""
+        raise InputError(
+            f"{source.name}{stored} needs a library that is not installed here: {error}"
+        ) from error
     if lacking := sorted(report["missing_keys"]):  # transformers would fill them with random numbers
         raise InputError(
             f"{source.name} lacks {len(lacking)} of the weights of a {type(module).__name__}: "
             f"{', '.join(lacking[:3])}{', ...' if len(lacking) > 3 else ''}"
         )
+    for name in sorted(report["unexpected_keys"]):
+        weight = f"{name.rpartition('.')[0]}.weight"
+        if weight in source.shards and source.packed(weight):
+            raise InputError(
+                f"{source.name} stores {weight} quantised, beside {name}, and transformers would take the "
+                "codes for the weights: dequantise it, or add the quantization_config of its method to "
+                "config.json"
+            )
     return module
+
+
+def adapted_base(source: Source) -> Source | None:
+    """Return the checkpoint that an adapter without a model of its own adapts; None for any other source.
+
+    Raises InputError if peft is not installed, or if the adapter does not say what it adapts.
+    """
+    if source.adapter is None:
+        return None
+    if source.folder is not None and source.file("config.json") is not None:
+        raise InputError(
+            f"{source.name} holds a model and an adapter, and which of them is meant is not clear: move "
+            "adapter_config.json and the adapter's weights to a folder of their own"
+        )
+    if find_spec("peft") is None:
+        raise InputError(f"{source.name} holds an adapter, which peft loads: pip install peft")
+    name = source.adapter.get("base_model_name_or_path")
+    if not name:
+        raise InputError(
+            f"the adapter_config.json of {source.name} does not name the model that it adapts: load that "
+            "model by transformers, and give the PeftModel of both to load"
+        )
+    return find_source(str(name), source.adapter.get("revision"))
+
+
+def with_adapter(module: Any, source: Source, allow_pickle: bool) -> Any:
+    """Return the module with the adapter of a checkpoint, which acts on its weights.
+
+    Raises InputError for an adapter that cannot be loaded, that is pickled (unless allowed), or that does
+    more than weights do.
+    """
+    import peft
+
+    if source.file("adapter_model.safetensors") is None and not allow_pickle:
+        raise InputError(
+            f"{source.name} holds no adapter_model.safetensors, and a pickled adapter can run code when it "
+            "is loaded: convert it, or allow it: load(..., allow_pickle=True), --allow-pickle"
+        )
+    try:
+        given = peft.PeftModel.from_pretrained(module, source.location, revision=source.revision)
+    except (ValueError, KeyError, OSError, RuntimeError, TypeError, SafetensorError) as error:
+        raise InputError(f"the adapter of {source.name} cannot be loaded: {error}") from error
+    inner = unwrapped(given)
+    check_adapted(given, inner)
+    return inner
+
+
+def run_once(name: str, module: Any) -> None:
+    """Run a quantised model on two tokens, since some unpack their weights in the first pass.
+
+    Raises InputError for a model that does not run here.
+    """
+    ids = torch.tensor([[0, 1]], device=device_of(module.get_input_embeddings()))
+    try:
+        with torch.no_grad():
+            module(input_ids=ids)
+    except Exception as error:  # of kernels, which raise types of their own
+        raise InputError(f"{name} is quantised and does not run here: {error}") from error
 
 
 def _from_gguf(source: Source, kind: Any, *, dtype: Any, **options: Any) -> tuple[Any, dict[str, Any]]:
@@ -321,7 +410,11 @@ def moved(module: Any, device: str | torch.device) -> Any:
     """Move the module to a device. Raises InputError if that fails."""
     try:
         return module.to(device)
-    except (RuntimeError, AssertionError) as error:  # an unknown or absent device, or too little memory
+    except (
+        RuntimeError,
+        AssertionError,
+        ValueError,
+    ) as error:  # an unknown or absent device, or too little memory
         raise InputError(f"the model cannot be put on device {str(device)!r}: {error}") from error
 
 

@@ -7,21 +7,22 @@ from typing import Any
 
 import torch
 import transformers
-from nnsight import NNsight
 from transformers import AutoImageProcessor, AutoModel, PreTrainedModel, ViTImageProcessorPil
 
 from spectral_sinks.errors import InputError, SpectralWarning
 from spectral_sinks.models.checkpoint import Source, check_finite, find_source
 from spectral_sinks.models.layout_vision import vision_layout
 from spectral_sinks.models.loading import load_weights, moved, refuse_code, refuse_options
+from spectral_sinks.models.unwrapping import unwrapped
 from spectral_sinks.models.vision import VisionModel
+from spectral_sinks.models.wrapping import wrap_encoder
 
 TWO_TOWERS = {"clip": "CLIPVisionModel", "siglip": "SiglipVisionModel"}
 """Model types that have a text tower beside the image tower, and the class that loads the image tower."""
 
 
 def load_vision(
-    model: str | Path | PreTrainedModel | VisionModel,
+    model: str | Path | PreTrainedModel | torch.nn.Module | VisionModel,
     *,
     processor: Any = None,
     device: str | torch.device | None = None,
@@ -68,7 +69,7 @@ def load_vision(
         processor = processor or load_processor(source)
         name = source.name
     else:
-        given: Any = model
+        given: Any = unwrapped(model)
         alone = given.config.model_type in TWO_TOWERS and not hasattr(given, "classifier")
         module = getattr(given, "vision_model", given) if alone else given
         name = getattr(given, "name_or_path", "") or type(given).__name__
@@ -76,7 +77,7 @@ def load_vision(
     layout = vision_layout(module, parts)
     for parameter, tensor in module.named_parameters():
         check_finite(f"{name}: {parameter}", tensor)
-    loaded = VisionModel(NNsight(module), layout, name, processor)
+    loaded = VisionModel(wrap_encoder(module), layout, name, processor)
     loaded.check()
     return loaded
 

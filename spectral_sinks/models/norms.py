@@ -7,24 +7,43 @@ from jaxtyping import Float
 from torch import Tensor
 
 from spectral_sinks.errors import InputError
+from spectral_sinks.models.effective_weights import device_of, dtype_of, loaded
 
 
 def gain_of(norm: Any, d: int) -> Float[Tensor, "d"]:
     """Return the factor by which a norm multiplies each coordinate, in float32.
 
-    It is `weight`, `1 + weight` (Gemma), or the factor of a LayerScale. Raises InputError for a module that
-    is not a norm with a gain.
+    It is `weight`, `1 + weight` (Gemma), or the factor of a LayerScale; of an adapted norm, that of the
+    adapter. Raises InputError for a module that is not a norm with a gain.
     """
-    if (scale := getattr(norm, "lambda1", None)) is not None:  # LayerScale of DINOv2 and DINOv3
-        return scale.detach().float().cpu()
-    weight = getattr(norm, "weight", None)
-    if weight is None:
-        return torch.ones(d)
-    probe = torch.ones(d, device=weight.device, dtype=weight.dtype)
+    with loaded(norm):
+        if (scale := getattr(norm, "lambda1", None)) is not None:  # LayerScale of DINOv2 and DINOv3
+            return scale.detach().float().cpu()
+        stored = [weight.detach().float() for weight in norm.parameters() if weight.numel() == d]
+    acts, _ = _actions(norm, d)
+    gains = [gain for weight in stored for gain in (weight, 1 + weight)] or [torch.ones_like(acts)]
+    gain = min(gains, key=lambda gain: float((acts - gain).abs().max()))
+    if not torch.allclose(acts, gain, rtol=2e-2, atol=2e-2):
+        raise InputError(
+            f"{type(norm).__name__} is not understood as a norm with a gain: use convention 'raw'"
+        )
+    return gain.cpu()
+
+
+def centres(norm: Any, d: int) -> bool:
+    """Whether a norm subtracts the mean over the coordinates, as LayerNorm does."""
+    acts, shifted = _actions(norm, d)
+    return bool((shifted - acts).norm() < 0.1 * acts.norm())
+
+
+@torch.no_grad()
+def _actions(norm: Any, d: int) -> tuple[Float[Tensor, "d"], Float[Tensor, "d"]]:
+    """Return what a norm multiplies 1 and -1 in turn by, and the same where 1 is added to all coordinates."""
+    device, dtype = device_of(norm), dtype_of(norm, torch.float32)
+    probe = torch.ones(d, device=device, dtype=dtype)
     probe[1::2] = -1  # mean 0 and mean square 1, so both kinds of norm only apply their gain to it
-    with torch.no_grad():
-        acts = (norm.forward(probe[None]) - norm.forward(-probe[None]))[0].float() / 2 * probe.float()
-    for gain in (weight.detach().float(), 1 + weight.detach().float()):
-        if torch.allclose(acts, gain, rtol=2e-2, atol=2e-2):
-            return gain.cpu()
-    raise InputError(f"{type(norm).__name__} is not understood as a norm with a gain: use convention 'raw'")
+    found: list[Tensor] = []
+    for shift in (0, 1):
+        apart = norm.forward((probe + shift)[None]) - norm.forward((shift - probe)[None])
+        found.append(apart[0].float() / 2 * probe.float())
+    return found[0], found[1]

@@ -12,6 +12,7 @@ import torch
 
 from spectral_sinks.errors import InputError
 from spectral_sinks.models.attention_sdpa import BLOCKWISE, WHOLE
+from spectral_sinks.models.effective_weights import offloaded
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.models.layout import Layout
 from spectral_sinks.models.wrapping import wrap
@@ -38,6 +39,18 @@ def reduce_model(model: LanguageModel) -> tuple[Any, ...]:
         **dict(module.named_buffers(remove_duplicate=False)),
     }
     attention = module.config._attn_implementation
+    with torch.device("meta"):
+        plain = type(module)(module.config)
+    names = {
+        *dict(plain.named_parameters(remove_duplicate=False)),
+        *dict(plain.named_buffers(remove_duplicate=False)),
+    }
+    usual = all(type(tensor) in (torch.Tensor, torch.nn.Parameter) for tensor in tensors.values())
+    if names != set(tensors) or not usual or offloaded(module):
+        raise InputError(
+            f"{model.name} has adapters, or weights that are quantised or offloaded, and cannot be handed to "
+            "other processes: run it in one process, or merge the adapters first (merge_and_unload)"
+        )
     return rebuild_model, (
         type(module),
         module.config,

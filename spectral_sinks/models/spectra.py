@@ -1,17 +1,22 @@
 """Spectra of a model's matrices, from the model or from single tensors of its checkpoint."""
 
+import warnings
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from spectral_sinks.errors import InputError
-from spectral_sinks.models.checkpoint import Source, find_source
+from spectral_sinks.errors import InputError, SpectralWarning
+from spectral_sinks.models.checkpoint import QuantisedError, Source, find_source
+from spectral_sinks.models.effective_weights import effective_parameter
 from spectral_sinks.models.gguf import EMBEDDING
-from spectral_sinks.models.language import LanguageModel
+from spectral_sinks.models.language import LanguageModel, token_rows
 from spectral_sinks.models.layout import TRANSFORMS, through
-from spectral_sinks.models.loading import refuse_code
+from spectral_sinks.models.loading import load, load_tokenizer, refuse_code
+from spectral_sinks.models.loading_vision import load_vision
 from spectral_sinks.models.masked_lm import is_masked_lm
 from spectral_sinks.models.spectra_vision import CLASSIFIER, Reading, is_vision, read_checkpoint, read_model
 from spectral_sinks.models.vision import VisionModel
@@ -23,6 +28,7 @@ UNEMBEDDINGS = (
     "lm_head.weight",
     "embed_out.weight",
     "model.lm_head.weight",
+    "language_model.lm_head.weight",
     "cls.predictions.decoder.weight",
     "lm_head.decoder.weight",
     "decoder.weight",
@@ -75,6 +81,14 @@ def read_local_spectrum(
             f"convention {convention!r} folds the final norm into the unembedding; {matrix} has only 'raw'"
         )
     read = _reading(model, matrix, convention, revision, gguf_file)
+    if convention == "centred" and read.tokens is not None and read.tokens < len(read.weight):
+        warnings.warn(
+            f"{len(read.weight) - read.tokens} rows of the unembedding belong to no token of the tokenizer, "
+            f"which has {read.tokens}: they are left out of the centred spectrum",
+            SpectralWarning,
+            stacklevel=3,
+        )
+        read = replace(read, weight=read.weight[: read.tokens])
     # rows read the residual stream: [rows, d]
     weight = read.weight
     if weight.ndim == 2 and weight.shape[1] != read.width and weight.shape[0] == read.width:
@@ -111,21 +125,38 @@ def _reading(
         return _from_model(model, matrix, convention)
     source = find_source(str(model), revision, gguf_file)
     refuse_code(source, trust_remote_code=True)  # only tensors are read, so none of its code runs
+    if source.adapter is not None:
+        return _from_model(load(source.name, revision=revision), matrix, convention)
     source.require_weights()
-    if is_vision(source):
-        return read_checkpoint(source, matrix, convention)
-    return _from_checkpoint(source, matrix, convention)
+    try:
+        if is_vision(source):
+            return read_checkpoint(source, matrix, convention)
+        return _from_checkpoint(source, matrix, convention)
+    except QuantisedError:
+        load_it = load_vision if is_vision(source) else load
+        return _reading(load_it(source.name, revision=revision), matrix, convention, revision, None)
 
 
 def _from_model(model: LanguageModel, matrix: str, convention: Convention) -> Reading:
-    named = {"unembedding": model.layout.unembedding, "embedding": model.layout.embedding}
-    parameters: dict[str, Tensor] = dict(model.module.named_parameters(remove_duplicate=False))
-    name = f"{named[matrix]}.weight" if matrix in named else matrix
-    if name not in parameters:
-        raise InputError(f"{model.name} has no parameter {name!r}; {_examples(list(parameters))}")
+    if matrix == "unembedding":
+        weight = model.unembedding_weight
+    elif matrix == "embedding":
+        weight = model.embedding_weight
+    else:
+        weight = effective_parameter(model.module, matrix, model.dtype)
+    if weight is None:
+        names = [name for name, _ in model.module.named_parameters(remove_duplicate=False)]
+        raise InputError(f"{model.name} has no parameter {matrix!r}; {_examples(names)}")
     gain = model.final_gain if convention != "raw" else None
     return Reading(
-        matrix, parameters[name], model.d, gain, model.centres_residual, model.tied, model.reads_through
+        matrix,
+        weight,
+        model.d,
+        gain,
+        model.centres_residual,
+        model.tied,
+        model.reads_through,
+        token_rows(model.tokenizer),
     )
 
 
@@ -133,12 +164,15 @@ def _from_checkpoint(source: Source, matrix: str, convention: Convention) -> Rea
     config: dict[str, Any] = source.config.get("text_config", source.config)
     is_masked_lm(config.get("architectures") or (), config.get("model_type"), config.get("is_decoder"))
     present = source.shards
+    known = {"unembedding": (*UNEMBEDDINGS, *EMBEDDINGS), "embedding": EMBEDDINGS}
+    wanted = [name for name in known.get(matrix, (matrix,)) if name.endswith(".weight")]
+    source.require_plain(name.removesuffix(".weight") for name in wanted)
     head, embedding = _present(present, UNEMBEDDINGS), _present(present, EMBEDDINGS)
-    # transformers ties where the configuration says so, whatever else the checkpoint stores
-    tied = head is None or (config.get("tie_word_embeddings") is True and embedding is not None)
-    if tied and matrix == "unembedding" and config.get("tie_word_embeddings") is False:
+    tied = ties(source)
+    if head is None and matrix == "unembedding" and not tied:
         raise InputError(f"{source.name} holds no unembedding and does not tie one to its embedding")
-    named = {"unembedding": embedding if tied else head, "embedding": embedding}
+    either = embedding or head  # one of two tied matrices may be left out
+    named = {"unembedding": either if tied else head, "embedding": either if tied else embedding}
     name = named.get(matrix, matrix)
     if name not in present:
         raise InputError(f"{source.name} holds no tensor for {matrix!r}; {_examples(list(present))}")
@@ -156,7 +190,30 @@ def _from_checkpoint(source: Source, matrix: str, convention: Convention) -> Rea
     width = config.get("hidden_size") or config.get("n_embd")
     if not isinstance(width, int):
         raise InputError(f"{source.name}: config.json names no hidden_size")
-    return Reading(matrix, source.tensor(str(name)), width, gain, layernorm, tied, read_through(present))
+    tokens = token_rows(load_tokenizer(source, False)) if convention == "centred" else None
+    weight, through = source.tensor(str(name)), read_through(present)
+    return Reading(matrix, weight, width, gain, layernorm, tied, through, tokens)
+
+
+def ties(source: Source) -> bool:
+    """Whether transformers gives the model of a checkpoint one matrix as embedding and unembedding.
+
+    It does so if the configuration says so, unless the checkpoint holds two matrices that differ. Weights are
+    read only to compare these.
+    """
+    head, embedding = _present(source.shards, UNEMBEDDINGS), _present(source.shards, EMBEDDINGS)
+    kind, says = source.config.get("model_type"), source.config.get("tie_word_embeddings", head is None)
+    if isinstance(kind, str) and kind in CONFIG_MAPPING:  # whose defaults differ between families
+        try:
+            says = getattr(CONFIG_MAPPING[kind].from_dict(source.config), "tie_word_embeddings", False)
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"the configuration of {source.name} cannot be read: {error}") from error
+    if not says or head is None or embedding is None:
+        return bool(says)
+    try:
+        return torch.equal(source.tensor(head), source.tensor(embedding))
+    except QuantisedError:
+        return False
 
 
 def quantization_noise(

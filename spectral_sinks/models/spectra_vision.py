@@ -9,6 +9,7 @@ from torch import Tensor
 
 from spectral_sinks.errors import InputError
 from spectral_sinks.models.checkpoint import Source
+from spectral_sinks.models.effective_weights import effective_parameter
 from spectral_sinks.models.layout_vision import HEADS, SEARCHED, TOWERS
 from spectral_sinks.models.loading_vision import TWO_TOWERS
 from spectral_sinks.models.vision import VISION_FAMILIES, VisionModel
@@ -34,6 +35,8 @@ class Reading:
     tied: bool = False
     through: str = ""
     """What lies between the residual stream and the matrix besides one norm."""
+    tokens: int | None = None
+    """Number of first rows that belong to tokens; None if all do, or if that is not known."""
 
 
 def is_vision(source: Source) -> bool:
@@ -49,16 +52,16 @@ def read_model(model: VisionModel, matrix: str, convention: Convention) -> Readi
     if matrix == "embedding":
         return Reading(matrix, model.embedding_weight, model.d)
     if matrix not in CLASSIFIER:
-        parameters: dict[str, Tensor] = dict(model.module.named_parameters())
-        if matrix not in parameters:
-            raise InputError(f"{model.name} has no parameter {matrix!r}; {_examples(list(parameters))}")
-        return Reading(matrix, as_rows(parameters[matrix]), model.d)
+        weight = effective_parameter(model.module, matrix, model.dtype)
+        if weight is None:
+            names = [name for name, _ in model.module.named_parameters()]
+            raise InputError(f"{model.name} has no parameter {matrix!r}; {_examples(names)}")
+        return Reading(matrix, as_rows(weight), model.d)
     weight = model.unembedding_weight
     if convention == "raw":
         return Reading("classifier", weight, model.d)
     _require_norm(model.family, model.name)
-    parts = [model.module.get_parameter(name) for name in model.reading]
-    weight = centred(parts, model.d) if convention == "centred" else weight
+    weight = centred(model.head_weights, model.d) if convention == "centred" else weight
     return Reading("classifier", weight, model.d, model.final_gain, model.centres_residual)
 
 
@@ -81,6 +84,7 @@ def read_checkpoint(source: Source, matrix: str, convention: Convention) -> Read
     if matrix not in CLASSIFIER:
         if matrix not in present:
             raise InputError(f"{source.name} holds no tensor {matrix!r}; {_examples(present)}")
+        source.require_plain([matrix.removesuffix(".weight")] if matrix.endswith(".weight") else [])
         return Reading(matrix, as_rows(source.tensor(matrix)), width)
     heads = [f"{head}.weight" for head in HEADS if f"{head}.weight" in present]
     if not heads:
@@ -88,6 +92,7 @@ def read_checkpoint(source: Source, matrix: str, convention: Convention) -> Read
             f"{source.name} has no classifier head, so nothing names what is read of its residual stream; "
             f"{_examples([name for name in present if '.0.' in name])}"
         )
+    source.require_plain(HEADS)
     parts = [source.tensor(head) for head in heads]
     if convention == "raw":
         return Reading("classifier", stacked(parts, width), width)

@@ -11,6 +11,12 @@ from torch import Tensor
 
 from spectral_sinks.errors import InputError
 from spectral_sinks.models.base import Transformer
+from spectral_sinks.models.effective_weights import (
+    effective_kernel,
+    effective_weight,
+    innermost,
+    outermost,
+)
 from spectral_sinks.models.layout import has
 from spectral_sinks.models.layout_vision import HEADS
 
@@ -147,16 +153,21 @@ class VisionModel(Transformer):
 
     @property
     def reading(self) -> tuple[str, ...]:
-        """Names of the head's matrices that read the residual stream; empty without a head."""
-        return tuple(f"{name}.weight" for name in HEADS if has(self.module, name) and self._linear(name))
+        """Names of the head's layers that read the residual stream; empty without a head."""
+        return tuple(name for name in HEADS if has(self.module, name) and self._linear(name))
 
     def _linear(self, name: str) -> bool:
-        return isinstance(self.module.get_submodule(name), torch.nn.Linear)
+        return isinstance(innermost(self.module.get_submodule(name)), torch.nn.Linear)
+
+    @property
+    def head_weights(self) -> list[Float[Tensor, "classes columns"]]:
+        """The matrices of the head's layers that read the residual stream."""
+        return [effective_weight(self.module.get_submodule(name), self.dtype) for name in self.reading]
 
     @property
     def classes(self) -> int:
         """Number of classes of the head; 0 without one."""
-        return self.module.get_parameter(self.reading[0]).shape[0] if self.reading else 0
+        return self.module.get_submodule(self.reading[0]).out_features if self.reading else 0
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -178,16 +189,17 @@ class VisionModel(Transformer):
                 "name a matrix, such as "
                 f"read_spectrum(model, '{self.layout.layers}.0.{self.layout.values}.weight')"
             )
-        weights = [self.module.get_parameter(name) for name in self.reading]
-        return torch.cat([part for weight in weights for part in weight.split(self.d, dim=1)])
+        return torch.cat([part for weight in self.head_weights for part in weight.split(self.d, dim=1)])
 
     @property
     def embedding_weight(self) -> Float[Tensor, "inputs d"]:
         """The matrix with which the patch embedding writes: one row for each value of a patch."""
-        name = next(
-            name for name, part in self.tower.embeddings.named_modules() if isinstance(part, torch.nn.Conv2d)
-        )
-        return self.tower.embeddings.get_submodule(name).weight.flatten(1).T
+        return effective_kernel(self.patch_embedding, self.dtype).T
+
+    @property
+    def patch_embedding(self) -> Any:
+        """The convolution that writes the patches into the residual stream."""
+        return next(outermost(self.tower.embeddings, torch.nn.Conv2d))
 
     @property
     def tied(self) -> bool:

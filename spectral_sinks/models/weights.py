@@ -6,11 +6,12 @@ from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from spectral_sinks.errors import InputError
 from spectral_sinks.models.base import Transformer
-from spectral_sinks.models.norms import gain_of
+from spectral_sinks.models.effective_weights import effective_weight, loaded
+from spectral_sinks.models.norms import centres, gain_of
 
 Part = Literal["q", "k", "v", "gate", "up", "o", "down"]
 """Names of matrices: W_q, W_k, W_v, W_gate and W_up read the residual stream, W_o and W_down write to it."""
@@ -82,43 +83,43 @@ def attention_weights(model: Transformer, layer: int) -> Iterator[Weight]:
     model.require_weights("what attention reads and writes")
     layout = model.layout
     block: Any = model.module.get_submodule(f"{layout.layers}.{layer}")
-    gain, centres = _norm(block, layout.attention_norm, model.d)
+    gain, centring = _norm(block, layout.attention_norm, model.d)
     projections: tuple[tuple[Part, str, str], ...] = (
         ("q", layout.queries, "queries"),
         ("k", layout.keys, "keys"),
         ("v", layout.values, "values"),
     )
+    found = {path: _outputs(block.get_submodule(path), model) for _, path, _ in projections}
     for part, path, which in projections:
-        weight = _outputs(block.get_submodule(path))[model.projection_index(which)]
+        weight = found[path][model.projection_index(which)]
         for head, rows in enumerate(weight.split(model.head_size)):
-            yield Weight(part, layer, head, rows, gain, centres)
+            yield Weight(part, layer, head, rows, gain, centring)
     after = layout.attention_add_norm
     if not after and layout.attention_write != layout.attention:
         after = layout.attention_write
-    gain, centres = _norm(block, after, model.d)
-    for head in range(model.heads):
-        yield Weight("o", layer, head, model.head_write(layer, head).detach(), gain, centres)
+    gain, centring = _norm(block, after, model.d)
+    writes = _outputs(block.get_submodule(layout.attention_projection), model).T
+    for head, rows in enumerate(writes.split(model.head_size)):
+        yield Weight("o", layer, head, rows, gain, centring)
 
 
 def _norm(block: Any, path: str, d: int) -> tuple[Tensor | None, bool]:
     if not path:
         return None, False
     norm = block.get_submodule(path)
-    return gain_of(norm, d), isinstance(norm, nn.LayerNorm)
+    return gain_of(norm, d), centres(norm, d)
 
 
-def _outputs(module: Any) -> Float[Tensor, "outputs inputs"]:
-    """Return the weight with one row per output; all modules except `nn.Linear` (GPT-2's Conv1D) store the
-    transpose.
-    """
-    return (module.weight if isinstance(module, nn.Linear) else module.weight.T).detach()
+def _outputs(module: Any, model: Transformer) -> Float[Tensor, "outputs inputs"]:
+    """Return the matrix by which a layer acts, with one row per output."""
+    return effective_weight(module, model.dtype).detach()
 
 
 def _mlp(block: Any, model: Transformer) -> Iterator[tuple[Part, int, Tensor]]:
     mlp = block.get_submodule(model.layout.mlp)
     if model.layout.mlp_add_norm:  # BERT: the module that writes is not inside the one that reads
-        yield "up", -1, _outputs(mlp.dense)
-        yield "down", -1, _outputs(block.get_submodule(model.layout.mlp_write)).T
+        yield "up", -1, _outputs(mlp.dense, model)
+        yield "down", -1, _outputs(block.get_submodule(model.layout.mlp_write), model).T
         return
     experts = getattr(mlp, "experts", None)
     if experts is not None:
@@ -133,21 +134,28 @@ def _mlp(block: Any, model: Transformer) -> Iterator[tuple[Part, int, Tensor]]:
             f"gate_up_proj, {', '.join(UP)}, Wi and {', '.join(DOWN)}"
         )
     if up is None:
-        gate, ups = _outputs(getattr(mlp, str(both))).chunk(2)
+        gate, ups = _outputs(getattr(mlp, str(both)), model).chunk(2)
         yield "gate", -1, gate
         yield "up", -1, ups
     else:
         if hasattr(mlp, "gate_proj"):
-            yield "gate", -1, _outputs(mlp.gate_proj)
-        yield "up", -1, _outputs(getattr(mlp, up))
-    yield "down", -1, _outputs(getattr(mlp, down)).T
+            yield "gate", -1, _outputs(mlp.gate_proj, model)
+        yield "up", -1, _outputs(getattr(mlp, up), model)
+    yield "down", -1, _outputs(getattr(mlp, down), model).T
 
 
 def _experts(experts: Any, model: Transformer) -> Iterator[tuple[Part, int, Tensor]]:
     """Return the matrices of experts as gpt-oss stores them: `experts x d x 2 inner`, with gate and up
     alternating.
     """
-    both, down = getattr(experts, "gate_up_proj", None), getattr(experts, "down_proj", None)
+    with loaded(experts):
+        both, down = getattr(experts, "gate_up_proj", None), getattr(experts, "down_proj", None)
+    if model.family == "gpt_oss" and type(experts).__name__ != "GptOssExperts":
+        raise InputError(
+            f"the experts of {model.name} are in a {type(experts).__name__}, which does not store their "
+            "matrices as they act: merge an adapter (merge_and_unload), or load mxfp4 weights by "
+            "transformers with quantization_config=Mxfp4Config(dequantize=True)"
+        )
     if model.family != "gpt_oss" or not isinstance(both, Tensor) or not isinstance(down, Tensor):
         raise InputError(
             f"the experts of {model.name} ({model.family}) are not stored as those of gpt_oss: their "

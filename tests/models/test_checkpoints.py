@@ -230,3 +230,64 @@ def test_options_that_a_loaded_model_cannot_take_are_refused(option: dict[str, A
     with pytest.raises(ss.InputError, match="device cannot be given with a LanguageModel"):
         ss.load(ss.load(module), device="cpu")
     assert ss.load(ss.load(module)).module is module
+
+
+def rewritten(folder: Path, change: Any, **config: Any) -> Path:
+    """Change the tensors and the configuration of a checkpoint."""
+    weights = change(load_file(folder / "model.safetensors"))
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    written = json.loads((folder / "config.json").read_text()) | config
+    (folder / "config.json").write_text(json.dumps(written))
+    return folder
+
+
+@pytest.mark.parametrize("stored", ["other head", "same head", "head alone", "embedding alone"])
+def test_what_is_tied_is_what_transformers_ties(stored: str, tmp_path: Path) -> None:
+    """A configuration that ties does not make transformers throw a head of its own away."""
+    names = {"head alone": ["model.embed_tokens.weight"], "embedding alone": ["lm_head.weight"]}
+
+    def change(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        if stored == "same head":
+            weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+        return {name: weight for name, weight in weights.items() if name not in names.get(stored, [])}
+
+    folder = rewritten(tiny_models.save(tmp_path / "model"), change, tie_word_embeddings=True)
+    model = ss.load(folder)
+    assert model.tied == (stored != "other head")
+    assert ss.describe(folder)["tied"] == model.tied
+    for matrix in ("unembedding", "embedding"):
+        same(ss.read_spectrum(folder, matrix), ss.read_spectrum(model, matrix))
+
+
+def test_a_single_file_beside_a_stale_index(tmp_path: Path) -> None:
+    """Transformers loads the single file."""
+    folder = tiny_models.save(tmp_path / "model", max_shard_size="20KB")
+    new = tiny_models.build(seed=1)
+    new.save_pretrained(tmp_path / "new")
+    (folder / "model.safetensors").write_bytes((tmp_path / "new" / "model.safetensors").read_bytes())
+    for _ in range(2):  # the second time without the former shards
+        same(ss.read_spectrum(folder), ss.read_spectrum(ss.load(folder)))
+        same(ss.read_spectrum(folder), ss.read_spectrum(tmp_path / "new"))
+        for shard in folder.glob("model-*.safetensors"):
+            shard.unlink()
+
+
+def test_rows_that_no_token_uses_are_left_out_of_the_centred_spectrum(tmp_path: Path) -> None:
+    module = tiny_models.build(vocab_size=128)
+    folder = tmp_path / "padded"
+    module.save_pretrained(folder)
+    tiny_models.tokenizer().save_pretrained(folder)
+    model = ss.load(folder)
+    gain = module.model.norm.weight.detach().double()
+    rows = module.lm_head.weight.detach().double() * gain
+    used = rows[: tiny_models.VOCABULARY]
+    for given in (folder, model):
+        with pytest.warns(ss.SpectralWarning, match="31 rows of the unembedding belong to no token"):
+            found = ss.read_spectrum(given, convention="centred", use_cache=False)
+        torch.testing.assert_close(found.values, torch.linalg.svdvals(used - used.mean(0)))
+        found = ss.read_spectrum(given, convention="folded", use_cache=False)
+        torch.testing.assert_close(found.values, torch.linalg.svdvals(rows))
+    found = ss.read_spectrum(ss.load(module), convention="centred", use_cache=False)
+    torch.testing.assert_close(
+        found.values, torch.linalg.svdvals(rows - rows.mean(0)), msg="without a tokenizer"
+    )

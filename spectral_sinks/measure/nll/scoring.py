@@ -46,8 +46,8 @@ class Reference:
     top: Int[Tensor, "rows"]
     """Most likely token."""
     expected: Float[Tensor, "rows d"] | None
-    """`p W`. It is None where logits are capped or rounded to half precision, or where the weights are in
-    another process; the logits are then computed again."""
+    """`p W`. It is None where logits are capped or rounded to half precision, or where no weight of the
+    unembedding lies in this process as it acts; the logits are then computed again."""
 
     def to(self, device: torch.device) -> "Reference":
         return self._each(lambda x: x.to(device))
@@ -99,7 +99,7 @@ def untouched(
     rows, targets = predictions(model, final, ids)
     linear = getattr(model.config, "final_logit_softcapping", None) is None
     linear = linear and torch.finfo(final.dtype).bits >= 32 and not model.weightless
-    weight = model.unembedding_weight
+    weight = model.stored_unembedding if linear else None
     nll, total, top, expected = [], [], [], []
     for part in _chunks(model, rows):
         logits = model.unembed(rows[part])
@@ -108,11 +108,13 @@ def untouched(
         most, sums, exponentials = _exponentials(logits)
         total.append(most + sums.log())
         nll.append(total[-1] - hit)
-        if linear:
+        if weight is not None:
             mean = exponentials @ weight.to(final.device, exponentials.dtype)
             expected.append(mean / sums[:, None])
     scores = Scores(torch.cat(nll).view(len(ids), -1))
-    return scores, Reference(rows, torch.cat(total), torch.cat(top), torch.cat(expected) if linear else None)
+    return scores, Reference(
+        rows, torch.cat(total), torch.cat(top), torch.cat(expected) if expected else None
+    )
 
 
 def score(

@@ -16,6 +16,7 @@ from spectral_sinks.interventions.tracing import trace
 from spectral_sinks.measure.memory import batches
 from spectral_sinks.measure.nll.scoring import chunk
 from spectral_sinks.measure.residual.band_energy import residual_sites
+from spectral_sinks.models.effective_weights import constant
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.remote.client import remotely
 from spectral_sinks.spectra.spectrum import Spectrum
@@ -58,15 +59,9 @@ class Reader:
         if model.centres_residual:
             reading = reading - reading.mean(0)
         reading = model.final_gain.to(weight.device)[:, None] * reading
-        final, head = _parts(model)
         # The bias of the norm passes the unembedding, that of the unembedding does not
-        constant = torch.zeros(len(weight), device=weight.device)
-        for part, bias in ((weight, getattr(final, "bias", None)), (None, getattr(head, "bias", None))):
-            if bias is not None:
-                constant = constant + (
-                    bias.detach().float() if part is None else part @ bias.detach().float()
-                )
-        return cls(spectrum, weight @ reading, constant)
+        norm, head = (constant(part, model.d, model.dtype).to(weight.device) for part in _parts(model))
+        return cls(spectrum, weight @ reading, weight @ norm + head)
 
     def steps(
         self, coordinates: Float[Tensor, "rows d"], bands: Sequence[int] | None = None
@@ -99,8 +94,7 @@ def norm_scale(model: LanguageModel, x: Float[Tensor, "rows d"]) -> Float[Tensor
     with torch.no_grad():
         normed = norm.forward(x).float()
     x = x.float()
-    bias = getattr(norm, "bias", None)
-    normed = normed if bias is None else normed - bias.detach().float()
+    normed = normed - constant(norm, model.d, model.dtype).to(x.device)
     linear = (x - x.mean(-1, keepdim=True) if model.centres_residual else x) * model.final_gain.to(x.device)
     found = (normed * linear).sum(-1, keepdim=True) / linear.square().sum(-1, keepdim=True).clamp_min(1e-30)
     if (normed - found * linear).norm() > TOLERANCE * normed.norm():

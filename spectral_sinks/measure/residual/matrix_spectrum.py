@@ -12,7 +12,7 @@ from spectral_sinks.errors import InputError, SpectralWarning
 from spectral_sinks.interventions.tracing import trace
 from spectral_sinks.models.base import Transformer
 from spectral_sinks.models.embedded import DEFAULT
-from spectral_sinks.models.language import LanguageModel
+from spectral_sinks.models.language import LanguageModel, token_rows
 from spectral_sinks.models.spectra import read_local_spectrum
 from spectral_sinks.remote.client import remotely
 from spectral_sinks.spectra import cache
@@ -35,9 +35,10 @@ def read_spectrum(
 ) -> Spectrum:
     """Return the spectrum of a model's unembedding, embedding, or any matrix named by its parameter.
 
-    Given a name or folder, or a model on a server, only the tensors that are needed are read. If only the
-    server has the unembedding, it is decomposed there, and the result is cached by name, commit and server. A
-    named matrix reads the residual stream along the side that has the model's width. A square one is taken as
+    Given a name or folder, or a model on a server, only the tensors that are needed are read, unless they are
+    stored quantised or an adapter belongs to them, for which the model is loaded. If only the server has the
+    unembedding, it is decomposed there, and the result is cached by name, commit and server. A named matrix
+    reads the residual stream along the side that has the model's width. A square one is taken as
     `nn.Linear` stores it (columns read). If the transform of a head lies between the residual stream and the
     unembedding, as in BERT, the unembedding reads the output of the transform, and `reads_through` of the
     spectrum says so.
@@ -51,6 +52,7 @@ def read_spectrum(
         model: a model, or its name or folder.
         matrix: "unembedding", "embedding", "classifier", or the name of a parameter.
         convention: `raw`, `folded` or `centred`. Only the unembedding and the classifier have the last two.
+            `centred` leaves out rows that no token of the tokenizer uses, with a warning.
         bands: number of bands.
         revision: revision of the checkpoint, where it is read by name.
         gguf_file: name of the GGUF file in a folder or hub repository that is read by name.
@@ -86,7 +88,7 @@ def read_spectrum(
         stored = cache.find(fingerprint) if use_cache else None
         if stored is None:
             try:
-                stored = decomposed(model, convention)
+                stored = decomposed(model, convention, token_rows(model.tokenizer))
             except InputError as other:
                 raise InputError(f"{error}; and at the server: {other}") from other
             if use_cache:
@@ -171,8 +173,13 @@ def by_convention(model: Transformer, spectrum: Spectrum | Sequence[Spectrum]) -
 
 
 @remotely
-def decomposed(model: LanguageModel, convention: Convention) -> tuple[Tensor, Tensor]:
-    """Return the singular values `[d]` and right singular vectors `[d, d]` of the unembedding, float64."""
+def decomposed(
+    model: LanguageModel, convention: Convention, tokens: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return the singular values `[d]` and right singular vectors `[d, d]` of the unembedding, float64.
+
+    `tokens` is the number of first rows that `centred` is about; by default it is all.
+    """
     if model.weightless:
         if convention != "raw":
             raise InputError(
@@ -182,7 +189,7 @@ def decomposed(model: LanguageModel, convention: Convention) -> tuple[Tensor, Te
     else:
         gain = None if convention == "raw" else model.final_gain
         found = Spectrum.from_matrix(
-            model.unembedding_weight,
+            model.unembedding_weight[: tokens if convention == "centred" else None],
             convention=convention,
             gain=gain,
             centre_residual=model.centres_residual,

@@ -26,7 +26,7 @@ def weight_shares(
     Args:
         model: a language model or an image encoder.
         subspaces: subspaces of the residual stream, by name.
-        convention: `raw` reads the weights as stored. `folded` multiplies them by the gain of the norm that
+        convention: `raw` reads the weights themselves. `folded` multiplies them by the gain of the norm that
             the part reads through or, for a writer, that its output passes.
 
     Returns:

@@ -194,8 +194,7 @@ def neighbour_cosines(pixels: Pixels, image: int) -> Float[NDArray[np.float64], 
     The patches are taken after the patch embedding.
     """
     model = pixels.model
-    convolution = next(part for part in model.tower.embeddings.modules() if isinstance(part, torch.nn.Conv2d))
-    x = convolution.forward(pixels[image][None].to(model.device, model.dtype))[0].double()
+    x = model.patch_embedding.forward(pixels[image][None].to(model.device, model.dtype))[0].double()
     x = x / x.norm(dim=0).clamp_min(torch.finfo(x.dtype).tiny)
     down, right = (x[:, 1:] * x[:, :-1]).sum(0), (x[:, :, 1:] * x[:, :, :-1]).sum(0)
     total, count = torch.zeros_like(x[0]), torch.zeros_like(x[0])
