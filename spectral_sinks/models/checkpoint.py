@@ -103,7 +103,10 @@ class Source:
                 f"{self.name} holds an adapter and no model: use load({self.name!r}), or name the model that "
                 f"it adapts, {self.adapter.get('base_model_name_or_path')}"
             )
-        raise InputError(f"{self.name} has no config.json: expected a Hugging Face checkpoint or a GGUF file")
+        raise InputError(
+            f"{self.name} has no config.json: expected a Hugging Face checkpoint, or GGUF files, of which "
+            "gguf_file= (--gguf-file) names one"
+        )
 
     @cached_property
     def adapter(self) -> dict[str, Any] | None:

@@ -259,14 +259,15 @@ def _split(path: Path, parts: int) -> str:
 def find_gguf(folder: Path, name: str | None) -> str | None:
     """Return the name of the GGUF file to read in a folder, or None if the folder is another checkpoint.
 
-    A folder with a config.json and without `name` is a Hugging Face checkpoint, whatever else it holds.
+    A folder with a config.json and weights beside it is a Hugging Face checkpoint, unless `name` is given.
     Raises InputError if `name` is not there, and if it is not given and there are several.
     """
     if name is not None:
         if not (folder / name).is_file():
             raise InputError(f"{folder} holds no file {name!r}")
         return name
-    if (folder / "config.json").is_file():
+    weights = (path.suffix in (".safetensors", ".bin") for path in folder.iterdir())
+    if (folder / "config.json").is_file() and any(weights):
         return None
     found = sorted(path.name for path in folder.glob(f"*{SUFFIX}"))
     # the parts of one split file are one file, and a projector of images is no language model

@@ -24,7 +24,7 @@ from spectral_sinks.models.attention_sdpa import OPENING, is_softmax
 from spectral_sinks.models.checkpoint import Source, check_finite, find_source
 from spectral_sinks.models.effective_weights import adapter_state, device_of
 from spectral_sinks.models.embedded import DEFAULT
-from spectral_sinks.models.gguf import fast_reader
+from spectral_sinks.models.gguf import SUFFIX, fast_reader
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.models.layout import Layout, find_layout
 from spectral_sinks.models.masked_lm import is_masked_lm, predicts_masked
@@ -107,7 +107,7 @@ def load(
     if remote not in (False, "local"):
         if device is not None or device_map is not None:
             raise InputError("a model at a server has the server's devices: give no device and no device_map")
-        if gguf_file is not None:
+        if gguf_file is not None or Path(str(model)).suffix == SUFFIX:
             raise InputError(
                 "a server loads checkpoints of the hub: GGUF files are read in this process alone"
             )

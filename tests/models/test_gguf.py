@@ -198,8 +198,15 @@ def test_a_part_of_a_split_file_is_refused_and_the_missing_part_named(tmp_path: 
 
 def test_a_gguf_file_is_not_for_a_server(tmp_path: Path) -> None:
     file = write_gguf(tmp_path / "x.gguf", small_llama())
-    with pytest.raises(ss.InputError, match="in this process alone"):
-        ss.load(file, gguf_file="x.gguf", remote=True)
+    for given in ({"model": file}, {"model": "a/b", "gguf_file": "x.gguf"}):
+        with pytest.raises(ss.InputError, match="in this process alone"):
+            ss.load(**given, remote=True)
+
+
+def test_a_configuration_beside_a_gguf_file_is_no_checkpoint(tmp_path: Path) -> None:
+    small_llama().config.save_pretrained(tmp_path)
+    write_gguf(tmp_path / "x.gguf", small_llama(num_hidden_layers=3))
+    assert ss.load(tmp_path).layers == 3
 
 
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
