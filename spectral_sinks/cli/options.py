@@ -168,9 +168,7 @@ def bos_record(model: ss.LanguageModel, windows: ss.Windows) -> dict[str, Any]:
 
     Nothing is compared for a model at a server.
     """
-    if model.weightless:
-        return {}
-    found = ss.nll.compare_bos(model, windows)
+    found = None if model.weightless else ss.nll.compare_bos(model, windows)
     if found is not None and found.advice is not None:
         warnings.warn(found.advice, ss.SpectralWarning, stacklevel=2)
     return {"bos_comparison": None if found is None else found.record()}

@@ -63,6 +63,8 @@ def effective_weight(
     with loaded(module):
         weight = usual_weight(module, dequantised=True)
     if weight is None:
+        weight = _of_another_process(module)
+    if weight is None:
         return _responses(module, dtype, columns)
     return (weight if isinstance(module, nn.Linear) else weight.T)[:, columns]
 
@@ -75,6 +77,8 @@ def effective_embedding(module: nn.Module) -> Float[Tensor, "vocabulary d"]:
     module = compiled_from(module)
     with loaded(module):
         weight = usual_weight(module, dequantised=True)
+    if weight is None:
+        weight = _of_another_process(module)
     if weight is not None:
         return weight
     inner: Any = innermost(module)
@@ -143,6 +147,12 @@ def usual_weight(module: nn.Module, *, dequantised: bool = False) -> Tensor | No
     if dequantised and hasattr(weight, "__tensor_flatten__"):
         weight = weight.dequantize()
     return weight if _plain(weight) and not weight.is_meta else None
+
+
+def _of_another_process(module: nn.Module) -> Tensor | None:
+    """Return the weight of a layer whose values are in another process: a shape, a dtype and no values."""
+    weight = module._parameters.get("weight")
+    return weight if weight is not None and weight.is_meta and not offloaded(module) else None
 
 
 def stored_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

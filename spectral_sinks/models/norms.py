@@ -20,7 +20,7 @@ def gain_of(norm: Any, d: int) -> Float[Tensor, "d"]:
         if (scale := getattr(norm, "lambda1", None)) is not None:  # LayerScale of DINOv2 and DINOv3
             return scale.detach().float().cpu()
         stored = [weight.detach().float() for weight in norm.parameters() if weight.numel() == d]
-    acts, _ = _actions(norm, d)
+    acts = _actions(norm, d)
     gains = [gain for weight in stored for gain in (weight, 1 + weight)] or [torch.ones_like(acts)]
     gain = min(gains, key=lambda gain: float((acts - gain).abs().max()))
     if not torch.allclose(acts, gain, rtol=2e-2, atol=2e-2):
@@ -31,19 +31,18 @@ def gain_of(norm: Any, d: int) -> Float[Tensor, "d"]:
 
 
 def centres(norm: Any, d: int) -> bool:
-    """Whether a norm subtracts the mean over the coordinates, as LayerNorm does."""
-    acts, shifted = _actions(norm, d)
-    return bool((shifted - acts).norm() < 0.1 * acts.norm())
+    """Whether a norm subtracts the mean over the coordinates, as LayerNorm does, so that constants give 0."""
+    same = torch.ones(1, d, device=device_of(norm), dtype=dtype_of(norm, torch.float32))
+    with torch.no_grad():
+        constant = (norm.forward(same) - norm.forward(-same)).float() / 2
+    return bool(constant.norm() < 0.1 * _actions(norm, d).norm())
 
 
 @torch.no_grad()
-def _actions(norm: Any, d: int) -> tuple[Float[Tensor, "d"], Float[Tensor, "d"]]:
-    """Return what a norm multiplies 1 and -1 in turn by, and the same where 1 is added to all coordinates."""
+def _actions(norm: Any, d: int) -> Float[Tensor, "d"]:
+    """Return what a norm multiplies 1 and -1 in turn by."""
     device, dtype = device_of(norm), dtype_of(norm, torch.float32)
     probe = torch.ones(d, device=device, dtype=dtype)
     probe[1::2] = -1  # mean 0 and mean square 1, so both kinds of norm only apply their gain to it
-    found: list[Tensor] = []
-    for shift in (0, 1):
-        apart = norm.forward((probe + shift)[None]) - norm.forward((shift - probe)[None])
-        found.append(apart[0].float() / 2 * probe.float())
-    return found[0], found[1]
+    apart = norm.forward(probe[None]) - norm.forward(-probe[None])
+    return apart[0].float() / 2 * probe.float()
