@@ -84,6 +84,6 @@ def run(study: RealStudy) -> ss.experiments.Finding:
     kind = "the position" if rates["no BOS"] > rates["BOS"] / 2 else "the token"
     verdict = (
         f"holds: the sink is {kind} (Sink^0.3 {rates['BOS']:.3f} with BOS, {rates['no BOS']:.3f} without); "
-        f"without BOS the NLL is higher by {worse.mean():+.3f} [{low:+.3f}, {high:+.3f}] nats"
+        f"without BOS the NLL differs by {worse.mean():+.3f} [{low:+.3f}, {high:+.3f}] nats"
     )
     return ss.experiments.Finding(answers, verdict=verdict)

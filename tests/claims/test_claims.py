@@ -221,6 +221,7 @@ def test_a_changed_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
         shutil.copy(ROOT / path, tmp_path / path)
     recipe = "spectral_sinks/models/embedded/sinklet/recipe.json"
     shutil.copy(ROOT / recipe, tmp_path / recipe)
+    shutil.copytree(RESULTS / "real", tmp_path / "results" / "real", dirs_exist_ok=True)
     assert all(check.holds for check in ss.claims.verify(claims, RESULTS, tmp_path))
     page = tmp_path / "docs" / "findings.md"
     text = page.read_text()
