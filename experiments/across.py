@@ -5,7 +5,8 @@ section 5)? That a sink is dark is measured, never assumed.
 Design: `ss.sink_verdict` measures one row per model, and its documentation states the rule. The row holds the
 strength of the sink (Sink^0.3 and mass at T = 64), its onset layer, the dark share of the residual that its
 strongest layer reads, and the loss of sink and of NLL without the dark band. The model of the study is
-measured on its windows, and on the same windows without BOS.
+measured on its windows, and on the same windows without BOS. Models given on the command line are judged
+under the conventions raw and folded.
 Control: random subspaces of the rank of the dark band, for the share, the cut and the NLL. The share is also
 compared with that of the other tokens.
 
@@ -71,8 +72,14 @@ def finish(found: list[ss.sinks.SinkVerdict], study: ss.experiments.Study) -> ss
             ),
         ]
     words = {"dark": "holds", "not dark": "does not hold here", "no sink": "no sink to judge"}
-    verdict = ". ".join(f"{v.model}: {words[v.verdict]} ({v.verdict}: {v.reason})" for v in found)
+    verdict = ". ".join(f"{v.model}: {words[v.verdict]} ({described(v)}: {v.reason})" for v in found)
     return ss.experiments.Finding(answers, verdict=verdict)
+
+
+def described(verdict: ss.sinks.SinkVerdict) -> str:
+    """Return a verdict with the convention under which it holds; whether there is a sink needs none."""
+    word = verdict.verdict
+    return word if word == "no sink" else f"{word} under {verdict.convention}"
 
 
 @dataclass(frozen=True)
@@ -110,9 +117,9 @@ def main(options: Options) -> None:
     for name in options.models:
         model, label = open_model(name)
         windows = ss.cut(texts, model, per_document=1)
-        found = ss.sink_verdict(model, windows, ss.read_spectrum(model), name=label, draws=options.draws)
+        found = ss.sink_verdict(model, windows, ss.read_spectra(model), name=label, draws=options.draws)
         rows.append(found.record() | {"data_hash": windows.record["data_hash"]})
-        print(f"{label}: {found.verdict} ({found.reason})")
+        print(f"{label}: {found.disagreement or described(found)} ({found.reason})")
         table = pd.DataFrame(rows)
         table.to_csv(options.out / f"{options.name}.csv", index=False, float_format="%.6g")
         ss.figures.across(table, options.out / f"{options.name}.png")

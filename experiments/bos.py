@@ -32,6 +32,7 @@ def run(study: ss.experiments.Study) -> ss.experiments.Finding:
         for quantity in ("norm", "dark share", "dark norm", "light norm")
     )
     by_band = shares.groupby([*keys, "band"], sort=False, as_index=False)["share"].mean()
+    table, by_band = (part.assign(convention=u.convention) for part in (table, by_band))
     study.save(table, "bos")
     study.save(by_band, "bos_bands")
     chance = u.dark().rank / u.d

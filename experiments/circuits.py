@@ -21,7 +21,8 @@ TWIN = "sinklet-nobos"
 def run(study: ss.experiments.Study) -> ss.experiments.Finding:
     # the heads of the model, and the quantities of those with a circuit
     found = ss.no_op_circuits(study.model, study.windows, study.unembedding)
-    tables = [found.heads.assign(model=study.model.name)]
+    convention = study.unembedding.convention
+    tables = [found.heads.assign(model=study.model.name, convention=convention)]
     heads = found.heads.set_index(["layer", "head"])
     chance = study.unembedding.dark().rank / study.unembedding.d
     answers = [

@@ -129,6 +129,7 @@ def variant(folder: Path, options: Options) -> dict[str, object]:
         "strongest_other": float(alpha[:, :, other][strongest]),
         "strongest_other_position": int(other[strongest[-1]]),
         "norm_ratio": float((norms[:, place] / norms[:, rest].median(1).values).mean()),
+        "convention": u.convention,
         "share": float(dark.share(read[:, place]).mean()),
         "others": float(dark.share(read[:, rest]).mean()),
         "share_most": max(float(draw.share(read[:, place]).mean()) for draw in draws),

@@ -136,8 +136,9 @@ def run(study: ss.experiments.Study) -> ss.experiments.Finding:
             )
         )
     layer, place, token = (pd.concat(part, ignore_index=True) for part in (layers, places, tokens))
-    for rows, suffix in ((layer, ""), (place, "_positions"), (token, "_tokens"), (cost, "_nll")):
-        study.save(rows, f"no_bos{suffix}")
+    study.save(place, "no_bos_positions")
+    for rows, suffix in ((layer, ""), (token, "_tokens"), (cost, "_nll")):
+        study.save(rows.assign(convention=study.unembedding.convention), f"no_bos{suffix}")
     ss.figures.no_bos(layer, place, token, cost, study.figure("no_bos"))
     return ss.experiments.Finding(found, verdict=verdict(int(found[0]["value"]), layers[0], cost))
 

@@ -321,7 +321,8 @@ def run(study: ss.experiments.Study) -> ss.experiments.Finding:
     sinks = ss.find_sinks(model, study.windows, u, length=TOKENS, draws=study.draws).sinks
     tables = measure(model, study.windows, u, below, study.draws)
     for name, table in tables.items():
-        study.save(table, f"several{name}")
+        dark = name in ("_tokens", "_dark", "_curve")
+        study.save(table.assign(convention=u.convention) if dark else table, f"several{name}")
     moved, positions, stream = tables[""], tables["_positions"], tables["_streaming"]
     path = study.figure("several")
     ss.figures.several(moved, positions, tables["_dark"], tables["_curve"], stream, path)

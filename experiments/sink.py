@@ -57,7 +57,7 @@ def run(study: ss.experiments.Study) -> ss.experiments.Finding:
         )
     removal = pd.DataFrame(rows)
     study.save(heads.groupby(["layer", "head"], as_index=False)["attention"].mean(), "sink_heads")
-    study.save(removal.assign(layer=layer, rank=dark.rank), "sink_removal")
+    study.save(removal.assign(layer=layer, rank=dark.rank, convention=u.convention), "sink_removal")
     ss.figures.sink(ss.stats.summarise(heads, ["layer", "head"], "attention"), removal, study.figure("sink"))
 
     masses = {name: effect.table.set_index("document") for name, effect in effects.items()}

@@ -228,7 +228,8 @@ def _run(study: Study, name: str) -> Finding:
     began = time.monotonic()
     found = find_experiment(name)(study)
     found = replace(found, name=name, seconds=time.monotonic() - began)
-    study.save(pd.DataFrame([{"experiment": name, **row} for row in found.answers]), f"{name}_summary")
+    summary = pd.DataFrame([{"experiment": name, **row} for row in found.answers])
+    study.save(summary.assign(convention=study.unembedding.convention), f"{name}_summary")
     return found
 
 

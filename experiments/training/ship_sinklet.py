@@ -56,7 +56,7 @@ def birth(run: Path) -> pd.DataFrame:
             | {"norm_ratio": row["norm_ratio"][best], "exit": best}
             | {key: row[key][best] for key in ("dark_share", "other_dark_share")}
         )
-    return pd.DataFrame(rows).assign(run=run.name)
+    return pd.DataFrame(rows).assign(run=run.name, convention="raw")
 
 
 def excerpt(text: str, characters: int) -> str:

@@ -28,7 +28,8 @@ class Sinks(Running):
     draws: int = 20
     """Number of random subspaces that the dark band is compared with."""
     figure: Path | None = None
-    """PNG file for a figure: sink mass by head, sink rate by position, norm by position and layer."""
+    """PNG file for a figure: sink mass by head, sink rate by position, norm by position and layer.
+    The dark share of each sink is shown under each convention."""
 
 
 def run_sinks(options: Sinks) -> None:
@@ -52,7 +53,12 @@ def run_sinks(options: Sinks) -> None:
     }
     if options.figure is not None:
         ss.figures.sinks(
-            found.by_head(), found.rates(), found.norms(), options.figure, epsilon=options.epsilon
+            found.by_head(),
+            found.rates(),
+            found.norms(),
+            options.figure,
+            epsilon=options.epsilon,
+            found=found.summary(),
         )
     show(options.json, record, Group(*_tables(record), *_disagreements(found)))
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from spectral_sinks.figures.style import saved_figure
+from spectral_sinks.figures.style import interval_points, saved_figure, suffixes_of
 
 MARKERS = {"dark": "o", "not dark": "s", "no sink": "x"}
 
@@ -23,8 +23,10 @@ def across(table: pd.DataFrame, path: Path) -> None:
     model.
 
     `table` has the rows of `SinkVerdict.summary()`, from top to bottom. Error bars are 95 % intervals. The
-    grey range covers the random subspaces, and small triangles are the other tokens.
+    grey range covers the random subspaces, and small triangles are the other tokens. The marker of a row is
+    its verdict under the convention that decides; open circles are what another convention gives.
     """
+    (deciding, _), *others = suffixes_of(table, "share").items()
     places = np.arange(len(table))[::-1]
     with saved_figure(path, 1, 4, (11, 1.3 + 0.24 * len(table)), sharey=True) as axes:
         for axis, (name, label) in zip(axes[0], PANELS.items(), strict=True):
@@ -39,7 +41,11 @@ def across(table: pd.DataFrame, path: Path) -> None:
             for verdict, marker in MARKERS.items():
                 chosen = (table["verdict"] == verdict).to_numpy()
                 if chosen.any():
-                    _points(axis, table[chosen], places[chosen], name, marker, verdict)
+                    said = verdict if verdict == "no sink" else f"{verdict} ({deciding})"
+                    interval_points(axis, table[chosen], name, places[chosen], said, marker)
+            for (other, end), marker in zip(others, "oD", strict=False):
+                if f"{name}{end}" in table:
+                    interval_points(axis, table, f"{name}{end}", places - 0.24, other, marker, filled=False)
             axis.axvline(0, color="#444444", linewidth=0.6, linestyle=":")
             axis.set_xlabel(label)
             axis.grid(axis="y", color="#eeeeee", linewidth=0.6)
@@ -52,19 +58,3 @@ def across(table: pd.DataFrame, path: Path) -> None:
         axes[0, 0].figure.legend(
             handles.values(), handles.keys(), loc="outside upper center", ncols=len(handles), fontsize=7
         )
-
-
-def _points(axis: Any, rows: pd.DataFrame, places: Any, name: str, marker: str, label: str) -> None:
-    low, high = rows[name] - rows[f"{name}_low"], rows[f"{name}_high"] - rows[name]
-    errors = np.clip([low, high], 0, None)
-    axis.errorbar(
-        rows[name],
-        places,
-        xerr=errors,
-        fmt=marker,
-        color="black",
-        markersize=4.5,
-        capsize=2,
-        elinewidth=0.8,
-        label=label,
-    )

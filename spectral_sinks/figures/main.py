@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from spectral_sinks.figures.style import FIRST, OTHER, STYLES, mean_line, saved_figure
+from spectral_sinks.figures.style import FIRST, OTHER, STYLES, mean_line, saved_figure, suffixes_of
 
 
 def spectrum(values: pd.DataFrame, alignment: pd.DataFrame, path: Path) -> None:
@@ -40,15 +40,16 @@ def bos(table: pd.DataFrame, chance: float, path: Path) -> None:
     """Draw the norm and dark share of the first token and the others by layer, and what was written to the
     first.
 
-    `table` has one row per (site, layer, position_class, quantity) with mean, low, high. `chance` is the dark
-    share of a random vector, r/d.
+    `table` has one row per (site, layer, position_class, quantity) with mean, low, high, and the convention.
+    `chance` is the dark share of a random vector, r/d.
     """
+    convention = next(iter(suffixes_of(table, "dark share")))
     first = next(c for c in table["position_class"].unique() if c != "other")
     stream = table[table["site"].isin(["embedding", "exit"])]
     with saved_figure(path, 1, 3, (10.5, 3)) as axes:
         for axis, quantity, label in (
             (axes[0, 0], "norm", "residual norm"),
-            (axes[0, 1], "dark share", "share of energy in the dark band"),
+            (axes[0, 1], "dark share", f"share of energy in the dark band ({convention})"),
         ):
             for name, style in ((first, FIRST), ("other", OTHER)):
                 part = stream[(stream["position_class"] == name) & (stream["quantity"] == quantity)]

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from spectral_sinks.errors import InputError
 from spectral_sinks.files import atomic_write
 
 STYLES: dict[str, dict[str, Any]] = {
@@ -49,3 +50,48 @@ def mean_line(axis: Any, x: Any, table: pd.DataFrame, label: str, style: dict[st
     """Draw a mean, with its interval as error bars."""
     errors = np.clip([table["mean"] - table["low"], table["high"] - table["mean"]], 0, None)
     axis.errorbar(x, table["mean"], yerr=errors, label=label, capsize=1.5, elinewidth=0.7, **style)
+
+
+def interval_points(
+    axis: Any, table: pd.DataFrame, column: str, at: Any, label: str, marker: str = "o", filled: bool = True
+) -> None:
+    """Draw the means of a column at heights `at`, with their intervals as horizontal error bars.
+
+    Args:
+        axis: the axes.
+        table: the rows, with the columns `column`, and `column_low` and `column_high` where there are
+            intervals.
+        column: the column.
+        at: the height of each row.
+        label: the entry in the legend.
+        marker: the marker of matplotlib.
+        filled: whether the markers are filled.
+
+    """
+    ends = [table.get(f"{column}_{end}", table[column]) for end in ("low", "high")]
+    axis.errorbar(
+        table[column],
+        at,
+        xerr=np.nan_to_num(np.clip([table[column] - ends[0], ends[1] - table[column]], 0, None)),
+        fmt=marker,
+        color="black",
+        markerfacecolor="black" if filled else "white",
+        markersize=4.5,
+        capsize=2,
+        elinewidth=0.8,
+        label=label,
+    )
+
+
+def suffixes_of(table: pd.DataFrame, column: str) -> dict[str, str]:
+    """Return what the names of a table's columns end in, by convention, the one that decides first.
+
+    Raises InputError for a table whose rows are decided by several conventions.
+    """
+    deciding = list(dict.fromkeys(table["convention"]))
+    if len(deciding) > 1:
+        raise InputError(
+            f"rows decided by {' and '.join(deciding)}: give a figure the rows that one convention decides"
+        )
+    others = [name for name in ("raw", "folded", "centred") if f"{column}_{name}" in table]
+    return {deciding[0]: ""} | {name: f"_{name}" for name in others}

@@ -1,13 +1,18 @@
 """A sink that is dark under one convention and not under another: both shares, and the sentences."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 from support.planted_sinks import BANDS, D, sinking
 
 import spectral_sinks as ss
@@ -195,3 +200,47 @@ def test_a_convention_that_cannot_be_read_is_named_and_left_out() -> None:
     assert [each.fingerprint for each in found] == [raw.fingerprint]
     with pytest.raises(ss.InputError, match="not understood as a norm"):
         ss.read_spectra(model, convention="folded", bands=BANDS)
+
+
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Collect what is written in a figure."""
+    texts: list[str] = []
+    save = Figure.savefig
+
+    def collect(figure: Figure, *given: Any, **options: Any) -> None:
+        texts.extend(text.get_text() for text in figure.findobj(Text))
+        save(figure, *given, **options)
+
+    monkeypatch.setattr(Figure, "savefig", collect)
+    return texts
+
+
+def naming(texts: list[str]) -> set[str]:
+    """The texts that name a convention."""
+    return {text for text in texts if re.search(r"\b(raw|folded)\b", text)}
+
+
+def test_figures_name_the_conventions(planted: Any, written: list[str], tmp_path: Path) -> None:
+    model, windows, spectra, dark = planted
+    word = "dark" if dark == "raw" else "not dark"
+    for given, sinks, verdicts in (
+        (spectra, {"raw (decides)", "folded"}, {f"{word} (raw)", "folded"}),
+        (spectra[0], {"raw"}, {f"{word} (raw)"}),
+    ):
+        written.clear()
+        found = ss.find_sinks(model, windows, given, draws=2)
+        tables = (found.by_head(), found.rates(), found.norms())
+        ss.figures.sinks(*tables, tmp_path / "sinks.png", epsilon=0.3, found=found.summary())
+        assert naming(written) == sinks and "0 '0'" in written
+        written.clear()
+        verdict = ss.sink_verdict(model, windows, given, draws=2)
+        ss.figures.across(verdict.summary(), tmp_path / "across.png")
+        assert naming(written) == verdicts
+
+
+def test_a_figure_has_the_rows_that_one_convention_decides(tmp_path: Path) -> None:
+    model, raw, windows = sinking(1, 1e-3)
+    rows = [ss.sink_verdict(model, windows, each, draws=2).summary() for each in (raw, folded(model))]
+    with pytest.raises(ss.InputError, match="rows decided by raw and folded: give"):
+        ss.figures.across(pd.concat(rows), tmp_path / "across.png")

@@ -433,7 +433,8 @@ def test_the_figure_with_sinks_and_without(tmp_path: Path) -> None:
     for place in range(2):
         found = ss.find_sinks(model, windows, spectrum, draws=2)
         path = tmp_path / f"{place}.png"
-        ss.figures.sinks(found.by_head(), found.rates(), found.norms(), path, epsilon=0.3)
+        tables = (found.by_head(), found.rates(), found.norms())
+        ss.figures.sinks(*tables, path, epsilon=0.3, found=found.summary())
         assert path.stat().st_size > 10_000
         model.module.model.layers.apply(
             lambda part: part.bias.data.zero_() if hasattr(part, "bias") and part.bias is not None else None

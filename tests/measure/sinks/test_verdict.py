@@ -205,6 +205,7 @@ def test_models_and_checkpoints_of_a_training_run(across: Any, tmp_path: Path) -
     across.main(across.Options((str(folder), str(run / "step-000250.pt")), out, "two", str(lines), draws=2))
     table = pd.read_csv(out / "two.csv")
     assert list(table["model"]) == ["saved", "run, step 250"]
+    assert set(table["convention"]) == {"raw"} and table["share_folded"].between(0, 1).all()
     same = table.drop(columns="model").astype(str)
     assert same.iloc[0].equals(same.iloc[1]), "the same weights"
     assert (out / "two.png").stat().st_size > 10_000
