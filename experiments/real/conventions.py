@@ -165,7 +165,7 @@ def answers(study: RealStudy, table: pd.DataFrame, effects: pd.DataFrame) -> lis
 def verdict(study: RealStudy, table: pd.DataFrame, effects: pd.DataFrame) -> str:
     """State under which conventions the share and the removal single out the dark band, at each exit."""
     said: list[str] = []
-    held = 0
+    held = some = 0
     for name in RUN:
         dark = cut = 0
         for layer in study.exits:
@@ -181,5 +181,6 @@ def verdict(study: RealStudy, table: pd.DataFrame, effects: pd.DataFrame) -> str
             f"removal cuts the sink more than any random subspace of that rank at {cut}"
         )
         held += dark == cut == len(study.exits)
-    word = "holds" if held == len(RUN) else "holds partly" if held or dark or cut else "does not hold here"
+        some += dark + cut
+    word = "holds" if held == len(RUN) else "holds partly" if some else "does not hold here"
     return f"{word}: {'; '.join(said)}"

@@ -57,7 +57,7 @@ class RealStudy(ss.experiments.Study):
         spread = [round(last * part / (self.spread + 1)) for part in range(1, self.spread + 1)]
         return sorted({max(self.onset - 1, 0), self.strongest - 1, *spread})
 
-    @property
+    @cached_property
     def below_sink(self) -> int:
         """The exit that the layer with the strongest sink reads."""
         return self.strongest - 1

@@ -48,7 +48,7 @@ def run_sinks(options: Sinks) -> None:
         "first_token_ids": found.attention.windows.record["first_token_ids"],
         "opens_with_bos": found.attention.windows.record["opens_with_bos"],
         "data_hash": found.attention.windows.record["data_hash"],
-        **bos_record(model, found.attention.windows),
+        **bos_record(model, windows),
         **ran(model),
     }
     if options.figure is not None:

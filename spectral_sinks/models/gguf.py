@@ -72,13 +72,13 @@ class HeaderReader(gguf.GGUFReader):
     def _get_field_parts(self, orig_offs: int, raw_type: Any) -> tuple[int, list[Any], list[int], list[Any]]:
         if raw_type != gguf.GGUFValueType.ARRAY:
             return super()._get_field_parts(orig_offs, raw_type)
-        kind, count = struct.unpack_from("<IQ", self.data, orig_offs)
+        kind, count = struct.unpack_from("<IQ", self.data.data, orig_offs)
         if count <= LONG:
             return super()._get_field_parts(orig_offs, raw_type)
         kind, end = gguf.GGUFValueType(kind), orig_offs + 12
         if kind == gguf.GGUFValueType.STRING:
             for _ in range(count):
-                end += 8 + struct.unpack_from("<Q", self.data, end)[0]
+                end += 8 + struct.unpack_from("<Q", self.data.data, end)[0]
         else:
             end += count * np.dtype(self.gguf_scalar_to_np[kind]).itemsize
         return end - orig_offs, [], [], [gguf.GGUFValueType.ARRAY, kind]

@@ -1,5 +1,8 @@
 """The effect of rounding on a spectrum: how far noise of its size turns the dark band."""
 
+# torch is typed only in part:
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
 from dataclasses import dataclass
 
 import torch
