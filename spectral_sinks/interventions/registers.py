@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from spectral_sinks.errors import InputError
-from spectral_sinks.models.effective_weights import outermost
+from spectral_sinks.models.effective_weights import is_linear, outermost
 from spectral_sinks.models.vision import ADDED, VisionModel
 
 Neurons = pd.DataFrame | Sequence[tuple[int, int]]
@@ -79,7 +79,7 @@ def mlp_output(model: VisionModel, layer: int, module: nn.Module | None = None) 
     linear module that writes to the residual stream.
     """
     path = f"{model.layout.layers}.{layer}.{model.layout.mlp}"
-    parts = outermost((module or model.module).get_submodule(path), nn.Linear)
+    parts = outermost((module or model.module).get_submodule(path), is_linear)
     linear = [part for part in parts if part.out_features == model.d]
     if not linear:
         raise InputError(

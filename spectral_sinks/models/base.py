@@ -127,7 +127,7 @@ class Transformer:
         name = self.config._attn_implementation
         return None if name is None or is_softmax(name) else name
 
-    @cached_property
+    @property
     def final_gain(self) -> Float[Tensor, "d"]:
         """The effective gain of the final norm in float32: `weight`, or `1 + weight` (Gemma)."""
         return gain_of(self.module.get_submodule(self.layout.final_norm), self.d)

@@ -100,8 +100,8 @@ class Source:
             return _json(path)
         if self.adapter is not None:
             raise InputError(
-                f"{self.name} holds an adapter and no model: use load({self.name!r}), or name the model that "
-                f"it adapts, {self.adapter.get('base_model_name_or_path')}"
+                f"{self.name} holds an adapter and no model: load both by load({self.name!r}), or name the "
+                f"model that it adapts, {self.adapter.get('base_model_name_or_path')}"
             )
         raise InputError(
             f"{self.name} has no config.json: expected a Hugging Face checkpoint, or GGUF files, of which "

@@ -6,7 +6,7 @@ vectors, which needs no knowledge of the storage and includes every adapter that
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import chain
 from typing import Any
@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from accelerate.utils import align_module_device, has_offloaded_params
 from jaxtyping import Float
-from nnsight.intervention.source import Controller
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -36,8 +35,8 @@ SET_TO_ZERO = ("bias", "input_activation_scale", "output_activation_scale")
 """Tensors of a layer that are zero while its matrix is read: its bias, and scales of which zero turns off the
 rounding (Gemma)."""
 
-ROUNDING = 0.01
-"""Relative difference of a layer's matrix from its weight that is due to roundings of the input."""
+SCALE = 0.01
+"""Relative difference of a layer's matrix from its weight that is due to rounded unit vectors."""
 
 USUAL = ("torch.nn.modules.", "transformers.pytorch_utils", "transformers.models.")
 """Modules of Python whose layers act by their `weight`."""
@@ -217,13 +216,18 @@ def innermost(module: nn.Module) -> nn.Module:
     return module
 
 
-def outermost(module: nn.Module, kind: type[nn.Module]) -> Iterator[nn.Module]:
-    """Return the layers of a kind inside a module, each with the wrappers around it."""
-    if isinstance(innermost(module), kind):
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer, whatever its storage and the wrappers around it."""
+    return all(hasattr(innermost(module), name) for name in ("in_features", "out_features"))
+
+
+def outermost(module: nn.Module, wanted: Callable[[nn.Module], bool]) -> Iterator[nn.Module]:
+    """Return the wanted layers inside a module, each with the wrappers around it."""
+    if wanted(module):
         yield module
         return
     for part in module.children():
-        yield from outermost(part, kind)
+        yield from outermost(part, wanted)
 
 
 def compiled_from(module: nn.Module) -> nn.Module:
@@ -282,10 +286,13 @@ def _responses(module: nn.Module, dtype: torch.dtype, columns: slice) -> Float[T
         raise InputError(
             f"{_named(module)} is not a linear map of its input, so it has no weight that can be read"
         )
+    # a layer that rounds even unit vectors shows its weight up to one factor
     own: Any = module._parameters.get("weight")
-    if _plain(own) and own.shape == (len(weight), width):  # exact, where the layer rounds unit vectors
+    if _plain(own) and own.shape == (len(weight), width):
         own = own.detach()[:, columns].float()
-        return own if (own - weight).norm() <= ROUNDING * own.norm() else weight
+        factor = (own * weight).sum() / own.square().sum()
+        same = (weight - factor * own).norm() <= 2 * torch.finfo(dtype).eps * weight.norm()
+        return own if same and abs(factor - 1) <= SCALE else weight
     return weight
 
 
@@ -322,7 +329,8 @@ def _named(module: nn.Module) -> str:
 
 def _unit(module: nn.Module) -> float:
     """Return the length of unit vectors that a layer does not round."""
-    scales = (getattr(module, name, None) for name in STATIC)
+    layers = (module, innermost(module))
+    scales = (getattr(layer, name, None) for layer in layers for name in STATIC)
     sizes = (float(scale.detach().max()) for scale in scales if isinstance(scale, Tensor))
     return next((size * MULTIPLE for size in sizes if size > 0), 1.0)
 
@@ -341,8 +349,10 @@ def _forward(module: Any, x: Tensor) -> Tensor:
 def _method(module: nn.Module) -> Any:
     """Return the `forward` that a module has without nnsight and accelerate around it."""
     method: Any = module.__dict__.get("forward", type(module).forward)
-    if "_hf_hook" in module.__dict__ and not isinstance(method, Controller):
+    instrumented = type(method).__module__.startswith("nnsight")
+    if "_hf_hook" in module.__dict__ and not instrumented:
         method = module.__dict__["_old_forward"]
-    if isinstance(method, Controller):
+        instrumented = type(method).__module__.startswith("nnsight")
+    if instrumented:
         method = method.state.original
     return getattr(method, "__func__", method)

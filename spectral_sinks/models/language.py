@@ -88,7 +88,7 @@ class LanguageModel(Transformer):
         seen = ("eager", WHOLE, OPENING, BLOCKWISE) if self.causal else ("eager", WHOLE)
         return self.config._attn_implementation in seen or self.own_attention is not None
 
-    @cached_property
+    @property
     def tied(self) -> bool:
         """Whether embedding and unembedding are one matrix."""
         parts = [self.module.get_submodule(name) for name in (self.layout.embedding, self.layout.unembedding)]

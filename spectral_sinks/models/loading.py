@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,10 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from spectral_sinks.errors import InputError
+from spectral_sinks.models.adapters import adapted_base, check_adapted, with_adapter
 from spectral_sinks.models.attention_sdpa import OPENING, is_softmax
 from spectral_sinks.models.checkpoint import Source, check_finite, find_source
-from spectral_sinks.models.effective_weights import adapter_state, device_of
+from spectral_sinks.models.effective_weights import adapter_state, device_of, offloaded
 from spectral_sinks.models.embedded import DEFAULT
 from spectral_sinks.models.gguf import SUFFIX, fast_reader
 from spectral_sinks.models.language import LanguageModel
@@ -31,7 +31,7 @@ from spectral_sinks.models.masked_lm import is_masked_lm, predicts_masked
 from spectral_sinks.models.meta_loading import load_on_meta
 from spectral_sinks.models.pickling import wrap
 from spectral_sinks.models.remote_state import To, remote_state
-from spectral_sinks.models.unwrapping import check_adapted, unwrapped
+from spectral_sinks.models.unwrapping import unwrapped
 
 
 def load(
@@ -85,9 +85,11 @@ def load(
     Raises:
         InputError: for a name that is neither a path nor reachable; for missing, pickled (unless allowed),
             truncated or non-finite weights; for an architecture that transformers cannot read from GGUF; for
-            a checkpoint that runs code of its own (unless trusted); for a model without a head over the
-            vocabulary; for a model whose modules are not found or do not add up; for an encoder or a GGUF
-            file that is to run remotely; and for options that a model object cannot take.
+            a checkpoint that runs code of its own (unless trusted); for quantised weights that cannot be read
+            or run here; for an adapter that does more than weights do; for a model that is sharded over
+            processes; for a model without a head over the vocabulary; for a model whose modules are not found
+            or do not add up; for an encoder or a GGUF file that is to run remotely; and for options that a
+            model object cannot take.
 
     """
     if not isinstance(model, str | Path):
@@ -123,7 +125,7 @@ def load(
         source = find_source(str(model), revision, gguf_file)
         base = adapted_base(source)
         module = _load_module(base or source, dtype, device_map, attention, allow_pickle, trust_remote_code)
-        if source.adapter is not None:
+        if base is not None:
             module = with_adapter(module, source, allow_pickle)
         if device is not None:
             module = moved(module, device)
@@ -141,6 +143,11 @@ def load(
             raise InputError(
                 f"{type(model).__name__} is not a model: give a name, a folder, or a model of transformers "
                 "or nnsight"
+            )
+        if any(weight.is_meta for weight in module.parameters()) and not offloaded(module):
+            raise InputError(
+                f"the weights of this {type(module).__name__} are not loaded, but on the meta device: load "
+                "it by from_pretrained, or give its name or folder"
             )
         check_adapted(held, module)
         if device is not None:
@@ -265,51 +272,6 @@ def load_weights(source: Source, kind: Any, what: str, **options: Any) -> Any:
     return module
 
 
-def adapted_base(source: Source) -> Source | None:
-    """Return the checkpoint that an adapter without a model of its own adapts; None for any other source.
-
-    Raises InputError if peft is not installed, or if the adapter does not say what it adapts.
-    """
-    if source.adapter is None:
-        return None
-    if source.folder is not None and source.file("config.json") is not None:
-        raise InputError(
-            f"{source.name} holds a model and an adapter, and which of them is meant is not clear: move "
-            "adapter_config.json and the adapter's weights to a folder of their own"
-        )
-    if find_spec("peft") is None:
-        raise InputError(f"{source.name} holds an adapter, which peft loads: pip install peft")
-    name = source.adapter.get("base_model_name_or_path")
-    if not name:
-        raise InputError(
-            f"the adapter_config.json of {source.name} does not name the model that it adapts: load that "
-            "model by transformers, and give the PeftModel of both to load"
-        )
-    return find_source(str(name), source.adapter.get("revision"))
-
-
-def with_adapter(module: Any, source: Source, allow_pickle: bool) -> Any:
-    """Return the module with the adapter of a checkpoint, which acts on its weights.
-
-    Raises InputError for an adapter that cannot be loaded, that is pickled (unless allowed), or that does
-    more than weights do.
-    """
-    import peft
-
-    if source.file("adapter_model.safetensors") is None and not allow_pickle:
-        raise InputError(
-            f"{source.name} holds no adapter_model.safetensors, and a pickled adapter can run code when it "
-            "is loaded: convert it, or allow it: load(..., allow_pickle=True), --allow-pickle"
-        )
-    try:
-        given = peft.PeftModel.from_pretrained(module, source.location, revision=source.revision)
-    except (ValueError, KeyError, OSError, RuntimeError, TypeError, SafetensorError) as error:
-        raise InputError(f"the adapter of {source.name} cannot be loaded: {error}") from error
-    inner = unwrapped(given)
-    check_adapted(given, inner)
-    return inner
-
-
 def run_once(name: str, module: Any) -> None:
     """Run a quantised model on two tokens, since some unpack their weights in the first pass.
 
@@ -320,7 +282,10 @@ def run_once(name: str, module: Any) -> None:
         with torch.no_grad():
             module(input_ids=ids)
     except Exception as error:  # of kernels, which raise types of their own
-        raise InputError(f"{name} is quantised and does not run here: {error}") from error
+        raise InputError(
+            f"{name} is quantised and does not run on {ids.device} ({error}): give a device on which it "
+            "does, such as device='cuda'"
+        ) from error
 
 
 def _from_gguf(source: Source, kind: Any, *, dtype: Any, **options: Any) -> tuple[Any, dict[str, Any]]:

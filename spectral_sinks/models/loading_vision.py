@@ -10,9 +10,15 @@ import transformers
 from transformers import AutoImageProcessor, AutoModel, PreTrainedModel, ViTImageProcessorPil
 
 from spectral_sinks.errors import InputError, SpectralWarning
+from spectral_sinks.models.adapters import adapted_base, with_adapter
 from spectral_sinks.models.checkpoint import Source, check_finite, find_source
 from spectral_sinks.models.layout_vision import vision_layout
-from spectral_sinks.models.loading import load_weights, moved, refuse_code, refuse_options
+from spectral_sinks.models.loading import (
+    load_weights,
+    moved,
+    refuse_code,
+    refuse_options,
+)
 from spectral_sinks.models.unwrapping import unwrapped
 from spectral_sinks.models.vision import VisionModel
 from spectral_sinks.models.wrapping import wrap_encoder
@@ -64,9 +70,12 @@ def load_vision(
         return model
     if isinstance(model, str | Path):
         source = find_source(str(model), revision)
-        module = _load(source, dtype, attention, allow_pickle, trust_remote_code)
+        base = adapted_base(source)
+        module = _load(base or source, dtype, attention, allow_pickle, trust_remote_code)
+        if base is not None:
+            module = with_adapter(module, source, allow_pickle)
         module = module if device is None else moved(module, device)
-        processor = processor or load_processor(source)
+        processor = processor or load_processor(source) or (base and load_processor(base))
         name = source.name
     else:
         given: Any = unwrapped(model)

@@ -10,6 +10,7 @@ import torch
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from spectral_sinks.errors import InputError, SpectralWarning
+from spectral_sinks.models.adapters import adapted_base
 from spectral_sinks.models.checkpoint import QuantisedError, Source, find_source
 from spectral_sinks.models.effective_weights import effective_parameter
 from spectral_sinks.models.gguf import EMBEDDING
@@ -125,16 +126,20 @@ def _reading(
         return _from_model(model, matrix, convention)
     source = find_source(str(model), revision, gguf_file)
     refuse_code(source, trust_remote_code=True)  # only tensors are read, so none of its code runs
-    if source.adapter is not None:
-        return _from_model(load(source.name, revision=revision), matrix, convention)
+    if (base := adapted_base(source)) is not None:
+        return _reading(_load(base, source.name, revision), matrix, convention, revision, None)
     source.require_weights()
     try:
         if is_vision(source):
             return read_checkpoint(source, matrix, convention)
         return _from_checkpoint(source, matrix, convention)
     except QuantisedError:
-        load_it = load_vision if is_vision(source) else load
-        return _reading(load_it(source.name, revision=revision), matrix, convention, revision, None)
+        return _reading(_load(source, source.name, revision), matrix, convention, revision, None)
+
+
+def _load(source: Source, name: str, revision: str | None) -> LanguageModel | VisionModel:
+    """Load a model whose kind is that of a checkpoint."""
+    return (load_vision if is_vision(source) else load)(name, revision=revision)
 
 
 def _from_model(model: LanguageModel, matrix: str, convention: Convention) -> Reading:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import Conv2d
 
 from spectral_sinks.errors import InputError
 from spectral_sinks.models.base import Transformer
@@ -15,6 +16,7 @@ from spectral_sinks.models.effective_weights import (
     effective_kernel,
     effective_weight,
     innermost,
+    is_linear,
     outermost,
 )
 from spectral_sinks.models.layout import has
@@ -157,7 +159,7 @@ class VisionModel(Transformer):
         return tuple(name for name in HEADS if has(self.module, name) and self._linear(name))
 
     def _linear(self, name: str) -> bool:
-        return isinstance(innermost(self.module.get_submodule(name)), torch.nn.Linear)
+        return is_linear(self.module.get_submodule(name))
 
     @property
     def head_weights(self) -> list[Float[Tensor, "classes columns"]]:
@@ -199,7 +201,7 @@ class VisionModel(Transformer):
     @property
     def patch_embedding(self) -> Any:
         """The convolution that writes the patches into the residual stream."""
-        return next(outermost(self.tower.embeddings, torch.nn.Conv2d))
+        return next(outermost(self.tower.embeddings, lambda part: isinstance(innermost(part), Conv2d)))
 
     @property
     def tied(self) -> bool:

@@ -9,11 +9,13 @@ from typing import Any
 import peft
 import pytest
 import torch
-from support import readings, tiny_models
+import transformers
+from support import readings, tiny_encoders, tiny_models
 from torch import nn
 
 import spectral_sinks as ss
-from spectral_sinks.models import loading
+from spectral_sinks.interventions.registers import mlp_output
+from spectral_sinks.models import adapters
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
 
@@ -200,7 +202,7 @@ def test_adapters_that_transformers_adds_itself() -> None:
     readings.assert_same(found, readings.readings(loaded(merged.eval().merge_and_unload())))
 
 
-def test_lora_on_a_bert_head_and_an_image_encoder() -> None:
+def test_lora_on_a_bert_head() -> None:
     bert = peft.get_peft_model(
         tiny_models.build("bert"), peft.LoraConfig(r=2, target_modules=["dense", "query"])
     )
@@ -216,6 +218,31 @@ def test_lora_on_a_bert_head_and_an_image_encoder() -> None:
         for model in models
     ]
     assert shares[0] == pytest.approx(shares[1], abs=1e-5)
+
+
+def test_an_image_encoder_with_an_adapter(tmp_path: Path) -> None:
+    tiny_encoders.build("vit classifier").save_pretrained(tmp_path / "base")
+    base = transformers.ViTForImageClassification.from_pretrained(tmp_path / "base")
+    names = ["q_proj", "v_proj", "o_proj", "fc1", "fc2", "projection", "classifier"]
+    model: Any = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=names))
+    randomise(model)
+    model.save_pretrained(tmp_path / "adapter")
+    merged = copy.deepcopy(model).merge_and_unload()
+    found, expected = ss.load_vision(model), ss.load_vision(merged)
+    by_folder = ss.load_vision(tmp_path / "adapter")
+    subspaces = {"x": ss.random_subspace(found.d, 4, 0)}
+    plain = ss.load_vision(tiny_encoders.build("vit classifier"))
+    for each in (found, by_folder):
+        for matrix in ("embedding", "classifier"):
+            a, b, c = (
+                ss.read_spectrum(m, matrix, bands=1, use_cache=False).values for m in (each, expected, plain)
+            )
+            assert torch.allclose(a, b, atol=1e-5) and not torch.allclose(a, c, atol=1e-2)
+        a, b = (ss.residual.weight_shares(m, subspaces)["share"].to_numpy() for m in (each, expected))
+        assert a == pytest.approx(b, abs=1e-5)
+    assert type(mlp_output(found, 1)).__module__.startswith("peft"), "whose input are the neurons"
+    read = ss.read_spectrum(tmp_path / "adapter", "classifier", bands=1, use_cache=False).values
+    assert torch.allclose(read, ss.read_spectrum(expected, "classifier", bands=1).values, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -255,7 +282,7 @@ def test_a_model_with_an_adapter_is_not_handed_to_other_processes() -> None:
 def folders(tmp_path: Path) -> tuple[Path, Path, Any]:
     """A model's folder, that of an adapter alone, and the model of peft."""
     base = tiny_models.save(tmp_path / "base")
-    module = tiny_models.transformers.AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager")
+    module = transformers.AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager")
     model = peft.get_peft_model(module, lora([*ALL, "lm_head"]))
     randomise(model)
     model.save_pretrained(tmp_path / "adapter")
@@ -277,10 +304,10 @@ def test_folders_of_adapters_that_cannot_be_loaded(
     folders: tuple[Path, Path, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, adapter, model = folders
-    with pytest.raises(ss.InputError, match=r"holds an adapter and no model: use load\(.*or name"):
+    with pytest.raises(ss.InputError, match=r"holds an adapter and no model: load both by load\(.*or name"):
         ss.describe(adapter)
     with monkeypatch.context() as patch:
-        patch.setattr(loading, "find_spec", lambda name: None)
+        patch.setattr(adapters, "find_spec", lambda name: None)
         with pytest.raises(ss.InputError, match="holds an adapter, which peft loads: pip install peft"):
             ss.load(adapter)
     written = json.loads((adapter / "adapter_config.json").read_text())

@@ -149,6 +149,33 @@ def test_embeddings_in_other_forms() -> None:
     assert effective_embedding(gemma) is gemma.weight, "without the constant that the embedding multiplies by"
 
 
+class OfItsOwn(nn.Linear):
+    """A layer with an adapter of its own, as in loralib: its `weight` is not all that acts."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 0.003 * x.roll(1, -1)
+
+
+class Rounding(nn.Linear):
+    """A layer that rounds its input to multiples of 1/127.5 of the largest number, as torchao does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = x.abs().amax(-1, keepdim=True).clamp_min(1e-9) / 127.5
+        return super().forward((x / scale * 0.9999).round().clamp(-128, 127) * scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_weight_is_what_acts_only_up_to_a_factor(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    own, rounding = (kind(32, 32).to(dtype).requires_grad_(False) for kind in (OfItsOwn, Rounding))
+    for layer in (own, rounding):
+        layer.weight.copy_(0.05 * torch.randn(32, 32))
+    assert torch.equal(effective_weight(rounding, dtype), rounding.weight.float())
+    expected = own.weight.float() + 0.003 * torch.eye(32).roll(1, 0)
+    assert not torch.allclose(own.weight.float(), expected, atol=1e-3)
+    assert torch.allclose(effective_weight(own, dtype), expected, rtol=2**-7, atol=1e-6)
+
+
 class Curved(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).tanh()

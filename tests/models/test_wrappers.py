@@ -152,3 +152,10 @@ def test_modules_that_are_no_model_are_refused() -> None:
     for other in (nn.Linear(3, 3), nn.DataParallel(nn.Linear(3, 3))):
         with pytest.raises(ss.InputError, match="is not a model: give a name, a folder"):
             ss.load(other)
+
+
+def test_a_model_without_weights_is_refused() -> None:
+    with torch.device("meta"):
+        module = transformers.AutoModelForCausalLM.from_config(tiny_models.plain().config)
+    with pytest.raises(ss.InputError, match="are not loaded, but on the meta device: load it"):
+        ss.load(module)
