@@ -91,7 +91,7 @@ def with_adapter(module: Any, source: Source, allow_pickle: bool) -> Any:
     except (ValueError, KeyError, OSError, RuntimeError, TypeError, SafetensorError) as error:
         raise InputError(f"the adapter of {source.name} cannot be loaded: {error}") from error
     refuse_prompts(given)
-    inner = given.base_model.model
+    inner: Any = given.base_model.model
     if inner.main_input_name == "input_ids":
         check_adapted(given, inner)
     return inner
