@@ -35,6 +35,9 @@ SET_TO_ZERO = ("bias", "input_activation_scale", "output_activation_scale")
 """Tensors of a layer that are zero while its matrix is read: its bias, and scales of which zero turns off the
 rounding (Gemma)."""
 
+ROUNDED = 0.005
+"""Largest relative difference that the rounding of a layer's output to bfloat16 makes in a whole matrix."""
+
 SCALE = 0.01
 """Relative difference of a layer's matrix from its weight that is due to rounded unit vectors."""
 
@@ -291,7 +294,8 @@ def _responses(module: nn.Module, dtype: torch.dtype, columns: slice) -> Float[T
     if _plain(own) and own.shape == (len(weight), width):
         own = own.detach()[:, columns].float()
         factor = (own * weight).sum() / own.square().sum()
-        same = (weight - factor * own).norm() <= 2 * torch.finfo(dtype).eps * weight.norm()
+        rounded = min(2 * torch.finfo(dtype).eps, ROUNDED)
+        same = (weight - factor * own).norm() <= rounded * weight.norm()
         return own if same and abs(factor - 1) <= SCALE else weight
     return weight
 

@@ -173,7 +173,8 @@ def test_a_weight_is_what_acts_only_up_to_a_factor(dtype: torch.dtype) -> None:
     assert torch.equal(effective_weight(rounding, dtype), rounding.weight.float())
     expected = own.weight.float() + 0.003 * torch.eye(32).roll(1, 0)
     assert not torch.allclose(own.weight.float(), expected, atol=1e-3)
-    assert torch.allclose(effective_weight(own, dtype), expected, rtol=2**-7, atol=1e-6)
+    # in bfloat16 the 0.003 is rounded as well
+    assert torch.allclose(effective_weight(own, dtype), expected, rtol=2**-7, atol=2e-5)
 
 
 class Curved(nn.Linear):
