@@ -1,13 +1,14 @@
 """Experiments side by side give what they give one after the other."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pandas as pd
 import psutil
 import pytest
-from support import tiny_models
+from support import tiny_models, tiny_study
 
 import spectral_sinks as ss
 from spectral_sinks import experiments
@@ -31,8 +32,30 @@ def test_side_by_side_gives_the_tables_of_one_after_the_other(
         pd.testing.assert_frame_equal(
             *(pd.read_csv(tmp_path / side / name) for side in ("beside", "alone")), rtol=1e-4
         )
+    assert set(pd.read_csv(tmp_path / "alone" / "weights_summary.csv")["convention"]) == {"raw"}
     manifests = [json.loads((tmp_path / side / "manifest.json").read_text()) for side in ("beside", "alone")]
     assert manifests[0] == manifests[1] and manifests[0]["experiments"] == ["spectrum", "weights"]
+
+
+@pytest.mark.parametrize(
+    ("name", "tables"),
+    [
+        ("bos", ["bos", "bos_bands"]),
+        ("sink", ["sink_removal"]),
+        ("circuits", ["circuits"]),
+        ("several", ["several_tokens", "several_dark", "several_curve"]),
+        ("no_bos", ["no_bos", "no_bos_tokens", "no_bos_nll"]),
+        ("across", ["across"]),
+    ],
+)
+def test_a_table_with_a_dark_share_names_its_convention(name: str, tables: list[str], tmp_path: Path) -> None:
+    model = tiny_models.model()
+    given = replace(
+        tiny_study.study(model, tmp_path, draws=2), unembedding=ss.read_spectrum(model, convention="folded")
+    )
+    tiny_study.run(name, given)
+    for table in tables:
+        assert set(pd.read_csv(tmp_path / f"{table}.csv")["convention"]) == {"folded"}, table
 
 
 def test_an_error_of_an_experiment_reaches_the_caller(tmp_path: Path) -> None:
