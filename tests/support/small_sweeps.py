@@ -1,9 +1,12 @@
 """Small sweeps that many tests run, and what other processes do with them."""
 
 import functools
+import itertools
 import multiprocessing
 import os
+import signal
 import sys
+import threading
 import time
 from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
@@ -104,6 +107,24 @@ def run(out: Path, cells_per_unit: int = 1, seconds: float = 0) -> None:
     """Run the sweep in a process of its own, in small units: there are many moments to be killed at."""
     sweeps.CELLS_PER_UNIT = cells_per_unit
     ss.sweep(sweep() if not seconds else sweep(scaled(20, seconds)), out)
+
+
+def run_until_killed(out: Path, units: int, seconds: float) -> None:
+    """Run the sweep in a process of its own, which dies some time after it has stored so many units.
+
+    The process counts for itself, so that a loaded machine cannot move every kill before the first unit.
+    """
+    add = ss.sweeps.Store.add
+    left = itertools.count(units, -1)
+
+    def counted(self: ss.sweeps.Store, name: str, rows: pd.DataFrame) -> None:
+        add(self, name, rows)
+        if next(left) == 1:
+            threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ss.sweeps.Store, "add", counted)
+        run(out)
 
 
 def peek(key: str) -> tuple[bool, float, str, int]:
