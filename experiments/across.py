@@ -117,7 +117,9 @@ def main(options: Options) -> None:
     for name in options.models:
         model, label = open_model(name)
         windows = ss.cut(texts, model, per_document=1)
-        found = ss.sink_verdict(model, windows, ss.read_spectra(model), name=label, draws=options.draws)
+        found = ss.sink_verdict(
+            model, windows, ss.read_spectra(model, convention="raw"), name=label, draws=options.draws
+        )
         rows.append(found.record() | {"data_hash": windows.record["data_hash"]})
         print(f"{label}: {found.disagreement or described(found)} ({found.reason})")
         table = pd.DataFrame(rows)

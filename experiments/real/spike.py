@@ -1,11 +1,12 @@
-"""Which neurons write the spike? The MLP of the layer at whose exit the norm of position 0 grows most.
+"""Which neurons write the spike? The MLP that adds most to what the layer with the strongest sink reads.
 
 Question: is the residual that carries the sink written by a few neurons of one MLP, and does the sink go when
 they are silent?
-Design: the layer is the one whose MLP adds most to the norm of position 0. A neuron's contribution is its
-activation times its output weights, along the direction of what the MLP writes at position 0; contributions
-add up to the norm of that. The neurons with the largest ones are silenced at all tokens: 1, 3, 10 and 30 of
-them.
+Design: the layer is the one, below that with the strongest sink, whose MLP adds most along the residual of
+position 0 that the sink is read from. A neuron's contribution is its activation times its output weights,
+with the gain and scale of the norm that follows the MLP in some families, along the direction of what the MLP
+writes at position 0; contributions add up to the norm of that. The neurons with the largest ones are silenced
+at all tokens: 1, 3, 10 and 30 of them.
 Control: as many neurons that write most at other tokens, and 20 sets of as many random neurons.
 """
 
@@ -31,24 +32,33 @@ def down_projection(study: RealStudy, layer: int) -> torch.nn.Linear:
 
 
 def spike_layer(study: RealStudy) -> tuple[int, pd.DataFrame]:
-    """Return the layer whose MLP writes most at position 0, and the norms that all MLPs write there."""
+    """Return the layer whose MLP writes the carrier of the sink, and what all MLPs write at position 0.
+
+    `along_carrier` is what an MLP adds along the mean residual of position 0 that the layer with the
+    strongest sink reads.
+    """
     sites = [ss.Site("mlp", layer) for layer in range(study.model.layers)]
+    carrier = ss.Site("exit", study.below_sink)
+
+    def readout(final: torch.Tensor, read: dict[ss.Site, torch.Tensor], weights: Any) -> tuple[Any, ...]:
+        norms = torch.stack([read[site].norm(dim=-1) for site in sites], 1)
+        return norms, torch.stack([read[site][:, 0] for site in sites], 1), read[carrier][:, 0]
+
     parts = [
-        ss.trace(
-            study.model, ids.to(study.model.device), {}, sites,
-            readout=lambda final, read, weights: torch.stack([read[s].norm(dim=-1) for s in sites], 1).cpu(),
-        )
+        ss.trace(study.model, ids.to(study.model.device), {}, [*sites, carrier], readout=readout)
         for _, ids in study.windows.batches(16)
-    ]  # fmt: skip
-    norms = torch.cat(parts)  # [windows, layers, tokens]
+    ]
+    norms, first, read = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
+    direction = torch.nn.functional.normalize(read.mean(0), dim=0)
     table = pd.DataFrame(
         {
             "layer": range(study.model.layers),
             "written_first": norms[..., 0].mean(0),
             "written_others": norms[..., 1:].mean((0, 2)),
+            "along_carrier": first.mean(0) @ direction,
         }
     )
-    return int(table["written_first"].idxmax()), table
+    return int(table["along_carrier"].iloc[: study.below_sink + 1].idxmax()), table
 
 
 @contextmanager
@@ -84,21 +94,29 @@ def silenced(module: torch.nn.Module, neurons: Sequence[int]) -> Iterator[None]:
 
 def contributions(study: RealStudy, layer: int) -> pd.DataFrame:
     """Return the contribution of each neuron along what the MLP writes at position 0, and at other tokens."""
-    module = down_projection(study, layer)
+    module, site = down_projection(study, layer), ss.Site("mlp", layer)
     seen: list[torch.Tensor] = []
-    with watched(module, seen), torch.no_grad():
-        for _, ids in study.windows.batches(16):
-            study.model.module(input_ids=ids.to(study.model.device), use_cache=False)
+    with watched(module, seen):
+        added = [
+            ss.trace(
+                study.model, ids.to(study.model.device), {}, [site],
+                readout=lambda final, read, weights: read[site].cpu(),
+            )
+            for _, ids in study.windows.batches(16)
+        ]  # fmt: skip
     activation = torch.cat(seen)  # [windows, tokens, neurons]
     weight = module.weight.detach().float().cpu()  # [d, neurons]
-    written = (activation[:, 0] @ weight.T).mean(0)
-    along = (written / written.norm()) @ weight
+    added = torch.cat(added)
+    # what the norm after the MLP, if there is one, multiplies each channel by
+    scale = added / (activation @ weight.T)
+    written = added[:, 0].mean(0)
+    along = ((written / written.norm()) * scale) @ weight  # [windows, tokens, neurons]
     return pd.DataFrame(
         {
-            "neuron": range(len(along)),
+            "neuron": range(activation.shape[-1]),
             "activation": activation[:, 0].mean(0),
-            "contribution": (activation[:, 0] * along).mean(0),
-            "contribution_others": (activation[:, 1:] * along).mean((0, 1)),
+            "contribution": (activation * along)[:, 0].mean(0),
+            "contribution_others": (activation * along)[:, 1:].mean((0, 1)),
             "size_others": (activation[:, 1:].abs() * weight.norm(dim=0)).mean((0, 1)),
         }
     ).sort_values("contribution", ascending=False, ignore_index=True)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from tyro.conf import Positional
 
 import spectral_sinks as ss
-from spectral_sinks.spectra.conventions import DEFAULT_CONVENTION, Convention
+from spectral_sinks.spectra.conventions import SIDE_BY_SIDE, Convention
 
 RemoteName = Literal["ndif", "local"]
 
@@ -93,9 +93,10 @@ class Running(Common):
     The value local rehearses such a run in this process."""
     factors: str | None = None
     """Dtype in which bases are sent to a server, such as float32; by default the dtype of the model."""
-    convention: Convention = DEFAULT_CONVENTION
+    convention: Convention | None = None
     """How the unembedding is read: raw as stored, folded with the gain of the final norm.
     The value centred also removes the mean over the vocabulary.
+    The default is folded, or raw with a warning where the gain is not known.
     The commands sinks, energy and nll show raw and folded beside it."""
     bands: int = 20
     """Number of bands."""
@@ -107,8 +108,8 @@ class Running(Common):
         """
 
         def read(**source: Any) -> list[ss.Spectrum]:
-            given = source | {"convention": self.convention, "bands": self.bands}
-            return ss.read_spectra(**given) if beside else [ss.read_spectrum(**given)]
+            others = SIDE_BY_SIDE if beside else ()
+            return ss.read_spectra(**source, convention=self.convention, beside=others, bands=self.bands)
 
         if self.remote == "ndif":
             model = self.load(dtype=self.dtype, remote=True, factors=self.factors, device=self.device)

@@ -69,6 +69,9 @@ class HeaderReader(gguf.GGUFReader):
     half a minute of processor time whenever the file is opened.
     """
 
+    entries = False
+    """Whether the entries of long arrays are read."""
+
     def _get_field_parts(self, orig_offs: int, raw_type: Any) -> tuple[int, list[Any], list[int], list[Any]]:
         if raw_type != gguf.GGUFValueType.ARRAY:
             return super()._get_field_parts(orig_offs, raw_type)
@@ -76,26 +79,40 @@ class HeaderReader(gguf.GGUFReader):
         if count <= LONG:
             return super()._get_field_parts(orig_offs, raw_type)
         kind, end = gguf.GGUFValueType(kind), orig_offs + 12
+        parts: list[Any] = []
         if kind == gguf.GGUFValueType.STRING:
             for _ in range(count):
-                end += 8 + struct.unpack_from("<Q", self.data.data, end)[0]
+                start = end + 8
+                end = start + struct.unpack_from("<Q", self.data.data, end)[0]
+                if self.entries:
+                    parts.append(self.data.data[start:end])
         else:
-            end += count * np.dtype(self.gguf_scalar_to_np[kind]).itemsize
-        return end - orig_offs, [], [], [gguf.GGUFValueType.ARRAY, kind]
+            dtype = np.dtype(self.gguf_scalar_to_np[kind])
+            if self.entries:
+                parts = list(np.frombuffer(self.data.data, dtype, count, end)[:, None])
+            end += count * dtype.itemsize
+        return end - orig_offs, parts, [*range(len(parts))], [gguf.GGUFValueType.ARRAY, kind]
+
+
+class VocabularyReader(HeaderReader):
+    """The same with the entries of long arrays, as the tokenizer needs them: plain arrays, views of bytes."""
+
+    entries = True
 
 
 _patching = Lock()
 
 
 @contextmanager
-def fast_reader() -> Iterator[None]:
-    """Let transformers open GGUF files by `HeaderReader`, and make the map of tensor names once for a model.
+def fast_reader(reader: type[HeaderReader] = HeaderReader) -> Iterator[None]:
+    """Let transformers open a GGUF file once, by a reader of this module, and make one map of tensor names.
 
-    transformers takes both from the gguf package when it opens a file, and makes the map once per module.
+    transformers takes both from the gguf package. It opens a file several times for a tokenizer, and makes
+    the map once per module.
     """
     with _patching:
         usual = gguf.GGUFReader, gguf.get_tensor_name_map
-        gguf.GGUFReader, gguf.get_tensor_name_map = HeaderReader, cache(gguf.get_tensor_name_map)
+        gguf.GGUFReader, gguf.get_tensor_name_map = cache(reader), cache(gguf.get_tensor_name_map)
         try:
             yield
         finally:

@@ -1,6 +1,7 @@
 """`load`: a language model by name, folder, hub id or object."""
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from spectral_sinks.models.attention_sdpa import OPENING, is_softmax
 from spectral_sinks.models.checkpoint import Source, check_finite, find_source
 from spectral_sinks.models.effective_weights import adapter_state, device_of, offloaded
 from spectral_sinks.models.embedded import DEFAULT
-from spectral_sinks.models.gguf import SUFFIX, fast_reader
+from spectral_sinks.models.gguf import SUFFIX, VocabularyReader, fast_reader
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.models.layout import Layout, find_layout
 from spectral_sinks.models.masked_lm import is_masked_lm, predicts_masked
@@ -392,9 +393,10 @@ def load_tokenizer(source: Source, trust_remote_code: bool) -> Any:
     try:
         # transformers would read a GGUF file once more for the configuration
         known = {} if source.gguf is None else {"config": read_config(source, trust_remote_code)}
-        tokenizer = AutoTokenizer.from_pretrained(
-            source.location, **source.options, trust_remote_code=trust_remote_code, **known
-        )
+        with nullcontext() if source.gguf is None else fast_reader(VocabularyReader):
+            tokenizer = AutoTokenizer.from_pretrained(
+                source.location, **source.options, trust_remote_code=trust_remote_code, **known
+            )
     except (ValueError, KeyError, OSError) as error:
         raise InputError(f"the tokenizer of {source.name} cannot be loaded: {error}") from error
     if source.gguf is not None:

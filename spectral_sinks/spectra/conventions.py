@@ -8,7 +8,14 @@ Convention = Literal["raw", "folded", "centred"]
 removes the mean over the vocabulary."""
 
 DEFAULT_CONVENTION: Convention = "raw"
-"""The convention in which an unembedding is read unless another one is named."""
+"""The convention of `read_spectrum` and of sweep files unless another one is named: the matrix as stored."""
+
+DARK_CONVENTION: Convention = "folded"
+"""The convention that decides what the commands call dark unless another one is named.
+
+The vocabulary reads a residual through the gain of the final norm, so a direction is dark to it if the
+product of gain and matrix hardly reads it. `results/real/README.md` measures what this decides.
+"""
 
 SIDE_BY_SIDE: tuple[Convention, ...] = ("raw", "folded")
 """The conventions that are shown beside the one that decides."""

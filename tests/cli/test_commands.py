@@ -141,7 +141,7 @@ def test_nll_with_a_filter(
 ) -> None:
     found = nll("--layer", 1, *options, "--seed", 4)
     make = ss.keep if options[0] == "--keep" else ss.remove
-    chosen = make(ss.read_spectrum(model).subspace(spec, 4))
+    chosen = make(ss.read_spectrum(model, convention="folded").subspace(spec, 4))
     agrees(found, ss.evaluate(model, windows, {ss.Site("exit", 1): chosen}))
     assert found["layer"] == 1 and found["site"] == "exit" and found["delta_nll"] != 0
 
@@ -170,7 +170,9 @@ def test_every_fill(nll: Run, model: ss.LanguageModel, windows: ss.Windows, fill
     site = ss.Site("mlp", 1)
     fills = {"zero": ss.Zero(), "swap": ss.Swap(), "noise": ss.Noise(2)}
     chosen = fills.get(fill) or ss.Mean(ss.mean_residual(model, windows, site))
-    effect = ss.evaluate(model, windows, {site: ss.remove(ss.read_spectrum(model).bands(1, 10), chosen)})
+    effect = ss.evaluate(
+        model, windows, {site: ss.remove(ss.read_spectrum(model, convention="folded").bands(1, 10), chosen)}
+    )
     found = nll("--layer", 1, "--site", "mlp", "--remove", "1-10", "--fill", fill, "--seed", 2)
     agrees(found, effect)
     assert found["fill"] == fill
@@ -179,7 +181,7 @@ def test_every_fill(nll: Run, model: ss.LanguageModel, windows: ss.Windows, fill
 @pytest.mark.parametrize("tokens", ["all", "first", "all-but-first", "ids:5,13,40"])
 def test_every_choice_of_tokens(nll: Run, model: ss.LanguageModel, windows: ss.Windows, tokens: str) -> None:
     choice = [5, 13, 40] if tokens.startswith("ids") else tokens
-    dark = ss.remove(ss.read_spectrum(model).dark()).at(choice)
+    dark = ss.remove(ss.read_spectrum(model, convention="folded").dark()).at(choice)
     found = nll("--layer", 0, "--remove", "dark", "--tokens", tokens)
     agrees(found, ss.evaluate(model, windows, {ss.Site("exit", 0): dark}))
     assert found["filtered_tokens"] == tokens
@@ -192,7 +194,12 @@ def test_every_choice_of_tokens(nll: Run, model: ss.LanguageModel, windows: ss.W
 def test_every_site(nll: Run, model: ss.LanguageModel, windows: ss.Windows, site: str) -> None:
     found = nll("--layer", 1, "--site", site, "--remove", "10-20")
     place = ss.Site("head", 1, 2) if site == "head:2" else ss.Site.parse(site, 1)
-    agrees(found, ss.evaluate(model, windows, {place: ss.remove(ss.read_spectrum(model).bands(10, 20))}))
+    agrees(
+        found,
+        ss.evaluate(
+            model, windows, {place: ss.remove(ss.read_spectrum(model, convention="folded").bands(10, 20))}
+        ),
+    )
     assert found["site"] == site and found["layer"] == place.layer
 
 
@@ -215,7 +222,11 @@ def test_energy(run: Run, checkpoint: Path, text: Path, model: ss.LanguageModel,
     rows = pd.DataFrame(found["rows"])
     assert {"layer", "position_class", "band", "share"} <= set(rows.columns)
     keys = ["site", "layer", "position_class", "band"]
-    expected = ss.energy(model, windows, ss.read_spectrum(model)).groupby(keys)[["share", "norm"]].mean()
+    expected = (
+        ss.energy(model, windows, ss.read_spectrum(model, convention="folded"))
+        .groupby(keys)[["share", "norm"]]
+        .mean()
+    )
     assert len(rows) == len(expected) == 4 * 2 * 20
     found_rows = rows.set_index(keys)[["share", "norm"]].loc[expected.index]
     assert np.allclose(found_rows, expected)

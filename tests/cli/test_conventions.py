@@ -64,27 +64,27 @@ def shares(x: np.ndarray, model: Any) -> dict[str, np.ndarray]:
 
 def test_sinks(run: Any) -> None:
     record = json.loads(run("sinks", "--json").out)
-    assert (record["convention"], record["conventions"]) == ("raw", ["raw", "folded"])
+    assert (record["convention"], record["conventions"]) == ("folded", ["folded", "raw"])
     (sink,) = record["sinks"]
-    assert (sink["dark"], sink["dark_folded"]) == (False, True)
-    assert sink["dark_share"] < 0.1 and sink["dark_share_folded"] > 0.9
+    assert (sink["dark"], sink["dark_raw"]) == (True, False)
+    assert sink["dark_share"] > 0.9 and sink["dark_share_raw"] < 0.1
     said = run("sinks").out
     assert "The sink at position 0 " + DISAGREE in said
     assert all(words in said for words in (", dark ", ", not dark ", "raw", "folded")), said
-    turned = json.loads(run("sinks", "--json", "--convention", "folded").out)
-    assert (turned["convention"], turned["conventions"]) == ("folded", ["folded", "raw"])
+    turned = json.loads(run("sinks", "--json", "--convention", "raw").out)
+    assert (turned["convention"], turned["conventions"]) == ("raw", ["raw", "folded"])
     (swapped,) = turned["sinks"]
-    assert (swapped["dark"], swapped["dark_raw"]) == (True, False)
-    assert swapped["dark_share_raw"] == sink["dark_share"]
+    assert (swapped["dark"], swapped["dark_folded"]) == (False, True)
+    assert swapped["dark_share_folded"] == sink["dark_share"]
 
 
 def test_energy(run: Any, checkpoint: Path, windows: ss.Windows) -> None:
     record = json.loads(run("energy", "--json").out)
-    assert (record["convention"], record["conventions"]) == ("raw", ["raw", "folded"])
+    assert (record["convention"], record["conventions"]) == ("folded", ["folded", "raw"])
     model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
     with torch.no_grad():
         states = model(torch.stack(windows.rows), output_hidden_states=True).hidden_states
-    for name, rows in (("raw", record["rows"]), ("folded", record["rows_folded"])):
+    for name, rows in (("folded", record["rows"]), ("raw", record["rows_raw"])):
         table = pd.DataFrame(rows).set_index(["site", "layer", "position_class", "band"])["share"]
         for layer, state in ((-1, states[0]), (1, states[2])):
             expected = shares(state.double().numpy(), model)[name]
@@ -99,18 +99,18 @@ def test_energy(run: Any, checkpoint: Path, windows: ss.Windows) -> None:
 
 def test_nll(run: Any, checkpoint: Path, windows: ss.Windows) -> None:
     found = json.loads(run(*NLL, "--json").out)
-    assert (found["convention"], found["conventions"]) == ("raw", ["raw", "folded"])
+    assert (found["convention"], found["conventions"]) == ("folded", ["folded", "raw"])
     model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
     with torch.no_grad():
         x = model(torch.stack(windows.rows), output_hidden_states=True).hidden_states[1].double().numpy()
     drawn = [ss.random_subspace(D, D // BANDS, seed).orthonormal().numpy() for seed in range(20)]
     random = [(np.square(x[:, 0] @ basis).sum(-1) / np.square(x[:, 0]).sum(-1)).mean() for basis in drawn]
-    for name, end in (("raw", ""), ("folded", "_folded")):
+    for name, end in (("folded", ""), ("raw", "_raw")):
         expected = shares(x, model)[name]
         assert found[f"dark_share{end}"] == pytest.approx(expected[:, 0].mean(), abs=1e-5)
         assert found[f"other_dark_share{end}"] == pytest.approx(expected[:, 1:].mean(), abs=1e-5)
         assert found[f"random_dark_share{end}"] == pytest.approx([min(random), max(random)], abs=1e-5)
-    assert (found["dark"], found["dark_folded"]) == (False, True)
+    assert (found["dark"], found["dark_raw"]) == (True, False)
     said = run(*NLL).out
     assert "dark share of position 0, raw" in said and "dark share of position 0, folded" in said
     assert "At exit 0, position 0 " + DISAGREE in said
@@ -139,19 +139,23 @@ def test_the_model_is_loaded_once(command: Any, run: Any, monkeypatch: pytest.Mo
     assert len(loaded) == 1
 
 
-@pytest.mark.filterwarnings("always:nothing is shown")
+@pytest.mark.filterwarnings("always:nothing is shown", "always:what is dark")
 @pytest.mark.parametrize("command", [("sinks",), ("energy",), NLL], ids=lambda c: c[0])
 def test_a_norm_that_is_not_known(command: Any, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("spectral_sinks.models.spectra.NORMS", ())
-    done = run(*command, "--json")
-    assert json.loads(done.out)["conventions"] == ["raw"]
-    assert done.err.count("nothing is shown under convention 'folded'") == 1
-    assert "holds no final norm that is known" in done.err
-    assert "folded" not in run(*command).out
+    for options, words in (
+        ((), "what is dark is judged under convention 'raw', since 'folded' cannot be read"),
+        (("--convention", "raw"), "nothing is shown under convention 'folded'"),
+    ):
+        done = run(*command, "--json", *options)
+        assert json.loads(done.out)["conventions"] == ["raw"]
+        assert " ".join(done.err.split()).count(words) == 1
+        assert done.err.count("holds no final norm that is known") == 1
+        assert "folded" not in run(*command, *options).out
 
 
 @pytest.mark.filterwarnings("ignore:band edges")
-@pytest.mark.filterwarnings("always:nothing is shown")
+@pytest.mark.filterwarnings("always:what is dark")
 def test_image_classifiers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = transformers.CLIPConfig(vision_config=tiny_encoders.SIZES, num_labels=5)
     models = {
@@ -160,11 +164,11 @@ def test_image_classifiers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     }
     (tmp_path / "pictures").mkdir()
     pictures = planted_outliers.pictures(tmp_path / "pictures", ("cat", "dog"))
-    for name, conventions in (("vit", ["raw", "folded"]), ("clip", ["raw"])):
+    for name, conventions in (("vit", ["folded", "raw"]), ("clip", ["raw"])):
         done = tiny_models.run(capsys, "vision", models[name], pictures, "--epsilon", 0.01, "--json")
         assert done.status == 0, done.err
         record = json.loads(done.out)["sinks"]
         assert record["conventions"] == conventions and record["sinks"]
         for sink in record["sinks"]:
-            assert ("dark_share_folded" in sink) == (name == "vit") and 0 <= sink["dark_share"] <= 1
+            assert ("dark_share_raw" in sink) == (name == "vit") and 0 <= sink["dark_share"] <= 1
         assert ("no norm before it to fold in" in done.err) == (name == "clip")

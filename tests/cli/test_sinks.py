@@ -92,7 +92,7 @@ def test_chats(
     record = json.loads(tiny_models.run(capsys, *given, "--json").out)
     model = ss.load(chat_checkpoint)
     windows = ss.cut(CHATS, model, chat=True, length=64)
-    found = ss.find_sinks(model, windows, ss.read_spectrum(model), epsilon=0.07, draws=2)
+    found = ss.find_sinks(model, windows, ss.read_spectrum(model, convention="folded"), epsilon=0.07, draws=2)
     assert record["roles"] == json.loads(json.dumps(found.by_role().to_dict("records")))
     assert {row["role"] for row in record["roles"]} == {"template", "user", "assistant"}
     assert (record["documents"], record["data_hash"]) == (4, windows.record["data_hash"])

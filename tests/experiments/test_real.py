@@ -92,7 +92,7 @@ def test_ladder_ends_at_the_dark_band(study: RealStudy) -> None:
 def test_neurons_add_up_to_what_the_mlp_writes(study: RealStudy) -> None:
     layer, written = spike.spike_layer(study)
     neurons = spike.contributions(study, layer)
-    assert layer == written["written_first"].argmax()
+    assert layer == written["along_carrier"].iloc[: study.below_sink + 1].argmax()
     ids, site = torch.stack(list(study.windows.rows)), ss.Site("mlp", layer)
     out = ss.trace(study.model, ids, {}, [site], readout=lambda final, read, weights: read[site][:, 0])
     bias = spike.down_projection(study, layer).bias

@@ -12,7 +12,7 @@ from support.gguf_files import byte_vocabulary, small_gemma3, small_llama, write
 from transformers import AutoModelForCausalLM
 
 import spectral_sinks as ss
-from spectral_sinks.models.gguf import GgufFile
+from spectral_sinks.models.gguf import GgufFile, VocabularyReader
 from spectral_sinks.models.spectra import quantization_noise
 
 MAKERS = {
@@ -158,6 +158,9 @@ def test_long_arrays_are_left_out_and_short_ones_are_not(
         if name not in ("tokenizer.ggml.tokens", "tokenizer.ggml.token_type")
     }
     torch.testing.assert_close(short.tensor("output_norm.weight"), small_llama().model.norm.weight.data)
+    read = VocabularyReader(file).fields
+    assert {name: field.contents() for name, field in read.items()} == whole
+    assert isinstance(read["tokenizer.ggml.tokens"].parts[-1], memoryview)
     assert ss.load(file).vocabulary == len(byte_vocabulary())
     assert gguf.GGUFReader.__module__.startswith("gguf")
 

@@ -16,7 +16,12 @@ from spectral_sinks.models.language import LanguageModel, token_rows
 from spectral_sinks.models.spectra import read_local_spectrum
 from spectral_sinks.remote.client import remotely
 from spectral_sinks.spectra import cache
-from spectral_sinks.spectra.conventions import DEFAULT_CONVENTION, SIDE_BY_SIDE, Convention
+from spectral_sinks.spectra.conventions import (
+    DARK_CONVENTION,
+    DEFAULT_CONVENTION,
+    SIDE_BY_SIDE,
+    Convention,
+)
 from spectral_sinks.spectra.spectrum import Spectrum
 
 COLUMNS = 64
@@ -100,20 +105,23 @@ def read_spectrum(
 def read_spectra(
     model: Any = DEFAULT,
     *,
-    convention: Convention = DEFAULT_CONVENTION,
+    convention: Convention | None = None,
+    beside: Sequence[Convention] = SIDE_BY_SIDE,
     bands: int = 20,
     revision: str | None = None,
     gguf_file: str | None = None,
     use_cache: bool = True,
 ) -> list[Spectrum]:
-    """Return the spectrum of the unembedding under one convention, and under `raw` and `folded` beside it.
+    """Return the spectrum of the unembedding under the convention that decides what is dark, and others.
 
     The first has the convention asked for. A `SpectralWarning` names each of the others that this model does
     not have, such as `folded` where no gain of a final norm is known, and it is left out.
 
     Args:
         model: a model, or its name or folder.
-        convention: the convention of the first spectrum.
+        convention: the convention of the first spectrum. By default it is `folded`; for a model that does not
+            have it, a `SpectralWarning` says that it is `raw`.
+        beside: the other conventions.
         bands: number of bands.
         revision: revision of the checkpoint, where it is read by name.
         gguf_file: name of the GGUF file in a folder or hub repository that is read by name.
@@ -129,9 +137,21 @@ def read_spectra(
         "gguf_file": gguf_file,
         "use_cache": use_cache,
     }
-    found = [read_spectrum(model, convention=convention, **given)]
-    for other in SIDE_BY_SIDE:
-        if other != convention:
+    try:
+        found = [read_spectrum(model, convention=convention or DARK_CONVENTION, **given)]
+    except InputError as error:
+        if convention is not None:
+            raise
+        found = [read_spectrum(model, **given)]
+        warnings.warn(
+            f"what is dark is judged under convention {found[0].convention!r}, since {DARK_CONVENTION!r} "
+            f"cannot be read: {error}",
+            SpectralWarning,
+            stacklevel=2,
+        )
+        beside = [other for other in beside if other != DARK_CONVENTION]
+    for other in beside:
+        if other != found[0].convention:
             try:
                 found.append(read_spectrum(model, convention=other, **given))
             except InputError as error:

@@ -181,6 +181,7 @@ def narrow() -> ss.Spectrum:
 def test_one_spectrum_or_those_of_both_conventions_are_read() -> None:
     model = sinking(1, 1e-3)[0]
     for convention, expected in (
+        (None, ["folded", "raw"]),
         ("raw", ["raw", "folded"]),
         ("folded", ["folded", "raw"]),
         ("centred", ["centred", "raw", "folded"]),
@@ -196,7 +197,13 @@ def test_a_convention_that_cannot_be_read_is_named_and_left_out() -> None:
     model, raw, _ = sinking(1, 1e-3)
     model.module.model.norm.forward = lambda x: x.sin()
     with pytest.warns(ss.SpectralWarning, match="under convention 'folded': LlamaRMSNorm is"):
+        found = ss.read_spectra(model, convention="raw", bands=BANDS)
+    assert [each.fingerprint for each in found] == [raw.fingerprint]
+    with pytest.warns(
+        ss.SpectralWarning, match="'raw', since 'folded' cannot be read: LlamaRMSNorm is"
+    ) as said:
         found = ss.read_spectra(model, bands=BANDS)
+    assert len(said) == 1
     assert [each.fingerprint for each in found] == [raw.fingerprint]
     with pytest.raises(ss.InputError, match="not understood as a norm"):
         ss.read_spectra(model, convention="folded", bands=BANDS)
