@@ -1,11 +1,22 @@
-"""What the package raises and warns with."""
+"""What the package raises and warns with, and the secrets that no message contains."""
 
 import functools
+import os
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+HIDDEN = "[key]"
+"""What stands in the place of a secret."""
+
+SECRETS = ("NDIF_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
+"""Environment variables that hold a key."""
+
+SHORTEST = 8
+"""Characters of a key, at least. Anything shorter would be found in ordinary words."""
 
 
 class SpectralError(Exception):
@@ -26,6 +37,26 @@ class RemoteError(SpectralError, ConnectionError):
 
 class SpectralWarning(UserWarning):
     """The result can be used, with a caveat that the message states."""
+
+
+def secrets() -> list[str]:
+    """Return the keys that this process knows: NDIF's and the hub's, from the environment or stored."""
+    found: list[str | None] = [os.environ.get(name) for name in SECRETS]
+    # a library that is not loaded has not read its key either
+    if nnsight := sys.modules.get("nnsight.schema.config"):
+        found.append(nnsight.CONFIG.API.APIKEY)
+    if hub := sys.modules.get("huggingface_hub.utils._auth"):
+        found.append(hub.get_token())
+    return sorted(
+        {key.strip() for key in found if key and len(key.strip()) >= SHORTEST}, key=len, reverse=True
+    )
+
+
+def without_secrets(text: str) -> str:
+    """Return a text without the keys of this process, because servers may repeat what they were sent."""
+    for key in secrets():
+        text = text.replace(key, HIDDEN)
+    return text
 
 
 def renamed_argument(old: str, new: str) -> Callable[[F], F]:

@@ -15,7 +15,6 @@ from typing import Any
 
 import pandas as pd
 import psutil
-import torch
 from tqdm import tqdm
 
 from spectral_sinks.data.document_sources import documents as read_documents
@@ -35,11 +34,15 @@ from spectral_sinks.spectra.spectrum import Spectrum
 from spectral_sinks.stats import mean_interval
 from spectral_sinks.sweeps.band_ladder import ladder
 from spectral_sinks.sweeps.definition import versions
+from spectral_sinks.sweeps.workers import begin_worker
 
 __all__ = ["Finding", "Study", "answer", "find_experiment", "reproduce", "without_last_band"]
 
 BATCH = 16
 """Number of windows in a forward pass."""
+
+FORMULAS = ("=", "+", "-", "@", "\t", "\r")
+"""Characters with which a text begins that a spreadsheet takes for a formula."""
 
 PROCESS_BYTES = 2**30
 """Memory of a process that has imported torch and transformers, generously."""
@@ -118,9 +121,13 @@ class Study:
             )
 
     def save(self, table: pd.DataFrame, name: str) -> pd.DataFrame:
-        """Write a table as CSV, with six significant digits, and return it."""
+        """Write a table as CSV, with six significant digits, and return it.
+
+        A text that a spreadsheet would take for a formula is written after an apostrophe, since tokens come
+        from the model and the documents.
+        """
         with atomic_write(self.out / f"{name}.csv") as path:
-            table.to_csv(path, index=False, float_format="%.6g")
+            _without_formulas(table).to_csv(path, index=False, float_format="%.6g")
         return table
 
     def figure(self, name: str) -> Path:
@@ -223,6 +230,16 @@ def _study(model: str | LanguageModel, out: Path, documents: int, silent: bool =
     return Study(loaded, windows, spectra["unembedding"], spectra["embedding"], out, silent=silent)
 
 
+def _without_formulas(table: pd.DataFrame) -> pd.DataFrame:
+    safe = table.copy(deep=False)
+    for name in safe.columns:
+        if not pd.api.types.is_numeric_dtype(safe[name]):
+            safe[name] = safe[name].map(
+                lambda value: f"'{value}" if isinstance(value, str) and value.startswith(FORMULAS) else value
+            )
+    return safe
+
+
 def _run(study: Study, name: str) -> Finding:
     """Run one experiment and write its summary."""
     began = time.monotonic()
@@ -248,7 +265,7 @@ def _side_by_side(
 ) -> Iterator[Finding]:
     """Run experiments in processes, and yield each finding when its experiment ends."""
     # spawn, since a forked process inherits locks of torch's threads
-    with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+    with ProcessPoolExecutor(jobs, get_context("spawn"), begin_worker, (1,)) as pool:
         waiting = [pool.submit(_run_alone, model, out, documents, name) for name in names]
         try:
             for done in as_completed(waiting):

@@ -21,10 +21,13 @@ READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`, which replaces `path` at the end of the block.
 
-    The temporary file is removed on any error, such as a full disk. Both the content and the new name are
-    synced to the disk, so a crash of the machine cannot leave half a file.
+    Only a regular file is replaced. The temporary file is removed on any error, such as a full disk. Both the
+    content and the new name are synced to the disk, so a crash of the machine cannot leave half a file.
     """
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
     temporary = path.with_name(f".{path.name}.part")
+    temporary.unlink(missing_ok=True)  # never write through a link that a foreign folder has in its place
     try:
         yield temporary
         with temporary.open("rb+") as file:
@@ -53,6 +56,21 @@ def clearly(folder: Path) -> Iterator[None]:
         raise InputError(
             f"{folder} cannot be written: {reason}; what was finished is intact and is not computed again"
         ) from error
+
+
+def read_regular(path: Path) -> bytes:
+    """Return the content of a file. Raises OSError also for a pipe or a device, which could block."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+    return path.read_bytes()
+
+
+def expanded(path: str | Path) -> Path:
+    """Return a path with ~ and ~user replaced. Raises InputError for a user who does not exist."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise InputError(f"{path} cannot be found: {error}") from error
 
 
 def listing(folder: Path) -> list[str]:

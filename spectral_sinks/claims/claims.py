@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from spectral_sinks.claims.tables import TableCell, globbed
+from spectral_sinks.claims.tables import TableCell, below, globbed
 from spectral_sinks.errors import InputError
 
 
@@ -85,6 +85,8 @@ class Claims(BaseModel):
 
     @model_validator(mode="after")
     def _known_pages(self) -> "Claims":
+        for path in self.pages.values():
+            below(path)
         for claim in (*self.claims, *self.stated):
             if claim.page not in self.pages:
                 raise ValueError(f"page {claim.page!r} is not among {', '.join(self.pages)}")
@@ -97,12 +99,12 @@ class Claims(BaseModel):
             return cls.model_validate(tomllib.loads(Path(path).read_text(encoding="utf-8")))
         except OSError as error:
             raise InputError(f"{path} cannot be read: {error.strerror}") from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise InputError(f"{path} is not TOML: {error}") from error
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
-            given = first["input"]
+            given: Any = first["input"]
             given = given.get("text", "") if isinstance(given, dict) else given
             raise InputError(f"{path}: {where}: {first['msg']} (given: {str(given)[:80]!r})") from error
 

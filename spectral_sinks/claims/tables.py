@@ -13,6 +13,9 @@ from spectral_sinks.errors import SpectralError
 DEFAULTS = {1: ["value"], 2: ["low", "high"], 3: ["value", "low", "high"]}
 """Default columns of NAME_summary.csv, by how many numbers a claim states."""
 
+BELOW = re.compile(r"[\w*][\w.*+-]*(/[\w*][\w.*+-]*)*", re.ASCII)
+"""The path of a file below a folder: no part of it leads upwards, and none is hidden."""
+
 Selector = str | dict[str, Any]
 Take = Literal["max", "min", "mean", "sum", "count"]
 
@@ -57,6 +60,11 @@ class TableCell(BaseModel):
     def _one_is_a_list(cls, value: Any) -> Any:
         return [value] if isinstance(value, str | dict) else value
 
+    @field_validator("file")
+    @classmethod
+    def _file_below(cls, value: str | None) -> str | None:
+        return value if value is None else below(value)
+
     def columns(self, numbers: int) -> list[str]:
         """Return the names of the columns; by default those of a summary for that many numbers."""
         if self.take:
@@ -70,6 +78,13 @@ class TableCell(BaseModel):
         mine = {key: getattr(self, key) for key in ("file", "row", "column", "by", "scale")}
         own = {key: getattr(other, key) for key in other.model_fields_set}
         return TableCell(**mine | own)
+
+
+def below(path: str) -> str:
+    """Return a path that stays below the folder that it is read from. Raises ValueError for any other."""
+    if not BELOW.fullmatch(path):
+        raise ValueError(f"{path!r} is not the path of a file below the folder")
+    return path
 
 
 def table(file: str, results: Path, repository: Path | None, cache: dict[str, Any]) -> Any:
@@ -90,7 +105,7 @@ def table(file: str, results: Path, repository: Path | None, cache: dict[str, An
             cache[file] = json.loads(paths[0].read_text(encoding="utf-8"))
         else:
             cache[file] = pd.concat([pd.read_csv(path) for path in paths], ignore_index=True)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise LookupFailure(f"file {file} cannot be read: {error}") from error
     return cache[file]
 
@@ -148,6 +163,8 @@ def _numbers(cell: TableCell, rows: pd.DataFrame, column: str) -> pd.Series:
         raise LookupFailure(f"{cell.file} has no column {name!r}: {', '.join(rows.columns)}")
     if not place:
         return pd.to_numeric(rows[name], errors="coerce")
+    if not re.fullmatch(r"-?[1-9]\d{0,3}", place):
+        raise LookupFailure(f"column {column!r}: expected a place such as {name}:2 or {name}:-1")
     index = int(place) - (int(place) > 0)
     texts = rows[name].fillna("").astype(str)
     parts = [re.findall(r"(?<![\w.])[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?", text) for text in texts]
@@ -165,6 +182,9 @@ def _of_json(cell: TableCell, columns: list[str], found: Any) -> pd.DataFrame:
                 value = value[int(key)] if isinstance(value, list) else value[key]
             except (KeyError, IndexError, ValueError, TypeError):
                 raise LookupFailure(f"{cell.file} has no {column!r}") from None
-        flat += [float(part) for part in (value if isinstance(value, list) else [value])]
+        try:
+            flat += [float(part) for part in (value if isinstance(value, list) else [value])]
+        except (TypeError, ValueError, OverflowError):
+            raise LookupFailure(f"{column!r} of {cell.file} is not a number") from None
     block = pd.DataFrame({"value": flat})
     return block.agg(cell.take) if cell.take else block

@@ -11,7 +11,7 @@ from spectral_sinks.cli.circuits import Circuits, run_circuits
 from spectral_sinks.cli.energy import Energy, run_energy
 from spectral_sinks.cli.info import Info, run_info
 from spectral_sinks.cli.nll import Nll, run_nll
-from spectral_sinks.cli.output import quiet
+from spectral_sinks.cli.output import quiet, say
 from spectral_sinks.cli.remote import Remote, run_remote
 from spectral_sinks.cli.reproduce import Reproduce, run_reproduce
 from spectral_sinks.cli.sinks import Sinks, run_sinks
@@ -70,8 +70,8 @@ def main(arguments: list[str] | None = None) -> None:
         RUN[type(options)](options)
     except (ss.SpectralError, OSError) as error:
         message = " ".join(str(error).split())
-        print(f"spectral-sinks: error: {message}", file=sys.stderr)
+        say(f"spectral-sinks: error: {message}", sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        print("spectral-sinks: interrupted", file=sys.stderr)
+        say("spectral-sinks: interrupted", sys.stderr)
         raise SystemExit(130) from None

@@ -1,14 +1,22 @@
-"""The output of the commands: tables, JSON, and warnings of one line."""
+"""The output of the commands: tables, JSON, and warnings of one line.
+
+Names of folders, tokens and the messages of servers come from outside. Here, and nowhere else, they become
+characters that a terminal shows and does not obey.
+"""
 
 import json
 import math
 import os
 import sys
+import unicodedata
 import warnings
 from typing import Any
 
-from rich.console import Console, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
+from rich.text import Text
+
+from spectral_sinks.errors import without_secrets
 
 SILENT = {
     "TRANSFORMERS_VERBOSITY": "error",
@@ -17,6 +25,9 @@ SILENT = {
     "DATASETS_VERBOSITY": "critical",
 }
 """Environment variables of a command, which silence the libraries."""
+
+OBEYED = ("Cc", "Cf", "Cs", "Zl", "Zp")
+"""Categories of characters that move the cursor, change the direction of text, or cannot be written."""
 
 
 def plain(value: Any) -> str:
@@ -28,18 +39,45 @@ def plain(value: Any) -> str:
     return "-" if value is None else str(value)
 
 
+def printable(text: str) -> str:
+    """Return a text without keys, whose control and formatting characters are written as escapes."""
+    shown = without_secrets(text)
+    if shown.isprintable():
+        return shown
+    return "".join(
+        character.encode("unicode_escape").decode()
+        if character not in "\n\t" and unicodedata.category(character) in OBEYED
+        else character
+        for character in shown
+    )
+
+
+def say(text: object, file: Any = None) -> None:
+    """Print a line, on standard output unless a file is given."""
+    print(printable(str(text)), file=file, flush=True)
+
+
 def table(title: str, columns: tuple[str, ...], rows: Any) -> Table:
-    made = Table(*columns, title=title or None, show_header=any(columns), title_justify="left")
+    made = Table(title=_clean(title) if title else None, show_header=any(columns), title_justify="left")
+    for column in columns:
+        made.add_column(_clean(column))
     for row in rows:
-        made.add_row(*row)
+        made.add_row(*map(_clean, row))
     return made
 
 
 def show(as_json: bool, found: dict[str, Any], shown: RenderableType) -> None:
     if as_json:
-        print(json.dumps(without_nan(found)))
+        print(without_secrets(json.dumps(without_nan(found))))
     else:
-        Console().print(shown)
+        Console(markup=False, emoji=False, highlight=False).print(_clean(shown))
+
+
+def _clean(shown: Any) -> Any:
+    """Return what is shown with its texts as they are, neither markup nor control characters."""
+    if isinstance(shown, Group):
+        return Group(*map(_clean, shown.renderables))
+    return Text(printable(str(shown))) if isinstance(shown, str | Text) else shown
 
 
 def without_nan(value: Any) -> Any:
@@ -69,6 +107,6 @@ def quiet() -> None:
         datasets.logging.set_verbosity(datasets.logging.CRITICAL)
 
     def line(message: Any, category: Any, *rest: Any, **more: Any) -> None:
-        print(f"spectral-sinks: warning: {message}", file=sys.stderr)
+        say(f"spectral-sinks: warning: {message}", sys.stderr)
 
     warnings.showwarning = line

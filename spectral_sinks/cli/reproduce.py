@@ -8,7 +8,7 @@ from pathlib import Path
 
 import spectral_sinks as ss
 from spectral_sinks.cli.options import RemoteName, remote_of
-from spectral_sinks.cli.output import plain, show, table
+from spectral_sinks.cli.output import plain, say, show, table
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Reproduce:
 def run_reproduce(options: Reproduce) -> None:
 
     def tell(found: ss.experiments.Finding) -> None:
-        print(f"{found.name}: {found.seconds:.0f} s", file=sys.stderr, flush=True)
+        say(f"{found.name}: {found.seconds:.0f} s", sys.stderr)
 
     findings = ss.reproduce(
         model=options.model,

@@ -12,7 +12,7 @@ from tyro.conf import Positional
 
 import spectral_sinks as ss
 from spectral_sinks.cli.options import RemoteName
-from spectral_sinks.cli.output import plain, show, table
+from spectral_sinks.cli.output import plain, say, show, table
 
 SHOWN = 40
 """Number of rows of a summary that are printed. The results folder has all of them."""
@@ -61,6 +61,9 @@ class Merge:
     """Folder for the joined results, which is created if it does not exist."""
     folders: Positional[tuple[Path, ...]]
     """The folders of the shards."""
+    prefer: Path | None = None
+    """Part or folder whose numbers are kept where two parts differ for one cell and window.
+    Without it, such a difference is an error that names both parts."""
     json: bool = False
     """Print one JSON object and nothing else on standard output."""
 
@@ -97,7 +100,7 @@ def run_sweep(options: Sweep) -> None:
             devices=options.devices.split(",") if options.devices else (),
             in_flight=in_flight,
             wait=not options.no_wait,
-            say=(lambda _: None) if options.json else print,
+            say=(lambda _: None) if options.json else say,
         )
     if options.no_wait:
         notes = ss.sweeps.jobs(out)
@@ -120,8 +123,8 @@ def run_sweep(options: Sweep) -> None:
     show(options.json, found, table(f"{len(summary)} cells in {out}", columns, rows))
     if not options.json:
         if len(summary) > SHOWN:
-            print(f"and {len(summary) - SHOWN} more")
-        print(done.report)
+            say(f"and {len(summary) - SHOWN} more")
+        say(done.report)
 
 
 def dask_client(address: str) -> Any:
@@ -147,6 +150,6 @@ def parse_shard(text: str | None) -> tuple[int, int] | None:
 def run_merge(options: Merge) -> None:
     if not options.folders:
         raise ss.InputError("no folders to join: give the results folders of the shards after OUT")
-    rows = ss.sweeps.Store.merge(options.folders, options.out).rows()
+    rows = ss.sweeps.Store.merge(options.folders, options.out, options.prefer).rows()
     found = {"out": str(options.out), "cells": rows["cell"].nunique(), "rows": len(rows)}
     show(options.json, found, table("", ("", ""), [(name, plain(value)) for name, value in found.items()]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import shutil
 import subprocess
@@ -12,9 +13,35 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import spectral_sinks as ss
-from spectral_sinks.cli.output import show, table
+from spectral_sinks.cli.output import say, show, table
 
 REPRODUCE = "spectral-sinks reproduce"
+
+RERUN = ("info", "spectrum", "nll", "energy", "sinks", "circuits")
+"""Commands that a file of claims may name, besides `reproduce`."""
+
+FLAGS = frozenset(
+    [
+        *(
+            "--layer",
+            "--site",
+            "--keep",
+            "--remove",
+            "--fill",
+            "--tokens",
+            "--controls",
+            "--seed",
+            "--epsilon",
+        ),
+        *("--draws", "--position", "--bands", "--matrix", "--convention", "--documents", "--length"),
+        *("--bos", "--per-document", "--batch-size", "--dtype", "--revision"),
+    ]
+)
+"""Their flags that may be named, each with a value. Others write files, send data or allow a checkpoint to
+run code, and a file of claims may come from somebody else."""
+
+MODEL = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
+"""A model that may be named: that of this package, or a Hugging Face id."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +53,8 @@ class Verify:
     claims: Path | None = None
     """File of claims; by default the file of this package."""
     rerun: bool = False
-    """Run the commands that write the tables again, in a temporary folder, and check the new tables."""
+    """Run the commands that write the tables again, in a temporary folder, and check the new tables.
+    Only commands of this package run, without flags that write files or allow code. They are named before."""
     only: str | None = None
     """Name of one experiment: check only its claims, and with --rerun, run only this experiment."""
     uncovered: bool = False
@@ -84,8 +112,8 @@ def run_verify(options: Verify) -> None:
         show(options.json, found, table("", ("page", "text", "problem", "command"), rows))
     if not options.json:
         if kept_as_they_are:
-            print(f"checked without running them again: {', '.join(kept_as_they_are)}")
-        print(title)
+            say(f"checked without running them again: {', '.join(kept_as_they_are)}")
+        say(title)
     if failed or any(loose.values()):
         raise SystemExit(1)
 
@@ -94,25 +122,65 @@ def rerun(claims: ss.claims.Claims, folder: Path, results: Path | None, only: st
     """Write the tables of the claims into a folder, and return those that were copied.
 
     A table that no command of this package writes is copied from `results`. It is missing where `results` is
-    None or does not have it.
+    None or does not have it. Standard error names all commands before the first one runs.
+
+    Raises InputError, before anything runs, for a command with other flags than `FLAGS`.
     """
     files = dict.fromkeys(file for claim in claims.claims for file in claim.files if "/" not in file)
     commands = {file: claims.command(file) for file in files}
+    programs = {file: words for file, command in commands.items() if (words := program(file, command))}
+    again = [REPRODUCE + (f" --only {only}" if only else "")]
+    again = again if only or any(command.startswith(REPRODUCE) for command in commands.values()) else []
+    for command in [*again, *(shlex.join(["spectral-sinks", *words]) for words in programs.values())]:
+        say(f"verify runs: {command}", sys.stderr)
     if only or any(command.startswith(REPRODUCE) for command in commands.values()):
         ss.reproduce(out=folder, only=only)
     kept: list[str] = []
     for file, command in commands.items():
-        words = shlex.split(command)
         if command.startswith(REPRODUCE):
             continue
-        if words[:1] == ["spectral-sinks"] and "--json" in words and "*" not in file:
+        if file in programs:
             with (folder / file).open("w") as output:
-                program = [sys.executable, "-m", "spectral_sinks.cli", *words[1 : words.index(">")]]
-                subprocess.run(program, stdout=output, check=True)
+                run = [sys.executable, "-m", "spectral_sinks.cli", *programs[file]]
+                subprocess.run(run, stdout=output, check=True)
         elif results is not None and (results / file).is_file():
             shutil.copy(results / file, folder / file)
             kept.append(file)
     return kept
+
+
+def program(file: str, command: str) -> list[str]:
+    """Return the arguments of the command of this package that prints a table as JSON; [] for other commands.
+
+    Raises InputError for flags, models and redirections that a file of claims may not name.
+    """
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise ss.InputError(f"the command of {file} cannot be read ({error}): {command!r}") from error
+    if (
+        words[:1] != ["spectral-sinks"]
+        or "--json" not in words
+        or "*" in file
+        or command.startswith(REPRODUCE)
+    ):
+        return []
+    name, *rest = words[1:]
+    left = [word for word in rest[:-2] if word != "--json"]
+    models = [left.pop(0)] if left and not left[0].startswith("-") else []
+    pairs = list(zip(left[::2], left[1::2], strict=False))
+    if (
+        name not in RERUN
+        or rest[-2:] != [">", file]
+        or len(left) % 2
+        or any(flag not in FLAGS or value.startswith("-") for flag, value in pairs)
+        or not all(MODEL.fullmatch(model) for model in models)
+    ):
+        raise ss.InputError(
+            f"{command!r} is not run again: a file of claims may name {', '.join(RERUN)} with --json, a "
+            f"model and {', '.join(sorted(FLAGS))}; run it yourself, and give the table with --results"
+        )
+    return words[1:-2]
 
 
 def clone() -> Path | None:

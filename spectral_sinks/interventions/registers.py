@@ -191,22 +191,9 @@ def install_registers(
     """
     remove = _install(model, model.module, by_layer(model, neurons), registers)
     try:
-        with fingerprinted_anew(model):
-            yield model
+        yield model
     finally:
         remove()
-
-
-@contextmanager
-def fingerprinted_anew(model: VisionModel) -> Iterator[None]:
-    """Compute the fingerprint of the model anew inside the block, and restore the known one afterwards."""
-    known = model.__dict__.pop("weights_hash", None)
-    try:
-        yield
-    finally:
-        model.__dict__.pop("weights_hash", None)
-        if known:
-            model.__dict__["weights_hash"] = known
 
 
 def with_registers(
@@ -250,7 +237,6 @@ def without_registers(model: VisionModel) -> Iterator[VisionModel]:
     part.register_tokens = nn.Parameter(tokens.detach()[:, :0], requires_grad=False)
     model.config.num_register_tokens = 0
     try:
-        with fingerprinted_anew(model):
-            yield model
+        yield model
     finally:
         part.register_tokens, model.config.num_register_tokens = tokens, count

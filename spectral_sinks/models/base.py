@@ -20,6 +20,7 @@ from spectral_sinks.models.effective_weights import (
     dtype_of,
     effective_weight,
     stored_tensors,
+    unsaved_buffers,
 )
 from spectral_sinks.models.layout import Layout
 from spectral_sinks.models.norms import centres, gain_of
@@ -31,6 +32,10 @@ T = TypeVar("T")
 
 INCIDENTAL = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
 """Configuration entries that do not change what a model computes."""
+
+
+CHANGING = ("max_seq_len_cached", "gradient_checkpointing")
+"""Attributes of modules that change while a model runs, and do not change what it computes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -226,34 +231,36 @@ class Transformer:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of all weights, the active adapters and the configuration, which together determine what
-        the model computes.
+        """SHA-256 of what the model computes with: weights, buffers, the kinds and numbers of its modules,
+        the active adapters and the configuration.
 
-        For a model whose weights are on a server, the hash covers the configuration, the model's name, the
-        server, the published commit and the dtype.
+        It is computed anew each time, since any of these can be changed in place. What is not hashed is in
+        `patches`. For a model whose weights are on a server, the hash covers the configuration, the model's
+        name, the server, the published commit and the dtype.
         """
-        state = adapter_state(self.module)
-        return (
-            hashlib.sha256(f"{self.weights_hash} {state}".encode()).hexdigest()
-            if state
-            else self.weights_hash
-        )
-
-    @cached_property
-    def weights_hash(self) -> str:
-        """The part of `fingerprint` that does not change with the choice of adapters."""
-        digest = hashlib.sha256()
-        digest.update(self.settings.encode())
+        digest = hashlib.sha256(self.settings.encode())
         if self.remote is not None and self.weightless:
             where = f"{self.name} at {self.remote.host}, commit {self.remote.commit}, {self.dtype}"
             digest.update(where.encode())
             return digest.hexdigest()
-        for name, tensor in stored_tensors(self.module):
+        for name, part in self.module.named_modules():
+            digest.update(f"{name} {type(part).__qualname__} {numbers_of(part)}".encode())
+        for name, tensor in (*stored_tensors(self.module), *unsaved_buffers(self.module)):
             if tensor.is_meta:
                 raise InputError(f"{self.name}: the weights of {name!r} are not in memory, so have no hash")
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        digest.update(adapter_state(self.module).encode())
         return digest.hexdigest()
+
+
+def numbers_of(part: nn.Module) -> list[tuple[str, Any]]:
+    """Return the numbers among the attributes of a module, such as the epsilon of a norm."""
+    return sorted(
+        (name, value)
+        for name, value in vars(part).items()
+        if isinstance(value, bool | int | float) and not name.startswith("_") and name not in CHANGING
+    )
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """Checkpoints: the embedded models, folders and hub ids, with access to single files and tensors."""
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,6 +31,9 @@ TIMEOUT = 5.0
 """Seconds to wait for the hub to say whether it knows a model."""
 
 INDEX = "model.safetensors.index.json"
+
+SHARD = re.compile(r"\w[\w.+-]*(/\w[\w.+-]*)*", re.ASCII)
+"""The name of a file of weights in an index, which may come from somebody else."""
 
 
 class QuantisedError(InputError):
@@ -147,9 +151,12 @@ class Source:
                 return dict.fromkeys(read_header(stream), name)
         if index := self.file(INDEX):
             try:
-                return json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            except (ValueError, KeyError) as error:
+                shards: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+                if astray := [name for name in shards.values() if not SHARD.fullmatch(name)]:
+                    raise ValueError(f"{astray[0]!r} is not the name of a file below the checkpoint")
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise InputError(f"{index} is not an index of safetensors files ({error})") from error
+            return shards
         return {}
 
     def tensor(self, name: str) -> Tensor:

@@ -41,6 +41,9 @@ ROUNDED = 0.005
 SCALE = 0.01
 """Relative difference of a layer's matrix from its weight that is due to rounded unit vectors."""
 
+ADAPTED = ("dynamic", "longrope")
+"""Kinds of rotary positions whose frequencies depend on the longest text so far."""
+
 USUAL = ("torch.nn.modules.", "transformers.pytorch_utils", "transformers.models.")
 """Modules of Python whose layers act by their `weight`."""
 
@@ -143,7 +146,7 @@ def usual_weight(module: nn.Module, *, dequantised: bool = False) -> Tensor | No
     With `dequantised`, the weight may also be a quantised tensor that acts as its numbers do (torchao).
     """
     weight: Any = getattr(module, "weight", None)
-    method = _method(module)
+    method = own_forward(module)
     if method is not type(module).forward or not method.__module__.startswith(USUAL):
         return None
     if dequantised and hasattr(weight, "__tensor_flatten__"):
@@ -168,6 +171,19 @@ def stored_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             with loaded(part := module.get_submodule(path)):
                 tensor = getattr(part, own)
         yield from _parts(name, tensor)
+
+
+def unsaved_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the buffers that a state dict leaves out, by name, such as the frequencies of rotary positions.
+
+    Frequencies that a model adapts to the length of a text are left out.
+    """
+    for path, part in module.named_modules():
+        if getattr(part, "rope_type", None) in ADAPTED:
+            continue
+        for name in sorted(part._non_persistent_buffers_set):
+            if isinstance(tensor := part._buffers.get(name), Tensor):
+                yield f"{path}.{name}", tensor
 
 
 def adapter_state(module: nn.Module) -> str:
@@ -350,7 +366,7 @@ def _forward(module: Any, x: Tensor) -> Tensor:
         ) from error
 
 
-def _method(module: nn.Module) -> Any:
+def own_forward(module: nn.Module) -> Any:
     """Return the `forward` that a module has without nnsight and accelerate around it."""
     method: Any = module.__dict__.get("forward", type(module).forward)
     instrumented = type(method).__module__.startswith("nnsight")

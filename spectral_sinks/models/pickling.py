@@ -12,16 +12,19 @@ import torch
 
 from spectral_sinks.errors import InputError
 from spectral_sinks.models.attention_sdpa import BLOCKWISE, WHOLE
+from spectral_sinks.models.base import numbers_of
 from spectral_sinks.models.effective_weights import offloaded
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.models.layout import Layout
+from spectral_sinks.models.patches import patches
 from spectral_sinks.models.wrapping import wrap
 
 
 def reduce_model(model: LanguageModel) -> tuple[Any, ...]:
     """Return what `pickle` needs to rebuild a model.
 
-    Raises InputError for a model that is spread over several devices, and for one inside `attending`.
+    Raises InputError for a model that is spread over several devices, for one inside `attending`, and for one
+    that another process could not make from its configuration and its weights.
     """
     module = model.module
     if len(set((getattr(module, "hf_device_map", None) or {}).values())) > 1:
@@ -33,6 +36,11 @@ def reduce_model(model: LanguageModel) -> tuple[Any, ...]:
         raise InputError(
             f"the attention of {model.name} is read or changed by functions of this process, "
             "which cannot be sent to others: leave `attending` first, or run in one process"
+        )
+    if acting := patches(model):
+        raise InputError(
+            f"{model.name} is changed by functions of this process, which other processes do not have "
+            f"({acting[0]}): run it in one process"
         )
     tensors = {
         **dict(module.named_parameters(remove_duplicate=False)),  # tied weights stay tied
@@ -51,6 +59,11 @@ def reduce_model(model: LanguageModel) -> tuple[Any, ...]:
             f"{model.name} has adapters, or weights that are quantised or offloaded, and cannot be handed to "
             "other processes: run it in one process, or merge the adapters first (merge_and_unload)"
         )
+    if changed := [path for path in _kinds(module) if _kinds(plain).get(path) != _kinds(module)[path]]:
+        raise InputError(
+            f"{changed[0]} of {model.name} is not as the configuration describes it, and another process "
+            "would make it so: run the model in one process"
+        )
     return rebuild_model, (
         type(module),
         module.config,
@@ -60,6 +73,15 @@ def reduce_model(model: LanguageModel) -> tuple[Any, ...]:
         model.name,
         model.tokenizer,
     )
+
+
+def _kinds(module: torch.nn.Module) -> dict[str, Any]:
+    """Return the class and the numbers of each part of a model, by path."""
+    return {
+        path: (type(part), [number for number in numbers_of(part) if number[0] != "training"])
+        for path, part in module.named_modules()
+        if path
+    }
 
 
 def rebuild_model(

@@ -4,16 +4,7 @@ import re
 
 from nnsight.schema.config import CONFIG
 
-from spectral_sinks.errors import InputError, RemoteError
-
-HIDDEN = "[key]"
-
-
-def hidden(text: str) -> str:
-    """Return a text without the API key, because servers repeat a malformed key in their answer."""
-    key = CONFIG.API.APIKEY
-    return text.replace(key, HIDDEN) if key else text
-
+from spectral_sinks.errors import InputError, RemoteError, without_secrets
 
 ANSWERS: tuple[tuple[str, str, bool], ...] = (
     (
@@ -68,19 +59,20 @@ first match counts.
 """
 
 
-def explained(error: BaseException, model: str) -> InputError | RemoteError:
+def explained(error: BaseException, model: str, host: str | None = None) -> InputError | RemoteError:
     """Return the exception, with one sentence, that explains a failure of a server or of the connection to
     it.
 
-    The sentence never contains the API key. An InputError of this package is returned unchanged.
+    The server is `host`, or the one that nnsight is configured for. The sentence never contains the API key.
+    An error of this package is returned unchanged.
     """
-    if isinstance(error, InputError):
+    if isinstance(error, InputError | RemoteError):
         return error
-    said = hidden(" ".join(str(error).split()))
-    host = CONFIG.API.HOST
+    host = host or CONFIG.API.HOST
+    said = without_secrets(" ".join(str(error).split()))
     # the traceback of a job on the server ends with the class and the message of the error
     if "Traceback" in said:
-        said = hidden(str(error).strip().splitlines()[-1].strip())
+        said = without_secrets(str(error).strip().splitlines()[-1].strip())
     short = said if len(said) <= 200 else f"{said[:200]}..."
     connection = isinstance(error, OSError) or type(error).__module__.partition(".")[0] in (
         "httpx",

@@ -18,7 +18,7 @@ import re
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from functools import cache
 from pathlib import Path
 from types import FunctionType, ModuleType
@@ -188,16 +188,31 @@ class Packer(CustomCloudPickler):
         return found
 
 
-def pack(value: Any, factors: torch.dtype | None = None, model: LanguageModel | None = None) -> bytes:
+class AnswerPacker(Packer):
+    """Pickles an answer, in which an instance of a user's dataclass is its name and its fields, not code."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        kind = type(obj)
+        if is_dataclass(kind) and not _named(kind):
+            return own, (kind.__module__, kind.__qualname__, dict(vars(obj)))
+        return super().reducer_override(obj)
+
+
+def pack(
+    value: Any,
+    factors: torch.dtype | None = None,
+    model: LanguageModel | None = None,
+    packer: type[Packer] = Packer,
+) -> bytes:
     """Return a value as bytes, with a reference for the model. Raises InputError for what cannot be sent."""
     columns: dict[str, Columns | Tensor] = {}
     try:
         if factors is not None:
-            first = Packer(io.BytesIO(), factors, columns, model)
+            first = packer(io.BytesIO(), factors, columns, model)
             first.dump(value)
             columns = first.seen() if columns else {}
         buffer = io.BytesIO()
-        Packer(buffer, factors, columns, model).dump(value)
+        packer(buffer, factors, columns, model).dump(value)
     except InputError:
         raise
     except (pickle.PicklingError, TypeError, AttributeError, ValueError, RuntimeError) as error:
@@ -209,7 +224,10 @@ def pack(value: Any, factors: torch.dtype | None = None, model: LanguageModel | 
 
 
 def unpack(data: bytes, model: Any = None) -> Any:
-    """Return the value that was packed, with `model` in place of the reference."""
+    """At the server, return the job that was packed, with `model` in place of the reference.
+
+    This runs code of the job. A client reads the answers of a server by `answers.read_answer`.
+    """
 
     class Unpacker(pickle.Unpickler):
         def persistent_load(self, pid: Any) -> Any:
@@ -239,7 +257,7 @@ def serve(nn: Any, job: bytes) -> bytes:
     function, args, options, hooks = unpack(given.call, model)
     try:
         value = _under(model, hooks, lambda: function(model, *args, **options))
-        return pack(("result", value, facts(model)), model=model)
+        return pack(("result", value, facts(model)), model=model, packer=AnswerPacker)
     except InputError as error:
         return pack(("refused", str(error), facts(model)))
 
@@ -270,7 +288,7 @@ def facts(model: LanguageModel) -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "nnsight": nnsight.__version__,
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "transformers": transformers.__version__,
         "attention": model.config._attn_implementation,
         "commit": getattr(model.module.config, "_commit_hash", None),
@@ -282,6 +300,11 @@ def tensor(raw: bytes, dtype: str, shape: tuple[int, ...]) -> Tensor:
     kind = getattr(torch, dtype)
     flat = torch.frombuffer(bytearray(raw), dtype=kind) if raw else torch.empty(0, dtype=kind)
     return flat.reshape(shape)
+
+
+def own(module: str, name: str, fields: dict[str, Any]) -> Any:
+    """Name an instance of a user's dataclass in an answer; `answers` reads it."""
+    raise NotImplementedError(f"{module}.{name} is read by remote.answers alone")
 
 
 def _of_columns(columns: Columns, stored: Tensor, name: str, complemented: bool, dtype: str) -> Subspace:

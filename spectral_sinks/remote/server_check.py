@@ -10,7 +10,7 @@ import httpx
 from nnsight import ndif
 from nnsight.schema.config import CONFIG
 
-from spectral_sinks.errors import InputError, RemoteError
+from spectral_sinks.errors import InputError, RemoteError, without_secrets
 from spectral_sinks.models.embedded import DEFAULT
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.models.loading import load
@@ -67,7 +67,7 @@ def preflight(model: str = DEFAULT, **options: Any) -> Iterator[Step]:
     )
     for name, look in steps:
         try:
-            yield Step(name, True, look())
+            yield Step(name, True, without_secrets(look()))
         except Exception as error:  # errors of several libraries
             yield Step(name, False, str(explained(error, model)))
             return

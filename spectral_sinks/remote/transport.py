@@ -11,14 +11,15 @@ import nnsight
 from cloudpickle import list_registry_pickle_by_value, unregister_pickle_by_value
 from nnsight import ndif
 from nnsight.intervention.backends.local import LocalSimulationBackend
-from nnsight.intervention.backends.remote import RemoteBackend
+from nnsight.schema.config import CONFIG
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
 from spectral_sinks.errors import InputError, RemoteError
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.models.remote_state import Remote, Sent
+from spectral_sinks.remote.answers import SafeBackend, read_answer
 from spectral_sinks.remote.failures import explained
-from spectral_sinks.remote.serialization import Job, bootstrap_source, pack, sources, unpack
+from spectral_sinks.remote.serialization import Job, bootstrap_source, pack, sources
 
 T = TypeVar("T")
 
@@ -51,7 +52,7 @@ def call(model: LanguageModel, function: Callable[..., T], /, *args: Any, **opti
             sys.path[:] = path  # nnsight appends the entries that it hid, instead of restoring their order
         sent = Sent("local", remote.host, len(job), before, time.time() - before, len(answer))
     else:
-        sent, answer = _persistently(model.name, lambda: _wait(model, job))
+        sent, answer = _persistently(model.name, remote.host, lambda: _wait(model, job))
     return unpack_answer(model, answer, sent)
 
 
@@ -66,7 +67,12 @@ def send_job(model: LanguageModel, function: Callable[..., Any], /, *args: Any, 
         assert backend.job_id is not None
         return Sent(backend.job_id, backend.host, backend.sent, before)
 
-    return _persistently(model.name, once)
+    return _persistently(model.name, _remote(model).host, once)
+
+
+def configured_host() -> str:
+    """Return the address of the server that nnsight is configured for."""
+    return CONFIG.API.HOST
 
 
 def fetch(job: str, host: str, model: str) -> tuple[bytes | None, bool]:
@@ -77,18 +83,17 @@ def fetch(job: str, host: str, model: str) -> tuple[bytes | None, bool]:
     """
 
     def once() -> tuple[bytes | None, bool]:
-        backend = RemoteBackend("", host=host, blocking=False, job_id=job)
-        backend.display.enabled = False
+        backend = SafeBackend("", host=host, blocking=False, job_id=job)
         found = backend.poll()
-        return None if found is None else found[RESULT], backend.status is not None
+        return None if found is None else _packed_answer(found.get(RESULT)), backend.status is not None
 
-    return _persistently(model, once)
+    return _persistently(model, host, once)
 
 
 def unpack_answer(model: LanguageModel, answer: bytes, sent: Sent) -> Any:
     """Unpack an answer, and record the job with the model. Raises InputError for what the server refused."""
     remote = _remote(model)
-    kind, value, remote.facts = unpack(answer, model)
+    kind, value, remote.facts = read_answer(answer, model)
     remote.jobs.append(sent)
     if kind == "refused":
         raise InputError(value)
@@ -142,14 +147,13 @@ def _session(model: LanguageModel, job: bytes, backend: Any) -> Any:
     return ss_result
 
 
-class _Backend(RemoteBackend):
-    """nnsight's backend without output, which records the job's id and size."""
+class _Backend(SafeBackend):
+    """A backend that records the job's id and size."""
 
     def __init__(self, model: LanguageModel, blocking: bool = True) -> None:
         nn, to = model.nn, _remote(model).to
         host = to if isinstance(to, str) else None
         super().__init__(nn.to_model_key(), host=host, env=nn._remoteable_get_env(), blocking=blocking)
-        self.display.enabled = False
         self.sent = 0
 
     def _serialize(self, tracer: Any) -> bytes:
@@ -166,20 +170,27 @@ def _wait(model: LanguageModel, job: bytes) -> tuple[Sent, bytes]:
     backend = _Backend(model)
     before = time.time()
     answer = _session(model, job, backend)
-    if not isinstance(answer, bytes):
+    if answer is None:
         raise RemoteError("the connection ended before the result came", again=True)
+    answer = _packed_answer(answer)
     seconds = time.time() - before
     return Sent(str(backend.job_id), backend.host, backend.sent, before, seconds, len(answer)), answer
 
 
-def _persistently(model: str, attempt: Callable[[], T]) -> T:
+def _packed_answer(found: Any) -> bytes:
+    if not isinstance(found, bytes):
+        raise RemoteError(f"the answer of the server is a {type(found).__name__}, not a packed result")
+    return found
+
+
+def _persistently(model: str, host: str, attempt: Callable[[], T]) -> T:
     """Try, and retry after a while if the failure may pass."""
 
     def once() -> T:
         try:
             return attempt()
         except Exception as error:  # errors of several libraries
-            raise explained(error, model) from None
+            raise explained(error, model, host) from None
 
     tries = Retrying(
         stop=stop_after_attempt(TRIES),

@@ -16,6 +16,9 @@ from torch import Tensor
 
 from spectral_sinks.errors import SpectralWarning
 
+PROBES = 4
+"""Random vectors on which the directions of a file are tried."""
+
 VERSION = 2
 """Raised when the decomposition or the layout of the file changes."""
 
@@ -46,9 +49,10 @@ def find(key: str) -> tuple[Tensor, Tensor] | None:
     try:
         with safe_open(path, framework="pt") as stored:
             values, vectors = stored.get_tensor("values"), stored.get_tensor("vectors")
-            if stored.metadata()["checksum"] == _checksum(values, vectors):
+            whole = stored.metadata()["checksum"] == _checksum(values, vectors)
+            reason = _fault(values, vectors) if whole else "its checksum does not match"
+            if not reason:
                 return values, vectors
-            reason = "its checksum does not match"
     except (SafetensorError, OSError, KeyError, TypeError) as error:
         reason = str(error)
     warnings.warn(
@@ -82,6 +86,21 @@ def store(key: str, values: Tensor, vectors: Tensor) -> None:
             SpectralWarning,
             stacklevel=4,
         )
+
+
+def _fault(values: Tensor, vectors: Tensor) -> str:
+    """Return why tensors cannot be a decomposition; "" if they can."""
+    d = len(values) if values.ndim == 1 else 0
+    if not d or vectors.shape != (d, d) or (values.dtype, vectors.dtype) != (torch.float64, torch.float64):
+        return f"it holds {values.dtype} {tuple(values.shape)} and {vectors.dtype} {tuple(vectors.shape)}"
+    finite = bool(torch.isfinite(values).all()) and bool((values >= 0).all())
+    if not finite or bool((values.diff() > 1e-6 * values[0]).any()):
+        return "its singular values are not numbers in descending order"
+    # random vectors show it in d^2 operations, of which V^T V takes d^3
+    probe = torch.randn(d, PROBES, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    if not torch.allclose(vectors.T @ (vectors @ probe), probe, rtol=0, atol=1e-6):
+        return "its directions are not orthonormal"
+    return ""
 
 
 def _checksum(values: Tensor, vectors: Tensor) -> str:

@@ -69,7 +69,7 @@ class Grid(_Table):
     fill: list[FillName] = ["zero"]
     tokens: list[Literal["all", "first", "all-but-first"] | list[int]] = ["all"]
     """Which tokens are filtered; a list is token ids."""
-    controls: int = Field(default=0, ge=0)
+    controls: int = Field(default=0, ge=0, le=10**5)
     """Random subspaces of the rank of each filter."""
 
     @field_validator("site", "keep", "remove", "ladder", "fill", "tokens", "layer", "kept", mode="before")
@@ -108,13 +108,13 @@ class SweepFile(_Table):
             file = cls.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
         except OSError as error:
             raise InputError(f"{path} cannot be read: {error.strerror}") from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise InputError(f"{path} is not TOML: {error}") from error
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
-            given = "" if first["type"] == "missing" else f" (given: {first['input']!r})"
+            given = "" if first["type"] == "missing" else f" (given: {_short(first['input'])})"
             raise InputError(f"{path}: {where}: {first['msg']}{given}") from error
+        except (ValueError, RecursionError) as error:  # tomllib also refuses integers of thousands of digits
+            raise InputError(f"{path} is not TOML: {error}") from error
         file._path = path
         return file
 
@@ -195,6 +195,14 @@ class SweepFile(_Table):
         except InputError as error:
             file = "" if self._path is None else f"{self._path}: "
             raise InputError(f"{file}{entry}: {error}") from error
+
+
+def _short(given: Any) -> str:
+    try:
+        text = repr(given)
+    except ValueError:  # an integer of thousands of digits
+        return "a very large number"
+    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def _tokens(block: Grid) -> Sequence[Tokens]:

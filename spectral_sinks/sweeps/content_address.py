@@ -12,6 +12,7 @@ from spectral_sinks.measure.nll import replay
 from spectral_sinks.models.attention_sdpa import BLOCKWISE, WHOLE
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.models.masked_lm import RULE
+from spectral_sinks.models.patches import patches
 from spectral_sinks.spectra.edits import as_edit, as_edits
 
 METRICS = ("nll", "kl", "top1_agreement", "removed_energy_share")
@@ -33,7 +34,8 @@ def address(context: Mapping[str, Any], edits: Interventions) -> str:
 def context(model: LanguageModel, windows: Windows, batch_size: int) -> dict[str, Any]:
     """Return what all cells of a sweep share.
 
-    Raises InputError inside `attending`, which no address covers.
+    Raises InputError inside `attending`, which no address covers, and for a model with hooks or functions of
+    a user's own that have no address.
     """
     if model.config._attn_implementation in (BLOCKWISE, WHOLE) or (model.remote and model.remote.hooks):
         raise InputError(
@@ -41,13 +43,18 @@ def context(model: LanguageModel, windows: Windows, batch_size: int) -> dict[str
             "not include: leave `attending` before a sweep"
         )
     masking = {} if model.causal else {"masking": [RULE, model.mask, sorted(model.tokenizer.all_special_ids)]}
-    return masking | {
-        "weights": model.fingerprint,
-        "data": digest([of_rows(windows), list(map(int, windows.document))]),
-        "metrics": [*METRICS, *(["sink_mass"] if replay.reads_sink(model, windows) else [])],
-        "version": replay.VERSION,
-        "batch_size": batch_size,
-    }
+    own = {"patches": acting} if (acting := patches(model)) else {}
+    return (
+        masking
+        | own
+        | {
+            "weights": model.fingerprint,
+            "data": digest([of_rows(windows), list(map(int, windows.document))]),
+            "metrics": [*METRICS, *(["sink_mass"] if replay.reads_sink(model, windows) else [])],
+            "version": replay.VERSION,
+            "batch_size": batch_size,
+        }
+    )
 
 
 def swapping(edits: Interventions) -> bool:

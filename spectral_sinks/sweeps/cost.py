@@ -1,17 +1,59 @@
 """The cost of a sweep: a floor in seconds, estimated before the start."""
 
+import math
+import platform
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
 from spectral_sinks.interventions.sites import Site
-from spectral_sinks.measure.memory import row_bytes
+from spectral_sinks.measure.memory import Memory, row_bytes
 from spectral_sinks.measure.nll.replay import Batch
 from spectral_sinks.measure.nll.scoring import chunk
+from spectral_sinks.sweeps.content_address import digest
 from spectral_sinks.sweeps.definition import Sweep, Unit
 
 REPEATS = 2
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How long a model takes on one machine. The results folder keeps it, so that no restart measures it."""
+
+    where: str
+    """Hash of the machine, the device, the threads, the model and the shape of a batch."""
+    layer_seconds: float
+    """One layer on one window."""
+    head_seconds: float
+    """Final norm, unembedding and metrics on one window."""
+
+    @classmethod
+    def kept(cls, runs: Mapping[str, Any], where: str) -> "Speed | None":
+        """Return the speed that some run of a results folder has measured there, or None."""
+        for run in runs.values():
+            match run.get("speed"):
+                case {"where": str(at), "layer_seconds": float(layer), "head_seconds": float(head)} if (
+                    at == where and math.isfinite(layer + head) and layer >= 0 < head
+                ):
+                    return cls(at, layer, head)
+                case _:
+                    continue
+        return None
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The entry of a run in the manifest."""
+        return {"speed": asdict(self)}
+
+
+def place(sweep: Sweep, workers: int) -> str:
+    """Return a hash of what the speed of a sweep depends on."""
+    model, (_, ids) = sweep.model, sweep.batches[0]
+    machine = [platform.node(), str(model.device), share_of_threads(workers)]
+    return digest([*machine, sweep.shared["weights"], *ids.shape])
 
 
 @dataclass(frozen=True)
@@ -55,19 +97,26 @@ def floor(sweep: Sweep, units: tuple[Unit, ...], layer: float, head: float) -> f
     return total
 
 
-def estimate(sweep: Sweep, units: tuple[Unit, ...], workers: int = 0) -> Cost:
-    """Time a layer and the head on the first batch, whose windows are the longest, and add up.
+def estimate(
+    sweep: Sweep, units: tuple[Unit, ...], workers: int = 0, runs: Mapping[str, Any] | None = None
+) -> tuple[Cost, Speed]:
+    """Add up the cost of some units, from the speed that one of `runs` has kept, or that is measured now.
 
-    A pass from the last exit costs the head; a whole pass costs the head and all layers. The fastest of some
-    repeats counts, so other work on the machine does not raise the floor. With `workers`, the passes run with
-    as many threads as each worker will have. The sweep keeps the batch for its first unit.
+    The first batch is timed, whose windows are the longest. A pass from the last exit costs the head; a whole
+    pass costs the head and all layers. The fastest of some repeats counts, so other work on the machine does
+    not raise the floor. With `workers`, the passes run with as many threads as each worker will have. The
+    sweep keeps the batch for its first unit.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(share_of_threads(workers))
-    try:
-        return _estimate(sweep, units)
-    finally:
-        torch.set_num_threads(threads)
+    where = place(sweep, workers)
+    speed = Speed.kept(runs or {}, where)
+    if speed is None:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(share_of_threads(workers))
+        try:
+            speed = _measured(sweep, where)
+        finally:
+            torch.set_num_threads(threads)
+    return _cost(sweep, units, speed), speed
 
 
 def share_of_threads(workers: int) -> int:
@@ -75,12 +124,11 @@ def share_of_threads(workers: int) -> int:
     return max(1, torch.get_num_threads() // max(1, workers))
 
 
-def _estimate(sweep: Sweep, units: tuple[Unit, ...]) -> Cost:
+def _measured(sweep: Sweep, where: str) -> Speed:
     model = sweep.model
-    indices, ids = sweep.batches[0]
+    indices, _ = sweep.batches[0]
     batch = sweep.batch(0, [model.layers - 1])  # kept for the first unit
     assert isinstance(batch, Batch), "the cost of jobs at a server is not measured"
-    last, first = Site("exit", model.layers - 1), Site("embedding")
 
     def seconds(site: Site) -> float:
         taken: list[float] = []
@@ -90,12 +138,18 @@ def _estimate(sweep: Sweep, units: tuple[Unit, ...]) -> Cost:
             taken.append(time.perf_counter() - began)
         return min(taken) / len(indices)
 
-    head = seconds(last)
-    layer = max(0.0, seconds(first) - head) / model.layers
+    head = seconds(Site("exit", model.layers - 1))
+    return Speed(where, max(0.0, seconds(Site("embedding")) - head) / model.layers, head)
+
+
+def _cost(sweep: Sweep, units: tuple[Unit, ...], speed: Speed) -> Cost:
+    model = sweep.model
+    _, ids = sweep.batches[0]
+    layer, head = speed.layer_seconds, speed.head_seconds
     lowest = floor(sweep, units, layer, head)
     windows = len(sweep.windows)
     residuals = len(set(sweep.starts)) * ids.numel() * model.d * model.dtype.itemsize
-    passes = batch.memory.rows * row_bytes(model, ids.shape[1])
+    passes = Memory(model, ids.shape[1]).rows * row_bytes(model, ids.shape[1])
     logits = 2 * 4 * chunk(model, model.device) * model.vocabulary
     return Cost(
         cells=len({cell for unit in units for cell in unit.cells}),

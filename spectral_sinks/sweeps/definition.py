@@ -102,7 +102,7 @@ class Sweep:
         return {
             "model": self.model.name,
             "family": self.model.family,
-            "weights": self.model.fingerprint,
+            "weights": self.shared["weights"],
             "attention": self.model.config._attn_implementation,
             "dtype": str(self.model.dtype),
             "spectrum": self.spectrum,
@@ -115,10 +115,21 @@ class Sweep:
         }
 
     @cached_property
+    def shared(self) -> dict[str, Any]:
+        """What the addresses of all cells contain. Raises InputError as `context` does."""
+        return context(self.model, self.windows, self.batch_size)
+
+    @cached_property
     def addresses(self) -> tuple[str, ...]:
         """Content address of each cell. Raises InputError for functions that have none."""
-        shared = context(self.model, self.windows, self.batch_size)
-        return tuple(address(shared, cell.edits) for cell in self.cells)
+        return tuple(address(self.shared, cell.edits) for cell in self.cells)
+
+    def renew(self) -> None:
+        """Forget the addresses, and the batch that is kept, if the model has changed since they were made."""
+        if "shared" in vars(self) and self.shared != context(self.model, self.windows, self.batch_size):
+            self.release()
+            for name in ("shared", "addresses", "distinct", "key", "units"):
+                vars(self).pop(name, None)
 
     @cached_property
     def distinct(self) -> tuple[int, ...]:

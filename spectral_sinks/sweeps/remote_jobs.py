@@ -4,21 +4,26 @@ jobs/UNIT.json    the job of a unit: its id and host, the cells and windows it m
 """
 
 import json
+import re
 import time
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import pandas as pd
+from pydantic import TypeAdapter, ValidationError
 from tqdm import tqdm
 
-from spectral_sinks.errors import InputError, RemoteError
-from spectral_sinks.files import atomic_write, clearly
+from spectral_sinks.errors import InputError, RemoteError, without_secrets
+from spectral_sinks.files import atomic_write, clearly, read_regular
 from spectral_sinks.measure.nll.remote_batch import RemoteBatch
+from spectral_sinks.measure.nll.replay import BatchResult
 from spectral_sinks.models.remote_state import Sent
 from spectral_sinks.remote import client, transport
-from spectral_sinks.remote.serialization import unpack
+from spectral_sinks.remote.answers import read_answer
 from spectral_sinks.sweeps.definition import Sweep, Unit, described, table_of
+from spectral_sinks.sweeps.schema import UNIT
 from spectral_sinks.sweeps.store import Store
 
 POLL = 2.0
@@ -29,6 +34,9 @@ FORGOTTEN = 60.0
 
 STALE = 6 * 3600.0
 """Seconds after which a job that has not ended counts as lost, as after a crash of the server."""
+
+JOB = re.compile(r"[A-Za-z0-9][\w.:-]{0,149}", re.ASCII)
+"""The id of a job, which becomes a part of an address at the server."""
 
 State = Literal["waiting", "done", "failed", "lost"]
 
@@ -54,8 +62,11 @@ class Note:
     """What the server reported about itself."""
 
 
+NOTE = TypeAdapter(Note)
+
+
 class Notes:
-    """The records of all jobs of a results folder."""
+    """The records of all jobs of a results folder, which somebody else may have written."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder / "jobs"
@@ -64,7 +75,8 @@ class Notes:
         with clearly(self.folder):
             self.folder.mkdir(exist_ok=True)
             with atomic_write(self.folder / f"{note.unit}.json") as path:
-                path.write_text(json.dumps(asdict(note), indent=1) + "\n", encoding="utf-8")
+                text = without_secrets(json.dumps(asdict(note), indent=1))
+                path.write_text(text + "\n", encoding="utf-8")
         return note
 
     def all(self) -> list[Note]:
@@ -72,30 +84,62 @@ class Notes:
         notes: list[Note] = []
         for path in self.folder.glob("*.json"):
             try:
-                read = json.loads(path.read_text("utf-8"))
-                notes.append(Note(**{**read, "sent": Sent(**read["sent"])}))
-            except (ValueError, KeyError, TypeError) as error:
-                raise InputError(
-                    f"{path} is damaged ({error}): delete it, its job will be sent again"
-                ) from error
+                note = NOTE.validate_json(read_regular(path), strict=True)
+            except OSError as error:
+                raise InputError(f"{path} cannot be read: {error.strerror}") from error
+            except ValidationError as error:
+                first = error.errors()[0]
+                reason = ": ".join([*map(str, first["loc"]), first["msg"]])
+                raise _damaged(path, reason) from error
+            if path.stem != note.unit or not UNIT.fullmatch(note.unit):
+                raise _damaged(path, f"it names the unit {note.unit!r}")
+            if not JOB.fullmatch(note.sent.id):
+                raise _damaged(path, f"{note.sent.id!r} is no id of a job")
+            if len(note.documents) != len(note.windows) or not all(
+                isinstance(cell.get("cell"), str) for cell in note.cells
+            ):
+                raise _damaged(path, "its cells and windows are incomplete")
+            notes.append(note)
         return sorted(notes, key=lambda note: note.sent.submitted)
 
     def waiting(self) -> list[Note]:
         return [note for note in self.all() if note.state == "waiting"]
 
 
+def _damaged(path: Path, reason: str) -> InputError:
+    return InputError(f"{path} is damaged ({reason}): delete it, its job will be sent again")
+
+
 def collect(folder: str | Path, give_up: float = STALE) -> list[Note]:
     """Ask once for the result of each job of a results folder, store what has arrived, and return all jobs.
 
-    A job that has not ended after `give_up` seconds counts as lost; another run of the sweep sends it again.
-    Raises InputError for a folder that is not a store, and RemoteError where the server cannot be reached;
-    the store is then unchanged.
+    Only the server that nnsight is configured for is asked. A job that has not ended after `give_up` seconds
+    counts as lost; another run of the sweep sends it again. Raises InputError for a folder that is not a
+    store and for jobs of another server, and RemoteError where the server cannot be reached; the store is
+    then unchanged.
     """
     store = Store(folder, create=False)
     notes = Notes(store.folder)
-    for note in notes.waiting():
-        settle(store, notes, note, give_up)
+    host = transport.configured_host()
+    for note in waiting_at(host, notes):
+        settle(store, notes, note, host, give_up)
     return notes.all()
+
+
+def waiting_at(host: str, notes: Notes) -> list[Note]:
+    """Return the jobs that wait. Raises InputError if one of them is at another server than `host`.
+
+    The folder may come from somebody else, and whoever is asked for a result receives the API key.
+    """
+    waiting = notes.waiting()
+    for note in waiting:
+        if note.sent.host.rstrip("/") != host.rstrip("/"):
+            raise InputError(
+                f"{notes.folder / note.unit}.json names a job at {note.sent.host}, but nnsight is configured "
+                f"for {host}, which alone is asked: set NDIF_HOST if you trust the other server with your "
+                "API key, or delete the file"
+            )
+    return waiting
 
 
 def jobs(folder: str | Path) -> list[Note]:
@@ -103,29 +147,38 @@ def jobs(folder: str | Path) -> list[Note]:
     return Notes(Store(folder, create=False).folder).all()
 
 
-def settle(store: Store, notes: Notes, note: Note, give_up: float = STALE) -> Note:
-    """Ask for the result of a job, and store its rows if it is done."""
+def settle(store: Store, notes: Notes, note: Note, host: str, give_up: float = STALE) -> Note:
+    """Ask a server for the result of a job, and store its rows if it is done."""
     age = time.time() - note.sent.submitted
     try:
-        answer, known = transport.fetch(note.sent.id, note.sent.host, note.model)
+        answer, known = transport.fetch(note.sent.id, host, note.model)
+        if answer is None:
+            if age > give_up or (not known and age > FORGOTTEN):
+                return notes.write(replace(note, state="lost", said="the server did not finish it"))
+            return note
+        kind, value, server = read_answer(answer)
+        if kind == "refused":
+            return notes.write(replace(note, state="failed", said=value))
+        rows = _rows(note, value)
     except RemoteError as error:
         if error.again:
             raise
         return notes.write(replace(note, state="failed", said=str(error)))
-    if answer is None:
-        if age > give_up or (not known and age > FORGOTTEN):
-            return notes.write(replace(note, state="lost", said="the server did not finish it"))
-        return note
-    kind, value, server = unpack(answer)
-    if kind == "refused":
-        return notes.write(replace(note, state="failed", said=value))
-    baseline, measured = value
-    rows = table_of(note.cells, note.documents, note.windows, note.tokens, baseline, measured)
     store.add(note.unit, rows)
     sent = replace(note.sent, seconds=age, received=len(answer))
     note = notes.write(replace(note, state="done", sent=sent, server=server))
     _record(store, notes, note)
     return note
+
+
+def _rows(note: Note, value: Any) -> pd.DataFrame:
+    """Return the rows of an answer. Raises RemoteError for one that does not have the cells and windows."""
+    shape = len(note.cells), len(note.windows)
+    match value:
+        case (BatchResult() as baseline, BatchResult() as measured) if measured.nll.shape == shape:
+            return table_of(note.cells, note.documents, note.windows, note.tokens, baseline, measured)
+        case _:
+            raise RemoteError(f"the answer to {note.sent.id} is not that of its cells and windows")
 
 
 def _record(store: Store, notes: Notes, last: Note) -> None:
@@ -165,15 +218,18 @@ def run_jobs(
         The number of cells x windows whose results arrived.
 
     Raises:
+        InputError: where the folder names a job at another server than that of the model.
         RemoteError: for a job that fails on the server, with its message.
 
     """
     notes = Notes(store.folder)
+    assert sweep.model.remote is not None
+    host = sweep.model.remote.host
     computed = 0
     total = sum(map(sweep.size, missing(())))
     with tqdm(total=total, unit="cell", leave=False, disable=None) as bar:
         while missing(()):
-            waiting = notes.waiting()
+            waiting = waiting_at(host, notes)
             sent = {
                 (cell["cell"], window) for note in waiting for cell in note.cells for window in note.windows
             }
@@ -183,7 +239,7 @@ def run_jobs(
                     notes.write(note)
             if not wait:
                 break
-            settled = [settle(store, notes, note) for note in notes.waiting()]
+            settled = [settle(store, notes, note, host) for note in waiting_at(host, notes)]
             for note in settled:
                 if note.state == "failed":
                     raise RemoteError(f"a job failed at {note.sent.host}: {note.said}")

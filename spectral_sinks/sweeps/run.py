@@ -1,7 +1,9 @@
 """Run a sweep into a store: finished units are read, missing ones are measured and written one by one."""
 
 import json
+import math
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, CancelledError, Executor, Future, wait
@@ -14,12 +16,12 @@ from typing import Any
 import pandas as pd
 from tqdm import tqdm
 
-from spectral_sinks.errors import InputError
-from spectral_sinks.files import listing
+from spectral_sinks.errors import InputError, SpectralWarning
+from spectral_sinks.files import PATIENCE, expanded, listing
 from spectral_sinks.remote import handshake
 from spectral_sinks.stats import Estimate
 from spectral_sinks.sweeps.config import SweepFile
-from spectral_sinks.sweeps.cost import Cost, duration, estimate, floor
+from spectral_sinks.sweeps.cost import Cost, Speed, duration, estimate, floor
 from spectral_sinks.sweeps.definition import Sweep, Unit, describe_cell
 from spectral_sinks.sweeps.remote_jobs import RemoteCost, remote_cost, run_jobs
 from spectral_sinks.sweeps.store import Store
@@ -139,8 +141,6 @@ def sweep(
     if workers < 0 or (devices and not workers):
         raise InputError(f"{workers} workers for devices {', '.join(devices) or 'none'}: give at least 1")
     made = what if isinstance(what, Sweep) else what.prepare()
-    if shard is not None:
-        made.shard(*shard)
     if made.model.remote is not None and (workers or executor is not None):
         raise InputError("a model that is elsewhere needs no workers or executor here")
     if not wait and not _at_server(made):
@@ -149,7 +149,8 @@ def sweep(
         check_workers(made, devices)
     if _at_server(made):
         handshake.require(made.model)  # addresses name the dtype that the server runs in
-    _ = made.units
+    made.renew()
+    _ = made.units if shard is None else made.shard(*shard)
     store = Store(out)
     if fresh:
         store.clear()
@@ -178,18 +179,19 @@ def plan(
 ) -> Cost | RemoteCost:
     """Return the cost of the missing part of a sweep, as measured on its first batch.
 
-    Nothing is written. Raises InputError as `sweep` does.
+    It is measured now, unless an earlier run into `out` has done so. Nothing is written. Raises InputError as
+    `sweep` does.
     """
     if isinstance(what, str | Path):
         what = SweepFile.read(what)
     made = what if isinstance(what, Sweep) else what.prepare()
     if _at_server(made):
         handshake.require(made.model)
+    made.renew()
     units = made.units if shard is None else made.shard(*shard)
-    finished: set[tuple[str, int]] = set()
-    if out is not None and listing(Path(out).expanduser()):
-        finished = Store(out, create=False).finished()
-    return _cost(made, tuple(made.missing(units, finished)))
+    store = Store(out, create=False) if out is not None and listing(expanded(out)) else None
+    finished = store.finished() if store else set[tuple[str, int]]()
+    return _cost(made, tuple(made.missing(units, finished)), store)[0]
 
 
 def run(
@@ -227,7 +229,11 @@ def run(
 
     store.record(sweep.key, sweep.manifest())
     left = missing()
-    cost = _cost(sweep, tuple(left), processes) if say is not None and left else None
+    cost = None
+    if say is not None and left:
+        cost, speed = _cost(sweep, tuple(left), store, processes)
+        if speed is not None:
+            store.record(sweep.key, speed.record)
     if say is not None:
         say(f"all {total} cells x windows are in {store.folder}" if cost is None else str(cost))
     if executor is not None:
@@ -259,6 +265,7 @@ def _run_units(
     computed, worker_seconds, lowest = 0, 0.0, 0.0
     stored = total - sum(map(sweep.size, left))
     bar = tqdm(total=total, initial=stored, unit="cell", leave=False, disable=None)
+    idle: float | None = None  # since when other processes have had all units that are left
     with workers, bar:
         while left or workers.waiting:
             open_units = [*left, *workers.units]
@@ -266,9 +273,20 @@ def _run_units(
             # Keep every worker busy before waiting for one of them
             if workers.have_room and (mine := _claim(sweep, left, store)):
                 workers.submit(*mine)
+                idle = None
                 continue
-            if not workers.waiting:
-                time.sleep(CLAIM_POLL)  # another process has claimed all units that are left
+            if left and not workers.waiting:
+                idle = time.monotonic() if idle is None else idle
+                if time.monotonic() - idle > PATIENCE:
+                    warnings.warn(
+                        f"this run waits for {len(left)} units that other processes have claimed for more "
+                        f"than {PATIENCE:.0f} s, such as {left[0].name}: a process that is suspended must be "
+                        "resumed or stopped",
+                        SpectralWarning,
+                        stacklevel=4,
+                    )
+                    idle = math.inf
+                time.sleep(CLAIM_POLL)
             for unit, claim, result in workers.done():
                 with claim:
                     if result is None:
@@ -288,11 +306,13 @@ def _at_server(sweep: Sweep) -> bool:
     return sweep.model.remote is not None and sweep.model.remote.to != "local"
 
 
-def _cost(sweep: Sweep, units: tuple[Unit, ...], processes: int = 0) -> Cost | RemoteCost:
-    """The cost of some units: measured where the model is in this process, counted otherwise."""
+def _cost(
+    sweep: Sweep, units: tuple[Unit, ...], store: Store | None, processes: int = 0
+) -> tuple[Cost | RemoteCost, Speed | None]:
+    """Return the cost of some units: estimated where the model is in this process, counted otherwise."""
     if sweep.model.remote is not None:
-        return remote_cost(sweep, units)
-    return estimate(sweep, units, processes)
+        return remote_cost(sweep, units), None
+    return estimate(sweep, units, processes, store.manifest["runs"] if store else {})
 
 
 Result = tuple[pd.DataFrame, float]
@@ -355,7 +375,11 @@ class _Workers:
                 try:
                     result = future.result()
                     self._losses = 0
-                except (BrokenExecutor, CancelledError) as error:  # Dask cancels when it loses its scheduler
+                except Exception as error:
+                    # Dask cancels when it loses its scheduler, and gives up a unit that has killed workers
+                    gone = isinstance(error, BrokenExecutor | CancelledError)
+                    if not gone and type(error).__name__ != "KilledWorker":
+                        raise
                     result = None
                     if executor is self._current:  # only the first of its units reports the loss
                         self._broke(error)

@@ -2,7 +2,9 @@
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -50,10 +52,16 @@ SCHEMA = pa.schema(
 )
 """One row per cell and window."""
 
+KEY = ["cell", "window"]
+"""The columns that identify a row."""
+
+ROUNDING = 1e-5
+"""Difference of two numbers, absolute or relative, that is due to the rounding of other machines."""
+
 UNIT = re.compile(r"[A-Za-z0-9][\w.=-]{0,149}", re.ASCII)
 """The name of a unit of work."""
 
-PART = re.compile(rf"{UNIT.pattern}-(?P<checksum>[0-9a-f]{{32}})\.parquet", re.ASCII)
+PART = re.compile(rf"(?P<unit>{UNIT.pattern})-(?P<checksum>[0-9a-f]{{32}})\.parquet", re.ASCII)
 """The name of a part: the unit of work, and the first 128 bits of the SHA-256 of the bytes."""
 
 MARK = b"spectral_sinks.format"
@@ -119,23 +127,69 @@ def check_format(version: object, what: str) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Conflict:
+    """Two rows of one cell and window whose numbers differ by more than rounding."""
+
+    cell: str
+    window: int
+    name: str
+    parts: tuple[str, str]
+    """The parts that hold the rows."""
+    difference: str
+    """The first column that differs, with both values."""
+
+
+def frame_of(tables: Sequence[pa.Table]) -> pd.DataFrame:
+    """Return the rows of all tables, one table after the other."""
+    frame = pa.concat_tables([SCHEMA.empty_table(), *tables]).to_pandas()
+    integers = [field.name for field in SCHEMA if field.nullable and field.type == pa.int32()]
+    return frame.astype(dict.fromkeys(integers, "Int32"))
+
+
+def conflicts(tables: Mapping[str, pa.Table]) -> list[Conflict]:
+    """Return, for each cell and window that several parts hold with different numbers, two of these parts."""
+    frame = frame_of(list(tables.values()))
+    frame["part"] = np.repeat(np.arange(len(tables)), [table.num_rows for table in tables.values()])
+    again = frame[frame.duplicated(KEY, keep=False)].sort_values([*KEY, "part"], ignore_index=True)
+    group = again.groupby(KEY, sort=False).ngroup().to_numpy()
+    firsts = np.flatnonzero(np.diff(group, prepend=-1))[group]  # the first row of each row's group
+    names, found = list(tables), dict[int, Conflict]()
+    for column in ("document", "tokens", *MEANS, *BY_LAYER):
+        values = list(again[column])
+        for row, first in enumerate(firsts):
+            if first not in found and _apart(values[first], values[row]):
+                one, other = again.iloc[first], again.iloc[row]
+                values_differ = "" if column in BY_LAYER else f" {one[column]:.6g} and {other[column]:.6g}"
+                parts = names[one["part"]], names[other["part"]]
+                difference = f"{column}{values_differ}"
+                found[first] = Conflict(one["cell"], int(one["window"]), one["name"], parts, difference)
+    return [found[first] for first in sorted(found)]
+
+
+def _apart(one: Any, other: Any) -> bool:
+    """Whether two numbers, or two lists of numbers by layer, differ by more than rounding."""
+    if one is None or other is None:
+        return one is not other
+    if isinstance(one, float | int):
+        return not (abs(one - other) <= ROUNDING * max(1.0, abs(one)) or (one != one and other != other))
+    return len(one) != len(other) or not np.allclose(one, other, ROUNDING, ROUNDING, equal_nan=True)
+
+
 def canonical(tables: Sequence[pa.Table], cells: Sequence[str] = ()) -> pd.DataFrame:
     """Return each cell and window once, in the order of `cells` (others follow by address), then by window.
 
-    Of several rows for one cell and window the first in the order of their columns is taken, so that the
-    result depends on the rows alone and not on the parts that held them.
+    Of several rows for one cell and window, which `conflicts` does not report, the first in the order of
+    their columns is taken, so that the result depends on the rows alone and not on the parts that held them.
     """
-    key = ["cell", "window"]
-    frame = pa.concat_tables([SCHEMA.empty_table(), *tables]).to_pandas()
-    integers = [field.name for field in SCHEMA if field.nullable and field.type == pa.int32()]
-    frame = frame.astype(dict.fromkeys(integers, "Int32"))
-    again = frame.duplicated(key, keep=False)
+    frame = frame_of(tables)
+    again = frame.duplicated(KEY, keep=False)
     if again.any():
         in_order = frame[again].sort_values([name for name in SCHEMA.names if name not in BY_LAYER])
-        frame = frame.drop(index=in_order.index[in_order.duplicated(key)])
+        frame = frame.drop(index=in_order.index[in_order.duplicated(KEY)])
     places = {cell: place for place, cell in enumerate(cells)}
     frame["place"] = [places.get(cell, len(places)) for cell in frame["cell"]]
-    return frame.sort_values(["place", *key], ignore_index=True).drop(columns="place")
+    return frame.sort_values(["place", *KEY], ignore_index=True).drop(columns="place")
 
 
 def by_document(rows: pd.DataFrame) -> pd.DataFrame:

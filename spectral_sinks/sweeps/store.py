@@ -12,7 +12,7 @@ each machine its own folder, and merge the folders.
 import json
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -21,20 +21,25 @@ import pandas as pd
 import pyarrow as pa
 from filelock import FileLock, Timeout
 
-from spectral_sinks.errors import InputError, SpectralWarning
-from spectral_sinks.files import PATIENCE, atomic_write, clearly, listing
+from spectral_sinks.errors import InputError, SpectralWarning, without_secrets
+from spectral_sinks.files import PATIENCE, atomic_write, clearly, expanded, listing, read_regular
 from spectral_sinks.sweeps.schema import (
     FORMAT,
     PART,
     UNIT,
+    Conflict,
     Damaged,
     by_document,
     canonical,
     check_format,
     checksum,
+    conflicts,
     decode,
     encode,
 )
+
+FOLDERS = ("parts", "jobs", ".locks")
+"""The folders inside a results folder."""
 
 KIND = "spectral_sinks sweep"
 """The mark that distinguishes the manifest of a store from any other manifest.json."""
@@ -49,13 +54,19 @@ class Store:
     """
 
     def __init__(self, folder: str | Path, create: bool = True) -> None:
-        self.folder = Path(folder).expanduser()
+        self.folder = expanded(folder)
         self.parts = self.folder / "parts"
         self._manifest = self.folder / "manifest.json"
         self._locks = self.folder / ".locks"
         self._finished: dict[str, set[tuple[str, int]]] = {}  # by part
         self._pairs: set[tuple[str, int]] = set()  # of all parts
         self._tidy = False
+        for name in FOLDERS:
+            if not (self.folder / name).resolve().is_relative_to(self.folder.resolve()):
+                raise InputError(
+                    f"{self.folder / name} is a link to {(self.folder / name).resolve()}, outside of the "
+                    "results folder: replace it by what it links to"
+                )
         if not os.path.exists(self._manifest):  # false as well where it cannot be seen
             self._begin(create)
         _ = self.manifest  # refuses another format
@@ -85,10 +96,10 @@ class Store:
     def manifest(self) -> dict[str, Any]:
         """`format`, and `runs` by key. Raises InputError if damaged, foreign or of another format."""
         try:
-            manifest = json.loads(self._manifest.read_bytes())
+            manifest = json.loads(read_regular(self._manifest))
         except OSError as error:
             raise InputError(f"{self._manifest} cannot be read: {error.strerror}") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise self._damaged_manifest(str(error)) from error
         if not isinstance(manifest, dict) or manifest.get("store") != KIND:
             raise InputError(f"{self._manifest} does not belong to a sweep: give another folder")
@@ -96,6 +107,10 @@ class Store:
         runs = manifest.get("runs")
         if not isinstance(runs, dict) or not all(isinstance(run, dict) for run in runs.values()):
             raise self._damaged_manifest("no runs")
+        for run in runs.values():
+            cells = run.get("cells", [])
+            if not isinstance(cells, list) or not all(isinstance(cell, str) for cell in cells):
+                raise self._damaged_manifest("the cells of a run are not a list of addresses")
         return manifest
 
     def _damaged_manifest(self, reason: str) -> InputError:
@@ -109,12 +124,17 @@ class Store:
 
         `run["cells"]` lists the addresses in the order of the rows; all shards of a sweep record the same.
         """
-        with self._alone():
-            runs = self.manifest["runs"]
+
+        def with_run(runs: dict[str, Any]) -> dict[str, Any]:
             old = runs.get(run_key, {})
             cells = dict.fromkeys([*old.get("cells", ()), *run.get("cells", ())])
-            runs[run_key] = {**old, **run, "cells": list(cells)}
-            self._write_manifest(runs)
+            return runs | {run_key: {**old, **run, "cells": list(cells)}}
+
+        known = self.manifest["runs"]
+        if with_run(known) == known:  # a finished sweep can be shown from a folder that cannot be written
+            return
+        with self._alone():
+            self._write_manifest(with_run(self.manifest["runs"]))
 
     def add(self, unit: str, rows: pd.DataFrame) -> Path:
         """Write the rows of one unit of work: when this returns they are finished and on the disk.
@@ -130,15 +150,18 @@ class Store:
         names = self._names()
         self._keep(names)
         for name, _, table in self._sound(name for name in names if name not in self._finished):
-            pairs = zip(table["cell"].to_pylist(), table["window"].to_pylist(), strict=True)
-            self._finished[name] = set(pairs)
+            self._finished[name] = _keys(table)
             self._pairs |= self._finished[name]
         return self._pairs
 
     def rows(self) -> pd.DataFrame:
-        """Return each cell and window once, in the recorded order of the cells."""
+        """Return each cell and window once, in the recorded order of the cells.
+
+        Raises InputError where two parts have different numbers for one cell and window.
+        """
         tables = {name: table for name, _, table in self._sound(self._names())}
         self._keep(tables)
+        refuse(conflicts({str(self.parts / name): table for name, table in tables.items()}))
         runs = self.manifest["runs"]
         cells = dict.fromkeys(cell for key in sorted(runs) for cell in runs[key].get("cells", ()))
         return canonical(list(tables.values()), list(cells))
@@ -169,26 +192,52 @@ class Store:
         """
         with self._alone():
             for path in self._locks.glob("unit-*.lock"):
-                with self.claim(path.name.removeprefix("unit-").removesuffix(".lock")) as free:
+                unit = path.name.removeprefix("unit-").removesuffix(".lock")
+                if not UNIT.fullmatch(unit):  # not a lock of a store
+                    continue
+                with self.claim(unit) as free:
                     if not free:
                         raise InputError(f"another process is at work on {self.folder}: stop it first")
-            for path in self.parts.iterdir():
+            for path in self.parts.iterdir() if self.parts.exists() else ():
                 if PART.fullmatch(path.name.removeprefix(".damaged-")):
                     path.unlink()
             self._write_manifest({})
         self._finished, self._pairs = {}, set()
 
     @staticmethod
-    def merge(folders: Sequence[str | Path], out: str | Path) -> "Store":
+    def merge(folders: Sequence[str | Path], out: str | Path, prefer: str | Path | None = None) -> "Store":
         """Copy all sound rows and records of several stores into `out`, which may already have rows.
 
-        Raises InputError, before anything is written, for a folder that is not a store of this format.
+        Where parts have different numbers for one cell and window, `prefer` names the part, or the folder of
+        the parts, whose numbers are kept.
+
+        Raises InputError, before anything is written, for a folder that is not a store of this format, and
+        for different numbers of which none, or several, are preferred.
         """
         stores = [Store(folder, create=False) for folder in folders]
+        present = [Store(out, create=False)] if listing(expanded(out)) else []
+        found = {
+            store.parts / name: (data, table)
+            for store in (*stores, *present)
+            for name, data, table in store._sound(store._names())
+        }
+        dropped = _decided({path: table for path, (_, table) in found.items()}, prefer)
         merged = Store(out)
+        own = merged.parts.resolve()
+        for path, (data, table) in found.items():
+            if path not in dropped:
+                if path.parent.resolve() != own:
+                    merged._put(path.name, data)
+                continue
+            keys = zip(table["cell"].to_pylist(), table["window"].to_pylist(), strict=True)
+            kept = table.filter([key not in dropped[path] for key in keys])
+            if kept.num_rows:
+                parsed = PART.fullmatch(path.name)
+                assert parsed is not None
+                merged.add(parsed["unit"], kept.to_pandas())
+            if path.parent.resolve() == own:
+                path.unlink(missing_ok=True)
         for store in stores:
-            for name, data, _ in store._sound(store._names()):
-                merged._put(name, data)
             for key, run in store.manifest["runs"].items():
                 merged.record(key, run)
         return merged
@@ -200,13 +249,15 @@ class Store:
             self._pairs = set().union(*self._finished.values())
 
     def _put(self, name: str, data: bytes) -> Path:
-        with self._alone(), atomic_write(self.parts / name) as path:
-            path.write_bytes(data)
+        with self._alone():
+            self.parts.mkdir(exist_ok=True)  # somebody may have deleted it
+            with atomic_write(self.parts / name) as path:
+                path.write_bytes(data)
         return self.parts / name
 
     def _write_manifest(self, runs: dict[str, Any]) -> None:
         manifest = {"store": KIND, "format": FORMAT, "runs": dict(sorted(runs.items()))}
-        text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
+        text = without_secrets(json.dumps(manifest, indent=1, ensure_ascii=False)) + "\n"
         with atomic_write(self._manifest) as path:
             path.write_text(text, encoding="utf-8")
 
@@ -217,7 +268,7 @@ class Store:
         """Yield name, bytes and rows of the sound parts; report the others."""
         for name in names:
             try:
-                data = (self.parts / name).read_bytes()
+                data = read_regular(self.parts / name)
                 table = decode(data, name)
             except FileNotFoundError:  # another process set it aside
                 continue
@@ -239,7 +290,7 @@ class Store:
         path = self.parts / name
         with suppress(InputError), self._alone():
             try:
-                decode(path.read_bytes(), name)
+                decode(read_regular(path), name)
             except FileNotFoundError:
                 return None
             except Damaged:
@@ -271,6 +322,41 @@ class Store:
                         path.unlink(missing_ok=True)
                     self._tidy = True
                 yield
+
+
+def refuse(found: Sequence[Conflict]) -> None:
+    """Raise InputError if parts have different numbers for one cell and window; it names two of them."""
+    if found:
+        first = found[0]
+        more = f", and {len(found) - 1} more rows differ" if len(found) > 1 else ""
+        one, other = first.parts
+        raise InputError(
+            f"{one} and {other} have different numbers for window {first.window} of {first.name!r} "
+            f"({first.difference}){more}: decide which is right, and name that part or its folder with "
+            "`spectral-sinks merge OUT FOLDERS --prefer PATH`"
+        )
+
+
+def _decided(tables: Mapping[Path, pa.Table], prefer: str | Path | None) -> dict[Path, set[tuple[str, int]]]:
+    """Return the rows, by part, that give way to different numbers of a preferred part."""
+    found = conflicts({str(path): table for path, table in tables.items()})
+    if prefer is None:
+        refuse(found)
+    where = expanded(prefer or "").resolve()
+    right = {path: table for path, table in tables.items() if path.resolve().is_relative_to(where)}
+    if prefer is not None and not right:
+        raise InputError(f"{prefer} is none of the parts and folders that are joined: prefer one of them")
+    refuse(conflicts({str(path): table for path, table in right.items()}))
+    keys = {path: _keys(table) for path, table in tables.items()}
+    decided = set[tuple[str, int]]().union(*(keys[path] for path in right))
+    refuse([each for each in found if (each.cell, each.window) not in decided])
+    settled = {(each.cell, each.window) for each in found}
+    dropped = {path: keys[path] & settled for path in tables if path not in right}
+    return {path: rows for path, rows in dropped.items() if rows}
+
+
+def _keys(table: pa.Table) -> set[tuple[str, int]]:
+    return set(zip(table["cell"].to_pylist(), table["window"].to_pylist(), strict=True))
 
 
 def _unit(name: str) -> str:

@@ -1,5 +1,6 @@
 """The executors of units of work: this process, a pool that shares the weights, or any other executor."""
 
+import os
 import pickle
 import threading
 import time
@@ -7,6 +8,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from multiprocessing import parent_process
 from typing import Any, Protocol, runtime_checkable
 from uuid import uuid4
 
@@ -146,8 +148,23 @@ def pool(sweep: Sweep, workers: int, devices: Sequence[str] = ()) -> ProcessPool
     return ProcessPoolExecutor(workers, context, _adopt, (sweep.key, sweep, turns, threads))
 
 
-def _adopt(key: str, sweep: Sweep, turns: Any, threads: int) -> None:
+def begin_worker(threads: int) -> None:
+    """Begin a process of a pool: give torch some threads, and end when the process that made the pool ends.
+
+    A pool whose process was killed tells its workers nothing, and they would wait for work for ever.
+    """
     torch.set_num_threads(threads)
+    if (parent := parent_process()) is not None:
+
+        def follow() -> None:
+            parent.join()
+            os._exit(1)
+
+        threading.Thread(target=follow, daemon=True).start()
+
+
+def _adopt(key: str, sweep: Sweep, turns: Any, threads: int) -> None:
+    begin_worker(threads)
     device = turns.get()
     if device is not None:
         sweep.model.module.to(device)

@@ -266,6 +266,73 @@ def test_rerun_runs_commands_and_says_what_it_cannot(tmp_path: Path) -> None:
     assert json.loads((out / "info.json").read_text())["layers"] == 6
 
 
+COMMAND = (
+    '[pages]\np = "page.md"\n[commands]\n"FILE" = "COMMAND"\n'
+    '[[table]]\nfile = "FILE"\nclaims = [{ page = "p", text = "{6} layers", column = "layers" }]\n'
+)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "spectral-sinks info --trust-remote-code --json > a.json",
+        "spectral-sinks info --allow-pickle --json > a.json",
+        "spectral-sinks nll --json --text /etc/passwd > a.json",
+        "spectral-sinks nll --json --remote ndif > a.json",
+        "spectral-sinks sinks --figure /etc/passwd --json > a.json",
+        "spectral-sinks sinks --figure=/etc/passwd --json > a.json",
+        "spectral-sinks sweep x.toml --json > a.json",
+        "spectral-sinks remote collect theirs --json > a.json",
+        "spectral-sinks info ../theirs --json > a.json",
+        "spectral-sinks info /srv/theirs --json > a.json",
+        "spectral-sinks info --json > b.json",
+        "spectral-sinks info --json",
+        "spectral-sinks --json",
+        "spectral-sinks info 'a --json > a.json",
+    ],
+)
+def test_rerun_runs_only_what_a_stranger_may_name(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from spectral_sinks.cli import verify
+
+    monkeypatch.setattr(verify.subprocess, "run", lambda *_, **__: pytest.fail("it ran"))
+    path = tmp_path / "claims.toml"
+    path.write_text(COMMAND.replace("FILE", "a.json").replace("COMMAND", command))
+    ran = tiny_models.run(capsys, "verify", "--claims", path, "--rerun")
+    assert ran.status == 2 and ("is not run again" in ran.err or "cannot be read" in ran.err)
+
+
+def test_rerun_names_its_commands_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from spectral_sinks.cli import verify
+
+    said: list[str] = []
+    monkeypatch.setattr(
+        verify.subprocess, "run", lambda words, **_: said.append(capsys.readouterr().err) or words
+    )
+    path = tmp_path / "claims.toml"
+    path.write_text(
+        COMMAND.replace("FILE", "a.json").replace(
+            "COMMAND", "spectral-sinks nll org/model --layer 0 --remove dark --json > a.json"
+        )
+    )
+    tiny_models.run(capsys, "verify", "--claims", path, "--rerun")
+    assert said == ["verify runs: spectral-sinks nll org/model --layer 0 --remove dark --json\n"]
+
+
+@pytest.mark.parametrize("name", ["../a.json", "/etc/passwd", "a/../../b.csv", ".hidden", "a\\\\b", ""])
+def test_claims_name_files_below_their_folder(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "claims.toml"
+    path.write_text(COMMAND.replace("FILE", name))
+    with pytest.raises(ss.InputError, match="is not the path of a file below the folder"):
+        ss.claims.Claims.read(path)
+    path.write_text(COMMAND.replace("FILE", "a.json").replace("page.md", name))
+    with pytest.raises(ss.InputError, match="is not the path of a file below the folder"):
+        ss.claims.Claims.read(path)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import psutil
 import pytest
@@ -83,3 +84,17 @@ def test_jobs_are_the_idle_cores_that_the_memory_can_serve(
     memory = SimpleNamespace(available=int(gigabytes * 2**30))
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
     assert experiments.idle_jobs(tiny_models.model()) == jobs
+
+
+def test_a_table_holds_no_formulas(tmp_path: Path) -> None:
+    given = pd.DataFrame(
+        {"text": ["=1+1", "-2+3", "+x", "@y", "\tz", "plain", None], "value": [-1.5, 2, 3, 4, 5, 6, np.nan]}
+    )
+    study = ss.experiments.Study.__new__(ss.experiments.Study)
+    object.__setattr__(study, "out", tmp_path)
+    assert study.save(given, "table") is given and given["text"][0] == "=1+1", (
+        "the table itself is not changed"
+    )
+    found = pd.read_csv(tmp_path / "table.csv")
+    assert list(found["text"][:6]) == ["'=1+1", "'-2+3", "'+x", "'@y", "'\tz", "plain"]
+    assert found["text"].isna()[6] and found["value"].equals(given["value"])

@@ -166,6 +166,23 @@ def test_a_damaged_sharded_checkpoint(tmp_path: Path, damage: str) -> None:
             use(folder)
 
 
+@pytest.mark.parametrize("content", ['"../out.safetensors"', '"/out.safetensors"', '".x"', "5", "[]"])
+def test_an_index_that_leads_elsewhere(tmp_path: Path, content: str) -> None:
+    folder = tiny_models.save(tmp_path / "model", max_shard_size="20KB")
+    index = folder / "model.safetensors.index.json"
+    whole = json.loads(index.read_text())
+    (tmp_path / "out.safetensors").write_bytes((folder / whole["weight_map"]["lm_head.weight"]).read_bytes())
+    for text in (
+        json.dumps(whole | {"weight_map": whole["weight_map"] | {"lm_head.weight": json.loads(content)}}),
+        json.dumps({"weight_map": json.loads(content)}),
+        content,
+        "[" * 10**5,
+    ):
+        index.write_text(text)
+        with pytest.raises(ss.InputError, match="is not an index of safetensors files"):
+            ss.read_spectrum(folder)
+
+
 @pytest.mark.usefixtures("unchecked")
 def test_load_in_all_its_forms(tmp_path: Path) -> None:
     folder, ids = tiny_models.save(tmp_path / "model"), tiny_models.ids()

@@ -126,6 +126,32 @@ def test_no_single_flipped_byte_goes_unnoticed(cache_folder):
                 assert torch.equal(found[0], values) and torch.equal(found[1], vectors), place
 
 
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda values, vectors: (values, vectors[:, ::2].contiguous()),
+        lambda values, vectors: (values[:-1], vectors),
+        lambda values, vectors: (values.float(), vectors.float()),
+        lambda values, vectors: (values.long(), vectors.long()),
+        lambda values, vectors: (values * torch.nan, vectors),
+        lambda values, vectors: (-values, vectors),
+        lambda values, vectors: (values.flip(0), vectors),
+        lambda values, vectors: (values, vectors * torch.nan),
+        lambda values, vectors: (values, vectors * 1.001),
+        lambda values, vectors: (values, torch.randn(24, 24, dtype=torch.float64)),
+        lambda values, vectors: (values, vectors.roll(1, 1) * (torch.arange(24) > 0)),
+        lambda values, vectors: (values[:0], vectors[:0, :0]),
+    ],
+)
+def test_a_right_checksum_of_wrong_content_is_damage(weight, stored, cache_folder, spoil):
+    """Whoever wrote the file can write its checksum as well."""
+    values, vectors = (tensor.contiguous() for tensor in spoil(stored.values, stored.vectors))
+    (path,) = cache_folder.iterdir()
+    cache.store(path.stem, values, vectors)
+    with pytest.warns(SpectralWarning, match=r"is damaged \(its? .*computed again"):
+        assert same(Spectrum.from_matrix(weight), stored)
+
+
 def test_a_stranger_file_is_passed_over(cache_folder):
     cache_folder.mkdir()
     tensors = {"values": torch.ones(2), "vectors": torch.eye(2)}
@@ -168,7 +194,7 @@ def test_a_reader_never_sees_half_a_file(weight, monkeypatch):
         save(tensors, path, metadata)
 
     monkeypatch.setattr(cache, "save_file", slowly)
-    old, new, vectors = torch.ones(3), torch.zeros(3), torch.eye(3)
+    old, new, vectors = torch.ones(3).double(), torch.zeros(3).double(), torch.eye(3).double()
     cache.store("key", old, vectors)
     cache.store("key", new, vectors)
     assert seen[0] is None and torch.equal(seen[1][0], old)

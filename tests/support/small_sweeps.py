@@ -109,6 +109,12 @@ def run(out: Path, cells_per_unit: int = 1, seconds: float = 0) -> None:
     ss.sweep(sweep() if not seconds else sweep(scaled(20, seconds)), out)
 
 
+def run_with_workers(out: Path) -> None:
+    """Run a sweep of slow cells in a pool of a process of its own."""
+    sweeps.CELLS_PER_UNIT = 1
+    ss.sweep(sweep(scaled(200, 0.2)), out, workers=2)
+
+
 def run_until_killed(out: Path, units: int, seconds: float) -> None:
     """Run the sweep in a process of its own, which dies some time after it has stored so many units.
 

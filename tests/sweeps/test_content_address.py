@@ -1,6 +1,8 @@
 """The content address of a cell changes with all that its numbers depend on, and with nothing else."""
 
 import copy
+import inspect
+import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,9 +12,12 @@ import numpy as np
 import pytest
 import torch
 from support import small_sweeps, tiny_models
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 import spectral_sinks as ss
 from spectral_sinks.measure.nll import replay
+from spectral_sinks.models.patches import patches
 from spectral_sinks.sweeps import content_address as address
 
 EXIT = ss.Site("exit", 1)
@@ -252,3 +257,179 @@ def test_a_changed_attention_has_no_address(tmp_path: Path) -> None:
         with ss.attending(each, lambda call: None), pytest.raises(ss.InputError, match="before a sweep"):
             address.context(each, windows, 4)
         assert address.context(each, windows, 4)
+
+
+# What acts besides the weights that were hashed
+
+
+CELL = {"x": {EXIT: ss.rnd(32, 3)}}
+
+
+def marked(function: Any, address: str) -> Any:
+    def own(*given: Any, **options: Any) -> Any:
+        return function(*given, **options)
+
+    own.address = address  # pyright: ignore[reportFunctionMemberAccess]
+    return own
+
+
+def numbers(model: ss.LanguageModel, folder: Path) -> Any:
+    """The NLL that a sweep returns, which is that of a measurement without a store."""
+    made = ss.Sweep.of(model, small_sweeps.windows(), CELL)
+    found = ss.sweep(made, folder).table["nll"].to_numpy()
+    expected = ss.evaluate(model, small_sweeps.windows(), CELL["x"]).table["nll"].to_numpy()
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    return found
+
+
+def in_place(module: Any) -> None:
+    module.model.layers[2].mlp.up_proj.weight.data.mul_(3)
+
+
+def under_no_grad(module: Any) -> None:
+    with torch.no_grad():
+        module.model.layers[2].mlp.up_proj.weight[[0, 1]] = (
+            module.model.layers[2].mlp.up_proj.weight[[1, 0]] * 4
+        )
+
+
+def frequencies(module: Any) -> None:
+    module.model.rotary_emb.inv_freq.mul_(0.1)
+
+
+def epsilon(module: Any) -> None:
+    module.model.norm.variance_epsilon = 1.0
+
+
+def activation(module: Any) -> None:
+    module.model.layers[1].mlp.act_fn = torch.nn.ReLU()
+
+
+@pytest.mark.parametrize("change", [in_place, under_no_grad, frequencies, epsilon, activation])
+def test_a_model_that_was_changed_after_its_hash(change: Callable[[Any], None], tmp_path: Path) -> None:
+    model = changed(lambda module: None)
+    sweep = ss.Sweep.of(model, small_sweeps.windows(), CELL)
+    before = ss.sweep(sweep, tmp_path / "out").table["nll"].to_numpy()
+    change(model.module)
+    after = numbers(model, tmp_path / "out")
+    assert (abs(after - before) > 1e-3).any(), "the change is one"
+    again = ss.sweep(sweep, tmp_path / "out")
+    assert again.report.computed == 0 and (again.table["nll"].to_numpy() == after).all(), (
+        "the same sweep, anew"
+    )
+    assert len(ss.sweeps.Store(tmp_path / "out").rows()) == 2 * 5
+
+
+def test_a_sweep_measures_anew_what_it_holds(tmp_path: Path) -> None:
+    model = changed(lambda module: None)
+    sweep = ss.Sweep.of(model, small_sweeps.windows(), CELL)
+    ss.sweep(sweep, tmp_path / "one", say=lambda _: None)
+    in_place(model.module)
+    found = ss.sweep(sweep, tmp_path / "two").table["nll"].to_numpy()
+    expected = ss.evaluate(model, small_sweeps.windows(), CELL["x"]).table["nll"].to_numpy()
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def doubling(kind: str, patch: pytest.MonkeyPatch, address: str | None) -> ss.LanguageModel:
+    """A model in which a function doubles what one MLP writes; `patch` undoes what outlives the model."""
+
+    def own(function: Any) -> Any:
+        return function if address is None else marked(function, address)
+
+    if kind == "forward of a class":
+        original = LlamaMLP.forward
+        patch.setattr(LlamaMLP, "forward", own(lambda self, x: 2 * original(self, x)))
+    model = changed(lambda module: None)
+    part = model.module.model.layers[1].mlp
+    if kind == "hook":
+        part.register_forward_hook(own(lambda _, given, output: 2 * output))
+    elif kind == "hook before":
+        part.register_forward_pre_hook(own(lambda _, given: (2 * given[0],)))
+    elif kind == "hook on all":
+        hooks: Any = torch.nn.modules.module._global_forward_hooks
+        patch.setitem(hooks, -1, own(lambda module, given, output: 2 * output if module is part else None))
+    elif kind == "forward":
+        forward = part.forward
+        part.forward = own(lambda x: 2 * forward(x))
+    return model
+
+
+@pytest.mark.parametrize("kind", ["hook", "hook before", "hook on all", "forward", "forward of a class"])
+def test_a_function_that_acts_in_the_model(kind: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    plain = numbers(changed(lambda module: None), out)
+    with pytest.MonkeyPatch.context() as patch:
+        model = doubling(kind, patch, None)
+        with pytest.raises(ss.InputError, match=r"(hook|forward of) .* has no content address"):
+            ss.sweep(ss.Sweep.of(model, small_sweeps.windows(), CELL), out)
+    for place, name in enumerate(("one", "other"), start=2):
+        with pytest.MonkeyPatch.context() as patch:
+            model = doubling(kind, patch, name)
+            assert (abs(numbers(model, out) - plain) > 1e-3).any()
+            with pytest.raises(ss.InputError, match="functions of this process"):
+                pickle.dumps(model)
+        assert len(ss.sweeps.Store(out).rows()) == place * 5
+    assert (numbers(changed(lambda module: None), out) == plain).all()
+
+
+def test_an_attention_implementation_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = AttentionInterface._global_mapping
+    monkeypatch.setattr(AttentionInterface, "_global_mapping", dict(registry))
+    masks = AttentionMaskInterface._global_mapping
+    monkeypatch.setattr(AttentionMaskInterface, "_global_mapping", dict(masks))
+
+    def relu(module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: float, **_: Any) -> Any:
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+        scores = (query @ key.transpose(2, 3) * scaling).relu().tril() / query.shape[2]
+        return (scores @ value).transpose(1, 2).contiguous(), scores
+
+    AttentionMaskInterface.register("relu", masks["eager"])
+    AttentionInterface.register("relu", relu)
+    model = changed(lambda module: None)
+    plain = numbers(model, tmp_path / "out")
+    model.module.set_attn_implementation("relu")
+    with pytest.raises(ss.InputError, match=r"attention implementation 'relu': relu has no content"):
+        ss.sweep(ss.Sweep.of(model, small_sweeps.windows(), CELL), tmp_path / "out")
+    AttentionInterface.register("relu", marked(relu, "relu by length"))
+    assert (abs(numbers(model, tmp_path / "out") - plain) > 1e-3).any()
+    assert len(ss.sweeps.Store(tmp_path / "out").rows()) == 2 * 5
+    AttentionInterface.register("sdpa", marked(registry["sdpa"], "mine"))
+    model.module.set_attn_implementation("sdpa")
+    numbers(model, tmp_path / "out")
+    assert len(ss.sweeps.Store(tmp_path / "out").rows()) == 3 * 5
+
+
+class Louder(torch.nn.Module):
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * self.inner(x)
+
+
+def test_a_module_of_ones_own_is_known_by_its_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = changed(lambda module: None)
+    plain = numbers(model, tmp_path / "out")
+    loud = changed(lambda module: setattr(module.model.layers[1].mlp, "act_fn", Louder(torch.nn.SiLU())))
+    assert (abs(numbers(loud, tmp_path / "out") - plain) > 1e-3).any()
+    assert len(patches(loud)) == 1 and patches(loud)[0].startswith("Louder ")
+    monkeypatch.setattr(inspect, "getsource", lambda _: "class Louder: another version")
+    assert patches(loud) != patches(changed(lambda module: None))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inspect, "getsource", unknown)
+        with pytest.raises(ss.InputError, match="the source of the module Louder is not known"):
+            patches(loud)
+        patch.setattr(Louder, "address", "2", raising=False)
+        assert patches(loud) == ["Louder 2"]
+
+
+def unknown(_: object) -> str:
+    raise OSError("could not get source code")
+
+
+@pytest.mark.parametrize("change", [epsilon, activation])
+def test_what_another_process_would_not_have(change: Callable[[Any], None]) -> None:
+    model = changed(change)
+    with pytest.raises(ss.InputError, match="is not as the configuration describes it"):
+        pickle.dumps(model)

@@ -1,13 +1,19 @@
 """A sweep at a server: jobs that outlive the process, nothing lost, nothing twice, and no key anywhere."""
 
+import io
 import json
+import pickle
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
+import zstandard
 from support import fake_ndif, small_sweeps, tiny_models
 
 import spectral_sinks as ss
 from spectral_sinks.measure.nll import remote_batch
+from spectral_sinks.models.remote_state import Sent
 from spectral_sinks.sweeps import remote_jobs
 
 FILE = """
@@ -201,6 +207,113 @@ def test_what_a_sweep_will_send(fake: fake_ndif.Fake, file: Path, out: Path) -> 
     ss.sweep(afar(file), out)
     assert cost.jobs == len(ss.sweeps.jobs(out)) and cost.windows == 4
     assert ss.sweeps.plan(afar(file), out).cells == 0
+
+
+def note_of(out: Path, **changes: object) -> Path:
+    """Change the record of the first job."""
+    path = min((out / "jobs").glob("*.json"))
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return path
+
+
+EVIL = "https://evil.invalid"
+
+
+@pytest.mark.parametrize("command", [("remote", "collect"), ("sweep", "--remote", "ndif", "--out")])
+def test_only_the_configured_server_is_asked(
+    command: tuple[str, ...],
+    fake: fake_ndif.Fake,
+    file: Path,
+    out: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    ss.sweep(afar(file), out, wait=False)
+    path = min((out / "jobs").glob("*.json"))
+    note_of(out, sent=json.loads(path.read_text())["sent"] | {"host": EVIL})
+    fake.asked.clear()
+    before = {name: data for name, data in files(out).items() if name != "manifest.json"}
+    given = [*command, out] if command[0] == "remote" else [command[0], file, *command[1:], out]
+    ran = tiny_models.run(capsys, *given)
+    assert ran.status == 2 and EVIL in ran.err and fake_ndif.HOST in ran.err and path.name in ran.err
+    assert not any(asked.startswith("/response/") for asked in fake.asked), "nobody is asked for a result"
+    assert {name: data for name, data in files(out).items() if name != "manifest.json"} == before
+
+
+def test_an_answer_with_code_fails_its_job(
+    fake: fake_ndif.Fake, file: Path, local: ss.sweeps.Done, out: Path, tmp_path: Path
+) -> None:
+    class Planted:
+        def __reduce__(self) -> tuple[object, ...]:
+            return Path.touch, (tmp_path / "ran",)
+
+    ss.sweep(afar(file), out, wait=False)
+    jobs = list(fake.answers)[1:3]
+    for job, value in zip(jobs, (Planted(), pickle.dumps(("result", Planted(), {}))), strict=True):
+        buffer = io.BytesIO()
+        torch.save({"ss_result": value}, buffer)
+        fake.results[job] = zstandard.ZstdCompressor().compress(buffer.getvalue())
+    notes = {note.sent.id: note for note in ss.sweeps.collect(out)}
+    assert not (tmp_path / "ran").exists()
+    assert {notes[job].state for job in jobs} == {"failed"}
+    assert all("could run code" in notes[job].said for job in jobs)
+    agree(ss.sweep(afar(file), out), local)
+
+
+def test_an_answer_of_another_size_fails_its_job(fake: fake_ndif.Fake, file: Path, out: Path) -> None:
+    ss.sweep(afar(file), out, wait=False)
+    one, other = list(fake.answers)[1:3]
+    note_of(out)
+    fake.results[one] = fake.results["job0"]
+    states = {note.sent.id: note.state for note in ss.sweeps.collect(out)}
+    assert states.pop(one) == "failed" and states.pop(other) == "done"
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"unit": "../../OUTSIDE"}, "it names the unit"),
+        ({"unit": "b" * 32}, "it names the unit"),
+        ({"unit": 3}, "unit: Input should be a valid string"),
+        ({"sent": {"id": "../whoami"}}, "is no id of a job"),
+        ({"sent": {"id": "x?y=1"}}, "is no id of a job"),
+        ({"sent": {"submitted": "now"}}, r"sent: submitted: Input should be a valid number"),
+        ({"sent": 4}, "sent: "),
+        ({"cells": [{"name": "x"}]}, "are incomplete"),
+        ({"cells": 5}, "cells: "),
+        ({"documents": [0]}, "are incomplete"),
+        ({"windows": ["0", "1"]}, "windows: 0: "),
+        ({"state": "odd"}, "state: "),
+    ],
+    ids=str,
+)
+def test_a_note_names_nothing_outside(changes: dict[str, object], reason: str, out: Path) -> None:
+    store = ss.sweeps.Store(out)
+    sent = Sent("job1", fake_ndif.HOST, 10, 0.0)
+    cells: list[dict[str, object]] = [{"cell": "a" * 32}]
+    remote_jobs.Notes(out).write(remote_jobs.Note("a" * 32, "run", "tiny", sent, cells, [0, 1], [0, 1], 9))
+    assert [note.sent.id for note in ss.sweeps.jobs(out)] == ["job1"]
+    if isinstance(changes.get("sent"), dict):
+        changes = {"sent": asdict(sent) | changes["sent"]}
+    path, before = note_of(out, **changes), files(out.parent)
+    for act in (ss.sweeps.collect, ss.sweeps.jobs):
+        with pytest.raises(ss.InputError, match=rf"{path.name} is damaged \(.*{reason}"):
+            act(store.folder)
+    assert files(out.parent) == before
+
+
+def test_a_server_that_repeats_the_key_has_it_neither_printed_nor_stored(
+    fake: fake_ndif.Fake, file: Path, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = f"headers: ndif-api-key={fake_ndif.KEY}, boom"
+    fake.trouble = [None, told]
+    ran = tiny_models.run(capsys, "sweep", file, "--out", out, "--remote", "ndif")
+    assert ran.status == 2 and "boom" in ran.err and "[key]" in ran.err
+    status = tiny_models.run(capsys, "remote", "status", out, "--json")
+    assert "boom" in status.out
+    for text in (ran.out, ran.err, status.out, status.err):
+        assert fake_ndif.without_key(text)
+    for name, data in files(out).items():
+        assert fake_ndif.without_key(data.decode(errors="replace")), name
 
 
 def test_bad_input(file: Path, out: Path) -> None:

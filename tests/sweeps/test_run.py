@@ -6,6 +6,7 @@ import random
 import signal
 import threading
 import time
+import warnings
 from dataclasses import asdict
 from multiprocessing.context import BaseContext
 from pathlib import Path
@@ -163,6 +164,14 @@ def test_an_interruption_costs_only_what_was_unfinished(
     assert time.perf_counter() - began < 30, "no claim was left behind"
     assert (done.report.computed, done.report.found) == (36 * 5 - len(finished), len(finished))
     assert done.store.rows().equals(whole.store.rows())
+
+
+def test_a_finished_sweep_is_shown_from_a_folder_that_cannot_be_written(
+    whole: ss.sweeps.Done, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ss.sweeps.Store, "_alone", lambda _: pytest.fail("it writes"))
+    again = ss.sweep(small_sweeps.sweep(), whole.store.folder, say=lambda _: None)
+    assert again.report.computed == 0 and again.table.equals(whole.table)
 
 
 def test_fresh_begins_again(whole: ss.sweeps.Done, out: Path, measured: list[Any]) -> None:
@@ -454,13 +463,14 @@ def test_what_it_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     made = small_sweeps.sweep(cells)
     assert [*made.starts] == [2, 0, 0, -1, -1, None]
-    found = cost.estimate(made, made.units)
+    found, speed = cost.estimate(made, made.units)
+    assert (speed.layer_seconds, speed.head_seconds) == pytest.approx((2, 3))
     assert (found.cells, found.windows, found.layers) == (6, 5, 3)
     assert (found.layer_seconds, found.head_seconds) == pytest.approx((2, 3))
     assert found.floor == pytest.approx(5 * (3 + 7 + 7 + 9 + 9))
     assert found.forwards == pytest.approx((3 + 7 + 7 + 9 + 9) / 9)
     assert found.units == len(made.units) == 4 * 2, "four places to begin, two batches"
-    one_batch = cost.estimate(made, tuple(unit for unit in made.units if unit.batch == 0))
+    one_batch, _ = cost.estimate(made, tuple(unit for unit in made.units if unit.batch == 0))
     assert one_batch.floor == pytest.approx(len(made.batches[0][0]) * 35)
     assert "6 cells x 5 windows in 8 units: 3.9 forward passes over the text, about 2.9 minutes" in str(found)
     assert found.bytes > 4 * 198 * 32 * 4, "the residuals of four exits"
@@ -485,6 +495,52 @@ def test_the_batch_of_the_estimate_serves_the_first_unit(
     assert opened == [tuple(indices) for indices, _ in made.batches]
     again = ss.sweep(small_sweeps.sweep(), tmp_path / "again")
     small_sweeps.rows_agree(done.store.rows(), again.store.rows())
+
+
+def test_a_run_says_what_it_waits_for(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = small_sweeps.sweep(small_sweeps.scaled(1))
+    store = ss.sweeps.Store(out)
+    monkeypatch.setattr(run, "PATIENCE", -1.0)
+    monkeypatch.setattr(run, "CLAIM_POLL", 0.0)
+    with store.claim(made.units[0].name) as mine, warnings.catch_warnings():
+        assert mine
+        warnings.simplefilter("error", ss.SpectralWarning)
+        with pytest.raises(
+            ss.SpectralWarning, match=rf"waits for .*{made.units[0].name}.*must be resumed or stopped"
+        ):
+            ss.sweep(made, out)
+
+
+def test_a_restart_does_not_measure_its_cost_again(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: list[str] = []
+    original = cost._measured
+    monkeypatch.setattr(cost, "_measured", lambda sweep, where: timed.append(where) or original(sweep, where))
+    said: list[str] = []
+    first = ss.sweep(small_sweeps.sweep(), out, shard=(1, 2), say=said.append)
+    (run,) = first.store.manifest["runs"].values()
+    assert len(timed) == 1 and run["speed"]["where"] == timed[0]
+    planned = ss.sweeps.plan(small_sweeps.sweep(), out)
+    done = ss.sweep(small_sweeps.sweep(), out, say=said.append)
+    assert len(timed) == 1 and done.report.of_floor is not None and str(planned) == said[1]
+    assert isinstance(planned, ss.sweeps.Cost) and planned.layer_seconds == run["speed"]["layer_seconds"]
+    # another sweep of the same model in the folder, and what makes a speed another
+    ss.sweep(small_sweeps.sweep(small_sweeps.scaled(1)), out, say=said.append)
+    assert len(timed) == 1
+    monkeypatch.setattr(cost.platform, "node", lambda: "another machine")
+    ss.sweep(small_sweeps.sweep(small_sweeps.scaled(2)), out, say=said.append)
+    assert len(timed) == 2
+
+
+@pytest.mark.parametrize(
+    "speed",
+    [5, {}, {"layer_seconds": "1", "head_seconds": 1.0}, {"layer_seconds": -1.0}, {"head_seconds": 0.0}],
+)
+def test_a_speed_that_is_none_is_measured(speed: object) -> None:
+    right = {"where": "here", "layer_seconds": 1.0, "head_seconds": 2.0}
+    assert cost.Speed.kept({"a": {}, "b": {"speed": right}}, "here") == cost.Speed("here", 1.0, 2.0)
+    assert cost.Speed.kept({"a": {"speed": right}}, "elsewhere") is None
+    spoilt = right | speed if isinstance(speed, dict) and speed else speed
+    assert cost.Speed.kept({"a": {"speed": spoilt}}, "here") is None
 
 
 @pytest.mark.parametrize(

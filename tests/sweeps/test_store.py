@@ -2,6 +2,8 @@
 
 import importlib
 import json
+import os
+import shutil
 import warnings
 from contextlib import contextmanager
 
@@ -202,6 +204,157 @@ def test_what_is_there_twice_counts_once(tmp_path):
         assert list(store.table()["windows"]) == [2] * 4
     exact(*frames)
     assert frames[0]["nll"].isin(one["nll"]).all()
+
+
+def two_that_differ(tmp_path, **changes):
+    """Two stores that share the rows of "a", with other numbers in two of them."""
+    one, other = synthetic_rows.rows("a", "b"), synthetic_rows.rows("a", "c")
+    for column, values in changes.items():
+        other[column] = values(other[column])
+    stores = [Store(tmp_path / name) for name in ("one", "other")]
+    return (
+        stores,
+        [store.add("u", rows) for store, rows in zip(stores, (one, other), strict=True)],
+        one,
+        other,
+    )
+
+
+def lower(column):
+    return column.where(~column.index.isin([1, 2]), column - 0.5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"nll": lower},
+        {"kl": lambda column: column + 0.1},
+        {"delta_nll": lambda column: column * np.nan},
+        {"tokens": lambda column: column + 1},
+        {"sink_mass": lambda column: column.map(lambda value: [each + 0.1 for each in value])},
+        {"sink_mass": lambda column: [None] * len(column)},
+        {"baseline_sink_mass": lambda column: column.map(lambda value: value[:1])},
+    ],
+    ids=str,
+)
+def test_different_numbers_for_one_row_are_an_error_that_names_both_parts(tmp_path, changes):
+    (one, other), paths, _, _ = two_that_differ(tmp_path, **changes)
+    with pytest.raises(
+        InputError, match=rf"different numbers for window \d of 'a' \({next(iter(changes))}"
+    ) as error:
+        Store.merge([one.folder, other.folder], tmp_path / "merged")
+    assert all(str(path) in str(error.value) for path in paths)
+    assert not (tmp_path / "merged").exists(), "nothing is begun"
+    one.add("v", pq.read_table(paths[1]).to_pandas())
+    for look in (one.rows, one.table):
+        with pytest.raises(InputError, match=r"different numbers .*--prefer"):
+            look()
+    assert len(one.finished()) == 12
+
+
+@pytest.mark.parametrize("name", ["one", "other"])
+@pytest.mark.parametrize("part", [False, True])
+def test_a_person_decides_between_different_numbers(tmp_path, name, part):
+    stores, paths, *rows = two_that_differ(tmp_path, nll=lower)
+    index = ["one", "other"].index(name)
+    prefer = paths[index] if part else stores[index].folder
+    merged = Store.merge([store.folder for store in stores], tmp_path / "merged", prefer)
+    found = merged.rows()
+    assert len(found) == len(merged.finished()) == 12
+    for cell, own in (("a", rows[index]), ("b", rows[0]), ("c", rows[1])):
+        exact(
+            found[found["name"] == cell][[*MEANS]].reset_index(drop=True),
+            own[own["name"] == cell][[*MEANS]].reset_index(drop=True),
+        )
+    # into a folder that holds the other numbers, and among the parts of one folder
+    again = Store.merge([stores[index].folder], stores[1 - index].folder, prefer)
+    exact(again.rows(), found)
+    exact(Store(again.folder).rows(), found)
+    with pytest.raises(InputError, match="is none of the parts and folders"):
+        Store.merge([store.folder for store in stores], tmp_path / "new", tmp_path / "nowhere")
+
+
+def test_a_preferred_folder_that_contradicts_itself_decides_nothing(tmp_path):
+    (one, other), paths, *_ = two_that_differ(tmp_path, nll=lower)
+    one.add("v", pq.read_table(paths[1]).to_pandas())
+    with pytest.raises(InputError, match="different numbers"):
+        Store.merge([one.folder, other.folder], tmp_path / "merged", one.folder)
+    merged = Store.merge([one.folder], tmp_path / "merged", paths[0])
+    assert len(merged.rows()) == 12
+
+
+def test_a_folder_within_a_folder_that_leads_outside_is_refused(tmp_path, filled):
+    for name in ("parts", "jobs", ".locks"):
+        folder = tmp_path / f"with {name}"
+        folder.mkdir()
+        (tmp_path / f"outside {name}").mkdir()
+        (folder / "manifest.json").write_bytes((filled.folder / "manifest.json").read_bytes())
+        (folder / name).symlink_to(tmp_path / f"outside {name}")
+        with pytest.raises(InputError, match=rf"{name} is a link to .*outside of the results folder"):
+            Store(folder)
+        assert not list((tmp_path / f"outside {name}").iterdir())
+
+
+def test_nothing_is_written_through_a_link(tmp_path, filled):
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    for name in (".manifest.json.part", f"parts/.{next(filled.parts.iterdir()).name}.part"):
+        (filled.folder / name).unlink(missing_ok=True)
+        (filled.folder / name).symlink_to(victim)
+    store = Store(filled.folder)
+    for name in NAMES:
+        store.add(name.replace(" ", "-"), synthetic_rows.rows(name))
+    store.record("more", {"cells": []})
+    assert victim.read_text() == "mine" and not (filled.folder / "manifest.json").is_symlink()
+
+
+def test_parts_that_somebody_deleted(filled):
+    shutil.rmtree(filled.parts)
+    store = Store(filled.folder)
+    assert store.finished() == set() and store.rows().empty
+    store.add("a", synthetic_rows.rows("a"))
+    assert len(store.rows()) == 4
+    shutil.rmtree(filled.parts)
+    store.clear()
+    assert store.finished() == set()
+
+
+def test_nothing_is_written_where_nothing_is_new(filled):
+    before = {path: path.stat().st_mtime_ns for path in filled.folder.rglob("*")}
+    run = filled.manifest["runs"]["run"]
+    store = Store(filled.folder)
+    store.record("run", run)
+    store.record("run", {"cells": run["cells"][:2]})
+    assert len(store.rows()) == 16
+    assert {path: path.stat().st_mtime_ns for path in filled.folder.rglob("*")} == before
+
+
+def test_a_user_who_does_not_exist():
+    with pytest.raises(InputError, match="~nobody-of-that-name/x cannot be found"):
+        Store("~nobody-of-that-name/x")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names")
+def test_a_pipe_is_not_waited_for(filled):
+    pipe = filled.parts / f"u-{'0' * 32}.parquet"
+    os.mkfifo(pipe)
+    with pytest.warns(SpectralWarning, match=r"cannot be read \(it is not a regular file\): left there"):
+        assert len(filled.rows()) == 16
+    pipe.unlink()
+    (filled.folder / "manifest.json").unlink()
+    os.mkfifo(filled.folder / "manifest.json")
+    with pytest.raises(InputError, match="it is not a regular file"):
+        Store(filled.folder)
+
+
+@pytest.mark.parametrize(
+    "text", ['"cells": 5', '"cells": [5]', '"cells": {}', '"deep": ' + "[" * 10**5 + "]" * 10**5]
+)
+def test_an_odd_manifest_is_damaged(filled, text):
+    path = filled.folder / "manifest.json"
+    path.write_text('{"store": "spectral_sinks sweep", "format": 1, "runs": {"run": {' + text + "}}}")
+    with pytest.raises(InputError, match=r"manifest\.json is damaged"):
+        Store(filled.folder)
 
 
 # Damage

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import cloudpickle
+import psutil
 import pytest
 import torch
 from support import small_sweeps, tiny_models
@@ -133,6 +134,24 @@ def test_a_killed_worker_costs_its_unfinished_units(quick: Any, out: Path) -> No
     assert len(list(out.glob("parts/*.parquet"))) == 30 * 2, "nothing is computed twice"
     alone = ss.sweep(small_sweeps.sweep(small_sweeps.scaled(30)), out.parent / "alone")
     small_sweeps.rows_agree(done.store.rows(), alone.store.rows())
+
+
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
+def test_workers_end_with_the_process_that_made_them(signum: signal.Signals, out: Path) -> None:
+    middle = small_sweeps.fast().Process(target=small_sweeps.run_with_workers, args=(out,))
+    middle.start()
+    assert middle.pid is not None
+    while not list(out.glob("parts/*.parquet")):
+        assert middle.is_alive()
+        time.sleep(0.05)
+    made = psutil.Process(middle.pid).children(recursive=True)
+    assert len(made) >= 2
+    os.kill(middle.pid, signum)
+    middle.join()
+    _, left = psutil.wait_procs(made, timeout=60)
+    for process in left:
+        process.kill()
+    assert not left
 
 
 class Broken(Executor):
