@@ -15,6 +15,8 @@ from typing import Any, Literal
 from tyro.conf import Positional
 
 import spectral_sinks as ss
+from spectral_sinks.cli.parsing import Count
+from spectral_sinks.cli.progress import say_cost
 from spectral_sinks.spectra.conventions import DEFAULT_CONVENTION, Convention
 
 RemoteName = Literal["ndif", "local"]
@@ -72,17 +74,17 @@ class Running(Common):
     chat: bool = False
     """Read chats: lists of messages with role and content, or texts, each as one message of a user.
     A window is the start of a chat, as the chat template of the tokenizer writes it."""
-    documents: int = 48
+    documents: Count = 48
     """Maximum number of documents that are read."""
     length: int | None = None
     """Number of tokens in a window, including BOS.
     The default is 256, or the context of the model where that is shorter."""
-    per_document: int | None = None
+    per_document: Count | None = None
     """Maximum number of windows from one document.
     The default is 2, or all windows where the text is a single document. A chat gives one."""
     bos: Literal["auto", "always", "never"] = "auto"
     """Whether windows open with BOS; auto does what the tokenizer of the model does."""
-    batch_size: int | None = None
+    batch_size: Count | None = None
     """Number of windows in a batch; by default as many as the memory holds, at most 16."""
     device: str | None = None
     """Device to run on, such as cuda or cpu."""
@@ -148,6 +150,7 @@ class Running(Common):
                 stacklevel=2,
             )
             windows = windows.as_documents()
+        say_cost(model, windows, self.batch_size)
         return model, windows, spectra
 
 

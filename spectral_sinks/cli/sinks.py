@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from rich.console import Group
 from rich.text import Text
@@ -13,6 +13,8 @@ from rich.text import Text
 import spectral_sinks as ss
 from spectral_sinks.cli.options import Running, bos_record, bos_row, ran, why
 from spectral_sinks.cli.output import plain, show, table
+from spectral_sinks.cli.parsing import Between, Draws
+from spectral_sinks.files import figure_format
 from spectral_sinks.spectra.conventions import suffixes
 
 LENGTH = 64
@@ -23,16 +25,19 @@ LENGTH = 64
 class Sinks(Running):
     """Find the attention sinks: their positions and tokens, onset layer, norm and dark share."""
 
-    epsilon: float = 0.3
+    epsilon: Annotated[float, Between(0, 1)] = 0.3
     """Attention received above which a token is a sink of a head."""
-    draws: int = 20
-    """Number of random subspaces that the dark band is compared with."""
+    draws: Draws = 20
+    """Number of random subspaces that the dark band is compared with.
+    Without any, it is not said whether a sink is dark."""
     figure: Path | None = None
-    """PNG file for a figure: sink mass by head, sink rate by position, norm by position and layer.
+    """File (.png, .pdf or .svg) for a figure: sink mass by head, sink rate by position, norm by position and layer.
     The dark share of each sink is shown under each convention."""
 
 
 def run_sinks(options: Sinks) -> None:
+    if options.figure is not None:
+        figure_format(options.figure)  # before hours of work
     model, windows, spectra = replace(options, length=options.length or LENGTH).prepare(beside=True)
     found = ss.find_sinks(
         model,
@@ -136,9 +141,10 @@ def _low_high(row: dict[str, Any], name: str) -> str:
 def _dark_share(sink: dict[str, Any], end: str) -> str:
     """Format the dark share of a sink under the convention that the names of its columns end in."""
     (least, most), (low, high) = sink[f"random_dark_share{end}"], sink[f"dark_share{end}_interval"]
+    random = "no control" if math.isnan(least) else f"random {least:.3f}\nto {most:.3f}"
     said = {True: ", dark", False: ", not dark", None: ""}[sink[f"dark{end}"]]
     return (
-        f"{sink[f'dark_share{end}']:.3f}{said}\n[{low:.3f}, {high:.3f}]\nrandom {least:.3f}\nto {most:.3f}\n"
+        f"{sink[f'dark_share{end}']:.3f}{said}\n[{low:.3f}, {high:.3f}]\n{random}\n"
         f"others {sink[f'other_dark_share{end}']:.3f}"
     )
 
