@@ -19,6 +19,9 @@ from spectral_sinks.cli.parsing import Count
 from spectral_sinks.cli.progress import say_cost
 from spectral_sinks.spectra.conventions import DEFAULT_CONVENTION, Convention
 
+ITSELF = "text:"
+"""What stands before a text that is given as it is, in place of its file."""
+
 RemoteName = Literal["ndif", "local"]
 
 
@@ -61,8 +64,9 @@ class Running(Common):
     """Options of every command that runs a model."""
 
     text: str | None = None
-    """A text file, .jsonl, .csv or .parquet, a folder of .txt files, the id of a hub data set,
-    or - for standard input. By default it is the shipped corpus."""
+    """A text file, .jsonl, .csv, .tsv or .parquet, any of these with .gz, a folder of .txt files,
+    the id of a hub data set, - for standard input, or text:WORDS for a text itself.
+    By default it is the shipped corpus."""
     separator: str | None = None
     """String between the documents of a text file or of standard input, such as "\\n\\n".
     Without it, the whole text is one document."""
@@ -122,11 +126,13 @@ class Running(Common):
         separator = self.separator and self.separator.replace("\\n", "\n").replace("\\t", "\t")
         source: Any = self.text
         if self.text == "-":
-            from spectral_sinks.data.document_sources import decoded  # not for --help
+            from spectral_sinks.data.document_sources import decoded, split_text  # not for --help
 
             raw = getattr(sys.stdin, "buffer", sys.stdin).read()
             text = decoded(raw, "standard input") if isinstance(raw, bytes) else raw
-            source = text.split(separator or "\0")
+            source = split_text(text, separator)
+        elif self.text is not None and self.text.startswith(ITSELF):
+            source = [self.text.removeprefix(ITSELF)]
         elif self.text is not None and any(c.isspace() for c in self.text):
             source = Path(self.text)
         texts = ss.documents(

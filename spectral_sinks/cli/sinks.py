@@ -31,8 +31,8 @@ class Sinks(Running):
     """Number of random subspaces that the dark band is compared with.
     Without any, it is not said whether a sink is dark."""
     figure: Path | None = None
-    """File (.png, .pdf or .svg) for a figure: sink mass by head, sink rate by position, norm by position and layer.
-    The dark share of each sink is shown under each convention."""
+    """File (.png, .pdf or .svg) for a figure: sink mass by head, sink rate by position,
+    norm by position and layer. The dark share of each sink is shown under each convention."""
 
 
 def run_sinks(options: Sinks) -> None:
