@@ -7,6 +7,7 @@ import sys
 import warnings
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, RenderableType
 from rich.table import Table
 
@@ -29,7 +30,16 @@ def plain(value: Any) -> str:
 
 
 def table(title: str, columns: tuple[str, ...], rows: Any) -> Table:
-    made = Table(*columns, title=title or None, show_header=any(columns), title_justify="left")
+    # without borders, whose width 80 columns need for numbers
+    made = Table(
+        *columns,
+        title=title or None,
+        show_header=any(columns),
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
     for row in rows:
         made.add_row(*row)
     return made

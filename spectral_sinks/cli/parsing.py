@@ -25,16 +25,16 @@ PROGRAM = "spectral-sinks"
 
 SENTENCES = {
     r"Error parsing (\S+): (.*)": r"\1: \2",
-    r"(?i)unrecognized options: (.*)": r"\1 cannot be understood",
-    r"(?i)unrecognized or misplaced options: (.*?) \(applied to \S+ (\w+)\).*": r"\2 has no option \1",
+    r"(?i)unrecognized options: (.*)": r"the command does not take \1",
     r"Missing value for argument '(.*?)'.*": r"\1 needs a value",
     r"Missing from \S+ \w+: (\S+) +(.*?)\.?( \(required\))?": r"\1 is missing (\2)",
     r"(?i)invalid choice (.*) for argument '(.*?)'. Expected one of \((.*?),?\)": r"\2 \1: choose from \3",
 }
 """What tyro says, as a pattern, and what is said instead."""
 
-BORDER = "╭╮╰╯│─ \n"
-"""What tyro draws around an error."""
+BORDER = "╭╮╰╯│| \n"
+RULE = re.compile("[─-]+")
+"""What tyro draws around the parts of an error, the first of which is below its title, and between them."""
 
 REGISTRY = ConstructorRegistry()
 """How the options that are numbers, or that may be left out, are read."""
@@ -67,10 +67,11 @@ Seed = Annotated[int, Between(0, 2**32 - 1)]
 @REGISTRY.primitive_rule
 def _read_number(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
     """Read a number; without this rule, an error names Python types."""
-    given = [kind for kind in _members(info.type) if kind is not NoneType]
+    members = [get_args(part)[0] if get_origin(part) is Annotated else part for part in _members(info.type)]
+    given = [part for part in members if part is not NoneType]
     if len(given) != 1 or given[0] not in KINDS:
         return None
-    kind, optional = given[0], NoneType in _members(info.type)
+    kind, optional = given[0], NoneType in members
     metavar, described = KINDS[kind]
 
     def read(words: list[str]) -> Any:
@@ -106,16 +107,19 @@ def parse(commands: Mapping[str, type], arguments: Sequence[str], description: s
     if command is None or not (command in commands or command in ("-h", "--help") or "--tyro" in command):
         said = "no command is given" if command is None else f"there is no command {command!r}"
         raise InputError(f"{said}: choose from {', '.join(commands)}, and see {PROGRAM} --help")
-    kinds: Any = Union[  # noqa: UP007  of as many types as there are commands
-        tuple(Annotated[kind, subcommand(name)] for name, kind in commands.items())
-    ]
+    # one command is read alone, which is faster than all of them
+    if command in commands:
+        kind, words, program, about = commands[command], arguments[1:], f"{PROGRAM} {command}", None
+    else:
+        named = tuple(Annotated[kind, subcommand(name)] for name, kind in commands.items())
+        kind, words, program, about = Union[named], arguments, PROGRAM, description  # noqa: UP007
 
     def read() -> Any:
         return tyro.cli(
-            kinds,
-            prog=PROGRAM,
-            description=description,
-            args=arguments,
+            kind,  # pyright: ignore[reportArgumentType]
+            prog=program,
+            description=about,
+            args=words,
             config=(FlagCreatePairsOff,),
             registry=REGISTRY,
         )
@@ -130,20 +134,26 @@ def parse(commands: Mapping[str, type], arguments: Sequence[str], description: s
         wide = patch.dict(os.environ, COLUMNS="100000")
         with wide, redirect_stderr(io.StringIO()) as box, suppress(SystemExit):
             read()
-        raise InputError(f"{_sentence(box.getvalue())}: see {PROGRAM} {command} --help") from None
+        raise InputError(f"{_sentence(box.getvalue())}: see {program} --help") from None
     check_ranges(options)
     return options
 
 
 def _sentence(box: str) -> str:
     """Return what a box of tyro says, as a sentence, with the option that may have been meant."""
-    _, first, *rest = (part.strip(BORDER) for part in re.split(r"\n(?=│ ─)|(?<=─╮)\n", box))
-    said = " ".join(line.strip(BORDER) for line in first.splitlines()).rstrip(".")
+    lines = [line for each in box.splitlines()[1:] if (line := each.strip(BORDER))]
+    parts = [[]] if not RULE.fullmatch(lines[0]) else []
+    for line in lines:
+        if RULE.fullmatch(line):
+            parts.append([])
+        else:
+            parts[-1].append(line)
+    said = " ".join(parts[0]).rstrip(".")
     for pattern, words in SENTENCES.items():
         if match := re.fullmatch(pattern, said):
             said = match.expand(words)
             break
-    meant = re.search(r"Perhaps you meant:[\s│]*(--[\w-]+)", "\n".join(rest))
+    meant = re.search(r"Perhaps you meant: (--[\w-]+)", " ".join(sum(parts[1:], [])))
     if meant and meant[1] not in said:
         said += f" (perhaps {meant[1]} is meant)"
     return said

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import spectral_sinks as ss
 
-EVERY = 30.0
+EVERY = 60.0
 """Seconds between two lines."""
 
 LARGE = 100_000
@@ -53,7 +53,8 @@ def say_cost(model: ss.LanguageModel, windows: ss.Windows, batch_size: int | Non
     """Say how many windows a large text has, and how long the model takes to read them once."""
     if sum(windows.lengths) < LARGE:
         return
-    counted = f"{len(windows)} windows of {windows.record['documents']} documents"
+    documents = windows.record["documents"]
+    counted = f"{len(windows)} windows of {documents} document{'s' * (documents > 1)}"
     note(counted)
     said = f"{counted}, {sum(windows.lengths)} tokens"
     if not model.weightless:

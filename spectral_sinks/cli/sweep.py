@@ -140,7 +140,7 @@ def dask_client(address: str) -> Any:
 def parse_shard(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
-    if not (match := re.fullmatch(r"(\d+)/(\d+)", text)):
+    if not (match := re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)):
         raise ss.InputError(f"shard {text!r}: expected i/n, such as 1/4")
     return int(match[1]), int(match[2])
 
