@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass, fields
+from itertools import chain
 from types import NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 from unittest.mock import patch
@@ -153,7 +154,7 @@ def _sentence(box: str) -> str:
         if match := re.fullmatch(pattern, said):
             said = match.expand(words)
             break
-    meant = re.search(r"Perhaps you meant: (--[\w-]+)", " ".join(sum(parts[1:], [])))
+    meant = re.search(r"Perhaps you meant: (--[\w-]+)", " ".join(chain.from_iterable(parts[1:])))
     if meant and meant[1] not in said:
         said += f" (perhaps {meant[1]} is meant)"
     return said

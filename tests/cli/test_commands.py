@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -334,3 +335,24 @@ def test_options_of_a_filter_need_one(checkpoint: Path, capsys: pytest.CaptureFi
     for option in (("--layer", 0), ("--controls", 2), ("--fill", "swap"), ("--tokens", "first")):
         done = tiny_models.run(capsys, "nll", checkpoint, *option)
         assert done.status == 2 and "give --keep or --remove" in done.err
+
+
+def test_the_documented_keys_of_json(run: Run, checkpoint: Path, text: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "command-line.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| (.*) \|$", page[page.index("## JSON") :], re.MULTILINE)
+    assert len(rows) == 6
+    options = ["--text", text, "--length", 70]
+    more = {
+        "nll": [*options, "--layer", 0, "--remove", "dark", "--controls", 1],
+        "energy": options,
+        "sinks": ["--text", text, "--epsilon", 0.05, "--draws", 2],
+        "circuits": options,
+    }
+    for command, keys in rows:
+        found = run(command, checkpoint, *more.get(command, []))
+        outer = re.sub(r"\(.*?\)", "", keys)
+        assert set(re.findall(r"`(\w+)`", outer)) <= set(found), command
+        for inner in re.findall(r"`(\w+)` \([^()]*: ([^()]*)\)|`(rows)` \(([^()]*)\)", keys):
+            name, columns = [part for part in inner if part]
+            assert found[name], f"{command} has {name}"
+            assert set(re.findall(r"`(\w+)`", columns)) <= set(found[name][0]), (command, name)
