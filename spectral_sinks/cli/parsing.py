@@ -116,7 +116,7 @@ def parse(commands: Mapping[str, type], arguments: Sequence[str], description: s
         kind, words, program, about = Union[named], arguments, PROGRAM, description  # noqa: UP007
 
     def read() -> Any:
-        return tyro.cli(
+        return tyro.cli(  # pyright: ignore[reportCallIssue]
             kind,  # pyright: ignore[reportArgumentType]
             prog=program,
             description=about,

@@ -89,7 +89,7 @@ def run_verify(options: Verify) -> None:
         for file, count in sorted(absent.items()):
             print(f"{file} is missing, on which {count} claims rest; it is written by: {writes[file]}")
         if absent:
-            print(f"{len(absent)} files are missing, on which {absent.total()} claims rest")
+            print(f"missing files: {len(absent)}; claims that rest on them: {absent.total()}")
         if kept_as_they_are:
             print(f"checked without running them again: {', '.join(kept_as_they_are)}")
         print(title)

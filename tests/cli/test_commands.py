@@ -230,6 +230,21 @@ def test_text_from_standard_input(
     assert found == nll()
 
 
+def test_bytes_on_standard_input_that_are_no_text(
+    capsys: pytest.CaptureFixture[str], checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"w5 zw\xf6lf w6")))
+    done = tiny_models.run(capsys, "nll", checkpoint, "--text", "-")
+    assert (done.status, done.out) == (2, "") and done.err.count("\n") == 1
+    assert "standard input is not UTF-8 text" in done.err and "'ö' in cp1252" in done.err
+
+
+def test_a_text_itself(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("w5 w6")
+    itself = run("nll", checkpoint, "--text", "text:w5 w6")
+    assert itself["data_hash"] == run("nll", checkpoint, "--text", tmp_path / "text.txt")["data_hash"]
+
+
 def test_tables_for_people(
     capsys: pytest.CaptureFixture[str], checkpoint: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
