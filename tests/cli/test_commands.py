@@ -239,6 +239,7 @@ def test_bytes_on_standard_input_that_are_no_text(
     assert "standard input is not UTF-8 text" in done.err and "'ö' in cp1252" in done.err
 
 
+@pytest.mark.usefixtures("said")
 def test_a_text_itself(run: Run, checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("w5 w6")
     itself = run("nll", checkpoint, "--text", "text:w5 w6")
