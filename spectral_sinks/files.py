@@ -14,6 +14,9 @@ PATIENCE = 60.0
 """Seconds to wait for another process that writes, which takes milliseconds unless it is suspended."""
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FIGURE_FORMATS = ("png", "pdf", "svg")
+"""Formats of figures, by the end of the file's name."""
+
 READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -84,6 +87,17 @@ def listing(folder: Path) -> list[str]:
         return []
     except OSError as error:
         raise InputError(f"{folder} cannot be read as a folder of sweep results: {error.strerror}") from error
+
+
+def figure_format(path: Path) -> str:
+    """Return the format of a figure. Raises InputError for another format, and without a folder for it."""
+    found = path.suffix.lower().removeprefix(".")
+    if found not in FIGURE_FORMATS:
+        ends = ", ".join(f".{name}" for name in FIGURE_FORMATS)
+        raise InputError(f"{path} is not a name for a figure: let it end in one of {ends}")
+    if not path.parent.is_dir():
+        raise InputError(f"{path.parent} is not a folder: make it, or give another one for the figure")
+    return found
 
 
 def _sync_folder(folder: Path) -> None:

@@ -234,7 +234,8 @@ class Estimate:
     def of(cls, values: ArrayLike, controls: ArrayLike | None = None) -> "Estimate":
         """Make an estimate from one value per document and, for the controls, one value per random draw."""
         sample = np.asarray(values, dtype=np.float64)
-        drawn = np.asarray([np.nan] if controls is None else controls, dtype=np.float64)
+        drawn = np.asarray([] if controls is None else controls, dtype=np.float64)
+        drawn = drawn if drawn.size else np.array([np.nan])
         return cls(float(sample.mean()), *mean_interval(sample), float(drawn.min()), float(drawn.max()))
 
     def columns(self, name: str) -> dict[str, float]:

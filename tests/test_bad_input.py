@@ -94,7 +94,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--bands", "33"], "give 1 to 32 bands"),
         (["--bands", "0"], "give 1 to 32 bands"),
         (["--batch-size", "0"], "batch"),
-        (["--per-document", "0"], "at least one"),
+        (["--per-document", "0"], "--per-document 0: give at least 1"),
         (["--documents", "0"], "document"),
         (["--dtype", "float33"], "float33"),
         (["--device", "abacus"], "abacus"),

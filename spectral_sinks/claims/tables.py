@@ -24,6 +24,14 @@ class LookupFailure(SpectralError):
     """A file, row or column that does not exist."""
 
 
+class MissingTable(LookupFailure):
+    """A file that does not exist."""
+
+    def __init__(self, message: str, file: str) -> None:
+        super().__init__(message)
+        self.file = file
+
+
 class TableCell(BaseModel):
     """The location of numbers in a table."""
 
@@ -99,7 +107,7 @@ def table(file: str, results: Path, repository: Path | None, cache: dict[str, An
         raise LookupFailure(f"{file} is in the repository, not among the results")
     paths = sorted(folder.glob(file)) if "*" in file else [folder / file]
     if not paths or not all(path.is_file() for path in paths):
-        raise LookupFailure(f"file {file} is missing in {folder}")
+        raise MissingTable(f"file {file} is missing in {folder}", file)
     try:
         if file.endswith(".json"):
             cache[file] = json.loads(paths[0].read_text(encoding="utf-8"))

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from spectral_sinks.claims.claims import Claim, Claims, Stated, flat
-from spectral_sinks.claims.tables import LookupFailure, TableCell, table, values
+from spectral_sinks.claims.tables import LookupFailure, MissingTable, TableCell, table, values
 
 ROUNDING = 0.55
 """Tolerance in units of the last stated digit: half, and a little for the arithmetic of other machines."""
@@ -31,6 +31,8 @@ class Check:
     command: str
     numbers: int
     problem: str = ""
+    missing: str = ""
+    """A table that the claim rests on and that does not exist; "" for none."""
 
     @property
     def holds(self) -> bool:
@@ -50,11 +52,13 @@ def verify(claims: Claims, results: str | Path, repository: str | Path | None = 
     )
     checks: list[Check] = []
     for claim in claims.claims:
+        missing = ""
         problems = list(_in_page(claim, claims.pages, pages)) if repository is not None else []
         try:
             problems += _in_table(claim, Path(results), root, tables)
         except LookupFailure as failure:
             problems.append(str(failure))
+            missing = failure.file if isinstance(failure, MissingTable) else ""
         command = next((c for file in claim.files if (c := claims.command(file))), "")
         checks.append(
             Check(
@@ -64,6 +68,7 @@ def verify(claims: Claims, results: str | Path, repository: str | Path | None = 
                 command,
                 len(claim.stated),
                 "; ".join(problems),
+                missing,
             )
         )
     if repository is not None:

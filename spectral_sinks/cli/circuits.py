@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import spectral_sinks as ss
 from spectral_sinks.cli.options import Running, ran
 from spectral_sinks.cli.output import show, table
+from spectral_sinks.cli.parsing import Natural
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,7 +32,7 @@ DARK = ("key_dark", "reading_dark", "value_dark")
 class Circuits(Running):
     """Find the heads that attend, through a mode that is always on, to a sink whose value writes nothing."""
 
-    position: int = 0
+    position: Natural = 0
     """Position of the sink, counted from 0."""
     figures: Path | None = None
     """Folder for figures: a map of all heads, and one page for each head with a circuit."""

@@ -13,6 +13,8 @@ from tqdm import tqdm
 import spectral_sinks as ss
 from spectral_sinks.cli.options import Running, bos_record, bos_row, ran, why
 from spectral_sinks.cli.output import plain, show, table
+from spectral_sinks.cli.parsing import Draws, Seed
+from spectral_sinks.cli.progress import note
 
 FillName = Literal["zero", "mean", "swap", "noise"]
 
@@ -37,29 +39,35 @@ class Nll(Running):
     """Replacement of the removed part: zero, its mean at the position, that of another document, or noise."""
     tokens: str = "all"
     """Tokens that are filtered: all, first, all-but-first, or ids:5,13 for tokens by id."""
-    controls: int = 0
+    controls: Draws = 0
     """Number of random subspaces of the same rank (seeds 0, 1, ...) that are removed as controls."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of random:N and of the fill noise."""
 
 
 def run_nll(options: Nll) -> None:
-    if options.keep and options.remove:
+    if options.keep is not None and options.remove is not None:
         raise ss.InputError("give --keep or --remove, not both")
     asked = (options.layer is not None, options.controls, options.fill != "zero", options.tokens != "all")
-    if not (options.keep or options.remove) and any(asked):
+    spec = options.remove if options.keep is None else options.keep
+    if spec is None and any(asked):
         raise ss.InputError(
             "--layer, --fill, --tokens and --controls have no effect without a filter: "
             "give --keep or --remove as well"
         )
     tokens = parse_tokens(options.tokens)
     site = ss.Site.parse(options.site)
-    spec = options.keep or options.remove
+    if spec is not None and not spec.strip():
+        raise ss.InputError(
+            f"{'--remove' if options.keep is None else '--keep'} {spec!r} names no bands: give such as "
+            "1-8,20, dark, all or none"
+        )
     model, windows, spectra = options.prepare(beside=bool(spec))
     spectrum = spectra[0]
     # not for --help
     from spectral_sinks.measure.memory import batch_size_for
     from spectral_sinks.measure.sinks.dark_share import disagreement_on, record_of
+    from spectral_sinks.spectra.subspace import random_subspaces
 
     size = batch_size_for(model, windows.length, options.batch_size)
     # without --layer, the filter acts below the layer with the strongest sink
@@ -73,19 +81,22 @@ def run_nll(options: Nll) -> None:
     cells: dict[str, dict[ss.Site, Any]] = {"no-op": {}}
     if spec:
         subspace = spectrum.subspace(spec, options.seed)
-        make = ss.keep if options.keep else ss.remove
+        make = ss.remove if options.keep is None else ss.keep
         fill = make_fill(options, model, windows, site)
         chosen = make(subspace, fill, tokens)
         cells = {chosen.name: {site: chosen}}
-        for seed in range(options.controls):
-            control = ss.remove(ss.random_subspace(model.d, chosen.rank, seed), fill, tokens)
-            cells[f"control {seed}"] = {site: control}
+        for seed, drawn in enumerate(random_subspaces(model.d, chosen.rank, options.controls)):
+            cells[f"control {seed}"] = {site: ss.remove(drawn, fill, tokens)}
     batches = len(list(windows.batches(size)))
     hidden = True if options.json else None  # None hides the bar unless the output is a terminal
-    with tqdm(total=len(cells) * batches, desc="nll", unit="pass", leave=False, disable=hidden) as bar:
+    passed, total = 0, len(cells) * batches
+    with tqdm(total=total, desc="nll", unit="pass", leave=False, disable=hidden) as bar:
 
         def tick(done: int) -> None:
+            nonlocal passed
+            passed += done
             bar.update(done)
+            note(f"{passed} of {total} passes")
 
         effects = ss.evaluate_all(model, windows, cells, batch_size=size, progress=tick)
     effect, *controls = effects.values()
@@ -158,10 +169,12 @@ def dark_shares(
     model: ss.LanguageModel, windows: ss.Windows, site: ss.Site, spectra: list[ss.Spectrum], batch_size: int
 ) -> dict[str, ss.sinks.DarkShare]:
     """Return the share of position 0 in the dark band at the site of the filter, by convention."""
-    from spectral_sinks.measure.sinks.dark_share import carrier_shares  # not for --help
+    # not for --help
+    from spectral_sinks.measure.sinks.dark_share import carrier_shares
+    from spectral_sinks.spectra.subspace import random_subspaces
 
     darks = {spectrum.convention: spectrum.dark() for spectrum in spectra}
-    randoms = [ss.random_subspace(model.d, spectra[0].dark().rank, seed) for seed in range(DRAWS)]
+    randoms = random_subspaces(model.d, spectra[0].dark().rank, DRAWS)
     return carrier_shares(model, windows, site, darks, randoms, batch_size)
 
 

@@ -15,7 +15,12 @@ from typing import Any, Literal
 from tyro.conf import Positional
 
 import spectral_sinks as ss
+from spectral_sinks.cli.parsing import Count
+from spectral_sinks.cli.progress import say_cost
 from spectral_sinks.spectra.conventions import SIDE_BY_SIDE, Convention
+
+ITSELF = "text:"
+"""What stands before a text that is given as it is, in place of its file."""
 
 RemoteName = Literal["ndif", "local"]
 
@@ -59,8 +64,9 @@ class Running(Common):
     """Options of every command that runs a model."""
 
     text: str | None = None
-    """A text file, .jsonl, .csv or .parquet, a folder of .txt files, the id of a hub data set,
-    or - for standard input. By default it is the shipped corpus."""
+    """A text file, .jsonl, .csv, .tsv or .parquet, any of these with .gz, a folder of .txt files,
+    the id of a hub data set, - for standard input, or text:WORDS for a text itself.
+    By default it is the shipped corpus."""
     separator: str | None = None
     """String between the documents of a text file or of standard input, such as "\\n\\n".
     Without it, the whole text is one document."""
@@ -72,17 +78,17 @@ class Running(Common):
     chat: bool = False
     """Read chats: lists of messages with role and content, or texts, each as one message of a user.
     A window is the start of a chat, as the chat template of the tokenizer writes it."""
-    documents: int = 48
+    documents: Count = 48
     """Maximum number of documents that are read."""
     length: int | None = None
     """Number of tokens in a window, including BOS.
     The default is 256, or the context of the model where that is shorter."""
-    per_document: int | None = None
+    per_document: Count | None = None
     """Maximum number of windows from one document.
     The default is 2, or all windows where the text is a single document. A chat gives one."""
     bos: Literal["auto", "always", "never"] = "auto"
     """Whether windows open with BOS; auto does what the tokenizer of the model does."""
-    batch_size: int | None = None
+    batch_size: Count | None = None
     """Number of windows in a batch; by default as many as the memory holds, at most 16."""
     device: str | None = None
     """Device to run on, such as cuda or cpu."""
@@ -121,11 +127,13 @@ class Running(Common):
         separator = self.separator and self.separator.replace("\\n", "\n").replace("\\t", "\t")
         source: Any = self.text
         if self.text == "-":
-            from spectral_sinks.data.document_sources import decoded  # not for --help
+            from spectral_sinks.data.document_sources import decoded, split_text  # not for --help
 
             raw = getattr(sys.stdin, "buffer", sys.stdin).read()
             text = decoded(raw, "standard input") if isinstance(raw, bytes) else raw
-            source = text.split(separator or "\0")
+            source = split_text(text, separator)
+        elif self.text is not None and self.text.startswith(ITSELF):
+            source = [self.text.removeprefix(ITSELF)]
         elif self.text is not None and any(c.isspace() for c in self.text):
             source = Path(self.text)
         texts = ss.documents(
@@ -149,6 +157,7 @@ class Running(Common):
                 stacklevel=2,
             )
             windows = windows.as_documents()
+        say_cost(model, windows, self.batch_size)
         return model, windows, spectra
 
 

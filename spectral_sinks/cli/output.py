@@ -12,6 +12,7 @@ import unicodedata
 import warnings
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -58,7 +59,15 @@ def say(text: object, file: Any = None) -> None:
 
 
 def table(title: str, columns: tuple[str, ...], rows: Any) -> Table:
-    made = Table(title=_clean(title) if title else None, show_header=any(columns), title_justify="left")
+    # without borders, whose width 80 columns need for numbers
+    made = Table(
+        title=_clean(title) if title else None,
+        show_header=any(columns),
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
     for column in columns:
         made.add_column(_clean(column))
     for row in rows:

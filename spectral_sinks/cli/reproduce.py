@@ -9,6 +9,8 @@ from pathlib import Path
 import spectral_sinks as ss
 from spectral_sinks.cli.options import RemoteName, remote_of
 from spectral_sinks.cli.output import plain, say, show, table
+from spectral_sinks.cli.parsing import Count
+from spectral_sinks.cli.progress import note
 
 
 @dataclass(frozen=True)
@@ -21,12 +23,12 @@ class Reproduce:
     """Folder for tables and figures."""
     model: str = ss.DEFAULT
     """Name of the embedded model, a Hugging Face id, or a folder."""
-    documents: int = 16
+    documents: Count = 16
     """Number of documents of the shipped corpus, with one window each."""
     remote: RemoteName | None = None
     """ndif runs the model on the server that nnsight is configured for.
     The value local rehearses such a run in this process."""
-    jobs: int | None = None
+    jobs: Count | None = None
     """Experiments that run at the same time, each with one thread; by default one for each idle core."""
     json: bool = False
     """Print the summary as one JSON object and nothing else on standard output."""
@@ -34,8 +36,13 @@ class Reproduce:
 
 def run_reproduce(options: Reproduce) -> None:
 
+    ended: list[str] = []
+
     def tell(found: ss.experiments.Finding) -> None:
-        say(f"{found.name}: {found.seconds:.0f} s", sys.stderr)
+        ended.append(found.name)
+        note(f"{len(ended)} experiments have ended")
+        if not options.json:
+            say(f"{found.name}: {found.seconds:.0f} s", sys.stderr)
 
     findings = ss.reproduce(
         model=options.model,
@@ -44,7 +51,7 @@ def run_reproduce(options: Reproduce) -> None:
         documents=options.documents,
         remote=remote_of(options.remote),
         jobs=options.jobs,
-        progress=None if options.json else tell,
+        progress=tell,
     )
     rows = [
         {"experiment": f.name, **answer, "seconds": round(f.seconds, 1)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from rich.console import Group
 from rich.text import Text
@@ -13,6 +13,8 @@ from rich.text import Text
 import spectral_sinks as ss
 from spectral_sinks.cli.options import Running, bos_record, bos_row, ran, why
 from spectral_sinks.cli.output import plain, show, table
+from spectral_sinks.cli.parsing import Between, Draws
+from spectral_sinks.files import figure_format
 from spectral_sinks.spectra.conventions import suffixes
 
 LENGTH = 64
@@ -23,16 +25,19 @@ LENGTH = 64
 class Sinks(Running):
     """Find the attention sinks: their positions and tokens, onset layer, norm and dark share."""
 
-    epsilon: float = 0.3
+    epsilon: Annotated[float, Between(0, 1)] = 0.3
     """Attention received above which a token is a sink of a head."""
-    draws: int = 20
-    """Number of random subspaces that the dark band is compared with."""
+    draws: Draws = 20
+    """Number of random subspaces that the dark band is compared with.
+    Without any, it is not said whether a sink is dark."""
     figure: Path | None = None
-    """PNG file for a figure: sink mass by head, sink rate by position, norm by position and layer.
-    The dark share of each sink is shown under each convention."""
+    """File (.png, .pdf or .svg) for a figure: sink mass by head, sink rate by position,
+    norm by position and layer. The dark share of each sink is shown under each convention."""
 
 
 def run_sinks(options: Sinks) -> None:
+    if options.figure is not None:
+        figure_format(options.figure)  # before hours of work
     model, windows, spectra = replace(options, length=options.length or LENGTH).prepare(beside=True)
     found = ss.find_sinks(
         model,
@@ -70,7 +75,7 @@ def _tables(record: dict[str, Any]) -> list[Any]:
     )
     names = {
         "sink_rate": "sink rate at position 0",
-        "sink_rate_of_seen": "sink rate over queries that can see it",
+        "sink_rate_of_seen": "sink rate of queries that see it",
         "total_sink_mass": "attention to all sinks together",
         "high_norm_mass": "attention to all tokens of high norm",
         "to_sink_logit": "attention to a learned sink logit",
@@ -95,21 +100,25 @@ def _tables(record: dict[str, Any]) -> list[Any]:
         tables.append(_roles(record["roles"]))
     if not record["sinks"]:
         return [*tables, "no sinks"]
-    ends = suffixes(record["conventions"])
-    shares = (f"dark share,\n{name}" for name in ends)
-    columns = ("sink", "layers", "attention", "norm\nratio", *shares)
-    lines = [
+    columns = ("sink", "documents", "layers", "peak", "attention", "uniform", "norm")
+    sinks = [
         (
-            f"{_any(sink['position'])} {_any(sink['token'])}\n{sink['documents']} documents\n"
-            f"({sink['share_of_documents']:.0%})",
-            f"strongest {sink['layer']}\nfrom {sink['onset_layer']}\nto {plain(sink['erasure_layer'])}",
-            f"{_interval(sink, 'attention_mass')}\nuniform {sink['uniform_mass']:.3f}",
+            _name(sink),
+            f"{sink['documents']} ({sink['share_of_documents']:.0%})",
+            f"{sink['onset_layer']} to {_last(sink['erasure_layer'])}",
+            str(sink["layer"]),
+            _low_high(sink, "attention_mass"),
+            f"{sink['uniform_mass']:.3f}",
             f"{sink['norm_ratio']:.2f}",
-            *(_dark_share(sink, end) for end in ends.values()),
         )
         for sink in record["sinks"]
     ]
-    return [*tables, table("", columns, lines)]
+    title = "Sinks, at the layer of most attention (peak); norm beside other tokens"
+    tables.append(table(title, columns, sinks))
+    ends = suffixes(record["conventions"])
+    columns = ("sink", "convention", "dark share", "random", "others", "dark")
+    shares = [_dark_share(sink, name, end) for sink in record["sinks"] for name, end in ends.items()]
+    return [*tables, table("Their share in the dark band", columns, shares)] if ends else tables
 
 
 def _roles(rows: list[dict[str, Any]]) -> Any:
@@ -119,9 +128,9 @@ def _roles(rows: list[dict[str, Any]]) -> Any:
             Text(row["role"]),
             f"{row['tokens']}\n{row['documents']} documents",
             str(row["sink_tokens"]),
-            _low_high(row, "attention"),
-            f"{_low_high(row, 'share')}\nuniform {row['uniform_share']:.3f}",
-            _low_high(row, "sink_share"),
+            _on_lines(row, "attention"),
+            f"{_on_lines(row, 'share')}\nuniform {row['uniform_share']:.3f}",
+            _on_lines(row, "sink_share"),
         )
         for row in rows
     ]
@@ -129,17 +138,26 @@ def _roles(rows: list[dict[str, Any]]) -> Any:
 
 
 def _low_high(row: dict[str, Any], name: str) -> str:
-    low, high = row[f"{name}_low"], row[f"{name}_high"]
-    return f"{row[name]:.3f}" + ("" if math.isnan(low) else f"\n[{low:.3f}, {high:.3f}]")
+    """Format a mean with its interval, which a record has as a pair and a table in two columns."""
+    low, high = row.get(f"{name}_interval") or (row[f"{name}_low"], row[f"{name}_high"])
+    return f"{row[name]:.3f}" + ("" if math.isnan(low) else f" [{low:.3f}, {high:.3f}]")
 
 
-def _dark_share(sink: dict[str, Any], end: str) -> str:
-    """Format the dark share of a sink under the convention that the names of its columns end in."""
-    (least, most), (low, high) = sink[f"random_dark_share{end}"], sink[f"dark_share{end}_interval"]
-    said = {True: ", dark", False: ", not dark", None: ""}[sink[f"dark{end}"]]
+def _on_lines(row: dict[str, Any], name: str) -> str:
+    """Format a mean with its interval below it, for a table of many columns."""
+    return _low_high(row, name).replace(" [", "\n[")
+
+
+def _dark_share(sink: dict[str, Any], convention: str, end: str) -> tuple[str, ...]:
+    """Return the row of a sink under a convention, whose columns end in `end`."""
+    least, most = sink[f"random_dark_share{end}"]
     return (
-        f"{sink[f'dark_share{end}']:.3f}{said}\n[{low:.3f}, {high:.3f}]\nrandom {least:.3f}\nto {most:.3f}\n"
-        f"others {sink[f'other_dark_share{end}']:.3f}"
+        _name(sink),
+        convention,
+        _low_high(sink, f"dark_share{end}"),
+        "no control" if math.isnan(least) else f"{least:.3f} to {most:.3f}",
+        f"{sink[f'other_dark_share{end}']:.3f}",
+        {True: "yes", False: "no", None: "-"}[sink[f"dark{end}"]],
     )
 
 
@@ -161,10 +179,12 @@ def _with_interval(record: dict[str, Any], name: str) -> str:
     return f"{plain(record[name])} [{plain(low)}, {plain(high)}]"
 
 
-def _interval(record: dict[str, Any], name: str) -> str:
-    low, high = record[f"{name}_interval"]
-    return f"{record[name]:.3f}\n[{low:.3f}, {high:.3f}]"
+def _name(sink: dict[str, Any]) -> str:
+    """Return the position and the token of a sink."""
+    token = "any token" if sink["token"] is None else repr(sink["token"])
+    return token if sink["position"] is None else f"{sink['position']} {token}"
 
 
-def _any(value: object) -> str:
-    return "any" if value is None else repr(value)
+def _last(erasure: int | None) -> str:
+    """Return the last layer of a sink, by the layer in which it is gone."""
+    return "last" if erasure is None else str(erasure - 1)

@@ -75,5 +75,5 @@ def run_spectrum(options: SpectrumCommand) -> None:
             f"{noise.smallest:.4g}. Noise of that size turns {100 * noise.rotated:.2g} % of the dark band "
             f"out of it (largest angle {noise.largest_angle:.2g} degrees)."
         )
-    columns = ("band", "directions", "largest singular value", "smallest", "share of the matrix's energy")
+    columns = ("band", "directions", "largest singular value", "smallest", "share of energy")
     show(options.json, found, Group(table(repr(spectrum), columns, rows), *shown))

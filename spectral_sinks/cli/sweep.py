@@ -13,6 +13,7 @@ from tyro.conf import Positional
 import spectral_sinks as ss
 from spectral_sinks.cli.options import RemoteName
 from spectral_sinks.cli.output import plain, say, show, table
+from spectral_sinks.cli.parsing import Natural
 
 SHOWN = 40
 """Number of rows of a summary that are printed. The results folder has all of them."""
@@ -38,7 +39,7 @@ class Sweep:
     shard: str | None = None
     """Compute only one part of the sweep: i/n is the i-th of n parts, counted from 1.
     The command merge joins the folders."""
-    workers: int = 0
+    workers: Natural = 0
     """Number of worker processes, which share the weights. By default this process does the work."""
     devices: str | None = None
     """Devices for the workers, such as cuda:0,cuda:1. They are assigned in turn."""
@@ -142,7 +143,7 @@ def dask_client(address: str) -> Any:
 def parse_shard(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
-    if not (match := re.fullmatch(r"(\d+)/(\d+)", text)):
+    if not (match := re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)):
         raise ss.InputError(f"shard {text!r}: expected i/n, such as 1/4")
     return int(match[1]), int(match[2])
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -100,7 +101,9 @@ def run_verify(options: Verify) -> None:
         "failed": [asdict(check) for check in failed],
         "uncovered": loose,
     }
-    rows = [(c.page, c.text, c.problem, c.command) for c in failed]
+    absent = Counter(check.missing for check in failed if check.missing)
+    writes = {check.missing: check.command for check in failed}
+    rows = [(c.page, c.text, c.problem, c.command) for c in failed if not c.missing]
     rows += [
         (page, f"...{words}...", "no claim covers this number", "") for page in loose for words in loose[page]
     ]
@@ -111,6 +114,10 @@ def run_verify(options: Verify) -> None:
     if rows or options.json:
         show(options.json, found, table("", ("page", "text", "problem", "command"), rows))
     if not options.json:
+        for file, count in sorted(absent.items()):
+            say(f"{file} is missing, on which {count} claims rest; it is written by: {writes[file]}")
+        if absent:
+            say(f"missing files: {len(absent)}; claims that rest on them: {absent.total()}")
         if kept_as_they_are:
             say(f"checked without running them again: {', '.join(kept_as_they_are)}")
         say(title)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from rich.console import Group
 from tyro.conf import Positional
 
 import spectral_sinks as ss
 from spectral_sinks.cli.output import plain, show, table
+from spectral_sinks.cli.parsing import Between, Count, Natural
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,10 +26,10 @@ class Vision:
     """A Hugging Face id, or a folder."""
     images: Positional[tuple[str, ...]]
     """A folder (its subfolders are classes), a .txt list of files, files, or the id of a hub data set."""
-    size: int | None = None
+    size: Count | None = None
     """Side in pixels of the square that images are resized to; position embeddings are interpolated.
     By default images are resized by the model's own processor."""
-    limit: int | None = 200
+    limit: Count | None = 200
     """Maximum number of images that are read, taken from each class in turn."""
     broken: Literal["skip", "refuse"] = "skip"
     """Skip broken files with a warning that names them, or refuse them with an error."""
@@ -38,17 +39,17 @@ class Vision:
     """Rule for outliers: robust, published (norm above 150), or a number (norm above it)."""
     matrix: str | None = None
     """Matrix whose spectrum defines the dark share; by default the classifier head, or name a parameter."""
-    epsilon: float = 0.3
+    epsilon: Annotated[float, Between(0, 1)] = 0.3
     """Attention received above which a token is a sink of a head."""
-    registers: int = 0
+    registers: Natural = 0
     """Number of test-time registers to add. Their effect is compared with an edit of random neurons."""
-    neurons: int = 50
+    neurons: Count = 50
     """Number of register neurons whose activations go to the added registers."""
     layer: int = -2
     """Layer at whose exit outliers are sought to find register neurons, counted from the end if negative."""
     figures: Path | None = None
     """Folder for figures (PNG): norm maps of the first images, outliers by layer, attention, registers."""
-    batch_size: int | None = None
+    batch_size: Count | None = None
     """Number of images in a batch; by default as many as the memory holds, at most 16."""
     device: str | None = None
     """Device to run on, such as cuda or cpu."""

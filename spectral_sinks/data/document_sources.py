@@ -1,7 +1,10 @@
 """Documents from files, folders, tables, data sets of the hub, and strings."""
 
 import codecs
+import gzip
 import tempfile
+import warnings
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,14 +16,24 @@ from huggingface_hub import HfApi
 
 from spectral_sinks.data.chats import is_chat
 from spectral_sinks.data.token_ids import refuse_surrogates
-from spectral_sinks.errors import InputError
+from spectral_sinks.errors import InputError, SpectralWarning
 from spectral_sinks.models import embedded
 from spectral_sinks.models.checkpoint import TIMEOUT
 
 CORPUS = embedded.FOLDER / "corpus.jsonl"
 """The shipped corpus: held-out Wikipedia articles (CC BY-SA; attribution by the url of each row)."""
 
-BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".gz": "json"}
+BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+"""Files of rows, by the end of the name without .gz, and the builder of `datasets` that reads them."""
+
+ARCHIVES = {".zip", ".tar", ".tgz", ".7z", ".rar", ".bz2", ".xz", ".zst"}
+"""Ends of the names of packed files, which are not read, unlike .gz."""
+
+BROKEN = (
+    *(ValueError, OSError, RuntimeError, EOFError, zlib.error, datasets.exceptions.DatasetsError),
+    StopIteration,  # of an empty file
+)
+"""What `datasets` raises for files that it cannot read."""
 
 MARKS = {
     codecs.BOM_UTF32_LE: "UTF-32",
@@ -46,8 +59,8 @@ def documents(
     A source can be:
 
     - None for the shipped corpus;
-    - a file: .txt is one document, or several between `separator`; .jsonl, .csv and .parquet have one
-      document per row, in `column`;
+    - a file: .txt is one document, or several between `separator`; .jsonl, .csv, .tsv and .parquet have one
+      document per row, in `column`; with .gz behind the name, each is unpacked;
     - a folder, whose .txt files are read in the order of their names;
     - a string with white space, which is the text itself;
     - any other string, a data set id of the hub, which is streamed;
@@ -56,6 +69,7 @@ def documents(
       object.
 
     Text files are UTF-8. A byte order mark is left out, and the line ends of a .txt file become line feeds.
+    Documents without text are left out, and a warning says how many rows hold none.
 
     Args:
         source: where the texts come from, as listed above.
@@ -68,12 +82,16 @@ def documents(
         chat: whether chats are wanted, which are then read from "messages" in rows that have it by default.
 
     Raises:
-        InputError: for a source that does not exist or cannot be reached, a missing column or split, empty
-            texts, text that is not UTF-8, and a document with half of a surrogate pair.
+        InputError: for a source that does not exist or cannot be reached or unpacked, a missing column or
+            split, empty texts, text that is not UTF-8, a document with half of a surrogate pair, a limit
+            below 1, and what is none of these sources.
 
     """
+    if limit is not None and limit < 1:
+        raise InputError(f"limit {limit}: give at least 1 document, or None for all")
     columns = [column] if column else ["messages", "text"] if chat else ["text", "messages"]
     taken: list[Any] = []
+    empty = 0
     for place, row in enumerate(_found(source, columns, name, split, separator)):
         if limit is not None and len(taken) == limit:
             break
@@ -89,9 +107,25 @@ def documents(
             refuse_surrogates(row, f"document {place}")
         if row and not (isinstance(row, str) and row.isspace()):
             taken.append(row)
+        else:
+            empty += 1
     if not taken:
         raise InputError("the text is empty: give at least one document of two tokens")
+    if empty:
+        rows = "row holds" if empty == 1 else "rows hold"
+        warnings.warn(
+            f"{empty} {rows} no text, and {'is' if empty == 1 else 'are'} left out",
+            SpectralWarning,
+            stacklevel=2,
+        )
     return taken
+
+
+def split_text(text: str, separator: str | None) -> list[str]:
+    """Return the documents of a text; what lies between two separators may be empty, and is then none."""
+    if not separator:
+        return [text]
+    return [part for part in text.split(separator) if part.strip()] or [""]
 
 
 def decoded(data: bytes, name: str) -> str:
@@ -128,6 +162,8 @@ def _found(
         return [source]
     if isinstance(source, Path) or (isinstance(source, str) and _is_path(source)):
         return _from_file(Path(source).expanduser(), separator)
+    if isinstance(source, bytes | bytearray):
+        return [decoded(bytes(source), "the text")]
     if isinstance(source, str):
         return _from_hub(source, name, split)
     if isinstance(source, datasets.DatasetDict | datasets.IterableDatasetDict):
@@ -143,7 +179,11 @@ def _found(
         return [source]
     if isinstance(source, Mapping):
         values = source[_column(source, columns)]
-        return [values] if isinstance(values, str) or is_chat(values) else values
+        source = [values] if isinstance(values, str) or is_chat(values) else values
+    if not isinstance(source, Iterable):
+        raise InputError(
+            f"texts of the type {type(source).__name__}: give a file, a string, or a list of strings"
+        )
     return source
 
 
@@ -157,34 +197,59 @@ def _column(row: Mapping[str, Any], columns: list[str]) -> str:
 
 def _is_path(source: str) -> bool:
     """Whether a name without white space means a file rather than a data set of the hub."""
-    return source[0] in "./~" or Path(source).suffix.lower() in {".txt", *BUILDERS} or Path(source).exists()
+    known = {".txt", *BUILDERS, *ARCHIVES}
+    return source[0] in "./~" or _kind(Path(source)) in known or _packed(source) or Path(source).exists()
+
+
+def _packed(path: str | Path) -> bool:
+    return Path(path).suffix.lower() == ".gz"
+
+
+def _kind(path: Path) -> str:
+    """Return the end of a file's name, without .gz."""
+    return (path.with_suffix("") if _packed(path) else path).suffix.lower()
 
 
 def _from_file(path: Path, separator: str | None) -> Iterable[Any]:
     if path.is_dir():
-        files = [file for file in path.iterdir() if file.suffix.lower() == ".txt" and file.name[0] != "."]
+        files = [file for file in path.iterdir() if _kind(file) == ".txt" and file.name[0] != "."]
         if not files:
             raise InputError(f"{path} is a folder without .txt files: give a file, or a folder of .txt files")
         return [text for file in sorted(files) for text in _from_file(file, separator)]
     if not path.exists():
         raise InputError(f"{path} does not exist")
-    if builder := BUILDERS.get(path.suffix.lower()):
-        return _rows(path, builder)
-    text = decoded(path.read_bytes(), str(path))
-    return text.split(decoded(separator.encode(), "the separator")) if separator else [text]
+    kind = _kind(path)
+    if kind in ARCHIVES or (_packed(path) and kind not in {".txt", *BUILDERS}):
+        ends = ", ".join(f"{end}.gz" for end in (".txt", *BUILDERS))
+        raise InputError(f"{path} is packed: unpack it, or give a file that ends in one of {ends}")
+    if builder := BUILDERS.get(kind):
+        return _rows(path, builder, {"sep": "\t"} if kind == ".tsv" else {})
+    text = decoded(_content(path), str(path))
+    return split_text(text, separator and decoded(separator.encode(), "the separator"))
 
 
-def _rows(path: Path, builder: str) -> Iterator[Any]:
+def _content(path: Path) -> bytes:
+    """Return the bytes of a file, unpacked. Raises InputError for a broken .gz file."""
+    if not _packed(path):
+        return path.read_bytes()
+    try:
+        return gzip.decompress(path.read_bytes())
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise InputError(f"{path} cannot be unpacked ({error}): fetch or pack it again") from error
+
+
+def _rows(path: Path, builder: str, options: Mapping[str, Any]) -> Iterator[Any]:
     """Stream the rows of a table, without the cache of `datasets`, which may be read-only."""
     files = {"train": str(path)}
     try:
         with tempfile.TemporaryDirectory() as cache:
             yield from datasets.load_dataset(
-                builder, data_files=files, split="train", streaming=True, cache_dir=cache
+                builder, data_files=files, split="train", streaming=True, cache_dir=cache, **options
             )
-    except (ValueError, OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        if path.suffix.lower() in (".jsonl", ".json", ".csv"):
-            decoded(path.read_bytes(), str(path))  # says what is wrong where it is the encoding
+    except BROKEN as error:
+        content = _content(path)  # says what is wrong where it is the packing
+        if builder != "parquet" and not decoded(content, str(path)).strip():  # or the encoding
+            return
         raise InputError(f"{path} cannot be read as {builder}: {error}") from error
 
 
@@ -195,5 +260,5 @@ def _from_hub(source: str, name: str | None, split: str) -> Iterable[Any]:
     except Exception as error:  # errors of several libraries behind the hub client
         raise InputError(
             f"{source!r} is not a file, and as a data set of the hub it cannot be read ({error}); "
-            "a text itself needs white space"
+            "give a text itself in a list, or to a command as text:..."
         ) from error

@@ -12,7 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from spectral_sinks.data.chats import Chat, ChatEncoder, is_chat
-from spectral_sinks.data.token_ids import TextEncoder
+from spectral_sinks.data.token_ids import TextEncoder, listed
 from spectral_sinks.errors import InputError, SpectralWarning
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.models.masked_lm import RULE
@@ -171,7 +171,8 @@ def cut(
             shorter.
         per_document: the largest number of windows from one document; None for all. A chat gives one.
         bos: "always" opens each window with BOS, "never" opens none with it, and "auto" follows the model's
-            own tokenizer.
+            own tokenizer. A warning says where that opens with other tokens. EOS, which some tokenizers
+            append, is in no window.
         chat: whether the documents are chats.
 
     Raises:
@@ -195,18 +196,19 @@ def cut(
         raise InputError(f"bos {bos!r} for chats: a chat opens as its template writes it, so leave out bos")
     if bos == "always" and model.bos is None:
         raise InputError(f"the tokenizer of {model.name} has no BOS token: use bos='never'")
-    opened = not chat and (bos == "always" or (bos == "auto" and model.opens_with_bos))
+    opening: list[int | None] = []
+    if not chat and bos != "never":
+        opening = [model.bos] if bos == "always" else list(model.opening)
     closed = (
         not chat and model.sep is not None and bos != "never" and (bos == "always" or model.closes_with_sep)
     )
-    opening = [model.bos] if opened else []
     closing = [model.sep] if closed else []
     length = min(256, model.context or 256) if length is None else length
     if model.context is not None and length > model.context:
         raise InputError(f"windows of {length} tokens: {model.name} has a context of {model.context}")
-    if length < 2 + opened + closed:
+    if length < 2 + len(opening) + closed:
         raise InputError(f"windows of {length} tokens: nothing is left to predict")
-    span = length - opened - closed  # tokens of the text in a window
+    span = length - len(opening) - closed  # tokens of the text in a window
     per_document = 1 if chat else per_document
     rows: list[Tensor] = []
     roles: list[list[str]] = []
@@ -239,6 +241,15 @@ def cut(
         warnings.warn(
             f"{len(held)} documents contain strings of special tokens, such as {held[0]!r}, which are read "
             "as text",
+            SpectralWarning,
+            stacklevel=2,
+        )
+    if opening not in ([], [model.bos]):
+        tokens = listed(map(str, model.tokenizer.convert_ids_to_tokens(opening)))
+        scored = " (all but the first of them are scored like the text)" if len(opening) > 1 else ""
+        warnings.warn(
+            f"windows open as the tokenizer of {model.name} opens a text, with {tokens} rather than with BOS "
+            f"alone{scored}: bos='never' or 'always' opens them otherwise",
             SpectralWarning,
             stacklevel=2,
         )

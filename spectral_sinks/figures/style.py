@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from spectral_sinks.errors import InputError
-from spectral_sinks.files import atomic_write
+from spectral_sinks.files import atomic_write, figure_format
 
 STYLES: dict[str, dict[str, Any]] = {
     "Phi": {"color": "#000000", "linestyle": "-", "marker": "o"},
@@ -29,8 +29,9 @@ def saved_figure(
 ) -> Iterator[Any]:
     """Yield the axes of a new figure, which is written to `path` at the end of the block.
 
-    `axes` are options of `Figure.subplots`.
+    `axes` are options of `Figure.subplots`. Raises InputError for a name that does not end in a format.
     """
+    written = figure_format(path)
     style: Any = {
         "font.size": 8,
         "axes.spines.top": False,
@@ -43,7 +44,7 @@ def saved_figure(
         figure = Figure(figsize=size, layout="constrained")
         yield figure.subplots(rows, columns, squeeze=False, **axes)
         with atomic_write(path) as temporary:
-            figure.savefig(temporary, dpi=160, format="png")
+            figure.savefig(temporary, dpi=160, format=written)
 
 
 def mean_line(axis: Any, x: Any, table: pd.DataFrame, label: str, style: dict[str, Any]) -> None:

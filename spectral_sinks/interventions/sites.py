@@ -1,5 +1,6 @@
 """Sites: where in a model an edit acts on the residual stream."""
 
+import re
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -43,7 +44,7 @@ class Site:
     def parse(cls, text: str, layer: int = 0) -> "Site":
         """Read a site from its name on the command line: `exit`, `mlp`, `head:3`, ..."""
         kind, _, head = text.partition(":")
-        if kind not in ORDER or (head and not head.isdecimal()):
+        if kind not in ORDER or (head and not re.fullmatch(r"\d{1,9}", head)):
             raise InputError(f"site {text!r}: choose from {', '.join(ORDER)}; a head is head:N")
         return cls(kind, 0 if kind == "embedding" else layer, int(head) if head else None)
 

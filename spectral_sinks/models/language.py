@@ -145,6 +145,13 @@ class LanguageModel(Transformer):
         return self.tokenizer("a")["input_ids"][:1] == [self.bos]
 
     @cached_property
+    def opening(self) -> tuple[int, ...]:
+        """Ids of the tokens that the tokenizer itself puts before a text: mostly BOS or none."""
+        if not self.causal or self.tokenizer is None:
+            return (self.bos,) if self.opens_with_bos and self.bos is not None else ()
+        return opening_ids(self.tokenizer)
+
+    @cached_property
     def closes_with_sep(self) -> bool:
         """Whether the tokenizer itself appends SEP to a text, for an encoder."""
         return self.sep is not None and self.tokenizer("a")["input_ids"][-1:] == [self.sep]
@@ -199,6 +206,14 @@ def opening_token(tokenizer: Any, causal: bool) -> int | None:
     if causal or tokenizer.cls_token_id is None:
         return tokenizer.bos_token_id
     return tokenizer.cls_token_id
+
+
+def opening_ids(tokenizer: Any) -> tuple[int, ...]:
+    """Return the ids that a tokenizer puts before a text, whichever tokens they are."""
+    whole = tokenizer("a")["input_ids"]
+    text = tokenizer("a", add_special_tokens=False)["input_ids"]
+    starts = range(len(whole) - len(text) + 1)
+    return next((tuple(whole[:start]) for start in starts if whole[start : start + len(text)] == text), ())
 
 
 def token_rows(tokenizer: Any) -> int | None:

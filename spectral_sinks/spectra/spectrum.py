@@ -220,7 +220,7 @@ class Spectrum:
         """Read a band specification such as `1-8,20`, `dark`, `dark:0.1`, `head:0.4`, `middle:0.4-0.9`,
         `null`, `all`, `none` or `random:13` (a random subspace of rank 13, drawn from `seed`).
         """
-        if match := re.fullmatch(r"random:(\d+)", spec.strip()):
+        if match := re.fullmatch(r"random:(\d{1,9})", spec.strip()):
             return random_subspace(self.d, int(match[1]), seed)
         parts = [self._part(part.strip(), spec) for part in spec.split(",")]
         joined = parts[0]
@@ -230,7 +230,7 @@ class Spectrum:
 
     def _part(self, part: str, spec: str) -> Subspace:
         number = r"(\d*\.?\d+)"
-        if match := re.fullmatch(r"(\d+)(?:-(\d+))?", part):
+        if match := re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", part):
             return self.bands(int(match[1]), int(match[2] or match[1]))
         if match := re.fullmatch(f"(head|dark):{number}", part):
             return (self.head if match[1] == "head" else self.dark)(float(match[2]))

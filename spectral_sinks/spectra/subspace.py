@@ -12,6 +12,12 @@ from torch import Tensor
 from spectral_sinks.errors import InputError
 from spectral_sinks.spectra.cache import fingerprint
 
+MOST_DRAWS = 10_000
+"""Largest number of random subspaces that are compared with one subspace."""
+
+DRAWN_BYTES = 4 * 2**30
+"""Memory that random subspaces may take."""
+
 
 @dataclass(frozen=True, eq=False)
 class Subspace:
@@ -171,6 +177,19 @@ def random_subspace(d: int, rank: int, seed: int = 0) -> Subspace:
     normal = torch.randn(d, d - rank if thick else rank, generator=generator, dtype=torch.float64)
     basis = torch.linalg.qr(normal).Q
     return Subspace(basis, f"random {rank} (seed {seed})", thick, source=f"random {d} {rank} {seed}")
+
+
+def random_subspaces(d: int, rank: int, count: int, *, least: int = 0) -> list[Subspace]:
+    """Draw a number of random subspaces, with the seeds 0, 1, ...
+
+    Raises InputError for fewer than `least`, for more than `MOST_DRAWS`, and for more than fit into
+    `DRAWN_BYTES`.
+    """
+    fit = DRAWN_BYTES // max(8 * d * min(rank, d - rank), 1)
+    if not least <= count <= min(MOST_DRAWS, fit):
+        most = min(MOST_DRAWS, fit)
+        raise InputError(f"{count} random subspaces of rank {rank} in {d} dimensions: give {least} to {most}")
+    return [random_subspace(d, rank, seed) for seed in range(count)]
 
 
 def principal_cosines(a: Subspace, b: Subspace) -> Float[Tensor, "min_rank"]:

@@ -208,6 +208,15 @@ def test_verify_on_the_command_line(capsys: pytest.CaptureFixture[str], copied: 
         "file birth.csv is missing",
     }
 
+    # a missing table is one line, whatever number of claims rests on it
+    rest = [failed for failed in found["failed"] if failed["missing"]]
+    assert {failed["missing"] for failed in rest} == {"birth.csv"}
+    lines = tiny_models.run(capsys, "verify", "--results", copied).out.splitlines()
+    assert [line for line in lines if "birth.csv" in line] == [
+        f"birth.csv is missing, on which {len(rest)} claims rest; it is written by: {rest[0]['command']}"
+    ]
+    assert f"missing files: 1; claims that rest on them: {len(rest)}" in lines
+
     ran = tiny_models.run(capsys, "verify", "--results", copied / "none")
     assert ran.status == 2 and "is not a folder" in ran.err
     ran = tiny_models.run(capsys, "verify", "--only", "nothing")

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -240,6 +241,22 @@ def test_text_from_standard_input(
     assert found == nll()
 
 
+def test_bytes_on_standard_input_that_are_no_text(
+    capsys: pytest.CaptureFixture[str], checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"w5 zw\xf6lf w6")))
+    done = tiny_models.run(capsys, "nll", checkpoint, "--text", "-")
+    assert (done.status, done.out) == (2, "") and done.err.count("\n") == 1
+    assert "standard input is not UTF-8 text" in done.err and "'ö' in cp1252" in done.err
+
+
+@pytest.mark.usefixtures("said")
+def test_a_text_itself(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("w5 w6")
+    itself = run("nll", checkpoint, "--text", "text:w5 w6")
+    assert itself["data_hash"] == run("nll", checkpoint, "--text", tmp_path / "text.txt")["data_hash"]
+
+
 def test_tables_for_people(
     capsys: pytest.CaptureFixture[str], checkpoint: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -309,7 +326,8 @@ def test_as_a_program(tmp_path: Path) -> None:
 
     done = program("nll", "--documents", 2, "--layer", 0, "--remove", "random:3", "--json")
     assert done.returncode == 0 and json.loads(done.stdout)["rank"] == 3, done.stderr
-    assert all(line.startswith("spectral-sinks: warning: ") for line in done.stderr.splitlines())
+    said = ("spectral-sinks: warning: ", "spectral-sinks: nll has run for ")
+    assert all(line.startswith(said) for line in done.stderr.splitlines())
     failed = program("nll", tmp_path)
     assert failed.returncode == 2 and failed.stdout == ""
     assert failed.stderr.startswith("spectral-sinks: error: ") and failed.stderr.count("\n") == 1
@@ -344,3 +362,24 @@ def test_options_of_a_filter_need_one(checkpoint: Path, capsys: pytest.CaptureFi
     for option in (("--layer", 0), ("--controls", 2), ("--fill", "swap"), ("--tokens", "first")):
         done = tiny_models.run(capsys, "nll", checkpoint, *option)
         assert done.status == 2 and "give --keep or --remove" in done.err
+
+
+def test_the_documented_keys_of_json(run: Run, checkpoint: Path, text: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "command-line.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| (.*) \|$", page[page.index("## JSON") :], re.MULTILINE)
+    assert len(rows) == 6
+    options = ["--text", text, "--length", 70]
+    more = {
+        "nll": [*options, "--layer", 0, "--remove", "dark", "--controls", 1],
+        "energy": options,
+        "sinks": ["--text", text, "--epsilon", 0.05, "--draws", 2],
+        "circuits": options,
+    }
+    for command, keys in rows:
+        found = run(command, checkpoint, *more.get(command, []))
+        outer = re.sub(r"\(.*?\)", "", keys)
+        assert set(re.findall(r"`(\w+)`", outer)) <= set(found), command
+        for inner in re.findall(r"`(\w+)` \([^()]*: ([^()]*)\)|`(rows)` \(([^()]*)\)", keys):
+            name, columns = [part for part in inner if part]
+            assert found[name], f"{command} has {name}"
+            assert set(re.findall(r"`(\w+)`", columns)) <= set(found[name][0]), (command, name)

@@ -1,6 +1,7 @@
 """`spectral-sinks sinks`: what it prints is what the library returns, and what it cannot measure it says."""
 
 import json
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -46,6 +47,9 @@ def test_json_is_the_library_s(run: Run, checkpoint: Path, tmp_path: Path) -> No
     assert expected["sinks"] and {key: record[key] for key in expected} == expected
     assert (record["documents"], record["windows"], record["first_token_ids"]) == (4, 8, [0])
     assert path.stat().st_size > 10_000
+    svg = path.with_suffix(".svg")
+    run("--length", 40, "--epsilon", 0.07, "--draws", 2, "--figure", svg)
+    assert svg.read_text().startswith("<?xml")
 
 
 def test_tables_for_people(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,6 +64,12 @@ def test_tables_for_people(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         "dark share",
     ):
         assert words in done.out, done.out
+    assert "\x1b" not in done.out, "colours are for terminals"
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = run("--epsilon", 0.07, "--draws", 2).out.splitlines()
+    rows = lines[next(i for i, line in enumerate(lines) if "Sinks, at the layer" in line) :]
+    assert all(len(line) <= 80 for line in lines)
+    assert all(re.match(r" ?(\d+|'|any)", line) for line in rows if "[" in line), "a sink has one line"
     assert "no sinks" in run("--epsilon", 0.99, "--draws", 2).out
 
 
@@ -123,7 +133,7 @@ def test_the_embedded_model(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["--length", 200], "model has a context of 128"),
         (["--length", 1], "windows of 1 tokens: nothing is left"),
-        (["--epsilon", 1.5], "epsilon 1.5: attention received lies between 0 and 1"),
+        (["--epsilon", 1.5], "--epsilon 1.5: give 0 to 1"),
     ],
 )
 def test_what_is_refused(run: Run, options: list[object], message: str) -> None:

@@ -2,6 +2,7 @@
 
 import codecs
 import gc
+import gzip
 import io
 import json
 from collections.abc import Iterator
@@ -58,7 +59,10 @@ def test_documents_of_anything_else() -> None:
     assert ss.documents(datasets.Dataset.from_list(rows)) == TEXTS
     assert ss.documents(datasets.Dataset.from_list(rows).to_iterable_dataset(), limit=1) == TEXTS[:1]
     assert ss.documents(rows, column="body") == [t.upper() for t in TEXTS]
-    assert ss.documents(["", " \n", "w5 w6", None]) == ["w5 w6"], "what is empty is passed over"
+    with pytest.warns(ss.SpectralWarning, match="3 rows hold no text, and are left out"):
+        assert ss.documents(["", " \n", "w5 w6", None]) == ["w5 w6"], "what is empty is passed over"
+    with pytest.warns(ss.SpectralWarning, match="1 row holds no text, and is left out"):
+        assert ss.documents(["", *TEXTS], limit=2) == TEXTS[:2], "and does not count"
     assert ss.documents(io.StringIO("w5 w6\nw7 w8\n")) == ["w5 w6\n", "w7 w8\n"]
     corpus = ss.documents()
     assert len(corpus) > 20 and all(len(t) > 200 for t in corpus) and ss.documents(limit=3) == corpus[:3]
@@ -126,6 +130,70 @@ def test_another_encoding_is_named(data: bytes, message: str, tmp_path: Path) ->
             ss.documents(path)
 
 
+@pytest.mark.usefixtures("closed")
+@pytest.mark.filterwarnings("ignore:unclosed file", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_packed_files_and_tables_with_tabs(tmp_path: Path) -> None:
+    table = pd.DataFrame({"n": range(3), "text": TEXTS})
+    contents = {
+        "my.txt.gz": "\ufeffw5 w6\r\nw7",
+        "my.jsonl.gz": "".join(json.dumps({"text": text}) + "\n\n" for text in TEXTS),
+        "my.csv.gz": table.to_csv(index=False),
+        "my.tsv.gz": table.to_csv(index=False, sep="\t"),
+        "my.tsv": table.to_csv(index=False, sep="\t"),
+    }
+    for name, content in contents.items():
+        data = content.encode()
+        (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+        found = ss.documents(tmp_path / name)
+        assert found == (["w5 w6\nw7"] if name == "my.txt.gz" else TEXTS), name
+        if name.endswith(".gz"):
+            for broken in (gzip.compress(data * 50)[:-9], data, gzip.compress(data * 50)[:40] + b"x" * 40):
+                (tmp_path / name).write_bytes(broken)
+                with pytest.raises(
+                    ss.InputError, match=rf"{name} cannot be unpacked .*: fetch or pack it again"
+                ):
+                    ss.documents(tmp_path / name)
+        (tmp_path / name).unlink()
+    (tmp_path / "latin.txt.gz").write_bytes(gzip.compress(b"zw\xf6lf"))
+    with pytest.raises(ss.InputError, match="is not UTF-8 text"):
+        ss.documents(tmp_path / "latin.txt.gz")
+    for name in ("my.gz", "my.zip", "my.tar.gz", "my.txt.bz2"):
+        (tmp_path / name).write_bytes(gzip.compress(b"w5 w6"))
+        with pytest.raises(
+            ss.InputError, match=rf"{name} is packed: unpack it, or give .* .txt.gz, .jsonl.gz"
+        ):
+            ss.documents(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "name", ["my.txt", "my.jsonl", "my.json", "my.csv", "my.tsv", "my.jsonl.gz", "my.csv.gz"]
+)
+@pytest.mark.parametrize("content", ["", "\n\n", "\ufeff"])
+def test_empty_files(tmp_path: Path, name: str, content: str) -> None:
+    data = content.encode()
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    with pytest.raises(ss.InputError, match="the text is empty"):
+        ss.documents(tmp_path / name)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_what_is_no_text() -> None:
+    for source in (3, float("nan"), object()):
+        with pytest.raises(ss.InputError, match=f"texts of the type {type(source).__name__}: give a file"):
+            ss.documents(source)
+    assert ss.documents("zwölf w6".encode()) == ["zwölf w6"]
+    with pytest.raises(ss.InputError, match="the text is not UTF-8"):
+        ss.documents("zwölf w6".encode("latin-1"))
+    for limit in (0, -3):
+        with pytest.raises(ss.InputError, match=f"limit {limit}: give at least 1"):
+            ss.documents(TEXTS, limit=limit)
+
+
+def test_separators_without_text_between_them_are_no_empty_documents(tmp_path: Path) -> None:
+    (tmp_path / "my.txt").write_text("\n\nw5 w6\n\n \n\nw7\n\n")
+    assert ss.documents(tmp_path / "my.txt", separator="\n\n") == ["w5 w6", "w7"]
+
+
 @given(st.text(), st.booleans(), st.sampled_from(["\n", "\r\n", "\r"]))
 def test_a_mark_and_line_ends_are_no_text(text: str, mark: bool, end: str) -> None:
     text = text.replace("\r", "").removeprefix("\ufeff")
@@ -162,7 +230,9 @@ def test_a_folder_of_texts(tmp_path: Path) -> None:
 
 def test_tables_are_no_lists_of_names() -> None:
     frame = pd.DataFrame({"label": range(3), "text": ["w5 w6", None, float("nan")]})
-    assert ss.documents(frame) == ss.documents(frame["text"]) == ["w5 w6"]
+    for table in (frame, frame["text"]):
+        with pytest.warns(ss.SpectralWarning, match="2 rows hold no text"):
+            assert ss.documents(table) == ["w5 w6"]
     assert ss.documents(pd.Series(TEXTS)) == TEXTS
     assert ss.documents({"some label": [1, 2], "text": TEXTS}) == TEXTS
     assert ss.documents({"text": "w5 w6"}) == ["w5 w6"], "one row"
@@ -191,7 +261,8 @@ def test_chats_in_every_form(tmp_path: Path) -> None:
         assert ss.documents(form, chat=True) == ss.documents(form, column="messages") == CHATS
     assert ss.documents(rows) == ["w5 w6"] * 2, "text comes first where no chats are asked for"
     assert ss.documents([{"messages": chat} for chat in CHATS]) == CHATS, "and chats where there is no text"
-    assert ss.documents(CHATS) == ss.documents([*CHATS, []]) == CHATS
+    with pytest.warns(ss.SpectralWarning, match="1 row holds no text"):
+        assert ss.documents([*CHATS, []]) == ss.documents(CHATS) == CHATS
     assert ss.documents(CHATS[0]) == ss.documents({"messages": CHATS[0]}) == CHATS[:1], "one chat"
     assert ss.documents(["w5 w6", CHATS[1]], chat=True) == ["w5 w6", CHATS[1]]
     assert ss.documents([{"text": "w5 w6"}], chat=True) == ["w5 w6"]

@@ -1,5 +1,6 @@
 """Texts to documents to windows: no BOS doubled or lost, nothing padded, every token accounted for."""
 
+import warnings
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support import tiny_models
+from tokenizers.processors import TemplateProcessing
 
 import spectral_sinks as ss
 
@@ -179,3 +181,40 @@ def test_neighbours_in_a_batch_are_of_different_documents() -> None:
     windows = ss.cut(["w5 w6 w7 w8", "w8 w9 w5 w6", "w7 w5 w9 w8"], OPENING, length=3)
     for places, _ in windows.batches(3):
         assert sorted(windows.document[place] for place in places) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("template", "opening", "closing"),
+    [
+        ("<bos> $A <eos>", [0], 0),
+        ("$A <eos>", [], 0),
+        ("<eos> $A", [1], 1),
+        ("<eos> <bos> $A <eos>", [1, 0], 1),
+        ("<bos> <bos> $A", [0, 0], 1),
+    ],
+)
+def test_windows_open_as_the_tokenizer_opens_texts(template: str, opening: list[int], closing: int) -> None:
+    """And EOS, which some tokenizers append, is in none of them."""
+    words = tiny_models.tokenizer(opens=False)
+    words.backend_tokenizer.post_processor = TemplateProcessing(
+        single=template, special_tokens=[("<bos>", 0), ("<eos>", 1)]
+    )
+    known = tiny_models.model()
+    model = ss.LanguageModel(known.nn, known.layout, known.name, words)
+    ids = list(range(5, 45))
+    assert words(text_of(ids))["input_ids"][: len(opening) + 1] == [*opening, 5], "of the tokenizer itself"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        windows = ss.cut([text_of(ids)], model, length=12, per_document=None)
+    span = 12 - len(opening)
+    assert [row.tolist() for row in windows.rows] == [
+        opening + ids[start : start + span] for start in range(0, 40 - span + 1, span)
+    ]
+    said = [str(each.message) for each in caught if issubclass(each.category, ss.SpectralWarning)]
+    assert len(said) == closing and all("rather than with BOS alone" in each for each in said)
+    assert ("all but the first of them are scored" in "".join(said)) == (len(opening) > 1)
+    assert windows.opens_with_bos == (opening[:1] == [0])
+    always = ss.cut([text_of(ids)], model, length=12, bos="always")
+    never = ss.cut([text_of(ids)], model, length=12, bos="never")
+    assert always.first_token_ids == [0] and always.rows[0].tolist() == [0, *ids[:11]]
+    assert never.rows[0].tolist() == ids[:12]

@@ -1,6 +1,7 @@
 """Projectors, set algebra, random subspaces and principal angles, against explicit matrices and scipy."""
 
 from dataclasses import FrozenInstanceError
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -10,9 +11,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from spectral_sinks.cli.parsing import Draws
 from spectral_sinks.errors import InputError
 from spectral_sinks.spectra.spectrum import Spectrum
-from spectral_sinks.spectra.subspace import Subspace, intersection, principal_cosines, random_subspace
+from spectral_sinks.spectra.subspace import (
+    DRAWN_BYTES,
+    MOST_DRAWS,
+    Subspace,
+    intersection,
+    principal_cosines,
+    random_subspace,
+    random_subspaces,
+)
 
 RANKS = st.integers(1, 40).flatmap(lambda d: st.tuples(st.just(d), st.integers(0, d)))
 ROUNDING = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
@@ -237,3 +247,21 @@ def test_names(spectrum):
     assert repr(dark) == "Subspace('dark', rank 2 of 40)"
     with pytest.raises(FrozenInstanceError):
         dark.name = "light"
+
+
+def test_a_number_of_random_subspaces() -> None:
+    drawn = random_subspaces(32, 3, 4)
+    assert [space.name for space in drawn] == [random_subspace(32, 3, seed).name for seed in range(4)]
+    assert all(torch.equal(a.basis, random_subspace(32, 3, s).basis) for s, a in enumerate(drawn))
+    assert random_subspaces(32, 3, 0) == []
+    for d, rank, count, least, most in (
+        (32, 3, -1, 0, MOST_DRAWS),
+        (32, 3, 10_000_000, 0, MOST_DRAWS),
+        (32, 3, 0, 1, MOST_DRAWS),
+        (4096, 205, 1000, 0, DRAWN_BYTES // (8 * 4096 * 205)),
+    ):
+        with pytest.raises(
+            InputError, match=f"^{count} random subspaces of rank .*: give {least} to {most}$"
+        ):
+            random_subspaces(d, rank, count, least=least)
+    assert get_args(Draws)[1].most == MOST_DRAWS, "the command line says the same"

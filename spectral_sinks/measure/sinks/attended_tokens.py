@@ -18,7 +18,7 @@ from spectral_sinks.measure.sinks.attention_bars import received, strata
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.spectra.filters import remove
 from spectral_sinks.spectra.spectrum import Spectrum
-from spectral_sinks.spectra.subspace import Subspace, random_subspace
+from spectral_sinks.spectra.subspace import Subspace, random_subspace, random_subspaces
 from spectral_sinks.stats import holm, mean_interval, rank_correlation, sequential_p, sign_flip
 
 TOP = 0.05
@@ -58,7 +58,8 @@ def attended(
     """
     dark = spectrum.dark()
     spaces: dict[str, Subspace] = {"dark": dark}
-    spaces |= {f"random {seed}": random_subspace(dark.d, dark.rank, seed) for seed in range(draws)}
+    drawn = random_subspaces(dark.d, dark.rank, draws)
+    spaces |= {f"random {seed}": space for seed, space in enumerate(drawn)}
     table = received(model, windows, spaces, batch_size=batch_size)
     # Attention that each position would receive under uniform attention
     length = table.groupby("window")["position"].transform("max").to_numpy() + 1

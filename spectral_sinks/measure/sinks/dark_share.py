@@ -30,8 +30,11 @@ class DarkShare:
 
     @property
     def dark(self) -> bool | None:
-        """Whether the dark tail carries the sink, by the rule of `find_sinks`; None without intervals."""
-        if np.isnan([self.share.low, self.others.high]).any():
+        """Whether the dark tail carries the sink, by the rule of `find_sinks`.
+
+        None without intervals, and without random subspaces.
+        """
+        if np.isnan([self.share.low, self.share.most, self.others.high]).any():
             return None
         return self.share.low > max(self.share.most, self.others.high)
 

@@ -17,7 +17,7 @@ from spectral_sinks.models.attention_capture import AttentionHook
 from spectral_sinks.models.attention_sdpa import TOKENS
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.spectra.spectrum import Spectrum
-from spectral_sinks.spectra.subspace import Subspace, random_subspace
+from spectral_sinks.spectra.subspace import Subspace, random_subspaces
 from spectral_sinks.stats import Estimate
 
 NONE = "none works"
@@ -148,7 +148,7 @@ def designate(
     attempts = Attempts(model, windows, position, token, dark, length, batch_size)
     spaces: list[Subspace] = []
     if dark is not None:
-        spaces = [dark, *(random_subspace(model.d, dark.rank, number) for number in range(draws))]
+        spaces = [dark, *random_subspaces(model.d, dark.rank, draws, least=1)]
     passes = _passes(attempts, attempts.names, spaces)
     # Judge every attempt and every control against the untouched pass
     before = passes["nothing"]

@@ -251,12 +251,14 @@ def find_sinks(
             which the first decides. Their dark shares are measured in the same passes.
         length: T, the number of tokens read in each window; 64 by default.
         epsilon: attention received above which a head has a sink; 0.3 by default.
-        draws: number of random subspaces that the dark tail is compared with.
+        draws: number of random subspaces that the dark tail is compared with; with 0, the sinks have a dark
+            share, and it is not said whether they are dark.
         batch_size: windows in a pass.
 
     Raises:
         InputError: as `attention_by_position` does, for a spectrum of another width, for several spectra that
-            differ in more than their convention, and for an epsilon outside 0 to 1.
+            differ in more than their convention, for an epsilon outside 0 to 1, and for more random subspaces
+            than fit into memory, or fewer than none.
 
     """
     if not 0 <= epsilon < 1:

@@ -23,7 +23,7 @@ from spectral_sinks.models.base import Transformer
 from spectral_sinks.models.vision import VisionModel
 from spectral_sinks.spectra.conventions import suffixes
 from spectral_sinks.spectra.spectrum import Spectrum
-from spectral_sinks.spectra.subspace import Subspace, random_subspace
+from spectral_sinks.spectra.subspace import Subspace, random_subspaces
 from spectral_sinks.stats import Estimate
 
 UNKNOWN = Estimate(float("nan"), float("nan"), float("nan"))
@@ -314,11 +314,11 @@ def _dark_shares(
 ) -> list[Shares]:
     """Return the shares of each sink in the dark tails and in random subspaces, from one set of passes."""
     windows, count = len(others), len(darks)
+    spaces: list[Subspace] = list(darks.values())
+    spaces += random_subspaces(model.d, spaces[0].rank if spaces else 0, draws)
     found = [Shares(*(np.full((windows, k), np.nan) for k in (count, count, draws))) for _ in layers]
     if not layers or not darks:
         return found
-    spaces: list[Subspace] = list(darks.values())
-    spaces += [random_subspace(model.d, spaces[0].rank, seed) for seed in range(draws)]
     stream = residual_sites(model)
     sites = list(dict.fromkeys(stream[layer] for layer in layers))
     for rows, ids in batches(model, attention.windows, batch_size):

@@ -19,7 +19,7 @@ from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.spectra.conventions import disagreement
 from spectral_sinks.spectra.filters import remove
 from spectral_sinks.spectra.spectrum import Spectrum
-from spectral_sinks.spectra.subspace import random_subspace
+from spectral_sinks.spectra.subspace import random_subspaces
 from spectral_sinks.stats import Estimate, null_rank
 
 ONSET = 2.0
@@ -156,7 +156,7 @@ def sink_verdict(
     # The dark shares of position 0, and what removing each dark tail does
     darks = {convention: each.dark() for convention, each in spectra.items()}
     rank = next(iter(darks.values())).rank
-    randoms = [random_subspace(model.d, rank, seed) for seed in range(draws)]
+    randoms = random_subspaces(model.d, rank, draws, least=1)
     shares = carrier_shares(model, windows, site, darks, randoms, batch_size)
     cells: dict[str, Interventions] = {f"dark {name}": {site: remove(dark)} for name, dark in darks.items()}
     cells |= {f"random {seed}": {site: remove(drawn)} for seed, drawn in enumerate(randoms)}
