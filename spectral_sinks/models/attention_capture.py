@@ -188,7 +188,7 @@ def attending(model: "Transformer", look: AttentionHook) -> Iterator[None]:
         return
     model.require_weights("`attending`")
     module: Any = model.module
-    if not module._can_set_attn_implementation():
+    if not can_attend(model):
         raise InputError(
             f"{model.name}: {type(module).__name__} does not run its attention through transformers' "
             "attention interface, so its queries and keys cannot be seen"
@@ -204,7 +204,7 @@ def attending(model: "Transformer", look: AttentionHook) -> Iterator[None]:
     watching = module.register_forward_pre_hook(text.read, with_kwargs=True)
     hooked: list[nn.Module] = []
     outer: dict[nn.Module, Any] = {}
-    for layer in range(model.layers):
+    for layer in model.attention_layers:
         block = module.get_submodule(f"{model.layout.layers}.{layer}")
         for part in block.get_submodule(model.layout.attention).modules():
             if HOOKS in part.__dict__:
@@ -224,6 +224,11 @@ def attending(model: "Transformer", look: AttentionHook) -> Iterator[None]:
             part.__dict__.pop(HOOKS)
             if part in outer:
                 part.__dict__[HOOKS] = outer[part]
+
+
+def can_attend(model: "Transformer") -> bool:
+    """Whether a model runs its attention through transformers' attention interface, where `attending` looks."""
+    return model.module._can_set_attn_implementation()
 
 
 class _Text:

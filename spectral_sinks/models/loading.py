@@ -31,6 +31,7 @@ from spectral_sinks.models.masked_lm import is_masked_lm, predicts_masked
 from spectral_sinks.models.meta_loading import load_on_meta
 from spectral_sinks.models.pickling import wrap
 from spectral_sinks.models.remote_state import To, remote_state
+from spectral_sinks.models.traits import find_traits
 from spectral_sinks.models.unwrapping import unwrapped
 
 
@@ -178,7 +179,9 @@ def load(
         wrapped = wrap(module, tokenizer)
     loaded = LanguageModel(wrapped, layout, name, tokenizer, remote=remote_state(remote, None, factors))
     if not loaded.tested or parts or quantised or adapter_state(module):
-        loaded.check()
+        if loaded.vocabulary < 2:
+            raise InputError(f"{name} has a vocabulary of {loaded.vocabulary}")
+        loaded = replace(loaded, layout=find_traits(loaded, parts))
     return loaded
 
 
