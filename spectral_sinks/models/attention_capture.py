@@ -188,7 +188,7 @@ def attending(model: "Transformer", look: AttentionHook) -> Iterator[None]:
         return
     model.require_weights("`attending`")
     module: Any = model.module
-    if not can_attend(model):
+    if not module._can_set_attn_implementation():
         raise InputError(
             f"{model.name}: {type(module).__name__} does not run its attention through transformers' "
             "attention interface, so its queries and keys cannot be seen"
@@ -198,6 +198,11 @@ def attending(model: "Transformer", look: AttentionHook) -> Iterator[None]:
             f"{model.name} runs {model.own_attention!r} attention, an implementation of its own that may be "
             "no softmax, and this would put a softmax in its place; the weights that it returns are read by "
             "find_sinks, attention_by_position and attention_by_head"
+        )
+    if "attending" in model.layout.traits.lacking:
+        raise InputError(
+            f"the queries and keys of {model.name} ({model.family}) cannot be seen, since "
+            f"{model.layout.traits.lacking['attending']}"
         )
     before = model.config._attn_implementation
     text = _Text()
@@ -228,7 +233,7 @@ def attending(model: "Transformer", look: AttentionHook) -> Iterator[None]:
 
 def can_attend(model: "Transformer") -> bool:
     """Whether a model runs its attention through transformers' attention interface, where `attending` looks."""
-    return model.module._can_set_attn_implementation()
+    return model.module._can_set_attn_implementation() and "attending" not in model.layout.traits.lacking
 
 
 class _Text:

@@ -115,7 +115,9 @@ class Transformer:
             )
 
     def require_equal_heads(self) -> None:
-        """Raise InputError for a model whose layers have different numbers of heads."""
+        """Raise InputError for a model whose layers have different numbers of heads, or no attention."""
+        if not self.attention_layers:
+            raise InputError(f"no layer of {self.name} ({self.family}) has softmax attention")
         if "heads" in self.layout.traits.lacking:
             raise InputError(
                 f"attention is measured head by head in every layer, and {self.layout.traits.lacking['heads']}"
@@ -211,6 +213,13 @@ class Transformer:
         """Inside a trace, let a layer return a residual stream without being run."""
         outputs = self.layout.traits.outputs
         self.layer(layer).skip((residual, *[None] * (outputs - 1)) if outputs else residual)
+
+    @cached_property
+    def value_size(self) -> int:
+        """Width of the values of a head, which is that of its queries and keys in most families."""
+        layer = self.attention_layers[0] if self.attention_layers else 0
+        columns = self.head_columns(layer, 0)
+        return columns.stop - columns.start
 
     def head_columns(self, layer: int, head: int) -> slice:
         """Return which inputs of W_O are the output of one head."""

@@ -203,7 +203,7 @@ def _afar(
     refuse_code(source, trust_remote_code)
     place = remote_state(remote, source.revision, factors, dtype)
     tokenizer = tokenizer or load_tokenizer(source, trust_remote_code)
-    masked = _masked(source)
+    masked = is_masked(source)
     nn, layout = load_on_meta(source, tokenizer, attention, dtype, parts, revision, trust_remote_code, masked)
     return LanguageModel(nn, layout, source.name, tokenizer, remote=place)
 
@@ -221,7 +221,7 @@ def _load_module(
     named = source.config.get("attn_implementation")
     if attention == "auto" and named and not is_softmax(named):
         attention = named
-    masked = _masked(source)
+    masked = is_masked(source)
     module = load_weights(
         source,
         AutoModelForMaskedLM if masked else AutoModelForCausalLM,
@@ -340,7 +340,8 @@ def refuse_options(model: object, **options: Any) -> None:
         )
 
 
-def _masked(source: Source) -> bool:
+def is_masked(source: Source) -> bool:
+    """Whether a checkpoint is loaded as a masked language model."""
     config = source.config
     return is_masked_lm(config.get("architectures") or (), config.get("model_type"), config.get("is_decoder"))
 

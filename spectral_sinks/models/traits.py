@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from spectral_sinks.errors import InputError
+from spectral_sinks.models.attention_capture import AttentionCall, attending, can_attend
 from spectral_sinks.models.attention_sdpa import whole_maps
 from spectral_sinks.models.layout import SEARCHED, Fused, Layout, Traits, has, missing
 
@@ -22,6 +23,9 @@ TOKENS = 5
 
 PLACE = 2
 """The token at which queries, keys or values are changed, to see which of them a projection makes."""
+
+SIZES = (4.0, 0.3, 30.0)
+"""Sizes of the change, relative to the outputs; under a steep softmax, one alone may show nothing."""
 
 DOWN = ("down_proj", "c_proj", "dense_4h_to_h", "Wo", "fc2", "fc_out", "out_proj", "w2", "wo")
 """Names of the last matrix of an MLP."""
@@ -41,7 +45,7 @@ class Call:
     count: int = 0
 
 
-class _Enough(Exception):  # noqa: N818  ends a pass early, and is no error
+class _Enough(Exception):
     pass
 
 
@@ -134,6 +138,7 @@ class _Pass:
         writes, write_factor = self._sums()
         self._heads()
         fused = self._reading()
+        self._interface()
         in_place = any(self._changed(path) for path in self.seen)
         traits = Traits(
             outputs=outputs,
@@ -175,7 +180,7 @@ class _Pass:
         )
 
     def _residual_stream(self) -> int:
-        """Check that every layer reads what the one before returned; return the length of what they return."""
+        """Check that every layer reads what the one before returned; return how many values they return."""
         calls = [self.seen[name] for name in self.names]
         shape = (1, TOKENS, self.model.d)
         for index, call in enumerate(calls):
@@ -193,8 +198,8 @@ class _Pass:
                 again = norm.forward(calls[-1].output.to(self.seen[self.old.final_norm].given))
             if not _near(again, final):
                 raise InputError(
-                    f"{self._title}: the final norm {self.old.final_norm!r} does not read what the last layer "
-                    "returns; name it by hand: load(model, parts={'final_norm': 'dotted.name'})"
+                    f"{self._title}: the final norm {self.old.final_norm!r} does not read what the last "
+                    "layer returns; name it by hand: load(model, parts={'final_norm': 'dotted.name'})"
                 )
         lengths = {len(c.returned) if isinstance(c.returned, tuple) else 0 for c in calls}
         if len(lengths) > 1:
@@ -327,7 +332,7 @@ class _Pass:
         return self._projections([which for which in parts if which not in self.lacking])
 
     def _reads(self, layer: int, path: str) -> bool:
-        """Whether a module of a layer reads the norm before attention, or the residual where there is none."""
+        """Whether a module of a layer reads the norm before attention, or the residual if there is none."""
         reader = self._at(layer, path)
         source = self._at(layer, self.old.attention_norm) if self.old.attention_norm else None
         read = self.seen[self.names[layer]].given if source is None else source.output
@@ -338,24 +343,78 @@ class _Pass:
             isinstance(given, Tensor) and given.numel() == read.numel() and _near(given.view_as(read), read)
         )
 
+    def _interface(self) -> None:
+        """Check that attention is what its queries, keys and values make of it, up to W_O.
+
+        Families with a gate or a norm before W_O, or with heads that share values in another way, differ.
+        """
+        model, layers = self.model, self.model.attention_layers
+        if not can_attend(model) or model.own_attention is not None or not layers:
+            return
+        path = f"{self.names[layers[0]]}.{self.old.attention_projection}"
+        mixed: list[Tensor] = []
+
+        def look(call: AttentionCall) -> None:
+            if call.layer == layers[0]:
+                mixed.append(call.output().detach().flatten(2))
+
+        def without(call: AttentionCall) -> AttentionCall | None:
+            if call.layer != layers[0]:
+                return None
+            value = call.value.clone()
+            value[:, 0] = 0
+            return replace(call, value=value)
+
+        try:
+            with watched(model.module, [path]) as plain, attending(model, look):
+                logits = self.run().logits.float()
+            with watched(model.module, [path]) as changed, attending(model, without):
+                self.run()
+        except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+            self.lacking["attending"] = (
+                f"its attention does not run through transformers' interface ({error})"
+            )
+            return
+        if not _near(logits, self.logits, 2e-2):
+            self.lacking["attending"] = (
+                "its attention is not the softmax of the queries and keys that are seen"
+            )
+            return
+        given = plain[path].given
+        if (
+            len(mixed) != 1
+            or given.numel() != mixed[0].numel()
+            or not _near(given.view_as(mixed[0]), mixed[0])
+        ):
+            self.lacking["written"] = "its attention passes a gate or a norm before W_O"
+        # without the first value head, its query heads alone write something else
+        if "head" not in self.lacking and given.shape[-1] % model.heads == 0:
+            change = (changed[path].given - given).float().norm(dim=tuple(range(given.ndim - 1)))
+            by_head = change.view(model.heads, -1).norm(dim=-1)
+            own = by_head[: model.heads // model.key_heads].square().sum()
+            if own < 0.5 * by_head.square().sum() or bool(
+                (by_head[: model.heads // model.key_heads] == 0).any()
+            ):
+                self.lacking["head"] = (
+                    "its heads share what W_O reads in another way than one after the other"
+                )
+
     def _mlp_norm(self) -> None:
         """Check that the norm before the MLP reads the residual stream after attention, or beside it."""
         for layer, name in enumerate(self.names):
             norm, call = self._at(layer, self.old.mlp_norm or self.old.mlp), self.seen[name]
             if norm is None or self.old.attention_add_norm:
                 continue
-            wrote = self._at(layer, self.old.attention_write)
-            after = call.given if wrote is None else call.given + wrote.output
-            given = norm.given.view_as(call.given) if norm.given.numel() == call.given.numel() else None
-            known = "attention" not in self.lacking and wrote is not None
-            if given is None or (known and not any(_near(given, x) for x in (after, call.given))):
-                factors = _write_factors(self.model.config, self.model.layers)
-                scaled = wrote is not None and given is not None
-                if scaled and any(_near(given, call.given + f * wrote.output) for f in factors):
-                    continue
-                self.lacking["mlp-input"] = (
-                    f"{self.old.mlp_norm or self.old.mlp!r} does not read the residual stream after attention"
-                )
+            wrote, why = self._at(layer, self.old.attention_write), ""
+            if norm.given.numel() != call.given.numel():
+                why = "does not read the residual stream"
+            elif wrote is not None and "attention" not in self.lacking:
+                given = norm.given.view_as(call.given)
+                factors = (0.0, *_write_factors(self.model.config, self.model.layers))
+                if not any(_added(call.given, given, [wrote.output], factor) for factor in factors):
+                    why = "does not read the residual stream after attention"
+            if why:
+                self.lacking["mlp-input"] = f"{self.old.mlp_norm or self.old.mlp!r} {why}"
 
     def _projections(self, named: list[Which]) -> Fused:
         """Return the layout of a fused matrix by which a change of each part acts on attention as it should.
@@ -379,12 +438,12 @@ class _Pass:
                     return kind
         for which in named:
             self.lacking[which] = (
-                "its attention does not answer to changes of the columns that were taken for its queries, keys "
-                "and values as it should"
+                "a change of what was taken for its queries, keys or values does not act on its attention as "
+                "one of these should"
             )
         return old.fused
 
-    def _map(self, which: Which | None, fused: Fused) -> Tensor | None:
+    def _map(self, which: Which | None, fused: Fused, size: float = 1.0) -> Tensor | None:
         """Return the map of the first attention layer, in which one part is changed at one token."""
         layer = self.names[self.model.attention_layers[0]]
         found: list[Any] = []
@@ -396,8 +455,7 @@ class _Pass:
             changed = output.clone()
             rows = changed.view(1, TOKENS, -1)
             noise = torch.randn(rows[0, PLACE, index].shape, generator=torch.Generator().manual_seed(0))
-            size = 4 * float(rows.float().std()) + 1
-            rows[0, PLACE, index] += (size * noise).to(rows)
+            rows[0, PLACE, index] += (size * (float(rows.float().std()) + 0.1) * noise).to(rows)
             return changed
 
         def keep(_: nn.Module, __: Any, output: Any) -> None:
@@ -421,21 +479,24 @@ class _Pass:
         return maps.detach().float() if isinstance(maps, Tensor) and maps.ndim == 4 else None
 
     def _acts_as(self, which: Which, fused: Fused, plain: Tensor) -> bool:
-        try:
-            changed = self._map(which, fused)
-        except (IndexError, RuntimeError):  # columns that the matrix does not have
-            return False
-        if changed is None:
-            return False
-        rows = (changed - plain).abs().amax((0, 1, 3)) > 1e-3  # which queries attend otherwise
-        expected = torch.zeros_like(rows)
+        rows = torch.zeros(TOKENS, dtype=torch.bool)  # which queries attend otherwise
+        for size in SIZES:
+            try:
+                changed = self._map(which, fused, size)
+            except (IndexError, RuntimeError):  # columns that the matrix does not have
+                return False
+            if changed is None:
+                return False
+            rows |= ((changed - plain).abs().amax((0, 1, 3)) > 1e-4).cpu()
+            if which == "values" or bool(rows.any()):
+                break
+        own = torch.arange(TOKENS) == PLACE
         if which == "queries":
-            expected[PLACE] = True
-        elif which == "keys":
-            expected[PLACE if self.model.causal else 0 :] = True
-            if self.model.own_attention is not None:
-                expected[PLACE] = rows[PLACE]
-        return bool(torch.equal(rows, expected))
+            return bool((rows & own).any()) and not bool((rows & ~own).any())
+        if which == "keys":
+            before = torch.arange(TOKENS) < (PLACE if self.model.causal else 0)
+            return bool((rows & ~own).any()) and not bool((rows & before).any())
+        return not bool(rows.any())
 
 
 @torch.no_grad()

@@ -20,8 +20,8 @@ from spectral_sinks.models.effective_weights import (
     outermost,
 )
 from spectral_sinks.models.layout import has
-from spectral_sinks.models.traits import check_sums
 from spectral_sinks.models.layout_vision import HEADS
+from spectral_sinks.models.traits import check_sums
 
 VISION_FAMILIES = frozenset(
     {"dinov2", "dinov2_with_registers", "dinov3_vit", "vit", "deit", "clip_vision_model"}
