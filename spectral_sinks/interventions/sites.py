@@ -57,8 +57,8 @@ class Site:
         layout, title = model.layout, f"{model.name} ({model.family})"
         if self.kind in layout.traits.lacking:
             raise InputError(
-                f"{title} has no site {self.kind!r}, since {layout.traits.lacking[self.kind]}: choose another "
-                "site, such as 'exit'"
+                f"{title} has no site {self.kind!r}, since {layout.traits.lacking[self.kind]}: choose "
+                "another site, such as 'exit'"
             )
         if self.kind in ("queries", "keys", "values", "head", "attention"):
             if self.layer not in model.attention_layers:

@@ -232,7 +232,7 @@ def attending(model: "Transformer", look: AttentionHook) -> Iterator[None]:
 
 
 def can_attend(model: "Transformer") -> bool:
-    """Whether a model runs its attention through transformers' attention interface, where `attending` looks."""
+    """Whether a model runs its attention through transformers' interface, where `attending` looks."""
     return model.module._can_set_attn_implementation() and "attending" not in model.layout.traits.lacking
 
 

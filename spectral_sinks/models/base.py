@@ -109,9 +109,9 @@ class Transformer:
         lacking = sorted({*range(self.layers)} - {*self.attention_layers})
         if lacking:
             raise InputError(
-                f"{purpose} needs softmax attention in every layer, and {len(lacking)} of {self.layers} layers "
-                f"of {self.name} ({self.family}), such as {lacking[0]}, have none; attention_by_head reads "
-                "the others"
+                f"{purpose} needs softmax attention in every layer, and {len(lacking)} of {self.layers} "
+                f"layers of {self.name} ({self.family}), such as {lacking[0]}, have none; "
+                "attention_by_head reads the others"
             )
 
     def require_equal_heads(self) -> None:
@@ -120,12 +120,13 @@ class Transformer:
             raise InputError(f"no layer of {self.name} ({self.family}) has softmax attention")
         if "heads" in self.layout.traits.lacking:
             raise InputError(
-                f"attention is measured head by head in every layer, and {self.layout.traits.lacking['heads']}"
+                "attention is measured head by head in every layer, and "
+                f"{self.layout.traits.lacking['heads']}"
             )
 
     def require_heads(self, purpose: str) -> None:
-        """Raise InputError for a model whose projections or heads are not known; `purpose` says in the message
-        what needs them.
+        """Raise InputError for a model whose projections or heads are not known; `purpose` says in the
+        message what needs them.
         """
         for kind in ("heads", "queries", "keys", "values"):
             if kind in self.layout.traits.lacking:
@@ -228,8 +229,9 @@ class Transformer:
         return slice(head * size, (head + 1) * size)
 
     def head_write(self, layer: int, head: int) -> Float[Tensor, "head_size d"]:
-        """Return the slice of W_O that writes the output of one head into the residual stream, with the factor
-        by which the model multiplies what it adds.
+        """Return the slice of W_O that writes the output of one head into the residual stream.
+
+        It includes the factor by which the model multiplies what it adds.
         """
         if not 0 <= head < self.heads:
             raise InputError(f"head {head}: {self.name} has heads 0 to {self.heads - 1}")

@@ -1,4 +1,4 @@
-"""The classes of a checkpoint's model, built without memory for any weight: names, and the final norm alone."""
+"""The classes of a checkpoint's model, without memory for weights: names, and the final norm."""
 
 import copy
 from collections.abc import Collection
@@ -25,8 +25,8 @@ def blueprint(source: Source) -> Any:
             return kind.from_config(config, attn_implementation="eager").eval()
     except (ValueError, KeyError, OSError, ImportError, TypeError, RuntimeError, AttributeError) as error:
         raise InputError(
-            f"{source.name}: transformers cannot build the classes of this model, which say how its tensors are "
-            f"used ({error}): load the model, and give it to read_spectrum"
+            f"{source.name}: transformers cannot build the classes of this model, which say how its tensors "
+            f"are used ({error}): load the model, and give it to read_spectrum"
         ) from error
 
 

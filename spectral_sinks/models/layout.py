@@ -159,6 +159,7 @@ AFTER: tuple[tuple[str, str], ...] = (
     ("post_self_attn_layernorm", "post_mlp_layernorm"),
     ("post_attention_layernorm", "post_feedforward_layernorm"),
     ("post_attention_layernorm", "post_mlp_layernorm"),
+    ("post_norm1", "post_norm2"),
 )
 """Norms after attention and after the MLP, whose outputs are added to the residual (GLM-4, Gemma, AfMoE)."""
 
@@ -196,7 +197,7 @@ PROJECTIONS: tuple[tuple[tuple[str, ...], Fused], ...] = (
 )
 
 COMPRESSED = ("kv_a_proj_with_mqa", "kv_a_proj", "kv_proj")
-"""Projections to what keys and values share, instead of matrices of their own (multi-head latent attention)."""
+"""Projections to what keys and values share, instead of matrices of their own (latent attention)."""
 
 OF_MODEL = ("layers", "embedding", "unembedding", "final_norm", "transform")
 """Names that are relative to the model; the others are relative to a layer."""
@@ -315,7 +316,7 @@ def _final_norm(model: nn.Module, layers: str) -> str:
         return f"{path}.{norms[-1]}".lstrip(".")
     if not any("norm" in type(part).__name__.lower() for _, part in _outside(model, layers)):
         raise InputError(
-            f"a {type(model).__name__} of this configuration has no norm between its last layer and its "
+            f"{type(model).__name__} with this configuration has no norm between its last layer and its "
             "unembedding, and the spectrum of the unembedding is defined for models that have one: choose "
             "another model"
         )

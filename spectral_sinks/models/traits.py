@@ -92,7 +92,7 @@ def find_traits(model: "LanguageModel", given: Mapping[str, str] | None = None) 
 
 
 def check_sums(model: "Transformer", run: Callable[[], object]) -> None:
-    """Raise InputError unless each layer of an image encoder adds what attention and MLP wrote to its entry."""
+    """Raise InputError unless each layer of an encoder adds what attention and MLP wrote to its entry."""
     layout = model.layout
     names = [f"{layout.layers}.{index}" for index in range(model.layers)]
     inside = ("", f".{layout.attention_write}", f".{layout.mlp_write}")
@@ -106,8 +106,8 @@ def check_sums(model: "Transformer", run: Callable[[], object]) -> None:
 
 def _no_sum(title: str, layer: int, layout: Layout) -> str:
     return (
-        f"{title}: layer {layer} is not entry + attention + MLP with the parts {layout.attention_write!r} and "
-        f"{layout.mlp_write!r}; name them by hand: load(model, parts={{'attention_write': ..., "
+        f"{title}: layer {layer} is not entry + attention + MLP with the parts {layout.attention_write!r} "
+        f"and {layout.mlp_write!r}; name them by hand: load(model, parts={{'attention_write': ..., "
         "'mlp_write': ...})"
     )
 
@@ -137,7 +137,7 @@ class _Pass:
         outputs = self._residual_stream()
         writes, write_factor = self._sums()
         self._heads()
-        fused = self._reading()
+        fused = self._reading(writes["attention_write"])
         self._interface()
         in_place = any(self._changed(path) for path in self.seen)
         traits = Traits(
@@ -307,7 +307,7 @@ class _Pass:
             )
             self.lacking["head"] = "its layers have different numbers of heads"
 
-    def _reading(self) -> Fused:
+    def _reading(self, attention_write: str) -> Fused:
         """Find out which sites of reading parts are exact, and how a fused matrix is laid out."""
         old, layers = self.old, self.model.attention_layers
         parts: dict[Which, str] = {"queries": old.queries, "keys": old.keys, "values": old.values}
@@ -322,7 +322,7 @@ class _Pass:
                 norm = f"the norm {old.attention_norm!r}" if old.attention_norm else "the residual stream"
                 self.lacking[which] = f"{path!r} does not read the output of {norm} in every layer"
         if not old.mlp_norm or old.mlp_norm != old.attention_norm:
-            self._mlp_norm()
+            self._mlp_norm(attention_write)
         elif not all(self._reads(layer, old.mlp) for layer in range(len(self.names))):
             if "mlp_norm" not in self.given:
                 raise InputError(missing("mlp_norm", list(SEARCHED["mlp_norm"])))
@@ -399,13 +399,13 @@ class _Pass:
                     "its heads share what W_O reads in another way than one after the other"
                 )
 
-    def _mlp_norm(self) -> None:
+    def _mlp_norm(self, attention_write: str) -> None:
         """Check that the norm before the MLP reads the residual stream after attention, or beside it."""
         for layer, name in enumerate(self.names):
             norm, call = self._at(layer, self.old.mlp_norm or self.old.mlp), self.seen[name]
             if norm is None or self.old.attention_add_norm:
                 continue
-            wrote, why = self._at(layer, self.old.attention_write), ""
+            wrote, why = self._at(layer, attention_write), ""
             if norm.given.numel() != call.given.numel():
                 why = "does not read the residual stream"
             elif wrote is not None and "attention" not in self.lacking:

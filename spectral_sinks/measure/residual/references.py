@@ -96,8 +96,8 @@ def _means(
     shapes = sorted({tuple(part.shape) for part in total.values()})
     if len(shapes) > 1:
         raise InputError(
-            f"the layers of {model.name} have {which}s of different shapes, {shapes[0]} and {shapes[-1]}, which "
-            "do not fit into one tensor"
+            f"the layers of {model.name} have {which}s of different shapes, {shapes[0]} and {shapes[-1]}, "
+            "which do not fit into one tensor"
         )
     return torch.stack([total[layer] for layer in range(model.layers)]) / count
 
