@@ -341,17 +341,19 @@ COLUMNS = ("loads", "NLL", "filter", "attention", "folder", "refused")
 
 INTRODUCTION = """# Families
 
-Made by `python docs/generate_families.py` (`make families`), which builds a tiny random model of each family and
-compares every number with plain transformers.
+Made by `python docs/generate_families.py` (`make families`), which builds a tiny random model of each family
+and compares every number with plain transformers.
 
 - *loads*: `load` finds all modules by itself.
-- *NLL* and *filter*: the loss, without and with a filter at the exit of a layer, is that of transformers to 1e-5.
+- *NLL* and *filter*: the loss, without and with a filter at the exit of a layer, is that of transformers to
+  1e-5.
 - *attention*: the attention to a token in every head is that of transformers' eager maps.
 - *folder*: `read_spectrum` of the folder gives the singular values of the unembedding.
-- *refused*: what the family does not have, and why. All other sites and measurements can be used.
+- *refused*: what the family does not have, and why.
 
-A family that is not in the table is examined in the same way when it is loaded: a short pass shows whether its
-residual stream, logits, projections and heads are what their names say, and what is not is refused when it is used.
+A family that is not in the table is examined in the same way when it is loaded: a short pass shows whether
+its residual stream, logits, projections and heads are what their names say, and what is not is refused when
+it is used.
 
 | family | loads | NLL | filter | attention | folder | refused |
 |---|---|---|---|---|---|---|

@@ -1,4 +1,4 @@
-"""What a short pass shows about a family: edits equal hooks written by hand, and what is lacking is refused."""
+"""What a short pass shows of a family: edits equal hooks by hand, and what is lacking is refused."""
 
 import copy
 import runpy
@@ -151,9 +151,9 @@ def test_layers_without_attention_have_no_attention_site_and_no_rows(tiny: Any) 
     windows = ss.Windows.of_ids(IDS, model)
     assert model.attention_layers == (1,)
     assert set(ss.attention_by_head(model, windows, length=TOKENS)["layer"]) == {1}
-    with pytest.raises(ss.InputError, match="layer 0 of .* has no softmax attention; the layers 1 have"):
+    with pytest.raises(ss.InputError, match=r"layer 0 of .* has no softmax attention; the layers 1 have"):
         logits(model, ss.Site("attention", 0), lambda x: x)
-    with pytest.raises(ss.InputError, match="2 of 3 layers of .*, such as 0, have none"):
+    with pytest.raises(ss.InputError, match=r"2 of 3 layers of .*, such as 0, have none"):
         ss.attention.attention_by_position(model, windows, length=TOKENS)
     with pytest.raises(ss.InputError, match="needs softmax attention in every layer"):
         ss.mean_values(model, windows)
