@@ -156,7 +156,7 @@ def test_layers_without_attention_have_no_attention_site_and_no_rows(tiny: Any) 
     with pytest.raises(ss.InputError, match=r"2 of 3 layers of .*, such as 0, have none"):
         ss.attention.attention_by_position(model, windows, length=TOKENS)
     with pytest.raises(ss.InputError, match="needs softmax attention in every layer"):
-        ss.mean_values(model, windows)
+        ss.residual.mean_values(model, windows)
 
 
 @pytest.mark.parametrize(
