@@ -7,7 +7,7 @@ BIN := .venv/bin
 
 NDIF := .venv-ndif
 
-.PHONY: install reproduce verify bench real test test-ndif test-real check clean
+.PHONY: install reproduce verify bench real families test test-ndif test-real check clean
 
 install: .venv/installed
 
@@ -28,6 +28,10 @@ bench: install
 real: install
 	$(BIN)/python experiments/real/fetch.py
 	$(BIN)/python experiments/real/run.py
+
+# Tiny random models of about 75 families, compared with plain transformers: docs/families.md.
+families: install
+	OMP_NUM_THREADS=1 $(BIN)/python docs/generate_families.py
 
 verify: install
 	$(BIN)/spectral-sinks verify

@@ -123,7 +123,8 @@ def values_of_layer(values: Tensor, layer: int) -> Tensor:
 def check_shape(name: str, values: Tensor | float, model: LanguageModel) -> None:
     """Raise InputError for keys or values whose shape does not fit the model."""
     shape = tuple(getattr(values, "shape", ()))
-    wanted = (model.layers, model.key_heads, model.head_size)
+    size = model.value_size if name == "value" else model.head_size
+    wanted = (model.layers, model.key_heads, size)
     if shape and (len(shape) != 3 or any(a not in (1, b) for a, b in zip(shape, wanted, strict=True))):
         raise InputError(
             f"a {name} of shape {shape}: expected a number or [layers, key_heads, size] = {wanted}, "

@@ -37,7 +37,8 @@ class KeyBias(AttentionEdit):
         check_shape("value", self.value, model)
 
     def changed(self, call: AttentionCall) -> AttentionCall:
-        key, value = (_by_query_head(of_layer(values, call), call) for values in (self.key, self.value))
+        key = _by_query_head(of_layer(self.key, call), call, call.key.shape[-1])
+        value = _by_query_head(of_layer(self.value, call), call, call.value.shape[-1])
         if call.extra_key is not None and call.extra_value is not None:
             key, value = torch.cat([call.extra_key, key], 2), torch.cat([call.extra_value, value], 2)
         return replace(call, extra_key=key, extra_value=value)
@@ -97,8 +98,8 @@ class Prefix:
         return torch.cat([before.expand(len(ids), -1), ids], dim=1)
 
 
-def _by_query_head(values: Tensor, call: AttentionCall) -> Float[Tensor, "1 heads 1 size"]:
+def _by_query_head(values: Tensor, call: AttentionCall, size: int) -> Float[Tensor, "1 heads 1 size"]:
     """Expand a key, a value or a number to the query heads."""
-    heads, size = call.query.shape[1], call.query.shape[3]
+    heads = call.query.shape[1]
     full = values.to(call.query).expand(1, values.shape[1] if values.ndim else 1, 1, size)
     return full.repeat_interleave(heads // full.shape[1], dim=1)

@@ -6,6 +6,7 @@ from typing import Literal, get_args
 
 from spectral_sinks.errors import InputError
 from spectral_sinks.models.base import Transformer
+from spectral_sinks.models.layout import has
 
 Kind = Literal["embedding", "queries", "keys", "values", "head", "attention", "mlp-input", "mlp", "exit"]
 """The kinds of site, in the order in which a forward pass reaches them within a layer."""
@@ -49,11 +50,27 @@ class Site:
         return cls(kind, 0 if kind == "embedding" else layer, int(head) if head else None)
 
     def check(self, model: Transformer) -> None:
-        """Raise InputError where the model has no such layer or head."""
+        """Raise InputError where the model has no such layer or head, or no such site in this layer."""
         if not 0 <= self.layer < model.layers:
             raise InputError(f"layer {self.layer}: {model.name} has layers 0 to {model.layers - 1}")
         if self.head is not None and not 0 <= self.head < model.heads:
             raise InputError(f"head {self.head}: {model.name} has heads 0 to {model.heads - 1}")
+        layout, title = model.layout, f"{model.name} ({model.family})"
+        if self.kind in layout.traits.lacking:
+            raise InputError(
+                f"{title} has no site {self.kind!r}, since {layout.traits.lacking[self.kind]}: choose "
+                "another site, such as 'exit'"
+            )
+        if self.kind in ("queries", "keys", "values", "head", "attention"):
+            if self.layer not in model.attention_layers:
+                raise InputError(
+                    f"{self}: layer {self.layer} of {title} has no softmax attention; the layers "
+                    f"{', '.join(map(str, model.attention_layers))} have"
+                )
+        elif self.kind in ("mlp", "mlp-input"):
+            layer = model.module.get_submodule(f"{layout.layers}.{self.layer}")
+            if not has(layer, layout.mlp):
+                raise InputError(f"{self}: layer {self.layer} of {title} has no {layout.mlp!r}")
 
     @property
     def rank(self) -> tuple[int, int]:

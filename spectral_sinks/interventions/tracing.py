@@ -147,13 +147,14 @@ def _walk(
     if resume is not None:
         start = resume.layer + 1
         for index in range(start):
-            model.layer(index).skip(resume.residual)
+            model.skip(index, resume.residual)
     for index in range(start, model.layers):
         own: dict[Kind, SiteFunctions] = {
             kind: hooks[index, kind] for kind in ORDER if (index, kind) in hooks
         }
-        if own or attention is not None:
-            _visit(model, model.layer(index), own, writes, attention, weights)
+        seen = attention if index in model.attention_layers else None
+        if own or seen is not None:
+            _visit(model, model.layer(index), own, writes, seen, weights)
     return readout(model.final(), read, weights)
 
 
@@ -169,6 +170,8 @@ def _visit(
     layout = model.layout
     if "embedding" in hooks:
         layer.input = _chain(layer.input, hooks["embedding"])
+    shared = bool(layout.mlp_norm) and layout.mlp_norm == layout.attention_norm
+    entry = layer.input if shared and "mlp-input" in hooks else None
     reads: dict[Kind, SiteFunctions] = {kind: hooks[kind] for kind in READS if kind in hooks}
     if reads:
         _read_projections(model, layer, reads)
@@ -178,29 +181,34 @@ def _visit(
     if "head" in hooks:
         projection = model.part(layer, layout.attention_projection)
         mixed = projection.input
-        change = torch.zeros_like(projection.output)
+        change, factor = torch.zeros_like(projection.output), layout.traits.write_factor
         for site, edit in hooks["head"]:
             assert site.head is not None
-            columns = slice(site.head * model.head_size, (site.head + 1) * model.head_size)
+            columns = model.head_columns(site.layer, site.head)
             if site in writes:
                 written = mixed[..., columns] @ writes[site].to(mixed)
             else:
                 alone = torch.zeros_like(mixed)
                 alone[..., columns] = mixed[..., columns]
-                written = projection(alone) - projection(torch.zeros_like(mixed))
-            change = change + (edit(written) - written)
+                written = factor * (projection(alone) - projection(torch.zeros_like(mixed)))
+            change = change + (edit(written) - written) / factor
         projection.output = projection.output + change
     if on_attention is not None and inside:
         weights.append(on_attention(_maps(model, layer)))
     if "attention" in hooks:
-        _rewrite(model.part(layer, layout.attention_write), hooks["attention"])
-    if "mlp-input" in hooks:
+        _rewrite(
+            model, model.part(layer, layout.attention_write), hooks["attention"], layout.traits.write_factor
+        )
+    if entry is not None:  # attention reads the output of the same norm, and reads it unedited
+        edited = model.part(layer, layout.mlp_norm)(_chain(entry, hooks["mlp-input"]))
+        model.part(layer, layout.mlp).input = edited
+    elif "mlp-input" in hooks:
         reader = model.part(layer, layout.mlp_norm or layout.mlp)
         reader.input = _chain(reader.input, hooks["mlp-input"])
     if "mlp" in hooks:
-        _rewrite(model.part(layer, layout.mlp_write), hooks["mlp"])
+        _rewrite(model, model.part(layer, layout.mlp_write), hooks["mlp"], layout.traits.write_factor)
     if "exit" in hooks:
-        _rewrite(layer, hooks["exit"])
+        _rewrite(model, layer, hooks["exit"])
 
 
 def _maps(model: Transformer, layer: Any) -> Tensor:
@@ -253,9 +261,11 @@ def _chain(x: Float[Tensor, "batch tokens d"], edits: SiteFunctions) -> Tensor:
     return x
 
 
-def _rewrite(module: Any, edits: SiteFunctions) -> None:
+def _rewrite(model: Transformer, module: Any, edits: SiteFunctions, factor: float = 1.0) -> None:
+    """Apply edits to what a module adds, which is `factor` times its output."""
     output = module.output
-    if isinstance(output, tuple):
-        module.output = (_chain(output[0], edits), *output[1:])
-    else:
-        module.output = _chain(output, edits)
+    x = output[0] if isinstance(output, tuple) else output
+    x = _chain(x, edits) if factor == 1 else _chain(x * factor, edits) / factor
+    if model.layout.traits.in_place:
+        x = x.clone()  # so that what an edit keeps is not changed afterwards
+    module.output = (x, *output[1:]) if isinstance(output, tuple) else x

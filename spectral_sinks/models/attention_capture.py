@@ -199,12 +199,17 @@ def attending(model: "Transformer", look: AttentionHook) -> Iterator[None]:
             "no softmax, and this would put a softmax in its place; the weights that it returns are read by "
             "find_sinks, attention_by_position and attention_by_head"
         )
+    if "attending" in model.layout.traits.lacking:
+        raise InputError(
+            f"the queries and keys of {model.name} ({model.family}) cannot be seen, since "
+            f"{model.layout.traits.lacking['attending']}"
+        )
     before = model.config._attn_implementation
     text = _Text()
     watching = module.register_forward_pre_hook(text.read, with_kwargs=True)
     hooked: list[nn.Module] = []
     outer: dict[nn.Module, Any] = {}
-    for layer in range(model.layers):
+    for layer in model.attention_layers:
         block = module.get_submodule(f"{model.layout.layers}.{layer}")
         for part in block.get_submodule(model.layout.attention).modules():
             if HOOKS in part.__dict__:
@@ -224,6 +229,11 @@ def attending(model: "Transformer", look: AttentionHook) -> Iterator[None]:
             part.__dict__.pop(HOOKS)
             if part in outer:
                 part.__dict__[HOOKS] = outer[part]
+
+
+def can_attend(model: "Transformer") -> bool:
+    """Whether a model runs its attention through transformers' interface, where `attending` looks."""
+    return model.module._can_set_attn_implementation() and "attending" not in model.layout.traits.lacking
 
 
 class _Text:

@@ -3,10 +3,9 @@
 import hashlib
 import json
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -19,16 +18,15 @@ from spectral_sinks.models.effective_weights import (
     device_of,
     dtype_of,
     effective_weight,
+    inputs_of,
     stored_tensors,
     unsaved_buffers,
 )
-from spectral_sinks.models.layout import Layout
+from spectral_sinks.models.layout import Layout, has
 from spectral_sinks.models.norms import centres, gain_of
 from spectral_sinks.models.remote_state import Remote
 
 torch.cos(torch.zeros(1))  # on one thread, since the first call on several may be off by 1e-4 (2.13.0)
-
-T = TypeVar("T")
 
 INCIDENTAL = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
 """Configuration entries that do not change what a model computes."""
@@ -92,7 +90,55 @@ class Transformer:
         """Number of key and value heads per layer (fewer than `heads` in grouped-query attention)."""
         if self.layout.fused == "heads":
             return self.heads
-        return getattr(self.config, "num_key_value_heads", None) or self.heads
+        if self.layout.fused == "blocks" and getattr(self.config, "multi_query", False):
+            return 1
+        named = (getattr(self.config, name, None) for name in ("num_key_value_heads", "num_kv_heads"))
+        return next((heads for heads in named if heads), self.heads)
+
+    @cached_property
+    def attention_layers(self) -> tuple[int, ...]:
+        """The layers that have softmax attention: all of them, but for stacks with other kinds of layers."""
+        kinds = getattr(self.config, "layer_types", None) or ()
+        layers = self.module.get_submodule(self.layout.layers)
+        return tuple(
+            index
+            for index, layer in enumerate(layers)
+            if has(layer, self.layout.attention)
+            and not (index < len(kinds) and kinds[index].startswith("linear"))
+        )
+
+    def require_attention(self, purpose: str) -> None:
+        """Raise InputError for a stack in which some layers have no softmax attention; `purpose` says in the
+        message what needs it.
+        """
+        lacking = sorted({*range(self.layers)} - {*self.attention_layers})
+        if lacking:
+            raise InputError(
+                f"{purpose} needs softmax attention in every layer, and {len(lacking)} of {self.layers} "
+                f"layers of {self.name} ({self.family}), such as {lacking[0]}, have none; "
+                "attention_by_head reads the others"
+            )
+
+    def require_equal_heads(self) -> None:
+        """Raise InputError for a model whose layers have different numbers of heads, or no attention."""
+        if not self.attention_layers:
+            raise InputError(f"no layer of {self.name} ({self.family}) has softmax attention")
+        if "heads" in self.layout.traits.lacking:
+            raise InputError(
+                "attention is measured head by head in every layer, and "
+                f"{self.layout.traits.lacking['heads']}"
+            )
+
+    def require_heads(self, purpose: str) -> None:
+        """Raise InputError for a model whose projections or heads are not known; `purpose` says in the
+        message what needs them.
+        """
+        for kind in ("heads", "queries", "keys", "values"):
+            if kind in self.layout.traits.lacking:
+                raise InputError(
+                    f"{purpose} needs the heads of {self.name} ({self.family}) one by one, and "
+                    f"{self.layout.traits.lacking[kind]}"
+                )
 
     @property
     def device(self) -> torch.device:
@@ -158,70 +204,62 @@ class Transformer:
 
     def final(self) -> Any:
         """Inside a trace, return the residual stream `[batch, tokens, d]` after the final norm."""
+        if self.layout.traits.reused_norm:  # its first output is another one
+            last = self.exit(self.layers - 1)
+            norm = self.nn.get(self.layout.final_norm)
+            return norm(last) if self.weightless else norm._module.forward(last)
         return self.nn.get(self.layout.final_norm).output
 
+    def exit(self, layer: int) -> Any:
+        """Inside a trace, return the residual stream at the exit of a layer."""
+        output = self.layer(layer).output
+        return output[0] if self.layout.traits.outputs else output
+
+    def skip(self, layer: int, residual: Tensor) -> None:
+        """Inside a trace, let a layer return a residual stream without being run."""
+        outputs = self.layout.traits.outputs
+        self.layer(layer).skip((residual, *[None] * (outputs - 1)) if outputs else residual)
+
+    @cached_property
+    def value_size(self) -> int:
+        """Width of the values of a head, which is that of its queries and keys in most families."""
+        layer = self.attention_layers[0] if self.attention_layers else 0
+        columns = self.head_columns(layer, 0)
+        return columns.stop - columns.start
+
+    def head_columns(self, layer: int, head: int) -> slice:
+        """Return which inputs of W_O are the output of one head."""
+        part = self.module.get_submodule(f"{self.layout.layers}.{layer}.{self.layout.attention_projection}")
+        size = inputs_of(part) // self.heads
+        return slice(head * size, (head + 1) * size)
+
     def head_write(self, layer: int, head: int) -> Float[Tensor, "head_size d"]:
-        """Return the slice of W_O that writes the output of one head into the residual stream."""
+        """Return the slice of W_O that writes the output of one head into the residual stream.
+
+        It includes the factor by which the model multiplies what it adds.
+        """
         if not 0 <= head < self.heads:
             raise InputError(f"head {head}: {self.name} has heads 0 to {self.heads - 1}")
         path = f"{self.layout.layers}.{layer}.{self.layout.attention_projection}"
-        columns = slice(head * self.head_size, (head + 1) * self.head_size)
-        return effective_weight(self.module.get_submodule(path), self.dtype, columns).T
+        columns = self.head_columns(layer, head)
+        weight = effective_weight(self.module.get_submodule(path), self.dtype, columns).T
+        factor = self.layout.traits.write_factor
+        return weight if factor == 1 else factor * weight
 
     def projection_index(self, which: str) -> Tensor | slice:
         """Return which outputs of the layout's projection are `queries`, `keys` or `values`."""
         if not self.layout.fused:
             return slice(None)
         size, order = self.head_size, ("queries", "keys", "values")
-        if self.layout.fused == "heads":
-            start = torch.arange(self.heads)[:, None] * 3 * size + order.index(which) * size
-            return (start + torch.arange(size)).flatten()
+        if self.layout.fused in ("heads", "groups"):  # each key head with its query heads
+            shared = self.heads // self.key_heads
+            counts = [shared, 1, 1]
+            first = sum(counts[: order.index(which)])
+            start = torch.arange(self.key_heads)[:, None] * (shared + 2) * size + first * size
+            return (start + torch.arange(counts[order.index(which)] * size)).flatten()
         lengths = [self.heads * size, self.key_heads * size, self.key_heads * size]
         start = sum(lengths[: order.index(which)])
         return slice(start, start + lengths[order.index(which)])
-
-    def check_sums(self, run: Callable[[], T]) -> tuple[T, Tensor]:
-        """Run a forward pass; return its result and the output of the final norm.
-
-        Raises InputError unless the exit of each layer is its entry plus what attention and MLP wrote. In a
-        post-norm layer, each of the two sums passes its norm.
-        """
-        seen: dict[str, Tensor] = {}  # each [batch, tokens, d]
-        handles: list[Any] = []
-
-        def watch(path: str, key: str) -> None:
-            def hook(_: nn.Module, inputs: Any, output: Any) -> None:
-                seen[key] = output[0] if isinstance(output, tuple) else output
-                seen[key + " input"] = inputs[0] if inputs else seen[key]
-
-            handles.append(self.module.get_submodule(path).register_forward_hook(hook))
-
-        for index in range(self.layers):
-            path = f"{self.layout.layers}.{index}"
-            watch(path, f"exit {index}")
-            watch(f"{path}.{self.layout.attention_write}", f"attention {index}")
-            watch(f"{path}.{self.layout.mlp_write}", f"mlp {index}")
-        watch(self.layout.final_norm, "final")
-        try:
-            with torch.no_grad():
-                output = run()
-        finally:
-            for handle in handles:
-                handle.remove()
-        for index in range(self.layers):
-            entry = seen[f"exit {index - 1}"] if index else seen["exit 0 input"]
-            layer = self.module.get_submodule(f"{self.layout.layers}.{index}")
-            total = normed(layer, self.layout.attention_add_norm, entry + seen[f"attention {index}"])
-            total = normed(layer, self.layout.mlp_add_norm, total + seen[f"mlp {index}"])
-            if not torch.allclose(
-                total, seen[f"exit {index}"], rtol=1e-2, atol=1e-2 * float(total.abs().max())
-            ):
-                raise InputError(
-                    f"{self.name} ({self.family}): layer {index} is not entry + attention + MLP with the "
-                    f"parts {self.layout.attention_write!r} and {self.layout.mlp_write!r}; name them by "
-                    "hand: load(model, parts={'attention_write': ..., 'mlp_write': ...})"
-                )
-        return output, seen["final"]
 
     @property
     def settings(self) -> str:
@@ -261,9 +299,3 @@ def numbers_of(part: nn.Module) -> list[tuple[str, Any]]:
         for name, value in vars(part).items()
         if isinstance(value, bool | int | float) and not name.startswith("_") and name not in CHANGING
     )
-
-
-@torch.no_grad()
-def normed(layer: nn.Module, name: str, x: Tensor) -> Tensor:
-    """Return the output of a layer's norm, or the input where the layer has no such norm."""
-    return layer.get_submodule(name).forward(x) if name else x

@@ -24,9 +24,10 @@ def describe(
     Only two matrices that the configuration ties although both are stored are compared, since transformers
     does not tie them if they differ.
 
-    `causal` is False for an encoder. `reads_through` names the modules between the residual stream and the
-    unembedding, other than one norm. `quantization` is the type in which a GGUF file stores the unembedding,
-    and `quantizations` has the types of each kind of its tensors; both are None for another checkpoint.
+    `causal` is False for an encoder. `heads` and `key_value_heads` are None for a model without attention.
+    `reads_through` names the modules between the residual stream and the unembedding, other than one norm.
+    `quantization` is the type in which a GGUF file stores the unembedding, and `quantizations` has the types
+    of each kind of its tensors; both are None for another checkpoint.
 
     Raises InputError for a name that is neither a path nor reachable, and for a broken configuration.
     """
@@ -39,6 +40,7 @@ def describe(
     )
     bos = None if tokenizer is None else opening_token(tokenizer, causal)
     names = source.shards
+    heads = getattr(config, "num_attention_heads", None)
     opens = tokenizer is not None and bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
     return {
         "model": source.name,
@@ -48,8 +50,8 @@ def describe(
         "reads_through": read_through(names),
         "layers": config.num_hidden_layers,
         "d_model": config.hidden_size,
-        "heads": config.num_attention_heads,
-        "key_value_heads": getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+        "heads": heads,
+        "key_value_heads": getattr(config, "num_key_value_heads", None) or heads,
         "vocabulary": config.vocab_size,
         "context": context_of(config),
         "tied": ties(source),

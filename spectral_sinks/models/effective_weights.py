@@ -291,7 +291,7 @@ def _plain(weight: Any) -> bool:
 
 def _responses(module: nn.Module, dtype: torch.dtype, columns: slice) -> Float[Tensor, "outputs inputs"]:
     """Return what a layer does to unit vectors, after checking that this is all it does."""
-    width = _inputs(module)
+    width = inputs_of(module)
     places = torch.arange(width, device=device_of(module))[columns]
     unit = _unit(module)
     with torch.no_grad(), alone(module):
@@ -333,7 +333,7 @@ def _odd(module: nn.Module, x: Float[Tensor, "rows width"], unit: float) -> Floa
     return (next(both) - next(both)).T / (2 * unit)
 
 
-def _inputs(module: nn.Module) -> int:
+def inputs_of(module: nn.Module) -> int:
     """Return the width of a layer's input."""
     for layer in (module, innermost(module)):
         for name in ("in_features", "nx"):

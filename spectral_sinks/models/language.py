@@ -22,6 +22,7 @@ from spectral_sinks.models.effective_weights import (
 )
 from spectral_sinks.models.layout import FAMILIES, context_of
 from spectral_sinks.models.masked_lm import predicts_masked
+from spectral_sinks.models.traits import find_traits
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,11 +163,19 @@ class LanguageModel(Transformer):
             logits = self.nn.get(self.layout.unembedding)(final)
         else:
             logits = self.module.get_submodule(self.layout.unembedding).forward(final)
-        return self.capped(logits.to(torch.promote_types(logits.dtype, torch.float32)))
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        factor = self.layout.traits.logit_factor
+        return self.capped(logits if factor == 1 else factor * logits)
+
+    @property
+    def logit_cap(self) -> float | None:
+        """The soft cap of the logits, if the model has one (Gemma 2, RecurrentGemma)."""
+        caps = (getattr(self.config, name, None) for name in ("final_logit_softcapping", "logits_soft_cap"))
+        return next((cap for cap in caps if cap is not None), None)
 
     def capped(self, logits: Float[Tensor, "*batch vocabulary"]) -> Float[Tensor, "*batch vocabulary"]:
-        """Apply the model's soft cap to logits, if it has one (Gemma 2)."""
-        cap = getattr(self.config, "final_logit_softcapping", None)
+        """Apply the model's soft cap to logits, if it has one."""
+        cap = self.logit_cap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def inputs(self, batch: Int[Tensor, "batch tokens"]) -> dict[str, Any]:
@@ -174,20 +183,15 @@ class LanguageModel(Transformer):
         return {"input_ids": batch}
 
     def check(self) -> None:
-        """Run two tokens and check that the modules add up; raises InputError if they do not.
+        """Run a few tokens and check that the modules add up; raises InputError if they do not.
 
-        The exit of each layer must be its entry plus what attention and MLP wrote (in a post-norm layer, with
-        a norm after each), and the unembedding of the final norm's output must be the logits.
+        The residual stream must pass from layer to layer, and the unembedding of the final norm's output must
+        be the logits. Sites whose components do not add up are refused when they are used.
         """
         if self.vocabulary < 2:
             raise InputError(f"{self.name} has a vocabulary of {self.vocabulary}")
-        ids = torch.tensor([[0, 1]], device=self.device)
-        options = {"use_cache": False} if self.causal else {}
-        output, final = self.check_sums(lambda: self.module(input_ids=ids, **options))
-        if not torch.allclose(self.unembed(final), output.logits.float(), rtol=1e-2, atol=1e-2):
-            raise InputError(
-                f"{self.name} ({self.family}): logits are not unembedding(final norm); its NLL would be wrong"
-            )
+        if (found := find_traits(self)) != self.layout:
+            raise InputError(f"{self.name} ({self.family}) does not run as its layout says: {found}")
 
     @property
     def tested(self) -> bool:

@@ -32,6 +32,7 @@ from spectral_sinks.models.masked_lm import is_masked_lm, predicts_masked
 from spectral_sinks.models.meta_loading import load_on_meta
 from spectral_sinks.models.pickling import wrap
 from spectral_sinks.models.remote_state import To, remote_state
+from spectral_sinks.models.traits import find_traits
 from spectral_sinks.models.unwrapping import unwrapped
 
 
@@ -179,7 +180,9 @@ def load(
         wrapped = wrap(module, tokenizer)
     loaded = LanguageModel(wrapped, layout, name, tokenizer, remote=remote_state(remote, None, factors))
     if not loaded.tested or parts or quantised or adapter_state(module):
-        loaded.check()
+        if loaded.vocabulary < 2:
+            raise InputError(f"{name} has a vocabulary of {loaded.vocabulary}")
+        loaded = replace(loaded, layout=find_traits(loaded, parts))
     return loaded
 
 
@@ -201,7 +204,7 @@ def _afar(
     refuse_code(source, trust_remote_code)
     place = remote_state(remote, source.revision, factors, dtype)
     tokenizer = tokenizer or load_tokenizer(source, trust_remote_code)
-    masked = _masked(source)
+    masked = is_masked(source)
     nn, layout = load_on_meta(source, tokenizer, attention, dtype, parts, revision, trust_remote_code, masked)
     return LanguageModel(nn, layout, source.name, tokenizer, remote=place)
 
@@ -219,7 +222,7 @@ def _load_module(
     named = source.config.get("attn_implementation")
     if attention == "auto" and named and not is_softmax(named):
         attention = named
-    masked = _masked(source)
+    masked = is_masked(source)
     module = load_weights(
         source,
         AutoModelForMaskedLM if masked else AutoModelForCausalLM,
@@ -338,7 +341,8 @@ def refuse_options(model: object, **options: Any) -> None:
         )
 
 
-def _masked(source: Source) -> bool:
+def is_masked(source: Source) -> bool:
+    """Whether a checkpoint is loaded as a masked language model."""
     config = source.config
     return is_masked_lm(config.get("architectures") or (), config.get("model_type"), config.get("is_decoder"))
 

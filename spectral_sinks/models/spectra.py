@@ -7,18 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from spectral_sinks.errors import InputError, SpectralWarning
 from spectral_sinks.models.adapters import adapted_base
+from spectral_sinks.models.blueprint import blueprint, final_norm, tensor_name
 from spectral_sinks.models.checkpoint import QuantisedError, Source, find_source
 from spectral_sinks.models.effective_weights import effective_parameter
 from spectral_sinks.models.gguf import EMBEDDING
 from spectral_sinks.models.language import LanguageModel, token_rows
 from spectral_sinks.models.layout import TRANSFORMS, through
-from spectral_sinks.models.loading import load, load_tokenizer, refuse_code
+from spectral_sinks.models.loading import load, load_tokenizer, read_config, refuse_code
 from spectral_sinks.models.loading_vision import load_vision
 from spectral_sinks.models.masked_lm import is_masked_lm
+from spectral_sinks.models.norms import centres, gain_of
 from spectral_sinks.models.spectra_vision import CLASSIFIER, Reading, is_vision, read_checkpoint, read_model
 from spectral_sinks.models.vision import VisionModel
 from spectral_sinks.spectra.conventions import DEFAULT_CONVENTION, Convention
@@ -46,6 +49,17 @@ EMBEDDINGS = (
     "roberta.embeddings.word_embeddings.weight",
     "model.embeddings.tok_embeddings.weight",
     "token_embd.weight",  # GGUF
+    "transformer.word_embeddings.weight",
+    "word_embeddings.weight",
+    "model.decoder.embed_tokens.weight",
+    "decoder.embed_tokens.weight",
+    "biogpt.embed_tokens.weight",
+    "gpt_neox_japanese.embed_in.weight",
+    "transformer.tokens_embed.weight",
+    "tokens_embed.weight",
+    "transformer.w.weight",
+    "backbone.embeddings.weight",
+    "rwkv.embeddings.weight",
 )
 NORMS = (
     "model.norm.weight",
@@ -174,30 +188,57 @@ def _from_checkpoint(source: Source, matrix: str, convention: Convention) -> Rea
     source.require_plain(name.removesuffix(".weight") for name in wanted)
     head, embedding = _present(present, UNEMBEDDINGS), _present(present, EMBEDDINGS)
     tied = ties(source)
+    if matrix in known and (embedding is None if tied or matrix == "embedding" else head is None):
+        head, embedding = _named_by_class(source, head, embedding)
     if head is None and matrix == "unembedding" and not tied:
         raise InputError(f"{source.name} holds no unembedding and does not tie one to its embedding")
     either = embedding or head  # one of two tied matrices may be left out
     named = {"unembedding": either if tied else head, "embedding": either if tied else embedding}
     name = named.get(matrix, matrix)
     if name not in present:
-        raise InputError(f"{source.name} holds no tensor for {matrix!r}; {_examples(list(present))}")
-    norm = _present(present, NORMS)
-    gain = None
+        raise InputError(f"{source.name} holds no tensor for {matrix!r}; {_examples(list(present), matrix)}")
+    width = _width(source, config)
+    gain, layernorm = None, False
     if convention != "raw":
-        if norm is None:
-            raise InputError(f"{source.name} holds no final norm that is known: use convention 'raw'")
-        gain = source.tensor(norm).float()
-        # GGUF files store 1 + w
-        if source.gguf is None and str(config.get("model_type", "")).startswith("gemma"):
-            gain = 1 + gain
-    layernorm = norm is not None and norm.removesuffix("weight") + "bias" in present
-    layernorm = layernorm or read_through(present) != ""  # the LayerNorm of a masked-LM head may lack a bias
-    width = config.get("hidden_size") or config.get("n_embd")
-    if not isinstance(width, int):
-        raise InputError(f"{source.name}: config.json names no hidden_size")
+        gain, layernorm = _final_gain(source, width)
     tokens = token_rows(load_tokenizer(source, False)) if convention == "centred" else None
     weight, through = source.tensor(str(name)), read_through(present)
     return Reading(matrix, weight, width, gain, layernorm, tied, through, tokens)
+
+
+def _named_by_class(source: Source, head: str | None, embedding: str | None) -> tuple[str | None, str | None]:
+    """Return the names of unembedding and embedding, also where only the model's class tells them."""
+    try:
+        module = blueprint(source)
+    except InputError:
+        return head, embedding
+    parts = module.get_output_embeddings(), module.get_input_embeddings()
+    found = [tensor_name(module, part, "weight", source.shards) for part in parts]
+    return head or found[0], embedding or found[1]
+
+
+def _width(source: Source, config: dict[str, Any]) -> int:
+    """Return the width of the residual stream."""
+    width = config.get("hidden_size") or config.get("n_embd")
+    if not isinstance(width, int):
+        width = getattr(read_config(source, False).get_text_config(), "hidden_size", None)
+    if not isinstance(width, int):
+        raise InputError(f"{source.name}: config.json names no hidden_size")
+    return width
+
+
+def _final_gain(source: Source, width: int) -> tuple[Tensor, bool]:
+    """Return the gain of the final norm, and whether that norm subtracts the mean, as LayerNorm does.
+
+    Families store a gain as it acts, or without 1, so the norm itself is run.
+    """
+    if source.gguf is not None:  # which stores gains as they act
+        name = _present(source.shards, NORMS)
+        if name is None:
+            raise InputError(f"{source.name} holds no final norm that is known: use convention 'raw'")
+        return source.tensor(name).float(), name.removesuffix("weight") + "bias" in source.shards
+    norm = final_norm(source)
+    return gain_of(norm, width), centres(norm, width)
 
 
 def ties(source: Source) -> bool:
@@ -209,10 +250,7 @@ def ties(source: Source) -> bool:
     head, embedding = _present(source.shards, UNEMBEDDINGS), _present(source.shards, EMBEDDINGS)
     kind, says = source.config.get("model_type"), source.config.get("tie_word_embeddings", head is None)
     if isinstance(kind, str) and kind in CONFIG_MAPPING:  # whose defaults differ between families
-        try:
-            says = getattr(CONFIG_MAPPING[kind].from_dict(source.config), "tie_word_embeddings", False)
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"the configuration of {source.name} cannot be read: {error}") from error
+        says = getattr(read_config(source, False), "tie_word_embeddings", False)
     if not says or head is None or embedding is None:
         return bool(says)
     try:
@@ -262,6 +300,7 @@ def _present(present: dict[str, str], names: tuple[str, ...]) -> str | None:
     return next((name for name in names if name in present), None)
 
 
-def _examples(names: list[str]) -> str:
+def _examples(names: list[str], tried: str = "") -> str:
     matrices = [name for name in names if name.endswith("weight")][:4]
-    return f"use 'unembedding', 'embedding' or a parameter such as {', '.join(matrices)}"
+    known = [f"'{name}'" for name in ("unembedding", "embedding") if name != tried]
+    return f"use {', '.join(known)} or a parameter such as {', '.join(matrices)}"

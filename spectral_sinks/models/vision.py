@@ -21,6 +21,7 @@ from spectral_sinks.models.effective_weights import (
 )
 from spectral_sinks.models.layout import has
 from spectral_sinks.models.layout_vision import HEADS
+from spectral_sinks.models.traits import check_sums
 
 VISION_FAMILIES = frozenset(
     {"dinov2", "dinov2_with_registers", "dinov3_vit", "vit", "deit", "clip_vision_model"}
@@ -231,7 +232,7 @@ class VisionModel(Transformer):
         last = self.module.get_submodule(f"{self.layout.layers}.{self.layers - 1}")
         handle = last.register_forward_hook(count)
         try:
-            self.check_sums(lambda: self.module(**options))
+            check_sums(self, lambda: self.module(**options))
         finally:
             handle.remove()
         if seen != [tokens := self.kinds(pixels).shape[1]]:

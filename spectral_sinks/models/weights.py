@@ -81,26 +81,47 @@ def residual_weights(model: Transformer) -> Iterator[Weight]:
 def attention_weights(model: Transformer, layer: int) -> Iterator[Weight]:
     """Return the readers `q`, `k`, `v` and the writer `o` of one layer's attention, by head."""
     model.require_weights("what attention reads and writes")
+    model.require_attention("what attention reads and writes")
+    model.require_heads("what attention reads and writes")
     layout = model.layout
     block: Any = model.module.get_submodule(f"{layout.layers}.{layer}")
     gain, centring = _norm(block, layout.attention_norm, model.d)
-    projections: tuple[tuple[Part, str, str], ...] = (
-        ("q", layout.queries, "queries"),
-        ("k", layout.keys, "keys"),
-        ("v", layout.values, "values"),
+    projections: tuple[tuple[Part, str, str, int], ...] = (
+        ("q", layout.queries, "queries", model.head_size),
+        ("k", layout.keys, "keys", model.head_size),
+        ("v", layout.values, "values", model.value_size),
     )
-    found = {path: _outputs(block.get_submodule(path), model) for _, path, _ in projections}
-    for part, path, which in projections:
+    found = {path: _outputs(block.get_submodule(path), model) for _, path, _, _ in projections}
+    for part, path, which, size in projections:
         weight = found[path][model.projection_index(which)]
-        for head, rows in enumerate(weight.split(model.head_size)):
+        heads = len(weight) / size
+        if heads != model.heads if part == "q" else model.heads % heads:
+            raise InputError(
+                f"{path!r} of {model.name} ({model.family}) has {len(weight)} rows, which are not those of "
+                f"heads of size {size}, so it cannot be taken apart by head"
+            )
+        for head, rows in enumerate(weight.split(size)):
             yield Weight(part, layer, head, rows, gain, centring)
     after = layout.attention_add_norm
     if not after and layout.attention_write != layout.attention:
         after = layout.attention_write
     gain, centring = _norm(block, after, model.d)
     writes = _outputs(block.get_submodule(layout.attention_projection), model).T
-    for head, rows in enumerate(writes.split(model.head_size)):
+    for head, rows in enumerate(writes.split(model.value_size)):
         yield Weight("o", layer, head, rows, gain, centring)
+
+
+def head_weights(model: Transformer, layer: int) -> list[Weight]:
+    """Return the writer of each head, by which its mixed values act on the residual stream.
+
+    Raises InputError for a family in which they pass something else first.
+    """
+    if "written" in model.layout.traits.lacking:
+        raise InputError(
+            f"what the heads of {model.name} ({model.family}) write is not W_O times their values, since "
+            f"{model.layout.traits.lacking['written']}"
+        )
+    return [weight for weight in attention_weights(model, layer) if weight.part == "o"]
 
 
 def _norm(block: Any, path: str, d: int) -> tuple[Tensor | None, bool]:

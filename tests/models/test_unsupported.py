@@ -98,14 +98,21 @@ def odd() -> OddModel:
     return model.eval()
 
 
-@pytest.mark.parametrize("part", [part for part in PARTS])
+@pytest.mark.parametrize("part", [part for part in PARTS if part != "final_norm"])
 def test_the_part_that_is_missing_is_named(odd: OddModel, part: str) -> None:
     others = {name: path for name, path in PARTS.items() if name != part}
     with pytest.raises(ss.InputError) as caught:
         ss.load(odd, parts=others)
     words = part.replace("_", " ")
-    assert f"the {words} of this model was not found (tried " in str(caught.value)
+    assert f"the {words} of this model {'were' if words[-1] == 's' else 'was'} not found (tried " in str(
+        caught.value
+    )
     assert f"load(model, parts={{'{part}': 'dotted.name'}})" in str(caught.value)
+
+
+def test_the_norm_beside_the_layers_is_the_final_one(odd: OddModel) -> None:
+    found = ss.load(odd, parts={name: path for name, path in PARTS.items() if name != "final_norm"})
+    assert found.layout.final_norm == "roof"
 
 
 def test_named_by_hand_it_works_at_every_site(odd: OddModel) -> None:

@@ -19,7 +19,7 @@ from spectral_sinks.errors import InputError, SpectralWarning, renamed_argument
 from spectral_sinks.interventions.tracing import Interventions, trace
 from spectral_sinks.measure.attention.received import EPSILON, from_others
 from spectral_sinks.measure.memory import Memory, batches
-from spectral_sinks.models.attention_capture import AttentionCall, attending
+from spectral_sinks.models.attention_capture import AttentionCall, attending, can_attend
 from spectral_sinks.models.attention_sdpa import TOKENS
 from spectral_sinks.models.base import Transformer
 from spectral_sinks.models.language import LanguageModel
@@ -164,7 +164,8 @@ def watch(
         after: is called after each pass with the indices of its windows, in the process that holds the model.
 
     """
-    _check_attention(model)
+    model.require_attention("attention by position")
+    model.require_equal_heads()
     count, length = len(windows), windows.length
     shape = (count, model.layers, model.heads, length)
     ids = np.full((count, length), -1)
@@ -183,7 +184,7 @@ def watch(
         return weights[:0]
 
     own, sums = model.own_attention, list[float]()
-    maps = own is not None or model.weightless
+    maps = own is not None or model.weightless or not can_attend(model)
     memory = Memory(model, length)
     for places, rows in batches(model, windows, batch_size):
 
@@ -254,17 +255,6 @@ def received_in_maps(
     tokens = torch.arange(total.shape[-1], 0, -1, device=total.device)
     seen = (tokens if causal else torch.full_like(tokens, len(tokens))).float().expand_as(total)
     return total.cpu(), seen.cpu(), torch.zeros(total.shape[:2])
-
-
-def _check_attention(model: Transformer) -> None:
-    """Raise InputError for a model in which some layers have no attention (linear or recurrent layers)."""
-    name = model.layout.attention
-    parts = [dict(layer.named_modules()) for layer in model.module.get_submodule(model.layout.layers)]
-    if lacking := [layer for layer, part in enumerate(parts) if name not in part]:
-        raise InputError(
-            f"{model.name}: {len(lacking)} of {model.layers} layers, such as {lacking[0]}, have no {name!r}: "
-            "attention sinks are defined for softmax attention in every layer"
-        )
 
 
 def causal(model: Transformer) -> bool:

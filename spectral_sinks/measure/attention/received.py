@@ -106,6 +106,7 @@ def attention_by_head(
 
     Returns:
         One row per `document`, `layer` and `head` with its `attention`, mean over the document's windows.
+        Layers without softmax attention have no rows.
 
     Raises:
         InputError: where attention weights cannot be read; for a window shorter than `length` (of another
@@ -117,6 +118,7 @@ def attention_by_head(
             f"attention received is taken over {length} tokens, and {OPENING!r} keeps the maps of only "
             f"the first {TOKENS}: load the model with attention='eager'"
         )
+    model.require_equal_heads()
     rows: list[pd.DataFrame] = []
     for places, ids in batches(model, windows, batch_size):
         received = trace(
@@ -129,7 +131,7 @@ def attention_by_head(
             attention=True,
         )
         index = pd.MultiIndex.from_product(
-            [[windows.document[place] for place in places], range(model.layers), range(model.heads)],
+            [[windows.document[place] for place in places], model.attention_layers, range(model.heads)],
             names=["document", "layer", "head"],
         )
         rows.append(

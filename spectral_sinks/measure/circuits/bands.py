@@ -16,7 +16,7 @@ from spectral_sinks.measure.memory import batches
 from spectral_sinks.models.attention_capture import AttentionCall
 from spectral_sinks.models.base import Transformer
 from spectral_sinks.models.rotary import key_gain
-from spectral_sinks.models.weights import attention_weights
+from spectral_sinks.models.weights import attention_weights, head_weights
 from spectral_sinks.spectra.spectrum import Spectrum
 
 
@@ -29,7 +29,7 @@ class SinkValues:
 
     def __call__(self, call: AttentionCall, places: list[int]) -> None:
         # W_O of each head, with the gain of a norm after it
-        writes = [w.folded() for w in attention_weights(self.model, call.layer) if w.part == "o"]
+        writes = [w.folded() for w in head_weights(self.model, call.layer)]
         value = at_sink(call.value, self.sinks[places]).repeat_interleave(call.groups, dim=1)
         written = torch.einsum("bhs,hsd->bhd", value.double(), torch.stack(writes).to(value.device).double())
         self.found.append((places, call.layer, self.spectrum.shares(written).cpu()))
@@ -38,12 +38,13 @@ class SinkValues:
 def key_directions(model: Transformer, found: Detectors) -> Float[Tensor, "layers heads d"]:
     """Return the direction of the residual that each head's leading mode reads at the sink, float64."""
     # The key side of a mode, taken back through the positions, the gain of the key norm, and W_K
-    groups = model.heads // model.key_heads
     directions: list[Tensor] = []
     for layer, modes in enumerate(found.modes):
         reads = [w.folded().double().cpu() for w in attention_weights(model, layer) if w.part == "k"]
+        groups = model.heads // len(reads)
         side = torch.einsum("st,ht->hs", found.turns[layer], modes.key[..., 0])
-        side = side * key_gain(model, layer).double().repeat_interleave(groups, dim=0)
+        gain = key_gain(model, layer).double()
+        side = side * gain.repeat_interleave(model.heads // len(gain), dim=0)
         directions.append(
             torch.einsum("hs,hsd->hd", side, torch.stack(reads).repeat_interleave(groups, dim=0))
         )

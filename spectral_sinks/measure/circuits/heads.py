@@ -19,7 +19,7 @@ from spectral_sinks.measure.attention.capture import (
 )
 from spectral_sinks.models.attention_capture import AttentionCall
 from spectral_sinks.models.base import Transformer
-from spectral_sinks.models.weights import attention_weights
+from spectral_sinks.models.weights import head_weights
 from spectral_sinks.remote.client import remotely
 
 NO_OP = 0.2
@@ -154,7 +154,7 @@ def written_norms(model: Transformer, layer: int) -> Float[Tensor, "heads size r
 
     It comes from the QR decomposition of W_O.
     """
-    writes = [w.folded().double() for w in attention_weights(model, layer) if w.part == "o"]
+    writes = [w.folded().double() for w in head_weights(model, layer)]
     return torch.stack([torch.linalg.qr(write.T).R.T for write in writes])
 
 

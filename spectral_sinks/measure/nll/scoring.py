@@ -97,7 +97,7 @@ def untouched(
 ) -> tuple[Scores, Reference]:
     """Score the untouched pass, and keep the reference for others."""
     rows, targets = predictions(model, final, ids)
-    linear = getattr(model.config, "final_logit_softcapping", None) is None
+    linear = model.logit_cap is None and model.layout.traits.logit_factor == 1
     linear = linear and torch.finfo(final.dtype).bits >= 32 and not model.weightless
     weight = model.stored_unembedding if linear else None
     nll, total, top, expected = [], [], [], []

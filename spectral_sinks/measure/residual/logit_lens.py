@@ -61,7 +61,8 @@ class Reader:
         reading = model.final_gain.to(weight.device)[:, None] * reading
         # The bias of the norm passes the unembedding, that of the unembedding does not
         norm, head = (constant(part, model.d, model.dtype).to(weight.device) for part in _parts(model))
-        return cls(spectrum, weight @ reading, weight @ norm + head)
+        factor = model.layout.traits.logit_factor
+        return cls(spectrum, factor * (weight @ reading), factor * (weight @ norm + head))
 
     def steps(
         self, coordinates: Float[Tensor, "rows d"], bands: Sequence[int] | None = None
@@ -215,7 +216,7 @@ class Scorer:
 
     def __init__(self, model: LanguageModel, reader: Reader, goal: Goal) -> None:
         self.model, self.reader, self.goal = model, reader, goal
-        self.capped = getattr(model.config, "final_logit_softcapping", None) is not None
+        self.capped = model.logit_cap is not None
         self.expected = goal.probabilities @ reader.columns
         self.base = goal.probabilities @ reader.constant
 

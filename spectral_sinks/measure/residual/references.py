@@ -77,6 +77,7 @@ def mean_keys(
 def _means(
     model: LanguageModel, windows: Windows, position: int | None, which: str, batch_size: int | None
 ) -> Float[Tensor, "layers key_heads size"]:
+    model.require_attention(f"the mean {which} of each layer")
     shortest = min(len(row) for row in windows.rows)
     if position is not None and not 0 <= position < shortest:
         raise InputError(f"position {position}: the windows have {shortest} tokens, 0 to {shortest - 1}")
@@ -92,6 +93,12 @@ def _means(
         for _, ids in batches(model, windows, batch_size):
             trace(model, ids.to(model.device), {}, readout=lambda *_: None)
             count += ids.numel() if position is None else len(ids)
+    shapes = sorted({tuple(part.shape) for part in total.values()})
+    if len(shapes) > 1:
+        raise InputError(
+            f"the layers of {model.name} have {which}s of different shapes, {shapes[0]} and {shapes[-1]}, "
+            "which do not fit into one tensor"
+        )
     return torch.stack([total[layer] for layer in range(model.layers)]) / count
 
 
