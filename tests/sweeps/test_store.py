@@ -235,7 +235,7 @@ def lower(column):
         {"sink_mass": lambda column: [None] * len(column)},
         {"baseline_sink_mass": lambda column: column.map(lambda value: value[:1])},
     ],
-    ids=str,
+    ids=lambda changes: next(iter(changes)),
 )
 def test_different_numbers_for_one_row_are_an_error_that_names_both_parts(tmp_path, changes):
     (one, other), paths, _, _ = two_that_differ(tmp_path, **changes)
