@@ -5,6 +5,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, TypeVar, cast
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -46,7 +47,8 @@ def secrets() -> list[str]:
     if nnsight := sys.modules.get("nnsight.schema.config"):
         found.append(nnsight.CONFIG.API.APIKEY)
     if hub := sys.modules.get("huggingface_hub.utils._auth"):
-        found.append(hub.get_token())
+        with suppress(OSError):  # a file that cannot be read holds no key for the hub client either
+            found.append(hub.get_token())
     return sorted(
         {key.strip() for key in found if key and len(key.strip()) >= SHORTEST}, key=len, reverse=True
     )

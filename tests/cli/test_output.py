@@ -62,11 +62,10 @@ def test_markup_is_text(text: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_an_interval_is_not_markup(capsys: pytest.CaptureFixture[str]) -> None:
-    nan = float("nan")
-    rows = [(sinks._interval({"a": 0.5, "a_interval": pair}, "a"),) for pair in ([nan, nan], [0.1, 0.2])]
+    rows = [("[nan, nan]",), (sinks._low_high({"a": 0.5, "a_interval": [0.1, 0.2]}, "a"),)]
     show(False, {}, table("", ("",), rows))
     out = capsys.readouterr().out
-    assert "[nan, nan]" in out and "[0.100, 0.200]" in out
+    assert "[nan, nan]" in out and "0.500 [0.100, 0.200]" in out
 
 
 def test_folders_with_names_of_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
