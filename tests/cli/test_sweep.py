@@ -110,7 +110,7 @@ def test_shards_and_merge(found: Any, file: Path, tmp_path: Path, capsys: pytest
         (["--shard", "5/4", "--dry-run"], "shard 5/4"),
         (["--resume", "--fresh"], "give --resume or --fresh, not both"),
         (["--workers", "2", "--dask", "tcp://127.0.0.1:1"], "give --workers or --dask, not both"),
-        (["--workers", "-1"], "-1 workers"),
+        (["--workers", "-1"], "--workers -1: give at least 0"),
         (["--devices", "cpu"], "--devices are assigned to workers: give --workers as well"),
         (["--workers", "1", "--devices", "nowhere:0"], "device 'nowhere:0' cannot be used"),
     ],

@@ -251,23 +251,28 @@ def test_a_model_without_softmax_attention(name: str) -> None:
         ss.load(module)
 
 
-def test_layers_without_attention_and_attention_that_cannot_be_seen() -> None:
+def test_layers_without_attention() -> None:
     model = ss.load(tiny_models.build())
     layer = model.module.model.layers[1]
     layer.recurrent = layer.self_attn
     del layer.self_attn
-    with pytest.raises(ss.InputError, match="1 of 3 layers, such as 1, have no 'self_attn'"):
+    with pytest.raises(
+        ss.InputError, match=r"1 of 3 layers of LlamaForCausalLM \(llama\), such as 1, have none"
+    ):
         ss.attention.attention_by_position(model, ss.Windows.of_ids(IDS, model))
+
+
+def test_attention_that_the_family_computes_itself() -> None:
     sizes: dict[str, Any] = {k: v for k, v in tiny_models.GPT2_SIZES.items() if k != "n_layer"}
     module = transformers.AutoModelForCausalLM.from_config(
         transformers.GPTJConfig(**sizes, n_layer=2, rotary_dim=4), attn_implementation="eager"
     )
-    parts = {"mlp_norm": "ln_1", "attention_projection": "attn.out_proj"}
-    odd = ss.load(module, parts=parts)
-    with pytest.raises(
-        ss.InputError, match="GPTJForCausalLM does not run its attention through transformers"
-    ):
-        ss.attention.attention_by_position(odd, ss.Windows.of_ids(IDS, odd))
+    model = ss.load(module.eval())
+    found = ss.attention.attention_by_position(model, ss.Windows.of_ids(IDS, model))
+    with torch.no_grad():
+        expected = torch.stack(module(IDS[:, :64], output_attentions=True, use_cache=False).attentions, 1)
+    for k in range(64):
+        assert np.allclose(found.alpha[..., k], expected[..., k:, k].double().mean(-1), atol=2e-6)
 
 
 MEMORY = """

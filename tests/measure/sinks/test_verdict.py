@@ -83,7 +83,7 @@ def test_a_second_convention_is_one_more_cell(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("spectral_sinks.measure.sinks.verdict.evaluate_all", evaluated)
     monkeypatch.setattr("spectral_sinks.measure.sinks.dark_share.trace", trace)
     ss.sink_verdict(model, windows, ss.read_spectra(model, bands=20), draws=2)
-    assert cells == [["dark raw", "dark folded", "random 0", "random 1"]] and len(traced) == 1
+    assert cells == [["dark folded", "dark raw", "random 0", "random 1"]] and len(traced) == 1
 
 
 def test_a_uniform_model_has_no_sink() -> None:
