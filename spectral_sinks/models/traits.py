@@ -375,6 +375,9 @@ class _Pass:
                 f"its attention does not run through transformers' interface ({error})"
             )
             return
+        if not mixed:
+            self.lacking["attending"] = "its attention does not run through transformers' interface"
+            return
         if not _near(logits, self.logits, 2e-2):
             self.lacking["attending"] = (
                 "its attention is not the softmax of the queries and keys that are seen"

@@ -82,8 +82,8 @@ def by_sink(found: ss.sinks.Sinks) -> dict[str, Any]:
 
 
 def by_convention(found: ss.sinks.Sinks) -> pd.DataFrame:
-    assert found.conventions == ("raw", "folded")
-    return found.summary()[["dark_share", "dark_share_folded", "other_dark_share_folded"]]
+    assert found.conventions == ("folded", "raw")
+    return found.summary()[["dark_share", "dark_share_raw", "other_dark_share_raw"]]
 
 
 def both() -> list[ss.Spectrum]:

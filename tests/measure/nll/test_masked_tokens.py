@@ -414,7 +414,8 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], fa
     found = json.loads(ran.out)
     model = ss.load(folder)
     windows = ss.cut(text.read_text().split("|"), model, length=64)
-    effect = ss.evaluate(model, windows, {SITE: ss.remove(ss.read_spectrum(model, bands=4).band(4))})
+    folded = ss.read_spectrum(model, convention="folded", bands=4)
+    effect = ss.evaluate(model, windows, {SITE: ss.remove(folded.band(4))})
     assert found["nll"] == pytest.approx(effect.nll, abs=1e-6)
     assert found["sink_mass"] == pytest.approx(effect.sink_mass, abs=1e-6)
     assert "15 %" in found["masking"] and found["reads_through"] == model.reads_through
