@@ -43,6 +43,6 @@ def test_a_row_of_the_page_is_what_is_measured(family: str, script: dict[str, An
 
 
 def test_every_family_has_a_row_and_none_is_wrong(script: dict[str, Any], lines: list[str]) -> None:
-    rows = [line.split("|")[1].strip() for line in lines if line.startswith("| ") and "yes" in line + "no"]
+    rows = [line.split("|")[1].strip() for line in lines if line.startswith("| ")]  # and their head
     assert rows[1:] == list(script["FAMILIES"])
     assert "**wrong**" not in "\n".join(lines)

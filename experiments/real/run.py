@@ -19,12 +19,12 @@ from typing import Any, Literal, get_args
 
 import pandas as pd
 import psutil
+import torch
 import tyro
 from fetch import expected, fetch
 from real_study import RealStudy, prepare
 
 import spectral_sinks as ss
-from spectral_sinks.sweeps.workers import begin_worker
 
 SPREAD = {"smollm2": 1, "gemma3": 1}
 """Exits that are edited beside what the onset layer and the strongest layer read, by model."""
@@ -88,6 +88,7 @@ def record(study: RealStudy, name: str) -> dict[str, Any]:
 
 def run_one(name: str, experiment: str, options: Options) -> tuple[str, str, float]:
     """Run one experiment on one model, unless its tables are there; return what it took in seconds."""
+    torch.set_num_threads(1)
     out, began = options.out / name, time.process_time()
     model = ss.load(fetch([name], options.fetched)[name])
     study = replace(prepare(model, NAMES[name], out, options.documents, SPREAD[name]), draws=options.draws)
@@ -128,7 +129,7 @@ def main(options: Options) -> None:
     left = sum(MINUTES.get(experiment, 10) for _, experiment in todo)
     print(f"{len(todo)} experiments, {jobs} at a time: about {left / jobs:.0f} minutes", file=sys.stderr)
     began = time.monotonic()
-    with ProcessPoolExecutor(jobs, get_context("spawn"), begin_worker, (1,)) as pool:
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
         waiting = [pool.submit(run_one, name, experiment, options) for name, experiment in todo]
         for count, done in enumerate(as_completed(waiting), start=1):
             name, experiment, seconds = done.result()

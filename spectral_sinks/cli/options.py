@@ -121,9 +121,9 @@ class Running(Common):
             model = self.load(dtype=self.dtype, remote=True, factors=self.factors, device=self.device)
             spectra = read(model=model)
         else:
-            spectra = read(**self.source())
             remote = remote_of(self.remote)
             model = self.load(device=self.device, dtype=self.dtype, remote=remote, factors=self.factors)
+            spectra = read(**self.source())
         separator = self.separator and self.separator.replace("\\n", "\n").replace("\\t", "\t")
         source: Any = self.text
         if self.text == "-":

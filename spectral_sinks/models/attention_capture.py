@@ -68,7 +68,7 @@ class AttentionCall:
     extra_key: Float[Tensor, "#batch extra_heads extra size"] | None = None
     """Keys in addition to those of the tokens, which every query sees; `weights` returns no columns for them.
     """
-    extra_value: Float[Tensor, "#batch extra_heads extra size"] | None = None
+    extra_value: Float[Tensor, "#batch extra_heads extra value_size"] | None = None
 
     @property
     def groups(self) -> int:

@@ -40,13 +40,13 @@ def opening_attention(
     module: nn.Module,
     query: Float[Tensor, "batch heads tokens size"],
     key: Float[Tensor, "batch key_heads tokens size"],
-    value: Float[Tensor, "batch key_heads tokens size"],
+    value: Float[Tensor, "batch key_heads tokens value_size"],
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     is_causal: bool | None = None,
     **options: Any,
-) -> tuple[Float[Tensor, "batch tokens heads size"], Float[Tensor, "batch heads opening opening"]]:
+) -> tuple[Float[Tensor, "batch tokens heads value_size"], Float[Tensor, "batch heads opening opening"]]:
     """Return the output of the kernel, and the attention weights among the first `TOKENS` tokens.
 
     The signature is that of an attention implementation of transformers.
