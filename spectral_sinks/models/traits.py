@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -428,7 +428,7 @@ class _Pass:
         candidates: list[Fused] = [old.fused]
         if old.fused:
             candidates += [kind for kind in get_args(Fused) if kind not in ("", old.fused)]
-        with whole_maps(self.model) if self.model.own_attention is None else watched(self.model.module, []):
+        with whole_maps(self.model) if self.model.own_attention is None else nullcontext():
             plain = self._map(None, old.fused)
             if plain is None:
                 if old.fused and not self.model.tested:
