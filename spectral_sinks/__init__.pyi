@@ -37,9 +37,13 @@ from .measure.residual.band_energy import energy as energy
 from .measure.residual.matrix_spectrum import read_spectra as read_spectra
 from .measure.residual.matrix_spectrum import read_spectrum as read_spectrum
 from .measure.residual.references import mean_residual as mean_residual
+from .measure.sinks.clean_directions import clean as clean
 from .measure.sinks.comparison import compare as compare
 from .measure.sinks.designation import designate as designate
 from .measure.sinks.find import find_sinks as find_sinks
+from .measure.sinks.sink_rules import SinkRule as SinkRule
+from .measure.sinks.sink_rules import sink_mask as sink_mask
+from .measure.sinks.spike_neurons import spike_writers as spike_writers
 from .measure.sinks.verdict import sink_verdict as sink_verdict
 from .measure.vision.image_effects import evaluate_images as evaluate_images
 from .measure.vision.image_sinks import vision_sinks as vision_sinks
@@ -51,6 +55,8 @@ from .models.language import LanguageModel as LanguageModel
 from .models.loading import load as load
 from .models.loading_vision import load_vision as load_vision
 from .models.vision import VisionModel as VisionModel
+from .pages.model_report import report as report
+from .pages.text_explorer import explore as explore
 from .remote.client import remotely as remotely
 from .spectra.filters import At as At
 from .spectra.filters import Filter as Filter
@@ -85,6 +91,7 @@ __all__ = [
     'Noise',
     'Pixels',
     'RemoteError',
+    'SinkRule',
     'Site',
     'SpectralError',
     'SpectralWarning',
@@ -100,6 +107,7 @@ __all__ = [
     'attention_by_head',
     'circuits',
     'claims',
+    'clean',
     'compare',
     'cut',
     'describe',
@@ -110,6 +118,7 @@ __all__ = [
     'evaluate_all',
     'evaluate_images',
     'experiments',
+    'explore',
     'figures',
     'find_sinks',
     'generate',
@@ -133,12 +142,15 @@ __all__ = [
     'remote',
     'remotely',
     'remove',
+    'report',
     'reproduce',
     'residual',
     'rnd',
+    'sink_mask',
     'sink_verdict',
     'sinks',
     'spectra',
+    'spike_writers',
     'stats',
     'sweep',
     'sweeps',

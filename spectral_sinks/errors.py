@@ -40,6 +40,16 @@ class SpectralWarning(UserWarning):
     """The result can be used, with a caveat that the message states."""
 
 
+LONGEST = 280
+"""Characters that `brief` keeps."""
+
+
+def brief(error: BaseException) -> str:
+    """Return what an error of another library says, on one line that is not longer than a sentence may be."""
+    words = " ".join(str(error).split())
+    return words if len(words) <= LONGEST else f"{words[:LONGEST].rpartition(' ')[0]} ..."
+
+
 def secrets() -> list[str]:
     """Return the keys that this process knows: NDIF's and the hub's, from the environment or stored."""
     found: list[str | None] = [os.environ.get(name) for name in SECRETS]

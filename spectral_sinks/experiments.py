@@ -26,10 +26,14 @@ from spectral_sinks.interventions.tracing import Interventions
 from spectral_sinks.measure.attention.received import attention_by_head
 from spectral_sinks.measure.nll.effects import Effect, evaluate_all
 from spectral_sinks.measure.residual.matrix_spectrum import read_spectrum
+from spectral_sinks.measure.sinks.find import find_sinks
+from spectral_sinks.measure.sinks.sink_rules import SinkRule
+from spectral_sinks.models.attention_sdpa import TOKENS
 from spectral_sinks.models.embedded import DEFAULT
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.models.loading import load
 from spectral_sinks.models.remote_state import To
+from spectral_sinks.spectra.conventions import DARK_CONVENTION
 from spectral_sinks.spectra.spectrum import Spectrum
 from spectral_sinks.stats import mean_interval
 from spectral_sinks.sweeps.band_ladder import ladder
@@ -68,6 +72,12 @@ EXPERIMENTS = (
     "designated",
     "several",
     "no_bos",
+    "masks",
+    "steering",
+    "writers",
+    "pruning",
+    "quantisation",
+    "kv_cache",
 )
 """Names of the experiments, in the order in which the findings build on each other; each is a file in the
 experiments folder.
@@ -87,11 +97,21 @@ class Study:
     """Number of random subspaces per control."""
     silent: bool = False
     """Without progress bars, which mix up when experiments run side by side."""
+    predict: int | None = None
+    """Number of predictions of each window that `evaluate` and `ladder` score; all by default. Tables that
+    are saved then have it as a column."""
 
     def evaluate(self, cells: Mapping[str, Interventions], title: str = "") -> dict[str, Effect]:
         """Run `evaluate_all` on the study's model and windows, with a progress bar."""
         with tqdm(desc=title, unit="cell", leave=False, disable=self.silent or None) as bar:
-            return evaluate_all(self.model, self.windows, cells, batch_size=BATCH, progress=_tick(bar))
+            return evaluate_all(
+                self.model,
+                self.windows,
+                cells,
+                batch_size=BATCH,
+                predict=self.predict,
+                progress=_tick(bar),
+            )
 
     @cached_property
     def below_sink(self) -> int:
@@ -105,6 +125,29 @@ class Study:
         heads = attention_by_head(self.model, self.windows, batch_size=BATCH)
         return int(heads.groupby("layer")["attention"].mean().iloc[1:].idxmax()) - 1
 
+    @cached_property
+    def openings(self) -> Windows:
+        """The first 64 tokens of each window, the length at which sinks are judged."""
+        rows = [row[:TOKENS] for row in self.windows.rows]
+        return Windows.of_ids(rows, self.model, self.windows.document)
+
+    def unseen(self, *, length: int | None = None, times: int = 1) -> Windows:
+        """Return windows of shipped documents after the study's: what is learned there is tested here.
+
+        There is one window of each document, and `times` as many documents as the study has.
+        """
+        count = len(set(self.windows.document))
+        texts = read_documents(limit=(1 + times) * count)[count:]
+        bos = "always" if self.windows.opens_with_bos else "auto"
+        return cut(texts, self.model, length=length or self.windows.length, per_document=1, bos=bos)
+
+    @cached_property
+    def sink_rule(self) -> SinkRule:
+        """The rule for sinks of twice as many unseen documents, with the dark bands folded and raw."""
+        windows = self.unseen(length=TOKENS, times=2)
+        spectra = [read_spectrum(self.model, convention=name) for name in (DARK_CONVENTION, "raw")]
+        return SinkRule.learn(self.model, find_sinks(self.model, windows, spectra, draws=0), spectra)
+
     def ladder(self, site: Site, **options: Any) -> pd.DataFrame:
         """Run `ladder` at a site, with a progress bar."""
         with tqdm(desc=str(site), unit="cell", leave=False, disable=self.silent or None) as bar:
@@ -116,6 +159,7 @@ class Study:
                 self.embedding,
                 draws=self.draws,
                 batch_size=BATCH,
+                predict=self.predict,
                 progress=_tick(bar),
                 **options,
             )
@@ -126,6 +170,8 @@ class Study:
         A text that a spreadsheet would take for a formula is written after an apostrophe, since tokens come
         from the model and the documents.
         """
+        if self.predict is not None:
+            table = table.assign(predict=self.predict)
         with atomic_write(self.out / f"{name}.csv") as path:
             _without_formulas(table).to_csv(path, index=False, float_format="%.6g")
         return table
@@ -160,6 +206,7 @@ class Finding:
     answers: list[dict[str, Any]]
     name: str = ""
     seconds: float = field(default=0.0, compare=False)
+    """Processor time of this process, in seconds."""
     verdict: str = ""
     """"holds", "holds partly" or "does not hold here", and a sentence; written to verdicts.csv."""
 
@@ -242,9 +289,9 @@ def _without_formulas(table: pd.DataFrame) -> pd.DataFrame:
 
 def _run(study: Study, name: str) -> Finding:
     """Run one experiment and write its summary."""
-    began = time.monotonic()
+    began = time.process_time()
     found = find_experiment(name)(study)
-    found = replace(found, name=name, seconds=time.monotonic() - began)
+    found = replace(found, name=name, seconds=time.process_time() - began)
     summary = pd.DataFrame([{"experiment": name, **row} for row in found.answers])
     study.save(summary.assign(convention=study.unembedding.convention), f"{name}_summary")
     return found

@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import Timeout
-
 from spectral_sinks.errors import InputError
 
 PATIENCE = 60.0
@@ -16,6 +14,9 @@ PATIENCE = 60.0
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FIGURE_FORMATS = ("png", "pdf", "svg")
 """Formats of figures, by the end of the file's name."""
+
+GGUF = ".gguf"
+"""The end of the name of a file as llama.cpp writes it."""
 
 READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -46,11 +47,14 @@ def clearly(folder: Path) -> Iterator[None]:
     """Turn operating system errors into an InputError that says what to do."""
     try:
         yield
-    except Timeout as error:
-        raise InputError(
-            f"another process has kept {folder} locked for {PATIENCE:.0f} s: resume or stop it, and run again"
-        ) from error
     except OSError as error:
+        from filelock import Timeout  # not for --help
+
+        if isinstance(error, Timeout):
+            raise InputError(
+                f"another process has kept {folder} locked for {PATIENCE:.0f} s: resume or stop it, and run "
+                "again"
+            ) from error
         reason = error.strerror or str(error)
         if error.errno in FULL:
             reason = f"the disk is full ({reason}): free some space and run again"
@@ -90,13 +94,15 @@ def listing(folder: Path) -> list[str]:
 
 
 def figure_format(path: Path) -> str:
-    """Return the format of a figure. Raises InputError for another format, and without a folder for it."""
+    """Return the format of a figure. Raises InputError for another format, and where it cannot be written."""
     found = path.suffix.lower().removeprefix(".")
     if found not in FIGURE_FORMATS:
         ends = ", ".join(f".{name}" for name in FIGURE_FORMATS)
         raise InputError(f"{path} is not a name for a figure: let it end in one of {ends}")
     if not path.parent.is_dir():
         raise InputError(f"{path.parent} is not a folder: make it, or give another one for the figure")
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path} is not a regular file: give another name for the figure")
     return found
 
 

@@ -1,10 +1,11 @@
 """What every test shares: a cache of its own, matrices with a known spectrum, reproducible examples."""
 
+import gc
 from collections.abc import Callable, Sequence
 from importlib.metadata import distributions
 from pathlib import Path
 
-import beartype  # noqa: F401  before nnsight, after which it cannot be imported
+import annotation_checks  # noqa: F401  before nnsight, after which beartype cannot be imported
 import jaxtyping
 import pytest
 import torch
@@ -18,6 +19,11 @@ settings.load_profile("tests")
 collect_ignore = ["real"] if list(distributions(name="ndif")) else ["real", "ndif"]
 
 Planted = Callable[..., Tensor]
+
+
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector the libraries, which it would go through again and again."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

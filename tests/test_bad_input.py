@@ -1,9 +1,11 @@
 """Bad input: status 2, one line on standard error that helps, nothing on standard output, nothing left."""
 
+import errno
 import functools
 import json
+import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from support import tiny_models
 
 import spectral_sinks as ss
+from spectral_sinks import cli
 from spectral_sinks.models import checkpoint as source
 from spectral_sinks.spectra import cache
 
@@ -79,14 +82,6 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "token id 97 lies outside the vocabulary of 97",
         ),
         (["--layer", "1", "--remove", "dark", "--fill", "swap", "--bos", "never"], "tokens='all-but-first'"),
-        (
-            ["--layer", "0", "--remove", "dark", "--fill", "swap", "--batch-size", "1"],
-            "takes another document",
-        ),
-        (
-            ["--layer", "0", "--site", "mlp", "--remove", "1", "--fill", "swap", "--batch-size", "1"],
-            "takes another",
-        ),
         (["--remove", "dark", "--length", "30"], "name one with --layer"),
         (["--length", "129"], "windows of 129 tokens"),
         (["--length", "1"], "nothing is left to predict"),
@@ -98,6 +93,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--documents", "0"], "document"),
         (["--dtype", "float33"], "float33"),
         (["--device", "abacus"], "abacus"),
+        (["--device", "meta"], "device 'meta' holds no weights"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -127,9 +123,51 @@ def test_a_text_that_cannot_be(
     assert message in refused("energy", checkpoint, "--text", path)
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("info", "~no user/x"),
+        ("nll", "sinklet", "--text", "~no user/x"),
+        ("vision", "~no user/x", "."),
+    ],
+)
+def test_the_home_of_nobody(refused: Callable[..., str], arguments: Sequence[str]) -> None:
+    assert refused(*arguments).startswith("~no user/x cannot be found: ")
+
+
+def test_images_in_the_home_of_nobody() -> None:
+    for read in (ss.images, ss.vision.read_boxes):
+        with pytest.raises(ss.InputError, match="no user/x cannot be found"):
+            read("~no user/x")
+
+
+def test_a_message_that_repeats_a_long_value(refused: Callable[..., str]) -> None:
+    assert len(refused("nll", "--documents", "1" * 5000)) < 700
+
+
+def test_what_a_figure_cannot_be_written_over(refused: Callable[..., str], tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "folder.png").mkdir()
+    for name in ("pipe.png", "folder.png"):
+        message = refused("sinks", "--documents", 2, "--figure", tmp_path / name)
+        assert message == f"{tmp_path / name} is not a regular file: give another name for the figure"
+
+
+def test_an_error_of_the_system_names_the_file(
+    refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(options: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "table.csv")
+
+    monkeypatch.setitem(cli.COMMANDS, "info", (cli.Info, full))
+    assert refused("info") == "table.csv: No space left on device"
+
+
 def test_texts_that_are_not_there(refused: Callable[..., str], checkpoint: Path, tmp_path: Path) -> None:
     assert "the text is empty" in refused("nll", checkpoint, "--text", "")
     assert "does not exist" in refused("nll", checkpoint, "--text", tmp_path / "a text.txt")
+    itself = refused("nll", checkpoint, "--text", "What is this")
+    assert itself == "What is this does not exist: give a text itself in a list, or to a command as text:..."
     assert "is a folder" in refused("nll", checkpoint, "--text", tmp_path)
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"body": "w5 w6 w7"}\n')

@@ -150,7 +150,11 @@ COMMANDS = {
     "energy": ["--per-document", "--batch-size", "--bos"],
     "sinks": ["--epsilon", "--draws", "--figure"],
     "circuits": ["--position", "--figures"],
+    "quantise": ["--bits", "--rule", "--by", "--draws", "--figure"],
+    "kv-cache": ["--size", "--first", "--caches", "--length", "--texts", "--block", "--figure"],
     "vision": ["--size", "--registers", "--rule", "--limit"],
+    "report": ["--out", "--draws", "--documents", "--length"],
+    "explore": ["--out", "--exits", "--documents", "--text"],
     "sweep": ["--workers", "--shard", "--devices"],
     "merge": ["--json"],
     "reproduce": ["--documents", "--jobs", "--only"],
@@ -169,6 +173,76 @@ ARGUMENTS = st.sampled_from(sorted(COMMANDS)).flatmap(
         max_size=5,
     ).map(lambda words: [command, *words])
 )
+
+
+def test_every_command_is_swept() -> None:
+    assert set(COMMANDS) == set(cli.COMMANDS)
+
+
+SETTINGS = (
+    "model_type",
+    "architectures",
+    "hidden_size",
+    "vocab_size",
+    "num_attention_heads",
+    "is_decoder",
+    "tie_word_embeddings",
+    "pad_token_id",
+    "text_config",
+    "quantization_config",
+    "auto_map",
+    "num_hidden_layers",
+    "layer_types",
+    "rope_parameters",
+    "dtype",
+    "attn_implementation",
+)
+CHANGES = st.dictionaries(st.sampled_from(SETTINGS), VALUES, min_size=1, max_size=2)
+
+
+@pytest.mark.filterwarnings("ignore")
+@settings(max_examples=30)
+@given(st.one_of(st.binary(max_size=20), CHANGES))
+@example({"architectures": [None]})
+@example({"quantization_config": []})
+@example({"text_config": 3})
+@example({"auto_map": "x"})
+@example({"model_type": []})
+@example({"pad_token_id": 10**9})
+def test_configurations(checkpoint: Path, change: bytes | dict[str, Any]) -> None:
+    path = checkpoint / "config.json"
+    before = path.read_text()
+    written = change if isinstance(change, bytes) else json.dumps(json.loads(before) | change).encode()
+    path.write_bytes(written)
+    try:
+        for use in (ss.describe, functools.partial(ss.read_spectrum, use_cache=False), ss.load):
+            with refusals():
+                use(checkpoint)
+    finally:
+        path.write_text(before)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["sinks", "--figure", "x.png"],
+        ["circuits", "--figures", "made"],
+        ["sweep", "sweep.toml", "--out", "made"],
+        ["verify", "--results", "made", "--only", "x"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_what_is_refused_leaves_nothing_behind(
+    arguments: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sweep.toml").write_text(
+        "model = 'no-model'\n[[grid]]\nremove = 'dark'\n[texts]\nsource = 3\n"
+    )
+    given = arguments if arguments[0] in ("sweep", "verify") else [arguments[0], "no-model", *arguments[1:]]
+    done = tiny_models.run(capsys, *given)
+    assert (done.status, done.out) == (2, "") and done.err.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sweep.toml"]
 
 
 @settings(max_examples=40)

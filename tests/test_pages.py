@@ -13,11 +13,18 @@ PRINTED = {
     "filters-and-spectra.md": "at exit 0 (nats per token)",
     "moving-the-sink.md": "position 4 as the sink of sinklet, in place of position 0",
     "circuits.md": "layer",
+    "using-sinks.md": "masked positions: [0]",
     "sweeps.md": "removed_energy_share",
+    "how-to/quantise.md": "sink tokens",
+    "how-to/read-the-verdict.md": "the conventions disagree",
 }
 """Part of what the examples of each page print."""
 
-PAGES = [ROOT / "README.md", ROOT / "results" / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    *sorted(ROOT.glob("results/**/*.md")),
+    *sorted(ROOT.glob("docs/**/*.md")),
+]
 
 
 @pytest.mark.parametrize("page", PRINTED)

@@ -16,7 +16,7 @@ from support import tiny_models
 import spectral_sinks as ss
 
 ROOT = Path(__file__).parents[1]
-HEAVY = ("datasets", "matplotlib", "nnsight", "pandas", "torch", "transformers")
+HEAVY = ("datasets", "matplotlib", "nnsight", "pandas", "torch", "tqdm", "transformers")
 NAMESPACES = (
     *("attention", "circuits", "claims", "experiments", "figures", "nll", "remote", "residual", "sinks"),
     *("spectra", "stats", "sweeps", "vision"),
@@ -44,7 +44,7 @@ def test_importing_the_package_imports_no_heavy_library() -> None:
 
 def test_the_mathematics_imports_torch_and_no_model_library() -> None:
     names = "; ".join(f"ss.spectra.{name}" for name in ss.spectra.__all__)
-    assert loaded_by(f"import spectral_sinks as ss; {names}") == {"torch"}
+    assert loaded_by(f"import spectral_sinks as ss; {names}") == {"torch", "tqdm"}, "torch imports tqdm"
 
 
 def test_help_imports_no_heavy_library() -> None:
@@ -57,9 +57,14 @@ with contextlib.suppress(SystemExit):
     assert loaded_by(code) == set()
 
 
+def test_a_description_needs_no_model_and_the_sinks_of_the_shipped_corpus_no_data_sets() -> None:
+    assert loaded_by("import spectral_sinks as ss; ss.describe") == {"torch", "tqdm", "transformers"}
+    assert "datasets" not in loaded_by("import spectral_sinks as ss; ss.find_sinks; ss.documents(); ss.load")
+
+
 def test_the_top_has_the_names_of_the_first_week_and_the_namespaces() -> None:
     assert set(NAMESPACES) <= set(ss.__all__)
-    assert len(set(ss.__all__) - set(NAMESPACES)) <= 60
+    assert len(set(ss.__all__) - set(NAMESPACES)) <= 64
     assert set(ss.__all__) <= set(dir(ss))
 
 

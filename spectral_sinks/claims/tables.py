@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, field_validator
 
@@ -124,7 +125,7 @@ def values(cell: TableCell, columns: list[str], found: Any) -> pd.DataFrame:
         return _of_json(cell, columns, found)
     rows = found
     if cell.row is not None:
-        kept = pd.Series(False, index=found.index)
+        kept = np.zeros(len(found), dtype=bool)
         for selector in cell.row:
             hit = _selected(cell, selector, found)
             if not hit.any():
@@ -152,16 +153,16 @@ def globbed(pattern: str) -> re.Pattern[str]:
     return re.compile(".*".join(map(re.escape, pattern.split("*"))), re.DOTALL)
 
 
-def _selected(cell: TableCell, selector: Selector, found: pd.DataFrame) -> pd.Series:
+def _selected(cell: TableCell, selector: Selector, found: pd.DataFrame) -> np.ndarray:
     wanted = {"quantity": selector} if isinstance(selector, str) else selector
-    hit = pd.Series(True, index=found.index)
+    hit = np.ones(len(found), dtype=bool)
     for name, value in wanted.items():
         if name not in found:
             raise LookupFailure(f"{cell.file} has no column {name!r}: {', '.join(found.columns)}")
         if isinstance(value, str):
-            hit &= found[name].astype(str).str.fullmatch(globbed(value))
+            hit &= found[name].astype(str).str.fullmatch(globbed(value)).to_numpy(dtype=bool)
         else:
-            hit &= found[name].isin(value if isinstance(value, list) else [value])
+            hit &= found[name].isin(value if isinstance(value, list) else [value]).to_numpy()
     return hit
 
 

@@ -86,7 +86,7 @@ def uncovered(claims: Claims, repository: str | Path) -> dict[str, list[str]]:
     """
     found: dict[str, list[str]] = {}
     for name, path in claims.pages.items():
-        text = flat(_page(Path(repository), path) or "")
+        text = _page(Path(repository), path) or ""
         skipped = [hit.span() for hit in re.finditer(r"```.*?```|`[^`]*`|\]\([^)]*\)|https?://\S+", text)]
         for claim in (*claims.claims, *claims.stated):
             if claim.page == name:
@@ -101,8 +101,9 @@ def uncovered(claims: Claims, repository: str | Path) -> dict[str, list[str]]:
 
 
 def _page(repository: Path, path: str) -> str | None:
+    """Return the text of a page with single spaces, or None if it is missing."""
     try:
-        return (repository / path).read_text(encoding="utf-8")
+        return flat((repository / path).read_text(encoding="utf-8"))
     except OSError:
         return None
 
@@ -112,7 +113,7 @@ def _in_page(claim: Claim | Stated, paths: dict[str, str], pages: dict[str, str 
     if text is None:
         yield f"page {paths[claim.page]} is missing"
         return
-    count = flat(text).count(claim.fragment)
+    count = text.count(claim.fragment)
     if count == 0:
         yield f"{paths[claim.page]} no longer says so"
     elif count > 1:

@@ -34,13 +34,16 @@ class Circuits(Running):
 
     position: Natural = 0
     """Position of the sink, counted from 0."""
+    token: str | None = None
+    """Token that is the sink, in place of a position, such as [SEP]: its first occurrence in each window."""
     figures: Path | None = None
     """Folder for figures: a map of all heads, and one page for each head with a circuit."""
 
 
 def run_circuits(options: Circuits) -> None:
     model, windows, (spectrum,) = options.prepare(beside=False)
-    found = ss.no_op_circuits(model, windows, spectrum, options.position, batch_size=options.batch_size)
+    position = options.position if options.token is None else options.token
+    found = ss.no_op_circuits(model, windows, spectrum, position, batch_size=options.batch_size)
     if options.figures is not None:
         draw(found, options.figures)
     heads = found.heads
@@ -52,6 +55,7 @@ def run_circuits(options: Circuits) -> None:
         "first_token_ids": windows.first_token_ids,
         "opens_with_bos": windows.opens_with_bos,
         "data_hash": windows.record["data_hash"],
+        "matrix": spectrum.matrix,
         "convention": spectrum.convention,
         "bands": spectrum.count,
         "random_dark": spectrum.dark().rank / spectrum.d,
@@ -60,10 +64,11 @@ def run_circuits(options: Circuits) -> None:
         "heads": heads.to_dict("records"),
         **ran(model),
     }
+    where = f"at position {position}" if options.token is None else f"at {position}"
     title = (
-        f"No-op circuits of {found.model}, sink at position {found.position}, {windows.length} tokens per "
+        f"No-op circuits of {found.model}, sink {where}, {windows.length} tokens per "
         f"window, {windows.record['documents']} documents "
-        f"(dark share of a random direction: {result['random_dark']:.3f})"
+        f"(dark share of a random direction in the {spectrum.matrix}: {result['random_dark']:.3f})"
     )
     rows = [
         (f"{row['layer']}.{row['head']}\n{row['use']}", *(cell(row, name) for name in COLUMNS), dark(row))

@@ -31,6 +31,7 @@ def run_energy(options: Energy) -> None:
     by = {name: part.drop(columns="convention") for name, part in mean.groupby("convention", sort=False)}
     found = {
         "model": model.name,
+        "matrix": spectra[0].matrix,
         "convention": deciding,
         "conventions": [spectrum.convention for spectrum in spectra],
         "documents": windows.record["documents"],
@@ -50,7 +51,7 @@ def run_energy(options: Energy) -> None:
         rows.append((label, str(kind), f"{part['norm'].mean():.4g}", *(f"{c:.4f}" for c in cells)))
     bands = ("band 1", "other bands", *(f"band {spectra[0].count} (dark), {name}" for name in by))
     title = f"Energy share by band of the {deciding} {spectra[0].matrix}, {model.name}"
-    made = table(title, ("site", "tokens", "median norm", *bands), rows)
+    made = table(title, ("site", "tokens", "mean of median norms", *bands), rows)
     show(options.json, found, Group(made, *_disagreement(dark.xs(first, level="position_class"), spectra)))
 
 

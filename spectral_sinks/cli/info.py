@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import spectral_sinks as ss
 from spectral_sinks.cli.options import Common, bos_record, bos_row
 from spectral_sinks.cli.output import show, table
+from spectral_sinks.models.without_torch import describe_without_torch
 
 LARGEST = 2 * 2**30
 """Bytes of weights that are loaded to compare the NLL."""
@@ -24,15 +26,20 @@ class Info(Common):
 
 
 def run_info(options: Info) -> None:
-    found = ss.describe(
-        options.model,
-        revision=options.revision,
-        trust_remote_code=options.trust_remote_code,
-        gguf_file=options.gguf_file,
-    )
+    found = _described(options)
     found |= _bos(options, found)
     rows = [(k, str(v)) for k, v in found.items() if k != "bos_comparison"]
     show(options.json, found, table("", ("", ""), rows + bos_row(found)))
+
+
+def _described(options: Info) -> dict[str, Any]:
+    """Describe the checkpoint, in a process without torch if it is not imported yet."""
+    where = {"revision": options.revision, "gguf_file": options.gguf_file}
+    if not options.trust_remote_code and "torch" not in sys.modules:
+        found = describe_without_torch(options.model, **where)
+        if found is not None:
+            return found
+    return ss.describe(options.model, trust_remote_code=options.trust_remote_code, **where)
 
 
 def _bos(options: Info, found: dict[str, Any]) -> dict[str, Any]:

@@ -8,12 +8,11 @@ from typing import Any, Literal
 
 from rich.console import Group
 from rich.text import Text
-from tqdm import tqdm
 
 import spectral_sinks as ss
 from spectral_sinks.cli.options import Running, bos_record, bos_row, ran, why
 from spectral_sinks.cli.output import plain, show, table
-from spectral_sinks.cli.parsing import Draws, Seed
+from spectral_sinks.cli.parsing import Count, Draws, Seed
 from spectral_sinks.cli.progress import note
 
 FillName = Literal["zero", "mean", "swap", "noise"]
@@ -42,7 +41,14 @@ class Nll(Running):
     controls: Draws = 0
     """Number of random subspaces of the same rank (seeds 0, 1, ...) that are removed as controls."""
     seed: Seed = 0
-    """Seed of random:N and of the fill noise."""
+    """Seed of random:N, of the fill noise, of --predict and of --screen."""
+    predict: Count | None = None
+    """Number of tokens, drawn from each window, whose prediction is scored; by default all are.
+    It saves time where the vocabulary is large. The output then says which interval this costs."""
+    screen: Count | None = None
+    """Number of tokens, drawn from each window, on which the controls are screened. Those whose interval
+    holds the filter's NLL difference are then measured on all tokens, as the filter is. The output marks the
+    others."""
 
 
 def run_nll(options: Nll) -> None:
@@ -55,6 +61,10 @@ def run_nll(options: Nll) -> None:
             "--layer, --fill, --tokens and --controls have no effect without a filter: "
             "give --keep or --remove as well"
         )
+    if options.screen is not None and not options.controls:
+        raise ss.InputError("--screen is for the controls: give --controls 20 as well")
+    if options.screen is not None and options.predict is not None:
+        raise ss.InputError("give --predict or --screen, not both")
     tokens = parse_tokens(options.tokens)
     site = ss.Site.parse(options.site)
     if spec is not None and not spec.strip():
@@ -62,13 +72,15 @@ def run_nll(options: Nll) -> None:
             f"{'--remove' if options.keep is None else '--keep'} {spec!r} names no bands: give such as "
             "1-8,20, dark, all or none"
         )
-    model, windows, spectra = options.prepare(beside=bool(spec))
+    model, windows, spectra = options.prepare(beside=bool(spec), head="the NLL")
     spectrum = spectra[0]
     # not for --help
-    from spectral_sinks.measure.memory import batch_size_for
+    from spectral_sinks.measure.memory import batch_size_for, swap_groups
+    from spectral_sinks.measure.nll.scoring import Sample
     from spectral_sinks.measure.sinks.dark_share import disagreement_on, record_of
     from spectral_sinks.spectra.subspace import random_subspaces
 
+    sample = None if options.predict is None else Sample(options.predict, options.seed)
     size = batch_size_for(model, windows.length, options.batch_size)
     # without --layer, the filter acts below the layer with the strongest sink
     layer = options.layer
@@ -87,18 +99,34 @@ def run_nll(options: Nll) -> None:
         cells = {chosen.name: {site: chosen}}
         for seed, drawn in enumerate(random_subspaces(model.d, chosen.rank, options.controls)):
             cells[f"control {seed}"] = {site: ss.remove(drawn, fill, tokens)}
-    batches = len(list(windows.batches(size)))
+    from tqdm import tqdm  # not for --help
+
+    batches = len(list(swap_groups(windows) if options.fill == "swap" else windows.batches(size)))
     hidden = True if options.json else None  # None hides the bar unless the output is a terminal
-    passed, total = 0, len(cells) * batches
+    passed, total = 0, (len(cells) + (options.controls if options.screen else 0)) * batches
+    most = "at most " if options.screen else ""
     with tqdm(total=total, desc="nll", unit="pass", leave=False, disable=hidden) as bar:
 
         def tick(done: int) -> None:
             nonlocal passed
             passed += done
             bar.update(done)
-            note(f"{passed} of {total} passes")
+            note(f"{passed} of {most}{total} passes")
 
-        effects = ss.evaluate_all(model, windows, cells, batch_size=size, progress=tick)
+        if options.screen is None:
+            effects = ss.evaluate_all(model, windows, cells, batch_size=size, predict=sample, progress=tick)
+        else:
+            name, *drawn = cells
+            effects = ss.evaluate_all(model, windows, {name: cells[name]}, batch_size=size, progress=tick)
+            effects |= ss.nll.screen(
+                model,
+                windows,
+                {control: cells[control] for control in drawn},
+                predict=Sample(options.screen, options.seed),
+                threshold=effects[name].delta_nll,
+                batch_size=size,
+                progress=tick,
+            )
     effect, *controls = effects.values()
     shares = dark_shares(model, windows, site, spectra, size) if chosen else {}
     low, high = effect.delta_nll_interval
@@ -139,12 +167,17 @@ def run_nll(options: Nll) -> None:
             {
                 "seed": seed,
                 "delta_nll": control.delta_nll,
+                "exact": control.predict is None,
                 "removed_energy_share": float(control.table["removed_energy_share"].mean()),
                 "sink_mass": control.sink_mass,
             }
             for seed, control in enumerate(controls)
         ],
     }
+    if sample is not None:
+        found["predict"] = sample.count
+        for name in ("nll", "baseline_nll", "delta_nll", "kl"):
+            found[f"{name}_sampling_interval"] = list(effect.sampling_interval(name))
     if not model.causal:
         found["masking"] = windows.record["masking"]
         found["reads_through"] = model.reads_through
@@ -157,8 +190,19 @@ def run_nll(options: Nll) -> None:
         rows.append(("server", model.remote.host))
     if controls:
         reached = ss.stats.null_rank(effect.delta_nll, [c.delta_nll for c in controls])
-        rows.append(("delta_nll of random controls", plain([c.delta_nll for c in controls])))
+        screened = [options.screen is not None and c.predict is not None for c in controls]
+        marked = ["~" * mark + plain(c.delta_nll) for mark, c in zip(screened, controls, strict=True)]
+        rows.append(("delta_nll of random controls", " ".join(marked)))
         rows.append(("controls that reach the filter's", f"{reached} of {len(controls)}"))
+        if options.screen is not None:
+            exact = len(controls) - sum(screened)
+            rows.append(
+                (
+                    "controls measured on all tokens",
+                    f"{exact} of {len(controls)}; the others (~) were screened on {options.screen} tokens of "
+                    "each window, and no interval of theirs holds the filter's (95 % for all together)",
+                )
+            )
     made = table(f"NLL (nats per {token}) of {model.name}", ("", ""), rows)
     said = disagreement_on(shares)
     notes = [Text(f"At {site}, position 0 is {said} {why(shares)}.")] if said else []

@@ -60,8 +60,8 @@ class Common:
 
 
 @dataclass(frozen=True)
-class Running(Common):
-    """Options of every command that runs a model."""
+class Reading(Common):
+    """Options of every command that reads a text."""
 
     text: str | None = None
     """A text file, .jsonl, .csv, .tsv or .parquet, any of these with .gz, a folder of .txt files,
@@ -72,6 +72,32 @@ class Running(Common):
     Without it, the whole text is one document."""
     split: str = "train"
     """Split of a hub data set."""
+    column: str | None = None
+    """Column of a table or data set that holds the text; by default text."""
+
+    def read(self, limit: int | None, chat: bool = False) -> list[Any]:
+        """Return the documents of --text."""
+        separator = self.separator and self.separator.replace("\\n", "\n").replace("\\t", "\t")
+        source: Any = self.text
+        if self.text == "-":
+            from spectral_sinks.data.document_sources import decoded, split_text  # not for --help
+
+            raw = getattr(sys.stdin, "buffer", sys.stdin).read()
+            text = decoded(raw, "standard input") if isinstance(raw, bytes) else raw
+            source = split_text(text, separator)
+        elif self.text is not None and self.text.startswith(ITSELF):
+            source = [self.text.removeprefix(ITSELF)]
+        elif self.text is not None and any(c.isspace() for c in self.text):
+            source = Path(self.text)
+        return ss.documents(
+            source, split=self.split, column=self.column, limit=limit, separator=separator, chat=chat
+        )
+
+
+@dataclass(frozen=True)
+class Running(Reading):
+    """Options of every command that runs a model."""
+
     column: str | None = None
     """Column of a table or data set that holds the text.
     The default is text, or with --chat messages where the rows have it."""
@@ -107,10 +133,13 @@ class Running(Common):
     bands: int = 20
     """Number of bands."""
 
-    def prepare(self, *, beside: bool) -> tuple[ss.LanguageModel, ss.Windows, list[ss.Spectrum]]:
+    def prepare(
+        self, *, beside: bool, head: str = ""
+    ) -> tuple[ss.LanguageModel, ss.Windows, list[ss.Spectrum]]:
         """Load the model and the text, and read the spectrum of --convention, with raw and folded beside it.
 
-        Without `beside`, only the spectrum of --convention is read.
+        Without `beside`, only the spectrum of --convention is read. `head` names what needs a head over the
+        vocabulary, for the message about an encoder without one.
         """
 
         def read(**source: Any) -> list[ss.Spectrum]:
@@ -123,27 +152,10 @@ class Running(Common):
         else:
             remote = remote_of(self.remote)
             model = self.load(device=self.device, dtype=self.dtype, remote=remote, factors=self.factors)
+            if head:
+                model.require_head(head)
             spectra = read(**self.source())
-        separator = self.separator and self.separator.replace("\\n", "\n").replace("\\t", "\t")
-        source: Any = self.text
-        if self.text == "-":
-            from spectral_sinks.data.document_sources import decoded, split_text  # not for --help
-
-            raw = getattr(sys.stdin, "buffer", sys.stdin).read()
-            text = decoded(raw, "standard input") if isinstance(raw, bytes) else raw
-            source = split_text(text, separator)
-        elif self.text is not None and self.text.startswith(ITSELF):
-            source = [self.text.removeprefix(ITSELF)]
-        elif self.text is not None and any(c.isspace() for c in self.text):
-            source = Path(self.text)
-        texts = ss.documents(
-            source,
-            split=self.split,
-            column=self.column,
-            limit=self.documents,
-            separator=separator,
-            chat=self.chat,
-        )
+        texts = self.read(self.documents, self.chat)
         per_document = self.per_document
         if per_document is None and len(texts) > 1:
             per_document = 2
@@ -171,6 +183,26 @@ def why(conventions: Iterable[str]) -> str:
     names = [name for name in conventions if name != "raw"]
     read = f"{' and '.join(names)} read" + ("s" if len(names) == 1 else "")
     return f"({read} the residual through the gain of the final norm, as the vocabulary does)"
+
+
+def encoder_and_images(options: Any, **reading: Any) -> tuple[ss.VisionModel, ss.Pixels]:
+    """Load the image encoder and prepare the images that the options of a command name.
+
+    `reading` goes to `ss.images`. Raises InputError as loading does, and for --square without --size.
+    """
+    if options.square and options.size is None:
+        raise ss.InputError("--square without --size: say the side of the square in pixels")
+    model = ss.load_vision(
+        options.model,
+        revision=options.revision,
+        allow_pickle=options.allow_pickle,
+        device=options.device,
+        dtype=options.dtype,
+    )
+    source: Any = options.images[0] if len(options.images) == 1 else list(options.images)
+    images = ss.images(source, split=options.split, **reading)
+    shape = "square" if options.square or options.size is None else "own"
+    return model, ss.pixels(images, model, size=options.size, shape=shape)
 
 
 def bos_record(model: ss.LanguageModel, windows: ss.Windows) -> dict[str, Any]:

@@ -59,8 +59,9 @@ def say(text: object, file: Any = None) -> None:
 
 
 def table(title: str, columns: tuple[str, ...], rows: Any) -> Table:
-    # without borders, whose width 80 columns need for numbers
+    # without borders, whose width 80 columns need for numbers; a title is never squeezed into narrow columns
     made = Table(
+        min_width=min(len(title), 60) or None,
         title=_clean(title) if title else None,
         show_header=any(columns),
         title_justify="left",

@@ -5,13 +5,13 @@ from __future__ import annotations
 import io
 import os
 import re
-from collections.abc import Mapping, Sequence
-from contextlib import redirect_stderr, suppress
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass, fields
 from itertools import chain
 from types import NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
-from unittest.mock import patch
 
 import tyro
 from tyro.conf import FlagCreatePairsOff, subcommand
@@ -132,12 +132,25 @@ def parse(commands: Mapping[str, type], arguments: Sequence[str], description: s
         if stopped.code != 2:
             raise
         # once more on a line that is long enough, since tyro breaks words to fit its box
-        wide = patch.dict(os.environ, COLUMNS="100000")
-        with wide, redirect_stderr(io.StringIO()) as box, suppress(SystemExit):
+        with _columns(100_000), redirect_stderr(io.StringIO()) as box, suppress(SystemExit):
             read()
         raise InputError(f"{_sentence(box.getvalue())}: see {program} --help") from None
     check_ranges(options)
     return options
+
+
+@contextmanager
+def _columns(count: int) -> Iterator[None]:
+    """Let the terminal appear that wide inside the block."""
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = str(count)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["COLUMNS"]
+        else:
+            os.environ["COLUMNS"] = before
 
 
 def _sentence(box: str) -> str:
@@ -181,3 +194,18 @@ def _ranges(hint: Any) -> list[Between]:
     """Return the ranges in an annotation, also in one of the types of a union."""
     found = [each for part in _members(hint) for each in getattr(part, "__metadata__", ())]
     return [each for each in found if isinstance(each, Between)]
+
+
+def spelled(command: str, options: Any) -> str:
+    """Return the command line that gives these options."""
+    words = [PROGRAM, command]
+    for field in fields(options):
+        value = getattr(options, field.name)
+        if field.name == "model":
+            words[2:2] = [str(value)]
+        elif isinstance(value, tuple):  # what stands behind the model
+            words[3:3] = map(str, value)
+        elif value != field.default:
+            flag = f"--{field.name.replace('_', '-')}"
+            words += [flag] if value is True else [flag, str(value)]
+    return shlex.join(words)

@@ -42,7 +42,7 @@ def run_reproduce(options: Reproduce) -> None:
         ended.append(found.name)
         note(f"{len(ended)} experiments have ended")
         if not options.json:
-            say(f"{found.name}: {found.seconds:.0f} s", sys.stderr)
+            say(f"{found.name}: {found.seconds:.0f} s of processor time", sys.stderr)
 
     findings = ss.reproduce(
         model=options.model,

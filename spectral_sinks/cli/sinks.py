@@ -33,6 +33,9 @@ class Sinks(Running):
     figure: Path | None = None
     """File (.png, .pdf or .svg) for a figure: sink mass by head, sink rate by position,
     norm by position and layer. The dark share of each sink is shown under each convention."""
+    export: Path | None = None
+    """Folder for a rule that marks these sinks in other texts: rule.json and rule.safetensors.
+    ss.SinkRule.load reads it back, and ss.sink_mask and ss.clean use it."""
 
 
 def run_sinks(options: Sinks) -> None:
@@ -48,6 +51,9 @@ def run_sinks(options: Sinks) -> None:
         draws=options.draws,
         batch_size=options.batch_size,
     )
+    if options.export is not None:
+        rule = ss.SinkRule.learn(model, found, spectra, batch_size=options.batch_size)
+        rule.save(options.export)
     record = found.record() | {
         "documents": found.attention.windows.record["documents"],
         "first_token_ids": found.attention.windows.record["first_token_ids"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,8 +18,9 @@ from spectral_sinks.spectra.conventions import DEFAULT_CONVENTION, Convention
 class SpectrumCommand(Common):
     """Print the singular values and bands of the unembedding or another matrix; reads only that tensor."""
 
-    matrix: str = "unembedding"
-    """Matrix: unembedding, embedding, or the name of a parameter."""
+    matrix: str | None = None
+    """Matrix: unembedding, embedding, or the name of a parameter.
+    The default is the unembedding, or the embedding of an encoder without a head."""
     convention: Convention = DEFAULT_CONVENTION
     """How the unembedding is read: raw as stored, folded with the gain of the final norm.
     The value centred also removes the mean over the vocabulary."""
@@ -27,10 +29,15 @@ class SpectrumCommand(Common):
 
 
 def run_spectrum(options: SpectrumCommand) -> None:
-    from spectral_sinks.models.spectra import quantization_noise  # not for --help
+    from spectral_sinks.measure.residual.matrix_spectrum import EMBEDDING_INSTEAD  # not for --help
+    from spectral_sinks.models.spectra import lacks_head, quantization_noise
 
+    matrix = options.matrix or "unembedding"
+    if options.matrix is None and lacks_head(options.model, options.revision, options.gguf_file):
+        matrix = "embedding"
+        warnings.warn(EMBEDDING_INSTEAD, ss.SpectralWarning, stacklevel=2)
     spectrum = ss.read_spectrum(
-        matrix=options.matrix, convention=options.convention, bands=options.bands, **options.source()
+        matrix=matrix, convention=options.convention, bands=options.bands, **options.source()
     )
     energy = spectrum.values.square()
     bands = [

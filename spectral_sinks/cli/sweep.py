@@ -110,7 +110,8 @@ def run_sweep(options: Sweep) -> None:
         show(options.json, {"out": str(out), "waiting": waiting}, table("", ("", ""), rows))
         return
     summary = done.summary()
-    found: dict[str, Any] = {"out": str(out), **asdict(done.report), "cells": summary.to_dict("records")}
+    found: dict[str, Any] = {"out": str(out), **asdict(done.report), **summary.attrs}
+    found["cells"] = summary.to_dict("records")
     rows = [
         (
             row["name"],
@@ -121,7 +122,10 @@ def run_sweep(options: Sweep) -> None:
         for row in found["cells"][:SHOWN]
     ]
     columns = ("cell", "NLL difference (nats)", "95 % interval", "documents")
-    show(options.json, found, table(f"{len(summary)} cells in {out}", columns, rows))
+    title = f"{len(summary)} cells in {out}"
+    if (predict := summary.attrs.get("predict")) is not None:
+        title += f"; {predict} predictions of each window, drawn at random, were scored"
+    show(options.json, found, table(title, columns, rows))
     if not options.json:
         if len(summary) > SHOWN:
             say(f"and {len(summary) - SHOWN} more")

@@ -115,7 +115,8 @@ def run_verify(options: Verify) -> None:
         show(options.json, found, table("", ("page", "text", "problem", "command"), rows))
     if not options.json:
         for file, count in sorted(absent.items()):
-            say(f"{file} is missing, on which {count} claims rest; it is written by: {writes[file]}")
+            rest = "1 claim rests" if count == 1 else f"{count} claims rest"
+            say(f"{file} is missing, on which {rest}; it is written by: {writes[file]}")
         if absent:
             say(f"missing files: {len(absent)}; claims that rest on them: {absent.total()}")
         if kept_as_they_are:

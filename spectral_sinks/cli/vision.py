@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from rich.console import Group
+from rich.text import Text
 from tyro.conf import Positional
 
 import spectral_sinks as ss
+from spectral_sinks.cli.options import encoder_and_images
 from spectral_sinks.cli.output import plain, show, table
 from spectral_sinks.cli.parsing import Between, Count, Natural
 
@@ -25,16 +27,19 @@ class Vision:
     model: Positional[str]
     """A Hugging Face id, or a folder."""
     images: Positional[tuple[str, ...]]
-    """A folder (its subfolders are classes), a .txt list of files, files, or the id of a hub data set."""
+    """A folder (its subfolders are classes), a .txt list of files, files, a tar file (also of WebDataset),
+    a data set saved by datasets, or the id of one on the hub."""
     size: Count | None = None
-    """Side in pixels of the square that images are resized to; position embeddings are interpolated.
-    By default images are resized by the model's own processor."""
+    """Side in pixels of a square; images are resized to as many patches and keep their shape, with sides
+    rounded to whole patches. By default images are prepared by the model's own processor."""
+    square: bool = field(default=False)
+    """Resize images to the square instead, whatever their shape."""
     limit: Count | None = 200
     """Maximum number of images that are read, taken from each class in turn."""
     broken: Literal["skip", "refuse"] = "skip"
     """Skip broken files with a warning that names them, or refuse them with an error."""
     split: str = "train"
-    """Split of a hub data set."""
+    """Split of a data set."""
     rule: str = "robust"
     """Rule for outliers: robust, published (norm above 150), or a number (norm above it)."""
     matrix: str | None = None
@@ -64,27 +69,23 @@ class Vision:
 
 
 def run_vision(options: Vision) -> None:
-    model = ss.load_vision(
-        options.model,
-        revision=options.revision,
-        allow_pickle=options.allow_pickle,
-        device=options.device,
-        dtype=options.dtype,
-    )
-    # the images, and the spectrum that the dark shares refer to
-    source: Any = options.images[0] if len(options.images) == 1 else list(options.images)
-    images = ss.images(source, limit=options.limit, broken=options.broken, split=options.split)
-    pixels = ss.pixels(images, model, size=options.size)
+    from spectral_sinks.cli.image_progress import counted  # with torch, which --help does not need
+
+    rule = rule_of(options.rule)
+    model, images = encoder_and_images(options, limit=options.limit, broken=options.broken)
+    pixels = counted(images)
+    # the spectrum that the dark shares refer to
     spectra: list[ss.Spectrum] = []
     if options.matrix is not None:
         spectra = [ss.read_spectrum(model, options.matrix)]
     elif model.classes:
         spectra = ss.read_spectra(model)
     spectrum = spectra[0] if spectra else None
-    # outliers and sinks
+    # outliers and sinks, which are judged by what one pass has seen
     batch: dict[str, Any] = {"batch_size": options.batch_size}
-    found = ss.outliers(model, pixels, rule=rule_of(options.rule), **batch)
+    pixels.stages.append("norms and attention")
     sinks = ss.vision_sinks(model, pixels, spectra or None, epsilon=options.epsilon, **batch)
+    found = ss.outliers(model, pixels, rule=rule, measured=sinks)
     record: dict[str, Any] = {
         "model": model.name,
         "family": model.family,
@@ -94,31 +95,41 @@ def run_vision(options: Vision) -> None:
         "sinks": sinks.record(),
         "circuits": {},
     }
-    tables: list[Any] = [outlier_table(found), sink_table(sinks)]
+    tables: list[Any] = [layer_table(found, sinks), outlier_table(found), sink_table(sinks)]
     # circuits, positions and probes, where there is something to measure
-    if spectrum is not None:
-        for sink in sinks.sinks:
-            kind = str(sink.token)
-            heads = ss.no_op_circuits(model, pixels, spectrum, kind, **batch).heads
-            record["circuits"][kind] = heads.drop(columns="ranks").to_dict("records")
-            tables.append(circuit_table(kind, heads))
-    if found.member.any() and len(pixels) >= 4 and found.strongest is not None:
+    if spectrum is not None and sinks.sinks:
+        import numpy as np  # here, so that --help does not import it
+
+        from spectral_sinks.measure.circuits.no_op import circuits_of
+
+        alpha = sinks.attention.alpha[..., len(model.prefix) :]
+        strongest = len(model.prefix) + np.nan_to_num(alpha, nan=-1.0).max((1, 2)).argmax(-1)
+        pixels.stages.append("circuits")
+        kinds = [str(sink.token) for sink in sinks.sinks]
+        at: list[Any] = [strongest.tolist() if kind == "patch" else kind for kind in kinds]
+        for kind, circuits in zip(kinds, circuits_of(model, pixels, spectrum, at, **batch), strict=True):
+            record["circuits"][kind] = circuits.heads.drop(columns="ranks").to_dict("records")
+            tables.append(circuit_table(kind, circuits.heads))
+    if found.member.any() and len(pixels) >= 4 and found.strongest is not None and pixels.alike:
+        pixels.stages.append("probes")
         places = ss.vision.outlier_places(found)
         probes = ss.vision.token_probes(found, **batch)
         record["places"] = places.to_dict("records")
         record["probes"] = probes.to_dict("records")
         tables += [place_table(places), probe_table(probes)]
     if options.registers:
-        repair(options, found, images, record, tables)
+        repair(options, found, record, tables)
     if options.figures is not None:
-        draw(found, sinks, images, options.figures)
-    show(options.json, record, Group(*tables))
+        draw(found, sinks, options.figures)
+    record["passes"] = len(pixels.passes)
+    record["answers"] = answers(found, sinks, record, options)
+    said = [Text(f"{line}\n") for line in record["answers"]]
+    show(options.json, record, Group(*said, *tables))
 
 
 def repair(
     options: Vision,
     found: ss.vision.Outliers,
-    images: ss.Images,
     record: dict[str, Any],
     tables: list[Any],
 ) -> None:
@@ -129,14 +140,15 @@ def repair(
     Args:
         options: the options of the command.
         found: the outliers.
-        images: the images, for the figure.
         record: the record that is extended.
         tables: the tables that are extended.
 
     """
-    pixels, model = found.pixels, found.pixels.model
+    pixels: Any = found.pixels
+    model = pixels.model
     batch: dict[str, Any] = {"measured": found, "batch_size": options.batch_size}
     record["register_neurons"], record["registers"] = [], []
+    pixels.stages.append("register neurons")
     try:
         neurons = ss.vision.register_neurons(
             model, pixels, layer=options.layer, count=options.neurons, **batch
@@ -144,6 +156,7 @@ def repair(
     except ss.InputError as error:
         warnings.warn(f"no test-time registers: {error}", ss.SpectralWarning, stacklevel=2)
         return
+    pixels.stages.append("test-time registers")
     changed = ss.vision.register_repair(
         model, pixels, neurons, registers=options.registers, layer=options.layer, **batch
     )
@@ -151,12 +164,18 @@ def repair(
     record["registers"] = changed.to_dict("records")
     tables.append(repair_table(changed, options.registers))
     if options.figures is not None:
-        maps = ss.vision.register_maps(
-            model, pixels, neurons, registers=options.registers, layer=options.layer
+        shown = range(min(SHOWN, len(pixels)))
+        few = ss.Pixels(
+            [pixels.images[image] for image in shown],
+            model,
+            pixels.options,
+            pixels.record,
+            None if pixels.own_grids is None else pixels.own_grids[: len(shown)],
         )
+        maps = ss.vision.register_maps(model, few, neurons, registers=options.registers, layer=options.layer)
         options.figures.mkdir(parents=True, exist_ok=True)
-        shown = [images[i] for i in range(min(SHOWN, len(images)))]
-        ss.figures.registers(shown, maps, options.figures / "registers.png")
+        pictures = [pixels.picture(image) for image in shown]
+        ss.figures.registers(pictures, maps, options.figures / "registers.png")
 
 
 SHOWN = 4
@@ -173,26 +192,179 @@ def rule_of(given: str) -> Any:
         raise ss.InputError(f"--rule {given}: give robust, published or a norm") from None
 
 
-def draw(found: ss.vision.Outliers, sinks: Any, images: ss.Images, folder: Path) -> None:
+def draw(found: ss.vision.Outliers, sinks: ss.vision.VisionSinks, folder: Path) -> None:
     """Draw norm maps at four layers, outliers by layer, and attention by head and on the images."""
-    import numpy as np  # here, so that --help does not import it
-
     folder.mkdir(parents=True, exist_ok=True)
     last = found.norm.shape[1] - 2
     layers = sorted({-1, last // 3, 2 * last // 3, last})
-    shown = range(min(SHOWN, len(images)))
+    shown = range(min(SHOWN, len(found.pixels)))
+    pictures = [found.pixels.picture(image) for image in shown]
     ss.figures.vision_sinks(sinks.by_head(), folder / "attention.png")
-    maps = {layer: np.stack([found.map(image, layer) for image in shown]) for layer in layers}
+    norms = {layer: [found.map(image, layer) for image in shown] for layer in layers}
     cutoffs = {layer: float(found.cutoff[layer + 1]) for layer in layers}
-    ss.figures.norm_maps([images[i] for i in shown], maps, cutoffs, folder / "norms.png")
+    ss.figures.norm_maps(pictures, norms, cutoffs, folder / "norms.png")
+    inner = [layer for layer in layers if layer >= 0]
     ss.figures.attention_maps(
-        np.stack([found.pixels[image].numpy() for image in shown]),
-        [sinks.maps(layer) for layer in layers if layer >= 0],
-        [f"layer {layer}" for layer in layers if layer >= 0],
-        1 / sinks.length,
+        pictures,
+        [[sinks.map(image, layer) for image in shown] for layer in inner],
+        [f"layer {layer}" for layer in inner],
+        float(sinks.uniform.mean()),
         folder / "attention_maps.png",
     )
     ss.figures.outlier_shares(found.summary(), found.pixels.model.prefix, folder / "outliers.png")
+
+
+def answers(
+    found: ss.vision.Outliers, sinks: ss.vision.VisionSinks, record: dict[str, Any], options: Vision
+) -> list[str]:
+    """Return what was found, in sentences with numbers: outliers, attention, no-op heads, registers."""
+    lines = [of_images(found.pixels), of_outliers(found), of_attention(sinks), of_no_op(sinks)]
+    return [*lines, of_registers(found, record, options)]
+
+
+def of_images(pixels: ss.Pixels) -> str:
+    """Say what the model has read."""
+    record = pixels.record
+    count = f"{record['images']} image{'s' * (record['images'] != 1)}"
+    if pixels.alike:
+        sides = (
+            f"{record['width']} x {record['height']} pixels ({record['columns']} x {record['rows']} patches)"
+        )
+        return f"{record['model']} on {count} of {sides}."
+    tokens = min(pixels.lengths)
+    return (
+        f"{record['model']} on {count} that keep their {len(set(pixels.grids))} shapes, in {tokens} to "
+        f"{pixels.length} tokens. Sides are rounded to whole patches of {pixels.model.patch_size} pixels, "
+        f"which changes proportions by at most {record['stretched']:.1%}."
+    )
+
+
+def of_outliers(found: ss.vision.Outliers) -> str:
+    """Say whether there are outlier tokens, since which layer, how many and how large."""
+    layers = found.summary()
+    ratio = layers["largest"] / layers["median"]
+    if found.strongest is None:
+        most = int(ratio.argmax())
+        return (
+            f"Outlier tokens: no. No patch of any image is an outlier in any layer ({found.rule}). The "
+            f"largest norm is {ratio[most]:.2f} times the median of its layer, at {layer_name(most - 1)}, "
+            f"where the cut-off is {layers['cutoff'][most] / layers['median'][most]:.2f} times."
+        )
+    row = layers.iloc[found.strongest + 1]
+    assert found.onset_layer is not None
+    return (
+        f"Outlier tokens: yes, since {layer_name(found.onset_layer)}. At {layer_name(found.strongest)}, "
+        f"where most are, {row['share']:.2%} of the patches are outliers (95 %: {row['low']:.2%} to "
+        f"{row['high']:.2%}), in {row['images']:.0f} of {len(found.pixels)} images. The largest norm is "
+        f"{ratio[found.strongest + 1]:.1f} times the median there."
+    )
+
+
+def layer_name(layer: int) -> str:
+    return "the embedding" if layer < 0 else f"layer {layer}"
+
+
+def of_attention(sinks: ss.vision.VisionSinks) -> str:
+    """Say where attention goes, in the mean over layers and in the layer where each kind draws most."""
+    layers = sinks.by_layer()
+    names = {f"to_{name}": TOKEN_NAMES.get(name, name) for name in sinks.prefix}
+    names |= {"to_top_patch": "the one patch that draws most"}
+    parts = [
+        f"{layers[column].mean():.1%} to {name} (most in layer {layers[column].argmax()}: "
+        f"{layers[column].max():.1%})"
+        for column, name in names.items()
+    ]
+    rest = f"{layers['to_other_patches'].mean():.1%} to the other patches"
+    return (
+        f"Attention: over all layers and heads, {', '.join(parts)}, and {rest}. Uniform attention gives each "
+        f"token {sinks.uniform.mean():.2%}."
+    )
+
+
+TOKEN_NAMES = {"cls": "[CLS]"}
+"""Names of tokens as they are usually written."""
+
+
+def of_no_op(sinks: ss.vision.VisionSinks) -> str:
+    """Say which heads spend their attention on tokens that write nothing, or what comes nearest to that."""
+    heads, layers = sinks.heads(), sinks.by_layer()
+    wasted = heads[heads["no_op"]]
+    most = int(layers["no_op_mass"].argmax())
+    rule = f"above {sinks.epsilon:g} of its attention on tokens whose value writes at most 0.2 of the mean"
+    if len(wasted):
+        shown = ", ".join(f"{row.layer}.{row.head}" for row in wasted.head(12).itertuples())
+        more = f" and {len(wasted) - 12} more" if len(wasted) > 12 else ""
+        return (
+            f"No-op heads: {len(wasted)} of {len(heads)} (layer.head: {shown}{more}). Each spends {rule}. "
+            f"Layer {most} spends most on such tokens: {layers['no_op_mass'].max():.1%} of its attention."
+        )
+    at_sink = heads[heads["attention"] > sinks.epsilon]
+    if at_sink.empty:
+        row = heads.loc[heads["attention"].idxmax()]
+        near = f"No head gives one token so much; the most is {row['attention']:.2f}"
+    else:
+        row = at_sink.loc[at_sink["value_ratio"].idxmin()]
+        near = (
+            f"{len(at_sink)} give one token so much, and the nearest of them gives {row['attention']:.2f} to "
+            f"a token that writes {row['value_ratio']:.2f} of the mean"
+        )
+    where = f"layer {row['layer']}, head {row['head']}, at {TOKEN_NAMES.get(row['kind'], row['kind'])}"
+    return f"No-op heads: none of {len(heads)} spends {rule}. {near} ({where})."
+
+
+def of_registers(found: ss.vision.Outliers, record: dict[str, Any], options: Vision) -> str:
+    """Say what test-time registers change, or what option measures it."""
+    if not options.registers:
+        reason = "" if found.strongest is not None else ", once there are outliers that they could take over"
+        return f"Registers: not measured. --registers 1 measures what test-time registers change{reason}."
+    rows = record["registers"]
+    if not rows:
+        return "Registers: nothing to change, since no patch is an outlier at the layer that --layer names."
+    layer = options.layer % found.pixels.model.layers
+
+    def mean(state: str, measure: str, at: int | None = None) -> float | None:
+        here = [
+            row["mean"]
+            for row in rows
+            if (row["state"], row["measure"]) == (state, measure) and (at is None or row["layer"] == at)
+        ]
+        return here[0] if here else None
+
+    random = [
+        row["mean"]
+        for row in rows
+        if row["state"].startswith("random") and row["measure"] == "outlier share" and row["layer"] == layer
+    ]
+    count = f"{options.registers} test-time register{'s' * (options.registers > 1)}"
+    said = (
+        f"Registers: with {count}, the share of outliers at layer {layer} changes from "
+        f"{mean('original', 'outlier share', layer):.2%} to {mean('repaired', 'outlier share', layer):.2%}; "
+        f"with as many random neurons, it is {min(random):.2%} to {max(random):.2%}."
+    )
+    kept = mean("repaired", "patch cosine")
+    return said + (
+        "" if kept is None else f" The other patches keep their output, with a cosine of {kept:.3f}."
+    )
+
+
+def layer_table(found: ss.vision.Outliers, sinks: ss.vision.VisionSinks) -> Any:
+    """Make the table of what happens in each layer."""
+    outliers = found.summary().set_index("layer")
+    columns = ("layer", "outliers", "largest norm", *(f"to {name}" for name in sinks.prefix))
+    columns += ("to one patch", "to others", "to no-ops", "no-op heads")
+    shares = [f"to_{name}" for name in (*sinks.prefix, "top_patch", "other_patches")] + ["no_op_mass"]
+    rows = [
+        (
+            str(row["layer"]),
+            f"{outliers['share'][row['layer']]:.2%}",
+            f"{outliers['largest'][row['layer']] / outliers['median'][row['layer']]:.2f}",
+            *(f"{row[name]:.3f}" for name in shares),
+            str(row["no_op_heads"]),
+        )
+        for row in sinks.by_layer().to_dict("records")
+    ]
+    title = "Layer by layer: outliers at its exit, largest norm in medians, shares of its attention"
+    return table(title, columns, rows)
 
 
 def outlier_table(found: ss.vision.Outliers) -> Any:
@@ -300,8 +472,7 @@ READ = ("outliers", "others", "cls", "shuffled")
 
 def repair_table(repair: pd.DataFrame, registers: int) -> Any:
     """Make the table of the effect of test-time registers, and of the controls."""
-    last = repair["layer"].max()
-    chosen = repair[repair["layer"].isna() | (repair["layer"] == last)]
+    chosen = repair[repair["layer"].isna() | (repair["layer"] == repair["layer"].max())]
     rows = [
         (str(state), str(row["measure"]), spread(row, "mean", "low", "high"))
         for state, part in chosen.groupby("state", sort=False)

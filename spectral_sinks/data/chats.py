@@ -12,7 +12,7 @@ from jaxtyping import Int
 from numpy.typing import NDArray
 
 from spectral_sinks.data.token_ids import MarkedEncoder, TextEncoder, listed, refuse_surrogates
-from spectral_sinks.errors import InputError
+from spectral_sinks.errors import InputError, brief
 
 Chat = str | Sequence[Mapping[str, Any]]
 """A list of messages, each with its `role` and `content`; or a string, which is one message of a user."""
@@ -63,7 +63,7 @@ class ChatEncoder:
         try:
             return self.tokenizer.get_chat_template()
         except ValueError as error:
-            raise InputError(f"the chat template of {self.name} cannot be used: {error}") from error
+            raise InputError(f"the chat template of {self.name} cannot be used: {brief(error)}") from error
 
     @property
     def template_hash(self) -> str:
@@ -150,7 +150,7 @@ class ChatEncoder:
                 list(messages), tokenize=False, add_generation_prompt=False
             )
         except Exception as error:  # a template is a program, which fails in its own ways
-            raise InputError(f"the chat template of {self.name} refuses {name}: {error}") from error
+            raise InputError(f"the chat template of {self.name} refuses {name}: {brief(error)}") from error
 
     def spans(self, messages: Sequence[Mapping[str, str]], rendered: str, name: str) -> list[Span]:
         """Return where the messages stand in a rendered chat.

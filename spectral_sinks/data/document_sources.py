@@ -2,6 +2,8 @@
 
 import codecs
 import gzip
+import json
+import sys
 import tempfile
 import warnings
 import zlib
@@ -9,14 +11,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pandas as pd
 from huggingface_hub import HfApi
 
 from spectral_sinks.data.chats import is_chat
 from spectral_sinks.data.token_ids import refuse_surrogates
-from spectral_sinks.errors import InputError, SpectralWarning
+from spectral_sinks.errors import InputError, SpectralWarning, brief
+from spectral_sinks.files import expanded
 from spectral_sinks.models import embedded
 from spectral_sinks.models.checkpoint import TIMEOUT
 
@@ -28,12 +30,6 @@ BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".p
 
 ARCHIVES = {".zip", ".tar", ".tgz", ".7z", ".rar", ".bz2", ".xz", ".zst"}
 """Ends of the names of packed files, which are not read, unlike .gz."""
-
-BROKEN = (
-    *(ValueError, OSError, RuntimeError, EOFError, zlib.error, datasets.exceptions.DatasetsError),
-    StopIteration,  # of an empty file
-)
-"""What `datasets` raises for files that it cannot read."""
 
 MARKS = {
     codecs.BOM_UTF32_LE: "UTF-32",
@@ -61,7 +57,7 @@ def documents(
     - None for the shipped corpus;
     - a file: .txt is one document, or several between `separator`; .jsonl, .csv, .tsv and .parquet have one
       document per row, in `column`; with .gz behind the name, each is unpacked;
-    - a folder, whose .txt files are read in the order of their names;
+    - a folder, whose .txt files are read in the order of their names; a warning says what else it holds;
     - a string with white space, which is the text itself;
     - any other string, a data set id of the hub, which is streamed;
     - a table: a pandas DataFrame or Series, a dictionary of columns, or the splits of a `datasets` object;
@@ -157,16 +153,17 @@ def _found(
 ) -> Iterable[Any]:
     """Return the documents of a source, or rows that hold one each."""
     if source is None:
-        source = CORPUS
+        return map(json.loads, CORPUS.read_bytes().splitlines())
     if isinstance(source, str) and (any(c.isspace() for c in source) or not source):
         return [source]
     if isinstance(source, Path) or (isinstance(source, str) and _is_path(source)):
-        return _from_file(Path(source).expanduser(), separator)
+        return _from_file(expanded(source), separator)
     if isinstance(source, bytes | bytearray):
         return [decoded(bytes(source), "the text")]
     if isinstance(source, str):
         return _from_hub(source, name, split)
-    if isinstance(source, datasets.DatasetDict | datasets.IterableDatasetDict):
+    library = sys.modules.get("datasets")  # without which there is no such object
+    if library is not None and isinstance(source, library.DatasetDict | library.IterableDatasetDict):
         if split not in source:
             raise InputError(
                 f"the data set has no split {split!r}: give split= one of {', '.join(map(repr, source))}"
@@ -212,12 +209,21 @@ def _kind(path: Path) -> str:
 
 def _from_file(path: Path, separator: str | None) -> Iterable[Any]:
     if path.is_dir():
-        files = [file for file in path.iterdir() if _kind(file) == ".txt" and file.name[0] != "."]
+        held = sorted(file for file in path.iterdir() if file.name[0] != ".")
+        files = [file for file in held if _kind(file) == ".txt"]
         if not files:
             raise InputError(f"{path} is a folder without .txt files: give a file, or a folder of .txt files")
-        return [text for file in sorted(files) for text in _from_file(file, separator)]
+        if others := [file.name for file in held if file not in files]:
+            warnings.warn(
+                f"{path} also holds what is no .txt file and is left out: {others[0]}"
+                f"{f' and {len(others) - 1} more' if others[1:] else ''}",
+                SpectralWarning,
+                stacklevel=2,
+            )
+        return [text for file in files for text in _from_file(file, separator)]
     if not path.exists():
-        raise InputError(f"{path} does not exist")
+        itself = "" if path.suffix else ": give a text itself in a list, or to a command as text:..."
+        raise InputError(f"{path} does not exist{itself}")
     kind = _kind(path)
     if kind in ARCHIVES or (_packed(path) and kind not in {".txt", *BUILDERS}):
         ends = ", ".join(f"{end}.gz" for end in (".txt", *BUILDERS))
@@ -235,30 +241,38 @@ def _content(path: Path) -> bytes:
     try:
         return gzip.decompress(path.read_bytes())
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise InputError(f"{path} cannot be unpacked ({error}): fetch or pack it again") from error
+        raise InputError(f"{path} cannot be unpacked ({brief(error)}): fetch or pack it again") from error
 
 
 def _rows(path: Path, builder: str, options: Mapping[str, Any]) -> Iterator[Any]:
     """Stream the rows of a table, without the cache of `datasets`, which may be read-only."""
+    import datasets  # not for other sources
+
+    broken = (
+        *(ValueError, OSError, RuntimeError, EOFError, zlib.error, datasets.exceptions.DatasetsError),
+        StopIteration,  # of an empty file
+    )
     files = {"train": str(path)}
     try:
         with tempfile.TemporaryDirectory() as cache:
             yield from datasets.load_dataset(
                 builder, data_files=files, split="train", streaming=True, cache_dir=cache, **options
             )
-    except BROKEN as error:
+    except broken as error:
         content = _content(path)  # says what is wrong where it is the packing
         if builder != "parquet" and not decoded(content, str(path)).strip():  # or the encoding
             return
-        raise InputError(f"{path} cannot be read as {builder}: {error}") from error
+        raise InputError(f"{path} cannot be read as {builder}: {brief(error)}") from error
 
 
 def _from_hub(source: str, name: str | None, split: str) -> Iterable[Any]:
     try:
+        import datasets
+
         HfApi().dataset_info(source, timeout=TIMEOUT)
         return datasets.load_dataset(source, name, split=split, streaming=True)
     except Exception as error:  # errors of several libraries behind the hub client
         raise InputError(
-            f"{source!r} is not a file, and as a data set of the hub it cannot be read ({error}); "
+            f"{source!r} is not a file, and as a data set of the hub it cannot be read ({brief(error)}); "
             "give a text itself in a list, or to a command as text:..."
         ) from error

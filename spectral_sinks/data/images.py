@@ -4,21 +4,22 @@ import hashlib
 import io
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import datasets
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from spectral_sinks.errors import InputError, SpectralWarning
+from spectral_sinks.data import image_stores
+from spectral_sinks.errors import InputError, SpectralWarning, brief
+from spectral_sinks.files import expanded
 
-Raw = Path | bytes | Image.Image
-"""An image that is not decoded yet (a path or bytes), or a PIL image."""
+Raw = Path | bytes | Callable[[], bytes] | Image.Image
+"""An image that is not decoded yet (a path, bytes, or a function that reads bytes), or a PIL image."""
 
 PAPER = (255, 255, 255)
 """The background of transparent pixels: white."""
@@ -32,6 +33,12 @@ TURNED = 0x0112
 SHOWN = 500
 """Number of images from which decoding shows a progress bar."""
 
+EXTENSIONS = frozenset(end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN)
+"""Endings of the names of image files, in small letters."""
+
+OTHERS = frozenset({".txt", ".tar", ".parquet"})
+"""Endings of the names of other files that hold images or name them."""
+
 Broken = Literal["skip", "refuse"]
 
 
@@ -44,6 +51,8 @@ class Images:
     labels: tuple[int, ...] | None = None
     """Class index of each picture; None for unlabelled pictures."""
     label_names: tuple[str, ...] = ()
+    sizes: tuple[tuple[int, int], ...] = ()
+    """Width and height of each picture in pixels, once it is upright."""
     record: dict[str, Any] = field(default_factory=dict[str, Any])
     """The source, the number of classes, the sizes, the hash of the pixels, the conversions, and the broken
     files.
@@ -69,12 +78,16 @@ def images(
     split: str = "train",
     name: str | None = None,
 ) -> Images:
-    """Load pictures from a folder, a file, a list of files (.txt, one per line), or a `datasets` id of the
-    hub.
+    """Load pictures from a folder, a file, a list of files (.txt, one per line), a tar file, or a data set.
 
-    A folder is searched recursively. If all of its images are in subfolders, and these have at least two
-    names, the names are the classes. An iterable of paths, of PIL images, or of rows with an image works too,
-    such as a `datasets` object.
+    A folder is searched recursively; files that are no images by their names are left out. If all of its
+    images are in subfolders, and these have at least two names, the names are the classes. A tar file is read
+    like a folder, or as a shard of WebDataset, whose `.cls` files are the classes. A data set is a folder
+    that `datasets` saved, a file or folder of .parquet, or an id of the hub. An iterable of paths, of PIL
+    images, or of rows with an image works too, such as a `datasets` object.
+
+    Every image is decoded once here, for its size and the hash. Pictures are decoded again on access and not
+    kept, so that the memory does not grow with their number.
 
     Pictures are rotated according to their EXIF data, 16-bit grey values are scaled to 8 bits, transparency
     is laid on white, and other colour spaces become RGB. Of an animation, the first frame is taken.
@@ -84,7 +97,7 @@ def images(
         limit: the number of images to keep. If there are classes, the first images of each are taken in turn.
         broken: "skip" leaves out broken files with a warning that names them; "refuse" raises InputError.
         labels: the class of each image, as names or numbers.
-        split: the split of a data set of the hub.
+        split: the split of a data set.
         name: the configuration of a data set of the hub.
 
     Raises:
@@ -107,7 +120,7 @@ def images(
     taken: list[tuple[str, Raw, Any]] = []
     bad: dict[str, str] = {}
     # decode every image once, for the record; `Images` decodes them again on access
-    digest, converted, sizes = hashlib.sha256(), Counter[str](), set[tuple[int, int]]()
+    digest, converted, sizes = hashlib.sha256(), Counter[str](), list[tuple[int, int]]()
     listed = zip(found, classes or [None] * len(found), strict=True)
     total = min(len(found), limit or len(found))
     for (title, raw), label in tqdm(listed, "reading images", total, disable=total < SHOWN):
@@ -117,12 +130,12 @@ def images(
             picture, how = upright(_opened(raw))
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             if broken == "refuse":
-                raise InputError(f"{title} is not a readable image: {error}") from error
+                raise InputError(f"{title} is not a readable image: {brief(error)}") from error
             bad[title] = str(error)
             continue
         digest.update(repr(picture.size).encode() + picture.tobytes())
         converted.update(how)
-        sizes.add(picture.size)
+        sizes.append(picture.size)
         taken.append((title, raw, label))
     if bad:
         said = "; ".join(f"{title} ({why})" for title, why in bad.items())
@@ -136,6 +149,7 @@ def images(
         names=tuple(title for title, _, _ in taken),
         labels=tuple(names.index(label) for label in chosen) if names else None,
         label_names=tuple(map(str, names)),
+        sizes=tuple(sizes),
         record={
             "source": str(source) if isinstance(source, str | Path) else type(source).__name__,
             "data_hash": digest.hexdigest(),
@@ -179,7 +193,8 @@ def _opened(raw: Raw) -> Image.Image:
     """Return the first frame, fully decoded."""
     if isinstance(raw, Image.Image):
         return raw
-    with Image.open(io.BytesIO(raw) if isinstance(raw, bytes) else raw) as image:
+    data = raw() if callable(raw) else raw
+    with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as image:
         image.load()
         return image
 
@@ -189,22 +204,32 @@ def _found(
 ) -> tuple[list[tuple[str, Raw]], list[Any] | None]:
     """Return names with undecoded images, and the class of each image if the source tells it."""
     if isinstance(source, str | Path):
-        path = Path(source).expanduser()
+        path = expanded(source)
         if path.is_dir():
-            return _in_folder(path)
-        if path.suffix == ".txt" and path.is_file():
+            stored = image_stores.saved(path, split, EXTENSIONS)
+            if stored is None:
+                return _in_folder(path)
+            if isinstance(stored, list):
+                return _in_tars(stored)
+            source = stored
+        elif path.suffix == ".txt" and path.is_file():
             lines = path.read_text(encoding="utf-8").splitlines()
             return [(line, path.parent / line) for line in map(str.strip, lines) if line], None
-        if path.is_file():
-            return [(path.name, path)], None
-        if isinstance(source, Path) or source[:1] in "./~" or path.suffix.lower() in _extensions():
+        elif path.is_file():
+            if image_stores.is_tar(path):
+                return _in_tars([path])
+            if path.suffix != ".parquet":
+                return [(path.name, path)], None
+            source = image_stores.of_parquet([path])
+        elif isinstance(source, Path) or source[:1] in "./~" or path.suffix.lower() in EXTENSIONS | OTHERS:
             raise InputError(f"{source} does not exist")
-        source = _from_hub(source, name, split)
+        else:
+            source = _from_hub(source, name, split)
     return _rows(source, limit)
 
 
 def _in_folder(root: Path) -> tuple[list[tuple[str, Raw]], list[Any] | None]:
-    files = sorted(p for p in root.rglob("*") if p.suffix.lower() in _extensions() and p.is_file())
+    files = sorted(p for p in root.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
     if not files:
         raise InputError(f"{root} holds no images: expected files such as .jpg or .png, in it or below")
     parents = [path.parent for path in files]
@@ -213,16 +238,29 @@ def _in_folder(root: Path) -> tuple[list[tuple[str, Raw]], list[Any] | None]:
     return [(path.relative_to(root).as_posix(), path) for path in files], classes if labelled else None
 
 
-def _extensions() -> set[str]:
-    return set(Image.registered_extensions())
+def _in_tars(paths: Sequence[Path]) -> tuple[list[tuple[str, Raw]], list[Any] | None]:
+    members = [member for path in paths for member in image_stores.in_tar(path, EXTENSIONS)]
+    if not members:
+        raise InputError(f"{paths[0]} holds no images: expected files such as .jpg or .png in it")
+    labels = [member.label for member in members]
+    if None not in labels:
+        classes: list[Any] | None = labels
+    else:
+        parents = [Path(member.name).parent for member in members]
+        labelled = Path() not in parents and len({parent.name for parent in parents}) > 1
+        classes = [parent.name for parent in parents] if labelled else None
+    return [(member.name, member.read) for member in members], classes
 
 
 def _from_hub(source: str, name: str | None, split: str) -> Any:
     try:
+        import datasets  # not for files
+
         return datasets.load_dataset(source, name, split=split, streaming=True)
     except Exception as error:  # errors of several libraries behind the hub client
         raise InputError(
-            f"{source!r} is not a file or folder, and as a data set of the hub it cannot be read ({error})"
+            f"{source!r} is not a file or folder, and as a data set of the hub it cannot be read "
+            f"({brief(error)})"
         ) from error
 
 
@@ -231,31 +269,48 @@ def _rows(source: Iterable[Any], limit: int | None) -> tuple[list[tuple[str, Raw
     pictures.
     """
     features = getattr(source, "features", None)
-    column = label = None
-    given: Any = source
+    if isinstance(source, dict):
+        raise InputError(f"this is {len(source)} data sets, {', '.join(map(str, source))}: give one of them")
     if features is not None:
-        column = next((key for key, kind in features.items() if isinstance(kind, datasets.Image)), None)
-        label = next((key for key, kind in features.items() if isinstance(kind, datasets.ClassLabel)), None)
-        if column is None:
-            raise InputError(f"the data set has no column of images; columns: {', '.join(features)}")
-        given = given.cast_column(column, datasets.Image(decode=False))
+        return _of_data_set(source, features, limit)
     found: list[tuple[str, Raw]] = []
-    classes: list[Any] = []
-    for place, row in enumerate(given):
-        if features is not None and len(found) == limit:
-            break
-        if column is not None:
-            stored = row[column]
-            title = Path(stored["path"]).name if stored.get("path") else f"image {place}"
-            found.append((title, stored["bytes"] if stored.get("bytes") else Path(stored["path"])))
-            if label is not None and features is not None:
-                classes.append(features[label].int2str(row[label]))
-        elif isinstance(row, Image.Image):
+    for place, row in enumerate(source):
+        if isinstance(row, Image.Image):
             found.append((getattr(row, "filename", "") or f"image {place}", row))
         elif isinstance(row, str | Path):
-            found.append((str(row), Path(row).expanduser()))
+            found.append((str(row), expanded(row)))
         else:
             raise InputError(f"image {place} is {type(row).__name__}: expected a path or a PIL image")
+    return found, None
+
+
+def _of_data_set(
+    source: Any, features: dict[str, Any], limit: int | None
+) -> tuple[list[tuple[str, Raw]], list[Any] | None]:
+    """Read a data set with an image column and perhaps a class column.
+
+    Only a data set that is streamed has to be held in memory, as encoded bytes.
+    """
+    import datasets  # not for files
+
+    column = next((key for key, kind in features.items() if isinstance(kind, datasets.Image)), None)
+    label = next((key for key, kind in features.items() if isinstance(kind, datasets.ClassLabel)), None)
+    if column is None:
+        raise InputError(f"the data set has no column of images; columns: {', '.join(features)}")
+    given = source.cast_column(column, datasets.Image(decode=False))
+    if isinstance(given, datasets.Dataset):
+        found: list[tuple[str, Raw]] = list(image_stores.in_data_set(given, column))
+        named = None if label is None else [features[label].int2str(int(row)) for row in given[label]]
+        return found, named
+    found, classes = [], list[Any]()
+    for place, row in enumerate(given):
+        if place == limit:
+            break
+        stored = row[column]
+        title = Path(stored["path"]).name if stored.get("path") else f"image {place}"
+        found.append((title, stored["bytes"] if stored.get("bytes") else Path(stored["path"])))
+        if label is not None:
+            classes.append(features[label].int2str(row[label]))
     return found, classes or None
 
 

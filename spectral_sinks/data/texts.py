@@ -1,10 +1,12 @@
 """Windows of token ids, cut from texts and chats, with a record of every choice."""
 
 import hashlib
+import os
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import PurePath
 from typing import Any, Literal
 
 import torch
@@ -79,7 +81,7 @@ class Windows:
         }
         if not model.causal:
             closed = model.sep is not None and all(int(row[-1]) == model.sep for row in rows)
-            record |= {"closes_with_sep": closed, "masking": RULE}
+            record |= {"closes_with_sep": closed} | ({"masking": RULE} if model.masks else {})
         return cls(rows, owner, record, None if roles is None else tuple(map(tuple, roles)))
 
     @property
@@ -178,13 +180,13 @@ def cut(
     Raises:
         InputError: for a model without a tokenizer, texts that are all shorter than two tokens, a window
             longer than the context, `bos` "always" without a BOS token, a document that is no string or
-            contains a lone surrogate, and the string of a special token where the tokenizer cannot read it
-            as text. With `chat`, for a tokenizer without a chat template or without offsets, for `bos`
-            "always" and "never", and for a chat that the template refuses or rewrites.
+            contains a lone surrogate, what `documents` reads (a table, a path, the name of a file), and the
+            string of a special token where the tokenizer cannot read it as text. With `chat`, for a tokenizer
+            without a chat template or without offsets, for `bos` "always" and "never", and for a chat that
+            the template refuses or rewrites.
 
     """
-    alone = isinstance(texts, str) or (chat and is_chat(texts) and len(texts) > 0)
-    given: list[Any] = [texts] if alone else list(texts)
+    given = _given(texts, chat)
     if model.tokenizer is None:
         raise InputError(
             f"{model.name} came without a tokenizer: load(model, tokenizer=...) or Windows.of_ids"
@@ -266,3 +268,23 @@ def cut(
         documents_dropped=len(short),
         **template,
     )
+
+
+def _given(texts: Any, chat: bool) -> list[Any]:
+    """Return the documents as a list. Raises InputError for what `documents` reads.
+
+    Iterating over a table gives the names of its columns, which would be taken for the texts.
+    """
+    if isinstance(texts, str) or (chat and is_chat(texts) and len(texts) > 0):
+        texts = [texts]
+    tabular = isinstance(texts, Mapping) or hasattr(texts, "columns") or hasattr(texts, "column_names")
+    if tabular or isinstance(texts, PurePath) or not isinstance(texts, Iterable):
+        raise InputError(
+            f"texts of the type {type(texts).__name__}, expected a string or a list of strings: read files "
+            "and tables by ss.documents"
+        )
+    given: list[Any] = list(texts)
+    for text in given:
+        if isinstance(text, str) and "." in text[-9:] and os.path.isfile(text):
+            raise InputError(f"{text!r} is the name of a file, not a text: read it by ss.documents({text!r})")
+    return given

@@ -15,6 +15,8 @@ from .fills import fills as fills
 from .fills import sink_preserving as sink_preserving
 from .fills import swap as swap
 from .generation import generation as generation
+from .kv_cache import cache_costs as cache_costs
+from .kv_cache import kv_cache as kv_cache
 from .lens import lens as lens
 from .main import birth as birth
 from .main import bos as bos
@@ -22,8 +24,10 @@ from .main import ladder as ladder
 from .main import sink as sink
 from .main import spectrum as spectrum
 from .no_bos import no_bos as no_bos
+from .no_op_attention import no_op_attention as no_op_attention
 from .outliers import norm_maps as norm_maps
 from .outliers import outlier_shares as outlier_shares
+from .quantisation import quantisation as quantisation
 from .real_ladder import real_ladder as real_ladder
 from .registers import register_ablation as register_ablation
 from .registers import registers as registers
@@ -45,6 +49,7 @@ __all__ = [
     'bars',
     'birth',
     'bos',
+    'cache_costs',
     'circuit_page',
     'circuits',
     'controls',
@@ -53,11 +58,14 @@ __all__ = [
     'eu_dark',
     'fills',
     'generation',
+    'kv_cache',
     'ladder',
     'lens',
     'no_bos',
+    'no_op_attention',
     'norm_maps',
     'outlier_shares',
+    'quantisation',
     'reads',
     'real_ladder',
     'register_ablation',

@@ -9,7 +9,7 @@ from matplotlib.patches import Rectangle
 
 from spectral_sinks.figures.style import FIRST, OTHER, STYLES, saved_figure
 
-LABELS = 400
+LABELS = 150
 """Largest number of heads for which a map shows its numbers."""
 
 
@@ -19,26 +19,28 @@ def circuits(heads: pd.DataFrame, path: Path) -> None:
 
     `heads`: layer, head, attention, weighted, value_ratio, circuit (outlined).
     """
-    shape = heads["layer"].nunique(), heads["head"].nunique()
+    layers = sorted(set(heads["layer"]))  # of a stack in which some have no attention, the others
+    shape = len(layers), heads["head"].nunique()
     panels = {
         "attention": "attention on the sink",
         "weighted": "share of norm-weighted attention",
         "value_ratio": "value ratio (at most 0.2: no-op)",
     }
-    size = (3 * max(2.9, 0.2 * shape[1] + 1), max(2.9, 0.16 * shape[0] + 1))
+    numbers = shape[0] * shape[1] <= LABELS
+    size = (3 * max(2.9, (0.34 if numbers else 0.2) * shape[1] + 1), max(2.9, 0.16 * shape[0] + 1))
     with saved_figure(path, 1, 3, size) as axes:
         for axis, (name, label) in zip(axes[0], panels.items(), strict=True):
             grid = heads.pivot(index="layer", columns="head", values=name)
             image = axis.imshow(grid, cmap="Greys", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
-            if grid.size <= LABELS:
+            if numbers:
                 for (row, column), value in np.ndenumerate(grid.to_numpy()):
                     colour = "white" if value > 0.5 else "black"
                     axis.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=7)
             for layer, head in heads.loc[heads["circuit"], ["layer", "head"]].itertuples(index=False):
-                corner = (head - 0.46, layer - 0.46)
+                corner = (head - 0.46, layers.index(layer) - 0.46)
                 axis.add_patch(Rectangle(corner, 0.92, 0.92, fill=False, color="#b5452c", linewidth=1.6))
             rows, columns = (range(0, n, max(1, n // 12)) for n in shape)
-            axis.set(xlabel="head", yticks=rows, xticks=columns)
+            axis.set(xlabel="head", yticks=rows, yticklabels=[layers[row] for row in rows], xticks=columns)
             axis.set_title(label, fontsize=8)
             axis.figure.colorbar(image, ax=axis, extend="max" if grid.max().max() > 1 else "neither")
         axes[0, 0].set_ylabel("layer")

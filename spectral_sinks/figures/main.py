@@ -32,6 +32,7 @@ def spectrum(values: pd.DataFrame, alignment: pd.DataFrame, path: Path) -> None:
             label="random subspaces, least to most",
         )
         axis.set(xlabel="band of the unembedding (last is darkest)", ylabel="share of E-dark's energy")
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.set_ylim(top=1.35 * max(alignment["share"].max(), alignment["random_high"].max()))
         axis.legend(loc="upper left")
 
@@ -62,19 +63,16 @@ def bos(table: pd.DataFrame, chance: float, path: Path) -> None:
         axes[0, 0].legend()
         axes[0, 1].legend()
         written = table[(table["position_class"] == first) & table["site"].isin(["attention", "mlp"])]
-        shapes = {("attention", "dark"): ("#000000", "//"), ("attention", "light"): ("#d0d0d0", "//")}
-        shapes |= {("mlp", "dark"): ("#000000", ""), ("mlp", "light"): ("#d0d0d0", "")}
-        for place, ((site, part_name), (colour, hatch)) in enumerate(shapes.items()):
-            part = written[(written["site"] == site) & (written["quantity"] == f"{part_name} norm")]
-            axes[0, 2].bar(
-                part["layer"] + (place - 1.5) * 0.2,
-                part["mean"],
-                width=0.2,
-                color=colour,
-                hatch=hatch,
-                edgecolor="white" if part_name == "dark" else "#555555",
-                label=f"{'MLP' if site == 'mlp' else site}, {part_name}",
-            )
+        # lines and not bars, which in a model of thirty layers would be hairs
+        for site, marker in (("attention", "^"), ("mlp", "o")):
+            for part_name, colour, line in (("dark", "#000000", "-"), ("light", "#8a8a8a", "--")):
+                part = written[(written["site"] == site) & (written["quantity"] == f"{part_name} norm")]
+                name = f"{'MLP' if site == 'mlp' else site}, {part_name}"
+                axes[0, 2].plot(
+                    part["layer"], part["mean"], color=colour, linestyle=line, marker=marker, label=name
+                )
+        for axis in axes.flat:
+            axis.xaxis.get_major_locator().set_params(integer=True)
         axes[0, 2].set(xlabel="layer", ylabel="norm of what was written to the first token", yscale="log")
         low, high = axes[0, 2].get_ylim()
         axes[0, 2].set_ylim(low, high * 8)

@@ -8,36 +8,38 @@ import numpy as np
 import pandas as pd
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
-from numpy.typing import NDArray
 
+from spectral_sinks.figures.overlays import Maps, lay_over, overlay_figure, patch_frame, scale_below
 from spectral_sinks.figures.style import FIRST, OTHER, STYLES, mean_line, saved_figure
 
 
 def norm_maps(
-    pictures: Sequence[Any], maps: Mapping[int, NDArray[Any]], cutoffs: Mapping[int, float], path: Path
+    pictures: Sequence[Any],
+    maps: Mapping[int, Maps],
+    cutoffs: Mapping[int, float],
+    path: Path,
 ) -> None:
-    """Draw one row per picture: the picture, and the norms of its patches at some layers, with outliers
-    framed.
+    """Draw one row per picture: the picture, and over it the norms of its patches at some layers.
 
-    `pictures` are PIL images. `maps` has `[images, rows, columns]` by layer (-1: the embedding). `cutoffs`
-    has the norm above which a patch of that layer is an outlier. Each layer has one scale for all pictures.
+    `pictures` are PIL images. `maps` has a map `[rows, columns]` of each picture by layer (-1: the
+    embedding). `cutoffs` has the norm above which a patch of that layer is an outlier; these patches are
+    framed. Each layer has one scale for all pictures.
     """
     layers = list(maps)
-    size = (1.5 * (len(layers) + 1), 1.5 * len(pictures) + 0.3)
-    with saved_figure(path, len(pictures), len(layers) + 1, size) as axes:
-        for axis in axes.flat:
-            axis.set(xticks=[], yticks=[])
-        for row, picture in enumerate(pictures):
-            rows, columns = maps[layers[0]][row].shape
-            axes[row, 0].imshow(np.asarray(picture), aspect="auto")
-            axes[row, 0].set_box_aspect(rows / columns)
-            for place, layer in enumerate(layers, start=1):
-                values, axis = maps[layer][row], axes[row, place]
-                axis.imshow(values, cmap="gray_r", vmin=0, vmax=float(maps[layer].max()))
-                for y, x in np.argwhere(values > cutoffs[layer]):
-                    axis.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor="#b5452c"))
+    with overlay_figure(path, pictures, len(layers) + 1) as axes:
         for place, layer in enumerate(layers, start=1):
-            axes[0, place].set_title("embedding" if layer < 0 else f"layer {layer}")
+            top = max(float(np.max(values)) for values in maps[layer])
+            drawn: Any = None
+            for row, picture in enumerate(pictures):
+                axis, values = axes[row, place], np.asarray(maps[layer][row])
+                drawn = lay_over(axis, picture, values, top)
+                for y, x in np.argwhere(values > cutoffs[layer]):
+                    left, upper, width, height = patch_frame(axis, values.shape, int(y), int(x))
+                    frame = Rectangle((left, upper), width, height, fill=False, edgecolor="#59c3e8")
+                    axis.add_patch(frame)
+            axes[0, place].set_title("embedding" if layer < 0 else f"layer {layer}", fontsize=8)
+            scale_below(axes[:, place], drawn, "norm of a patch")
+        axes[0, 0].figure.suptitle("norms of patches; a frame marks an outlier", fontsize=8)
 
 
 def outlier_shares(shares: pd.DataFrame, prefix: Sequence[str], path: Path) -> None:

@@ -29,7 +29,9 @@ def real_ladder(table: pd.DataFrame, path: Path, *, model: str, layer: int) -> N
             axis.set_xlabel(f"j: bands kept of 20, at the exit of layer {layer}")
         axes[0, 0].set_ylabel("NLL above untouched (nats per token)")
         axes[0, 0].set_title(model, fontsize=8)
-        axes[0, 0].legend()
+        low, high = axes[0, 0].get_ylim()
+        axes[0, 0].set_ylim(low, high + 0.35 * (high - low))  # room for the legend
+        axes[0, 0].legend(loc="upper right")
         axes[0, 1].axhline(
             table["baseline_mass_above"].iloc[0], color="#444444", linewidth=0.6, linestyle=":"
         )

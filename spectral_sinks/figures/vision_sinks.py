@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from spectral_sinks.figures.overlays import Maps, lay_over, overlay_figure, patch_frame, scale_below
 from spectral_sinks.figures.style import saved_figure
 
 SHOWN = 8
@@ -41,49 +43,41 @@ def vision_sinks(heads: pd.DataFrame, path: Path) -> None:
 
 
 def attention_maps(
-    images: NDArray[np.generic],
-    maps: Sequence[NDArray[np.floating]],
+    images: Sequence[Any] | NDArray[np.generic],
+    maps: Sequence[Maps],
     titles: Sequence[str],
     uniform: float,
     path: Path,
 ) -> None:
-    """Draw images, and below each the attention that its patches receive (alpha_k), with a row per layer or
-    head.
+    """Draw one row per image: the image, and over it the attention that its patches receive (alpha_k).
 
     Args:
-        images: `[images, 3, height, width]` on any scale; each is shown from its smallest to its largest
-            value.
-        maps: `[images, rows, columns]` for each title. Each row of maps has one scale, from 0 to its largest
-            value, or to four times uniform if that is larger. A ring marks the largest patch of each image.
-        titles: the title of each row of maps.
+        images: PIL images, or an array `[images, 3, height, width]` on any scale; each is shown from its
+            smallest to its largest value.
+        maps: for each title, such as a layer or head, a map `[rows, columns]` of each image. Maps of one
+            title have one scale, from 0 to their largest value, or to four times uniform if that is larger. A
+            ring marks the largest patch of each image.
+        titles: the title of each column of maps.
         uniform: the attention that each patch receives if attention is uniform.
         path: the PNG to write.
 
     """
-    count = min(SHOWN, len(images))
-    size = (1.25 * count + 1.1, 1.3 * (len(maps) + 1))
-    with saved_figure(path, len(maps) + 1, count, size) as axes:
-        for column in range(count):
-            picture = np.moveaxis(np.asarray(images[column], dtype=float), 0, -1)
-            low, high = picture.min(), picture.max()
-            axes[0, column].imshow((picture - low) / max(high - low, 1e-12))
-            for row, values in enumerate(maps, start=1):
-                largest = max(float(values[:count].max()), 4 * uniform)
-                here = values[column]
-                axes[row, column].imshow(here, cmap="magma", vmin=0, vmax=largest)
-                y, x = np.unravel_index(int(here.argmax()), here.shape)
-                axes[row, column].plot(x, y, "o", markersize=9, markerfacecolor="none", color="#59c3e8")
-        for axis in axes.flat:
-            axis.set(xticks=[], yticks=[])
-            for side in axis.spines.values():
-                side.set_visible(False)
-        axes[0, 0].set_ylabel("image", fontsize=8)
-        aside = axes[0, 0].figure.colorbar(axes[0, 0].images[0], ax=list(axes[0]))
-        aside.ax.set_visible(False)  # it keeps the row as wide as the rows below
-        for row, title in enumerate(titles, start=1):
-            axes[row, 0].set_ylabel(title, fontsize=8)
-            bar = axes[row, 0].figure.colorbar(axes[row, count - 1].images[0], ax=list(axes[row]))
-            bar.ax.axhline(uniform, color="white", linewidth=1)
+    shown = list(images)[:SHOWN]
+    with overlay_figure(path, shown, len(maps) + 1) as axes:
+        for place, (title, column) in enumerate(zip(titles, maps, strict=True), start=1):
+            top = max(4 * uniform, *(float(np.max(values)) for values, _ in zip(column, shown, strict=False)))
+            drawn: Any = None
+            for row, picture in enumerate(shown):
+                axis, values = axes[row, place], np.asarray(column[row])
+                drawn = lay_over(axis, picture, values, top)
+                y, x = np.unravel_index(int(values.argmax()), values.shape)
+                left, upper, width, height = patch_frame(axis, values.shape, int(y), int(x))
+                centre = left + width / 2, upper + height / 2
+                axis.plot(*centre, "o", markersize=9, markerfacecolor="none", color="#59c3e8")
+            axes[0, place].set_title(title, fontsize=8)
+            scale_below(axes[:, place], drawn, "attention").ax.axvline(uniform, color="white", linewidth=1)
         axes[0, 0].figure.suptitle(
-            f"attention that each patch receives; line on the scale: uniform, {uniform:.4f}", fontsize=8
+            "attention that each patch receives; a ring marks the largest patch\n"
+            f"white line on the scale: uniform attention, {uniform:.4f}",
+            fontsize=8,
         )

@@ -103,6 +103,13 @@ class AtToken(AttentionEdit):
             )
         return call.ids.to(call.query.device) == self.token
 
+    def chosen_keys(self, call: AttentionCall) -> Bool[Tensor, "#batch keys"]:
+        """Return a mask of the keys of the tokens that are edited, some of which a cache may have dropped.
+
+        Raises InputError as `chosen` does, and where a cache holds the keys of other tokens in each head.
+        """
+        return self.chosen(call)[:, call.key_positions]
+
 
 def of_layer(values: Tensor | float, call: AttentionCall) -> Tensor:
     """Return the keys or values of one layer as `[1, key_heads, 1, size]`; a number stays a number."""

@@ -33,7 +33,7 @@ class MaskKey(AtToken):
 
     def changed(self, call: AttentionCall) -> AttentionCall:
         query, key = call.query_positions[:, None], call.key_positions
-        keys = self.chosen(call)[:, key][:, None, None]
+        keys = self.chosen_keys(call)[:, None, None]
         hidden = keys & (query != key) & (query >= self.since)
         if self.heads is not None:
             hidden = hidden & self.acting(call)
@@ -75,7 +75,7 @@ class SetValue(AtToken):
 
     def changed(self, call: AttentionCall) -> AttentionCall:
         new = of_layer(self.value, call)
-        keys = self.chosen(call)[:, call.key_positions]
+        keys = self.chosen_keys(call)
         return replace(call, value=self.placed(call.value, new, keys, call))
 
 
@@ -98,10 +98,12 @@ class CopyKey(AtToken):
             )
 
     def changed(self, call: AttentionCall) -> AttentionCall:
-        at = self.source - int(call.key_positions[0])
-        if not 0 <= at < call.key.shape[2]:
+        positions = call.key_positions
+        found = (positions == self.source).nonzero().flatten().tolist()
+        if not found:
             raise InputError(f"position {self.source} is not among the keys of layer {call.layer}")
-        keys = self.chosen(call)[:, call.key_positions] & (call.key_positions >= self.source)
+        at = found[0]
+        keys = self.chosen_keys(call) & (positions >= self.source)
         key, value = (self.placed(old, old[:, :, at : at + 1], keys, call) for old in (call.key, call.value))
         return replace(call, key=key, value=value)
 

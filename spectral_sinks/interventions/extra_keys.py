@@ -18,7 +18,7 @@ class KeyBias(AttentionEdit):
 
     Both have shape `[layers, key_heads, size]`, or a shape that broadcasts to it, and may require gradients.
     The weights of the tokens then sum to less than 1. The key is not rotated, so rotary queries treat it as a
-    key at position 0.
+    key at position 0. A cache that drops keys and counts positions anew is refused.
 
     Source: Gu et al. 2025.
     """
@@ -37,6 +37,11 @@ class KeyBias(AttentionEdit):
         check_shape("value", self.value, model)
 
     def changed(self, call: AttentionCall) -> AttentionCall:
+        if call.recounted:
+            raise InputError(
+                f"a key bias stands at position 0, and the cache counts positions from its first entry, "
+                f"{call.recounted} further on: use a cache with positions='text'"
+            )
         key = _by_query_head(of_layer(self.key, call), call, call.key.shape[-1])
         value = _by_query_head(of_layer(self.value, call), call, call.value.shape[-1])
         if call.extra_key is not None and call.extra_value is not None:

@@ -1,23 +1,19 @@
 """Registers of an image encoder: test-time registers are added, or trained registers are removed."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from spectral_sinks.errors import InputError
-from spectral_sinks.models.effective_weights import is_linear, outermost
+from spectral_sinks.interventions.silencing import Neurons, by_layer, mlp_output
 from spectral_sinks.models.vision import ADDED, VisionModel
-
-Neurons = pd.DataFrame | Sequence[tuple[int, int]]
-"""A table with the columns `layer` and `neuron`, or pairs of a layer and a neuron."""
 
 
 @dataclass(frozen=True)
@@ -70,47 +66,6 @@ class _Drop:
 
     def cut(self, x: Float[Tensor, "batch tokens d"]) -> Tensor:
         return torch.cat([x[:, : self.start], x[:, self.start + self.count :]], dim=1)
-
-
-def mlp_output(model: VisionModel, layer: int, module: nn.Module | None = None) -> Any:
-    """Return the last matrix of a layer's MLP (fc2, down_proj), whose inputs are the neurons.
-
-    With `module`, the matrix is taken from this copy of the model. Raises InputError for an MLP without a
-    linear module that writes to the residual stream.
-    """
-    path = f"{model.layout.layers}.{layer}.{model.layout.mlp}"
-    parts = outermost((module or model.module).get_submodule(path), is_linear)
-    linear = [part for part in parts if part.out_features == model.d]
-    if not linear:
-        raise InputError(
-            f"{path} of {model.name} has no linear module that writes to the residual stream, so it has no "
-            "neurons"
-        )
-    return linear[-1]
-
-
-def by_layer(model: VisionModel, neurons: Neurons) -> dict[int, tuple[int, ...]]:
-    """Group neurons by layer.
-
-    Raises InputError for neurons that the model does not have, and for a neuron that is named twice.
-    """
-    given: Any = neurons
-    if isinstance(neurons, pd.DataFrame):
-        if missing := {"layer", "neuron"} - set(given.columns):
-            raise InputError(
-                f"the table of neurons has no column {', '.join(sorted(missing))}: see register_neurons"
-            )
-        given = zip(given["layer"].tolist(), given["neuron"].tolist(), strict=True)
-    found: dict[int, list[int]] = {}
-    for layer, neuron in given:
-        if not 0 <= layer < model.layers:
-            raise InputError(f"layer {layer}: {model.name} has layers 0 to {model.layers - 1}")
-        if not 0 <= neuron < (count := mlp_output(model, layer).in_features):
-            raise InputError(f"neuron {neuron}: layer {layer} of {model.name} has neurons 0 to {count - 1}")
-        if neuron in found.setdefault(int(layer), []):
-            raise InputError(f"neuron {neuron} of layer {layer} is named twice")
-        found[layer].append(int(neuron))
-    return {layer: tuple(sorted(found[layer])) for layer in sorted(found)}
 
 
 def _install(

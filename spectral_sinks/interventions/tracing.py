@@ -1,6 +1,7 @@
 """One forward pass of a model with edits at sites, through nnsight."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from spectral_sinks.errors import InputError
 from spectral_sinks.interventions.sites import ORDER, Kind, Site
+from spectral_sinks.models.attention_sdpa import whole_maps
 from spectral_sinks.models.base import Transformer
 from spectral_sinks.models.vision import VisionModel
 from spectral_sinks.remote.client import remotely
@@ -21,6 +23,9 @@ T = TypeVar("T")
 
 Interventions = Mapping[Site, Edit | EditFunction]
 """The edit at each site: a filter, or any function of a tensor `[batch, length, d]`."""
+
+Reads = Sequence[Site] | Mapping[Site, Callable[[Tensor], Any]]
+"""Sites whose residuals are read, or the function at each site whose result is kept of the residual."""
 
 READS: tuple[Kind, ...] = ("queries", "keys", "values")
 
@@ -44,24 +49,28 @@ def trace(
     model: Transformer,
     ids: Int[Tensor, "batch length"] | Float[Tensor, "batch channels height width"],
     edits: Interventions,
-    reads: Sequence[Site] = (),
+    reads: Reads = (),
     *,
-    readout: Callable[[Tensor, dict[Site, Tensor], list[Tensor]], T],
+    readout: Callable[[Tensor, dict[Site, Any], list[Tensor]], T],
     attention: bool | EditFunction = False,
     resume: Resume | None = None,
+    last: int | None = None,
     gradients: bool = False,
     cache: Any = None,
 ) -> T:
     """Run one forward pass with edits at sites, and return the result of `readout`.
 
-    Logits are computed for the last token only; `readout` may unembed other residuals.
+    The pass ends with `readout`: the model itself computes no logits, and `readout` may unembed residuals.
 
     Args:
         model: a language model or an image encoder.
         ids: token ids, or pixels for an image encoder. An encoder reads the ids as they are; `masked_ids`
             masks them.
-        edits: the edit at each site.
-        reads: sites whose residuals, after any edit there, `readout` receives.
+        edits: the edit at each site. With a cache, filters count positions from the beginning of the text,
+            and a function receives only the tokens of this pass.
+        reads: sites whose residuals, after any edit there, `readout` receives; all of them are held until the
+            end of the pass. Or a function for each site, called where the residual arises: `readout` receives
+            its result, and the residual is not held.
         readout: a function that is called inside the trace with three arguments: the output of the final norm
             `[batch, length, d]`, which the unembedding reads; the residuals at `reads`; and the attention
             weights. For an image encoder it may call the model's `logits()`.
@@ -69,6 +78,8 @@ def trace(
             64 tokens under "sdpa_opening"), or a function that is applied to the weights of each layer in
             turn. Layers that `resume` skips have none.
         resume: the residual from which the pass begins, above its layer.
+        last: the last layer that runs; by default all of them and the final norm. With it, `readout` receives
+            the residual at the exit of that layer in place of the output of the final norm.
         gradients: whether the pass is recorded for autograd.
         cache: a cache of transformers. The ids continue where it ends, and their keys and values, which come
             from edited residuals, are added to it.
@@ -77,8 +88,9 @@ def trace(
         The result of `readout`.
 
     Raises:
-        InputError: for a site that the model does not have, for a site that `resume` skips, and for attention
-            weights or gradients that the model cannot give.
+        InputError: for a site that the model does not have, for a site that does not lie between `resume` and
+            `last`, for a filter that needs tokens of the text before this pass, and for attention weights or
+            gradients that the model cannot give.
 
     """
     if attention and not model.reads_attention:
@@ -93,37 +105,53 @@ def trace(
     # collect the edits, then the recorders, which thus see the edited residuals
     hooks: Hooks = {}
     kinds = model.kinds(ids) if isinstance(model, VisionModel) else ids
+    past = 0 if cache is None else int(cache.get_seq_length())
     for site, edit in as_edits(edits).items():
         site.check(model)
+        if cache is not None and (edit := edit.within(past, ids.shape[1])) is None:
+            continue
         hooks.setdefault((site.layer, site.kind), []).append((site, partial(edit.apply, ids=kinds)))
-    read: dict[Site, Tensor] = {}
-    for site in reads:
+    read: dict[Site, Any] = {}
+    functions = reads if isinstance(reads, Mapping) else dict.fromkeys(reads, _whole)
+    for site, reduce in functions.items():
         site.check(model)
-        hooks.setdefault((site.layer, site.kind), []).append((site, _recorder(site, read)))
+        hooks.setdefault((site.layer, site.kind), []).append((site, _recorder(site, read, reduce)))
     start = 0 if resume is None else resume.layer + 1
     if any(layer < start for layer, _ in hooks):
         raise InputError(f"a pass that begins above layer {start - 1} has sites at or below it")
+    if last is not None and not start <= last < model.layers:
+        raise InputError(f"a pass that ends with layer {last}: expected {start} to {model.layers - 1}")
+    if last is not None and any(layer > last for layer, _ in hooks):
+        raise InputError(f"a pass that ends with layer {last} has sites above it")
     writes = _head_writes(model, hooks)
     # run the model; the walk through its modules happens inside the trace
     on_attention = (lambda weights: weights) if attention is True else attention or None
     options = model.inputs(ids)
-    stops = bool(model.layout.transform)  # a head with a transform does not accept `logits_to_keep`
     if model.causal:
         options |= {"use_cache": cache is not None, "past_key_values": cache}
-        options |= {} if stops else {"logits_to_keep": 1}
-    with torch.set_grad_enabled(gradients), model.nn.trace(**options) as tracer:
-        ss_result = nnsight.save(_walk(model, hooks, writes, on_attention, resume, readout, read))
-        if stops:
-            tracer.stop()
+    other = bool(attention) and not model.layout.traits.eager_maps
+    maps = whole_maps(model) if other else nullcontext()
+    with maps, torch.set_grad_enabled(gradients), model.nn.trace(**options) as tracer:
+        ss_result = nnsight.save(_walk(model, hooks, writes, on_attention, resume, last, readout, read))
+        tracer.stop()
     return ss_result
 
 
-def _recorder(site: Site, into: dict[Site, Tensor]) -> EditFunction:
+def deepest(sites: Iterable[Site]) -> int:
+    """Return the highest layer of some sites, or 0: the `last` of a pass that reads nothing else."""
+    return max((site.layer for site in sites), default=0)
+
+
+def _recorder(site: Site, into: dict[Site, Any], reduce: Callable[[Tensor], Any]) -> EditFunction:
     def record(x: Tensor) -> Tensor:
-        into[site] = x
+        into[site] = reduce(x)
         return x
 
     return record
+
+
+def _whole(x: Tensor) -> Tensor:
+    return x
 
 
 def _head_writes(model: Transformer, hooks: Hooks) -> dict[Site, Tensor]:
@@ -138,8 +166,9 @@ def _walk(
     writes: dict[Site, Tensor],
     attention: EditFunction | None,
     resume: Resume | None,
-    readout: Callable[[Tensor, dict[Site, Tensor], list[Tensor]], T],
-    read: dict[Site, Tensor],
+    last: int | None,
+    readout: Callable[[Tensor, dict[Site, Any], list[Tensor]], T],
+    read: dict[Site, Any],
 ) -> T:
     """Visit the modules in forward order, as nnsight requires, inside the trace."""
     start = 0
@@ -148,14 +177,14 @@ def _walk(
         start = resume.layer + 1
         for index in range(start):
             model.skip(index, resume.residual)
-    for index in range(start, model.layers):
+    for index in range(start, model.layers if last is None else last + 1):
         own: dict[Kind, SiteFunctions] = {
             kind: hooks[index, kind] for kind in ORDER if (index, kind) in hooks
         }
         seen = attention if index in model.attention_layers else None
         if own or seen is not None:
             _visit(model, model.layer(index), own, writes, seen, weights)
-    return readout(model.final(), read, weights)
+    return readout(model.final() if last is None else model.exit(last), read, weights)
 
 
 def _visit(
@@ -193,12 +222,15 @@ def _visit(
                 written = factor * (projection(alone) - projection(torch.zeros_like(mixed)))
             change = change + (edit(written) - written) / factor
         projection.output = projection.output + change
-    if on_attention is not None and inside:
+    first = layout.attention_write.startswith(f"{layout.attention}.")  # BLOOM
+    if on_attention is not None and inside and not first:
         weights.append(on_attention(_maps(model, layer)))
     if "attention" in hooks:
         _rewrite(
             model, model.part(layer, layout.attention_write), hooks["attention"], layout.traits.write_factor
         )
+    if on_attention is not None and inside and first:
+        weights.append(on_attention(_maps(model, layer)))
     if entry is not None:  # attention reads the output of the same norm, and reads it unedited
         edited = model.part(layer, layout.mlp_norm)(_chain(entry, hooks["mlp-input"]))
         model.part(layer, layout.mlp).input = edited
@@ -250,7 +282,7 @@ def _read_projections(model: Transformer, layer: Any, hooks: dict[Kind, SiteFunc
             projection.output = output
 
 
-def _chain(x: Float[Tensor, "batch tokens d"], edits: SiteFunctions) -> Tensor:
+def _chain(x: Float[Tensor, "*tokens d"], edits: SiteFunctions) -> Tensor:
     for site, edit in edits:
         before = x
         x = edit(x)

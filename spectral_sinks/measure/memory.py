@@ -20,7 +20,7 @@ TOKENS = {"cpu": 4096, "cuda": 2**17}
 """Tokens in a pass beyond which it gains nothing: on a CPU larger activations only leave the cache."""
 
 BATCH = 16
-"""Windows in a batch unless the caller says otherwise: fixed, since a swap takes its donor from the batch."""
+"""Windows in a batch unless the caller says otherwise, and in a group within which a swap pairs them."""
 
 SHARE = 0.5
 """Of the free memory, what a pass may be planned to take."""
@@ -82,6 +82,14 @@ def batches(
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Yield batches of windows or images with their indices, as many in each as `batch_size_for` says."""
     return inputs.batches(batch_size_for(model, inputs.length, batch_size))
+
+
+def swap_groups(inputs: Windows | Pixels) -> Iterator[tuple[list[int], Tensor]]:
+    """Yield the groups within which a swap pairs windows or images, each of which takes the one before it.
+
+    They depend on the windows alone, and not on the batch size or on memory, so that results do not either.
+    """
+    return inputs.batches(BATCH)
 
 
 def free(device: torch.device) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from spectral_sinks.errors import InputError
+from spectral_sinks.errors import InputError, brief
 from spectral_sinks.models.checkpoint import Source, find_source
 from spectral_sinks.models.effective_weights import device_of
 
@@ -45,7 +45,9 @@ def check_adapted(given: Any, module: Any) -> None:
         with torch.no_grad():
             outside, inside = (each(input_ids=ids).logits.float() for each in (given, module))
     except (RuntimeError, ValueError, TypeError) as error:
-        raise InputError(f"a {type(given).__name__} does not run on token ids alone ({error})") from error
+        raise InputError(
+            f"a {type(given).__name__} does not run on token ids alone ({brief(error)})"
+        ) from error
     if not torch.allclose(outside, inside, rtol=1e-2, atol=1e-2):
         raise InputError(_beside(given))
 
@@ -89,7 +91,7 @@ def with_adapter(module: Any, source: Source, allow_pickle: bool) -> Any:
     try:
         given = peft.PeftModel.from_pretrained(module, source.location, revision=source.revision)
     except (ValueError, KeyError, OSError, RuntimeError, TypeError, SafetensorError) as error:
-        raise InputError(f"the adapter of {source.name} cannot be loaded: {error}") from error
+        raise InputError(f"the adapter of {source.name} cannot be loaded: {brief(error)}") from error
     refuse_prompts(given)
     inner: Any = given.base_model.model
     if inner.main_input_name == "input_ids":

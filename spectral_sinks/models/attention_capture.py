@@ -10,13 +10,14 @@ on for a block of code, around any measurement.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import StaticLayer
 from transformers.masking_utils import sdpa_mask
 
 from spectral_sinks.errors import InputError
@@ -63,12 +64,23 @@ class AttentionCall:
     """
     past: int = 0
     """Number of tokens before the first query, whose keys come from a cache."""
+    places: Int[Tensor, "#batch #key_heads keys"] | None = None
+    """Positions in the text of the keys, where a cache has dropped some; None where none is missing between
+    the first and the last."""
+    recounted: int = 0
+    """By how many positions queries are turned beyond what their place among the keys says. It is 0 unless a
+    cache counts the positions of its keys anew, and has dropped some."""
     kept: Bool[Tensor, "... queries keys"] | None = None
     """False where a weight is dropped after the softmax, so that rows sum to less than 1."""
     extra_key: Float[Tensor, "#batch extra_heads extra size"] | None = None
     """Keys in addition to those of the tokens, which every query sees; `weights` returns no columns for them.
     """
     extra_value: Float[Tensor, "#batch extra_heads extra value_size"] | None = None
+    gate: Float[Tensor, "batch heads queries value_size"] | None = None
+    """The factor by which the model multiplies the output before W_O reads it (Qwen3-Next). Only functions
+    that see the call once W_O is about to read know it; None where it is not known, or not there."""
+    observers: tuple["WeightObserver", ...] = ()
+    """Functions that receive each block of weights while the output is computed from it."""
 
     @property
     def groups(self) -> int:
@@ -82,9 +94,17 @@ class AttentionCall:
 
     @property
     def key_positions(self) -> Int[Tensor, "keys"]:
-        """Positions of the keys in the text; they may start above 0, because a cache may have dropped the
-        first keys.
+        """Positions of the keys in the text; a cache may have dropped others.
+
+        Raises InputError where each row or head of a cache holds the keys of other tokens.
         """
+        if self.places is not None:
+            if self.places.shape[:2] != (1, 1):
+                raise InputError(
+                    f"the cache holds keys of other tokens in each head of layer {self.layer}, so a key "
+                    "cannot be chosen by its position in the text: use a cache with evict='window'"
+                )
+            return self.places[0, 0].to(self.query.device)
         gone = max(0, self.past + self.query.shape[2] - self.key.shape[2])
         return gone + torch.arange(self.key.shape[2], device=self.query.device)
 
@@ -103,13 +123,26 @@ class AttentionCall:
 
         The score of a key that a query cannot see is -inf.
         """
-        scores = self._products(self.key, rows)
+        return self._scores(rows, self.key.shape[2])
+
+    def _scores(self, rows: slice, keys: int) -> Float[Tensor, "batch heads rows keys"]:
+        """Return the scores with the first `keys` keys."""
+        scores = self._products(self.key[:, :, :keys], rows)
         if self.bias is not None:
-            scores = scores + self.bias[..., rows, :]
-        return scores.masked_fill(~self.visible(rows), -torch.inf)
+            scores = scores + self.bias[..., rows, :keys]
+        if self.mask is not None:
+            return scores.masked_fill_(~self.visible(rows)[..., :keys], -torch.inf)
+        if self.causal:  # the keys before the first of these queries are seen by all of them
+            first = max(0, range(self.query.shape[2])[rows].start + self.key.shape[2] - self.query.shape[2])
+            scores[..., first:].masked_fill_(~self.visible(rows)[..., first:keys], -torch.inf)
+        return scores
 
     def _products(self, key: Tensor, rows: slice) -> Float[Tensor, "batch heads rows columns"]:
-        scores = self.query[:, :, rows] @ self._by_query_head(key).transpose(2, 3) * self.scaling
+        batch, heads, _, size = self.query.shape
+        query = self.query[:, :, rows]
+        # Query heads that share a key head are rows of one product, so that its keys are not copied
+        together = query.reshape(batch, key.shape[1], -1, size) @ key.transpose(2, 3)
+        scores = together.mul_(self.scaling).view(batch, heads, -1, key.shape[2])
         return scores if self.cap is None else self.cap * torch.tanh(scores / self.cap)
 
     def _by_query_head(self, keys: Tensor) -> Float[Tensor, "batch heads columns size"]:
@@ -120,11 +153,16 @@ class AttentionCall:
         """Return the attention weights of the queries in `rows`, in float32 at least; zeros for a query that
         sees nothing.
         """
-        return self._shared(rows)[..., : self.key.shape[2]]
+        keys = self.key.shape[2]
+        return self._shared(rows, keys)[..., :keys]
 
-    def _shared(self, rows: slice) -> Float[Tensor, "batch heads rows columns"]:
-        """Return the softmax over the keys, the extra keys and the learned sink, in this order of columns."""
-        columns = [self.scores(rows)]
+    def _shared(self, rows: slice, keys: int) -> Float[Tensor, "batch heads rows columns"]:
+        """Return the softmax over the first `keys` keys, the extra keys and the learned sink, in this order
+        of columns.
+
+        The queries in `rows` see no further keys.
+        """
+        columns = [self._scores(rows, keys)]
         if self.extra_key is not None:
             columns.append(self._products(self.extra_key, rows))
         columns = [part.to(torch.promote_types(part.dtype, torch.float32)) for part in columns]
@@ -132,11 +170,12 @@ class AttentionCall:
             sinks = self.sinks.to(columns[0].dtype).view(1, -1, 1, 1)
             columns.append(sinks.expand(*columns[0].shape[:-1], 1))
         weights = torch.cat(columns, dim=-1) if columns[1:] else columns[0]
-        weights = weights.softmax(-1).nan_to_num(0.0)
+        weights = weights.softmax(-1)
+        if self.mask is not None or self.bias is not None or self.key.shape[2] < self.query.shape[2]:
+            weights = weights.nan_to_num(0.0)  # a query may see nothing
         if self.kept is None:
             return weights
-        keys = weights[..., : self.key.shape[2]] * self.kept[..., rows, :]
-        return torch.cat([keys, weights[..., self.key.shape[2] :]], dim=-1)
+        return torch.cat([weights[..., :keys] * self.kept[..., rows, :keys], weights[..., keys:]], dim=-1)
 
     def blocks(self) -> Iterator[slice]:
         """Return slices of the queries, each small enough that its weights fit into `WEIGHTS`."""
@@ -144,18 +183,40 @@ class AttentionCall:
         step = max(1, WEIGHTS // (batch * heads * self.key.shape[2]))
         return (slice(start, min(start + step, queries)) for start in range(0, queries, step))
 
+    def _in_sight(self, rows: slice) -> int:
+        """Return a number of first keys beyond which the queries in `rows` see none."""
+        keys = self.key.shape[2]
+        if self.mask is not None or not self.causal:
+            return keys
+        return max(1, rows.stop + keys - self.query.shape[2])
+
     def output(self) -> Float[Tensor, "batch queries heads size"]:
-        """Return the values averaged with the attention weights."""
-        value = self._by_query_head(self.value)
-        if self.extra_value is not None:
-            extra = self._by_query_head(self.extra_value).expand(len(value), -1, -1, -1)
-            value = torch.cat([value, extra], dim=2)
-        columns = slice(0, value.shape[2])
-        mixed = value.new_empty(*self.query.shape[:3], value.shape[-1])
+        """Return the values averaged with the attention weights, which the observers receive in blocks."""
+        batch, heads, queries, _ = self.query.shape
+        value = self.value
+        mixed = value.new_empty(batch, heads, queries, value.shape[-1])
         for rows in self.blocks():
-            mixed[:, :, rows] = self._shared(rows)[..., columns].to(value.dtype) @ value
+            keys = self._in_sight(rows)
+            weights = self._shared(rows, keys)
+            for observe in self.observers:
+                observe(rows, weights[..., :keys])
+            part = self._averaged(weights[..., :keys], value[:, :, :keys])
+            if self.extra_value is not None:
+                extra = self.extra_value
+                part = part + self._averaged(weights[..., keys : keys + extra.shape[2]], extra)
+            mixed[:, :, rows] = part
         return mixed.transpose(1, 2).contiguous()
 
+    def _averaged(self, weights: Tensor, value: Tensor) -> Float[Tensor, "batch heads rows size"]:
+        """Return weighted sums of the values of the key head that each query head reads."""
+        batch, heads, rows, keys = weights.shape
+        together = weights.to(value.dtype).reshape(batch, value.shape[1], -1, keys)
+        return (together @ value).view(batch, heads, rows, value.shape[-1])
+
+
+WeightObserver = Callable[[slice, Tensor], None]
+"""A function that receives a block of queries, as a slice, and their attention weights `[batch, heads, rows,
+keys]`. Keys that none of them sees may be left out at the end."""
 
 AttentionHook = Callable[[AttentionCall], AttentionCall | None]
 """A function that receives the inputs of one layer's attention, and returns changed inputs or None."""
@@ -245,12 +306,28 @@ class _Text:
     def __init__(self) -> None:
         self.ids: Tensor | None = None
         self.past = 0
+        self.cache: Any = None
+
+    def cached(self, layer: int) -> Any:
+        """Return the cache of a layer, or None."""
+        layers = getattr(self.cache, "layers", ())
+        return layers[layer] if 0 <= layer < len(layers) else None
+
+    def used(self, layer: int, queries: int) -> int | None:
+        """Return how many keys belong to tokens, if the cache of a layer has places for later ones."""
+        return self.past + queries if isinstance(self.cached(layer), StaticLayer) else None
+
+    def held(self, layer: int) -> Any:
+        """Return the places in the text of a layer's keys, and by how many positions its cache counts them
+        nearer to the queries; None and 0 if the cache has dropped none of them.
+        """
+        return getattr(self.cached(layer), "shown", (None, 0))
 
     def read(self, module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
         ids: Tensor | None = named.get("input_ids", given[0] if given else None)
         if ids is not None and ids.ndim != 2:  # pixels
             ids = None
-        cache = named.get("past_key_values")
+        self.cache = cache = named.get("past_key_values")
         self.past = 0 if cache is None else int(cache.get_seq_length())
         if self.past and ids is not None:
             before = self.ids
@@ -274,6 +351,11 @@ def _attention(
     **options: Any,
 ) -> AttentionCall:
     layer, hooks, text = module.__dict__.get(HOOKS, (-1, (), _Text()))
+    used = text.used(layer, query.shape[2])
+    if used is not None and used < key.shape[2]:
+        key, value = key[:, :, :used], value[:, :, :used]
+        if attention_mask is not None:
+            attention_mask = attention_mask[..., :used]
     boolean = attention_mask is not None and attention_mask.dtype == torch.bool
     call = AttentionCall(
         layer,
@@ -289,6 +371,7 @@ def _attention(
         options,
         text.ids,
         text.past,
+        *text.held(layer),
     )
     for look in hooks:
         call = look(call) or call
@@ -298,7 +381,17 @@ def _attention(
 def _blockwise(*given: Any, **options: Any) -> tuple[Tensor, Tensor]:
     """Return the output, and the attention weights among the first `TOKENS` tokens."""
     call = _attention(*given, **options)
-    return call.output(), call.weights(slice(0, TOKENS))[..., :TOKENS].clone()
+    batch, heads, queries, _ = call.query.shape
+    rows, keys = min(TOKENS, queries), min(TOKENS, call.key.shape[2])
+    kind = torch.promote_types(call.query.dtype, torch.float32)
+    opening = call.query.new_zeros(batch, heads, rows, keys, dtype=kind)
+
+    def keep(block: slice, weights: Tensor) -> None:
+        if block.start < rows:
+            part = weights[:, :, : rows - block.start, :keys]
+            opening[:, :, block.start : block.start + part.shape[2], : part.shape[3]] = part
+
+    return replace(call, observers=(*call.observers, keep)).output(), opening
 
 
 def _whole(*given: Any, **options: Any) -> tuple[Tensor, Tensor]:

@@ -39,8 +39,8 @@ Attention received is averaged over these queries, since it falls with length (G
 def opening_attention(
     module: nn.Module,
     query: Float[Tensor, "batch heads tokens size"],
-    key: Float[Tensor, "batch key_heads tokens size"],
-    value: Float[Tensor, "batch key_heads tokens value_size"],
+    key: Float[Tensor, "batch key_heads keys size"],
+    value: Float[Tensor, "batch key_heads keys value_size"],
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
@@ -81,12 +81,13 @@ def is_softmax(implementation: str) -> bool:
 def whole_maps(model: "Transformer") -> Iterator[None]:
     """Let a trace inside the block read whole attention maps.
 
-    The model is switched to eager attention, or to the whole-map version of `attending` if that is active. A
-    model with an attention implementation of its own keeps it.
+    The model is switched to eager attention, or to the whole-map version of `attending` if that is active or
+    eager attention returns other maps than it uses. A model with an attention implementation of its own keeps
+    it.
     """
     before = model.config._attn_implementation
-    whole = WHOLE if before == BLOCKWISE else "eager"
-    changes = before not in ("eager", WHOLE) and model.own_attention is None
+    whole = WHOLE if before == BLOCKWISE or not model.layout.traits.eager_maps else "eager"
+    changes = before not in (whole, WHOLE) and model.own_attention is None
     if changes:
         model.module.set_attn_implementation(whole)
     try:

@@ -103,7 +103,7 @@ class Transformer:
         return tuple(
             index
             for index, layer in enumerate(layers)
-            if has(layer, self.layout.attention)
+            if has(layer, self.layout.attention_projection or self.layout.attention)
             and not (index < len(kinds) and kinds[index].startswith("linear"))
         )
 
@@ -117,6 +117,14 @@ class Transformer:
                 f"{purpose} needs softmax attention in every layer, and {len(lacking)} of {self.layers} "
                 f"layers of {self.name} ({self.family}), such as {lacking[0]}, have none; "
                 "attention_by_head reads the others"
+            )
+
+    def require_attention_in(self, layer: int) -> None:
+        """Raise InputError for a layer that has no softmax attention."""
+        if layer not in self.attention_layers:
+            raise InputError(
+                f"layer {layer} of {self.name} ({self.family}) has no softmax attention; the layers "
+                f"{', '.join(map(str, self.attention_layers))} have"
             )
 
     def require_equal_heads(self) -> None:
@@ -181,12 +189,15 @@ class Transformer:
     @property
     def final_gain(self) -> Float[Tensor, "d"]:
         """The effective gain of the final norm in float32: `weight`, or `1 + weight` (Gemma)."""
+        if not self.layout.final_norm:
+            raise InputError(f"{self.name} ({self.family}) has no norm after its last layer")
         return gain_of(self.module.get_submodule(self.layout.final_norm), self.d)
 
     @property
     def centres_residual(self) -> bool:
         """Whether the final norm subtracts the mean of the residual over channels, as LayerNorm does."""
-        return centres(self.module.get_submodule(self.layout.final_norm), self.d)
+        name = self.layout.final_norm
+        return bool(name) and centres(self.module.get_submodule(name), self.d)
 
     def layer(self, index: int) -> Any:
         """Return the nnsight envoy of a layer. Raises InputError for a layer that does not exist."""
@@ -203,7 +214,9 @@ class Transformer:
         raise NotImplementedError
 
     def final(self) -> Any:
-        """Inside a trace, return the residual stream `[batch, tokens, d]` after the final norm."""
+        """Inside a trace, return the residual stream `[batch, tokens, d]` after the final norm, if any."""
+        if not self.layout.final_norm:
+            return self.exit(self.layers - 1)
         if self.layout.traits.reused_norm:  # its first output is another one
             last = self.exit(self.layers - 1)
             norm = self.nn.get(self.layout.final_norm)
@@ -228,7 +241,9 @@ class Transformer:
         return columns.stop - columns.start
 
     def head_columns(self, layer: int, head: int) -> slice:
-        """Return which inputs of W_O are the output of one head."""
+        """Return which inputs of W_O are the output of one head. Raises InputError without a W_O."""
+        if not self.layout.attention_projection:
+            raise InputError(f"{self.name} ({self.family}): {self.layout.traits.lacking['head']}")
         part = self.module.get_submodule(f"{self.layout.layers}.{layer}.{self.layout.attention_projection}")
         size = inputs_of(part) // self.heads
         return slice(head * size, (head + 1) * size)
@@ -247,9 +262,16 @@ class Transformer:
         return weight if factor == 1 else factor * weight
 
     def projection_index(self, which: str) -> Tensor | slice:
-        """Return which outputs of the layout's projection are `queries`, `keys` or `values`."""
-        if not self.layout.fused:
+        """Return which outputs of the layout's projection are `queries`, `keys` or `values`.
+
+        Where the matrix of the queries also holds gates, `gate` is the part that they come from.
+        """
+        if not self.layout.fused or (self.layout.fused == "gates" and which not in ("queries", "gate")):
             return slice(None)
+        if self.layout.fused == "gates":
+            first = self.head_size if which == "gate" else 0
+            start = torch.arange(self.heads)[:, None] * 2 * self.head_size + first
+            return (start + torch.arange(self.head_size)).flatten()
         size, order = self.head_size, ("queries", "keys", "values")
         if self.layout.fused in ("heads", "groups"):  # each key head with its query heads
             shared = self.heads // self.key_heads

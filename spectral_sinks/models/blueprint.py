@@ -5,12 +5,12 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
-from spectral_sinks.errors import InputError
+from spectral_sinks.errors import InputError, brief
 from spectral_sinks.models.checkpoint import Source
+from spectral_sinks.models.configuration import read_config
 from spectral_sinks.models.layout import find_layout
-from spectral_sinks.models.loading import is_masked, read_config
+from spectral_sinks.models.loading import class_of
 
 
 def blueprint(source: Source) -> Any:
@@ -18,15 +18,15 @@ def blueprint(source: Source) -> Any:
 
     Raises InputError if transformers does not know its classes.
     """
-    kind: Any = AutoModelForMaskedLM if is_masked(source) else AutoModelForCausalLM
+    kind = class_of(source)
     try:
         config = read_config(source, False)
         with torch.device("meta"):
             return kind.from_config(config, attn_implementation="eager").eval()
-    except (ValueError, KeyError, OSError, ImportError, TypeError, RuntimeError, AttributeError) as error:
+    except Exception as error:  # of the code of a family, which raises types of its own
         raise InputError(
             f"{source.name}: transformers cannot build the classes of this model, which say how its tensors "
-            f"are used ({error}): load the model, and give it to read_spectrum"
+            f"are used ({brief(error)}): load the model, and give it to read_spectrum"
         ) from error
 
 

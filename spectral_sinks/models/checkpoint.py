@@ -6,9 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -18,14 +17,16 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
 )
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
-from torch.nn import Parameter
-from transformers import PretrainedConfig
 
-from spectral_sinks.errors import InputError
+from spectral_sinks.errors import InputError, brief
+from spectral_sinks.files import GGUF, expanded
 from spectral_sinks.models.embedded import DEFAULT, FOLDER, TWIN
-from spectral_sinks.models.gguf import SUFFIX, GgufFile, fast_reader, find_gguf
 from spectral_sinks.models.remote_tensor import open_remote, read_header, read_tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from spectral_sinks.models.gguf import GgufFile
 
 TIMEOUT = 5.0
 """Seconds to wait for the hub to say whether it knows a model."""
@@ -38,6 +39,17 @@ SHARD = re.compile(r"\w[\w.+-]*(/\w[\w.+-]*)*", re.ASCII)
 
 class QuantisedError(InputError):
     """A tensor is not stored as it acts, so that it can be read from the loaded model only."""
+
+
+FORMS: dict[str, type] = {
+    "model_type": str,
+    "architectures": list,
+    "text_config": dict,
+    "vision_config": dict,
+    "quantization_config": dict,
+    "auto_map": dict,
+}
+"""Entries of a configuration that are read here or by transformers before it checks them, and their types."""
 
 
 @dataclass(frozen=True)
@@ -68,14 +80,16 @@ class Source:
         }
 
     @cached_property
-    def gguf(self) -> GgufFile | None:
+    def gguf(self) -> "GgufFile | None":
         """The GGUF file, downloaded from the hub where it is not on disk; None for another checkpoint."""
         if self.gguf_file is None:
             return None
         path = self.file(self.gguf_file)
         if path is None:
             raise InputError(f"{self.name} holds no file {self.gguf_file!r}")
-        return GgufFile(path)
+        from spectral_sinks.models.gguf import open_gguf  # imports torch, which few checkpoints need here
+
+        return open_gguf(path)
 
     def file(self, name: str) -> Path | None:
         """Return the path of one file of the checkpoint, downloaded alone from the hub; None if it does not
@@ -99,9 +113,9 @@ class Source:
         does not read from GGUF.
         """
         if self.gguf is not None:
-            return self._gguf_config(self.gguf)
+            return self.gguf.config()
         if (path := self.file("config.json")) is not None:
-            return _json(path)
+            return _formed(path, _json(path))
         if self.adapter is not None:
             raise InputError(
                 f"{self.name} holds an adapter and no model: load both by load({self.name!r}), or name the "
@@ -117,21 +131,6 @@ class Source:
         """The content of the adapter_config.json of peft; None for a checkpoint without an adapter."""
         path = None if self.gguf_file else self.file("adapter_config.json")
         return None if path is None else _json(path)
-
-    def _gguf_config(self, file: GgufFile) -> dict[str, Any]:
-        _ = file.metadata  # its errors are clearer than transformers'
-        try:
-            with fast_reader():
-                config, _ = PretrainedConfig.get_config_dict(self.location, **self.options)
-        except (ValueError, KeyError, OSError, NotImplementedError) as error:
-            architecture = file.metadata["general.architecture"]
-            raise InputError(
-                f"{file.path} holds a model of the architecture {architecture!r}, which transformers cannot "
-                f"read from GGUF ({error}): give the Hugging Face checkpoint"
-            ) from error
-        return {key: value for key, value in config.items() if key != "gguf_file"} | {
-            "vocab_size": file.vocabulary
-        }
 
     @cached_property
     def shards(self) -> dict[str, str]:
@@ -155,11 +154,11 @@ class Source:
                 if astray := [name for name in shards.values() if not SHARD.fullmatch(name)]:
                     raise ValueError(f"{astray[0]!r} is not the name of a file below the checkpoint")
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-                raise InputError(f"{index} is not an index of safetensors files ({error})") from error
+                raise InputError(f"{index} is not an index of safetensors files ({brief(error)})") from error
             return shards
         return {}
 
-    def tensor(self, name: str) -> Tensor:
+    def tensor(self, name: str) -> "Tensor":
         """Read one tensor of the checkpoint, and nothing else, not even the rest of its file on the hub.
 
         Raises InputError if the tensor does not exist, and QuantisedError if it is not stored as it acts.
@@ -170,7 +169,7 @@ class Source:
             return self.gguf.tensor(name)
         shard = self.shards[name]
         if (path := self._at_hand(shard)) is not None:
-            with _opened(path) as stored:
+            with _opened(path, "pt") as stored:
                 tensor = stored.get_tensor(name)
         elif self.folder or self.offline:
             raise InputError(f"{self.name}: {shard} is missing, its index names it")
@@ -188,6 +187,17 @@ class Source:
             return False
         with _opened(path) as stored:
             return stored.get_slice(name).get_dtype() not in ("F64", "F32", "F16", "BF16")
+
+    def integers(self) -> str | None:
+        """Return the first weight that lies on this machine as integers; None if there is none."""
+        for shard in sorted(set(self.shards.values())) if self.gguf is None else ():
+            if (path := self._at_hand(shard)) is None:
+                continue
+            with _opened(path) as stored:
+                for name in sorted(stored.keys()):
+                    if name.endswith(".weight") and stored.get_slice(name).get_dtype()[0] in "IU":
+                        return name
+        return None
 
     def require_plain(self, layers: Iterable[str]) -> None:
         """Raise QuantisedError if a layer has its weight in other tensors than `weight`."""
@@ -241,10 +251,10 @@ def find_source(name: str, revision: str | None = None, gguf_file: str | None = 
     """
     if name in (DEFAULT, TWIN):
         return Source(name, FOLDER / name)
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.is_dir():
         return Source(name, path, gguf_file=find_gguf(path, gguf_file))
-    if path.suffix == SUFFIX and (path.exists() or len(path.parts) > 2):
+    if path.suffix == GGUF and (path.exists() or len(path.parts) > 2):
         if not path.is_file():
             raise InputError(f"{name} does not exist")
         return Source(name, path.parent, gguf_file=path.name)
@@ -277,7 +287,7 @@ def _cached(name: str, revision: str | None, gguf_file: str | None, error: Excep
     if isinstance(try_to_load_from_cache(name, gguf_file or "config.json", revision=revision), str):
         return Source(name, revision=revision, offline=True, gguf_file=gguf_file)
     raise InputError(
-        f"{name!r} is not a folder, is not in the hub's cache, and the hub cannot be reached ({error})"
+        f"{name!r} is not a folder, is not in the hub's cache, and the hub cannot be reached ({brief(error)})"
     ) from error
 
 
@@ -285,24 +295,51 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         read = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise InputError(f"{path} is not JSON ({error})") from error
+        raise InputError(f"{path} is not JSON ({brief(error)})") from error
     if not isinstance(read, dict):
         raise InputError(f"{path} is not a configuration: expected a JSON object")
     return read
 
 
-def _opened(path: Path) -> Any:
+def _formed(path: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration. Raises InputError if an entry that is read here has another form."""
+    for name, form in FORMS.items():
+        given = config.get(name)
+        items = given if isinstance(given, list) else []
+        if given is not None and not (isinstance(given, form) and all(isinstance(x, str) for x in items)):
+            kind = {str: "a string", dict: "an object", list: "a list of strings"}[form]
+            raise InputError(f"{path}: {name!r} is {brief(ValueError(repr(given)))}, expected {kind}")
+    return config
+
+
+def _opened(path: Path, framework: str = "numpy") -> Any:
+    """Open a file of weights; its names and dtypes do not depend on the framework of its tensors."""
     try:
-        return safe_open(path, framework="pt")
+        return safe_open(path, framework=framework)
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} is not a readable safetensors file ({error})") from error
+        raise InputError(f"{path} is not a readable safetensors file ({brief(error)})") from error
 
 
-def check_finite(name: str, tensor: Tensor) -> None:
-    """Raise InputError if a weight that is in memory and not packed holds NaN or Inf."""
-    if type(tensor) not in (Tensor, Parameter) or tensor.is_meta or not tensor.is_floating_point():
-        return
-    tensor = tensor if tensor.itemsize > 1 else tensor.float()
-    if not torch.isfinite(tensor).all():
-        bad = int((~torch.isfinite(tensor)).sum())
-        raise InputError(f"{name} holds {bad} NaN or Inf of {tensor.numel()} values: check the weights")
+def find_gguf(folder: Path, name: str | None) -> str | None:
+    """Return the name of the GGUF file to read in a folder, or None if the folder is another checkpoint.
+
+    A folder with a config.json and weights beside it is a Hugging Face checkpoint, unless `name` is given.
+    Raises InputError if `name` is not there, and if it is not given and there are several.
+    """
+    if name is not None:
+        if not (folder / name).is_file():
+            raise InputError(f"{folder} holds no file {name!r}")
+        return name
+    weights = (path.suffix in (".safetensors", ".bin") for path in folder.iterdir())
+    if (folder / "config.json").is_file() and any(weights):
+        return None
+    found = sorted(path.name for path in folder.glob(f"*{GGUF}"))
+    # the parts of one split file are one file, and a projector of images is no language model
+    first = [f for f in found if not re.search(r"-\d{5}-of-\d{5}", f) or "-00001-of-" in f]
+    first = first or found[:1]
+    if len(first) > 1:
+        raise InputError(
+            f"{folder} holds several GGUF files ({', '.join(first)}): name one by load(..., gguf_file=...), "
+            "--gguf-file, or give the path of the file itself"
+        )
+    return first[0] if first else None

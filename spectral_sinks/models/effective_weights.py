@@ -15,9 +15,10 @@ import torch
 from accelerate.utils import align_module_device, has_offloaded_params
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import Parameter
 from transformers.pytorch_utils import Conv1D
 
-from spectral_sinks.errors import InputError
+from spectral_sinks.errors import InputError, brief
 
 UNITS = 256
 """Unit vectors that a module reads at once."""
@@ -362,7 +363,7 @@ def _forward(module: Any, x: Tensor) -> Tensor:
     except Exception as error:  # of kernels, which raise types of their own
         raise InputError(
             f"only the layer itself can read the weight of a {_named(module)}, and it does not run alone "
-            f"({error})"
+            f"({brief(error)})"
         ) from error
 
 
@@ -376,3 +377,13 @@ def own_forward(module: nn.Module) -> Any:
     if instrumented:
         method = method.state.original
     return getattr(method, "__func__", method)
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raise InputError if a weight that is in memory and not packed holds NaN or Inf."""
+    if type(tensor) not in (Tensor, Parameter) or tensor.is_meta or not tensor.is_floating_point():
+        return
+    tensor = tensor if tensor.itemsize > 1 else tensor.float()
+    if not torch.isfinite(tensor).all():
+        bad = int((~torch.isfinite(tensor)).sum())
+        raise InputError(f"{name} holds {bad} NaN or Inf of {tensor.numel()} values: check the weights")

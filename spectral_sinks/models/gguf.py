@@ -3,24 +3,27 @@
 import re
 import struct
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
-from threading import Lock
+from threading import RLock
 from typing import Any
 
 import gguf
 import numpy as np
 import torch
+from gguf import quants
+from numpy.typing import NDArray
 from tokenizers import pre_tokenizers
 from torch import Tensor
+from transformers import PretrainedConfig, modeling_gguf_pytorch_utils
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+from transformers.utils import logging
 
-from spectral_sinks.errors import InputError, SpectralWarning
-
-SUFFIX = ".gguf"
+from spectral_sinks.errors import InputError, SpectralWarning, brief
 
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 
@@ -100,7 +103,35 @@ class VocabularyReader(HeaderReader):
     entries = True
 
 
-_patching = Lock()
+GROUP = 2**18
+"""Values that are dequantised at once; the gguf package takes 16 rows, which are few where rows are short."""
+
+
+def _in_groups(
+    func: Callable[[NDArray[Any]], NDArray[Any]], arr: NDArray[Any], otype: Any, oshape: tuple[int, ...]
+) -> NDArray[Any]:
+    """Do what `_apply_over_grouped_rows` of the gguf package does, in groups of `GROUP` values."""
+    rows = np.asarray(arr).reshape(-1, arr.shape[-1])
+    out = np.empty((len(rows), int(np.prod(oshape)) // len(rows)), dtype=otype)
+    step = max(1, GROUP // out.shape[1])
+    for start in range(0, len(rows), step):
+        group = rows[start : start + step]
+        out[start : start + step] = func(group).reshape(len(group), -1)
+    return out.reshape(oshape)
+
+
+_patching = RLock()
+
+
+@contextmanager
+def _fast_dequantisation() -> Iterator[None]:
+    theirs: Any = quants
+    with _patching:
+        usual, theirs._apply_over_grouped_rows = theirs._apply_over_grouped_rows, _in_groups
+        try:
+            yield
+        finally:
+            theirs._apply_over_grouped_rows = usual
 
 
 @contextmanager
@@ -108,18 +139,22 @@ def fast_reader(reader: type[HeaderReader] = HeaderReader) -> Iterator[None]:
     """Let transformers open a GGUF file once, by a reader of this module, and make one map of tensor names.
 
     transformers takes both from the gguf package. It opens a file several times for a tokenizer, and makes
-    the map once per module.
+    the map once per module. The progress bar of that reading obeys transformers' own switch inside the block.
     """
-    with _patching:
+    with _patching, _fast_dequantisation():
         usual = gguf.GGUFReader, gguf.get_tensor_name_map
+        theirs: Any = modeling_gguf_pytorch_utils
+        bar = theirs.tqdm
         gguf.GGUFReader, gguf.get_tensor_name_map = cache(reader), cache(gguf.get_tensor_name_map)
+        theirs.tqdm = logging.tqdm
         try:
             yield
         finally:
             gguf.GGUFReader, gguf.get_tensor_name_map = usual
+            theirs.tqdm = bar
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class GgufFile:
     """A GGUF file on disk, of which single tensors can be read."""
 
@@ -133,12 +168,12 @@ class GgufFile:
             if "magic" in str(error):
                 raise InputError(f"{self.path} is not a GGUF file: it does not begin with GGUF") from error
             if "version" in str(error) or "Duplicate" in str(error) or "duplicated" in str(error):
-                raise InputError(f"{self.path} cannot be read: {error}") from error
+                raise InputError(f"{self.path} cannot be read: {brief(error)}") from error
             raise self._truncated() from error
         except (IndexError, struct.error) as error:
             raise self._truncated() from error
         except OSError as error:
-            raise InputError(f"{self.path} cannot be read: {error}") from error
+            raise InputError(f"{self.path} cannot be read: {brief(error)}") from error
 
     def _truncated(self) -> InputError:
         size = self.path.stat().st_size
@@ -171,6 +206,27 @@ class GgufFile:
             raise InputError(f"{self.path} holds no token embedding: expected a language model")
         return int(self.tensors[EMBEDDING].shape[1])
 
+    @cached_property
+    def _config(self) -> dict[str, Any]:
+        _ = self.metadata  # its errors are clearer than transformers'
+        where = {"gguf_file": self.path.name, "local_files_only": True}
+        try:
+            with fast_reader():
+                config, _ = PretrainedConfig.get_config_dict(str(self.path.parent), **where)
+        except (ValueError, KeyError, OSError, NotImplementedError) as error:
+            architecture = self.metadata["general.architecture"]
+            raise InputError(
+                f"{self.path} holds a model of the architecture {architecture!r}, which transformers cannot "
+                f"read from GGUF ({brief(error)}): give the Hugging Face checkpoint"
+            ) from error
+        return {key: value for key, value in config.items() if key != "gguf_file"} | {
+            "vocab_size": self.vocabulary
+        }
+
+    def config(self) -> dict[str, Any]:
+        """Return a copy of the configuration that transformers reads from the file."""
+        return deepcopy(self._config)
+
     @property
     def unembedding(self) -> str:
         """Name of the tensor that is the unembedding: the embedding, if the file holds no other."""
@@ -180,13 +236,15 @@ class GgufFile:
         """Return one tensor, dequantised to float32, in torch's order of dimensions."""
         stored = self.tensors[name]
         try:
-            values = gguf.dequantize(stored.data, stored.tensor_type)
+            with _fast_dequantisation():
+                values = gguf.dequantize(stored.data, stored.tensor_type)
         except NotImplementedError as error:
             raise InputError(
                 f"{self.path}: {name} is stored as {stored.tensor_type.name}, which the gguf package cannot "
                 "dequantise"
             ) from error
-        return torch.from_numpy(np.array(values, dtype=np.float32))
+        held = np.shares_memory(values, stored.data)  # the file itself, where nothing is quantised
+        return torch.from_numpy(np.array(values, dtype=np.float32, copy=True if held else None))
 
     def steps(self, name: str) -> Tensor | None:
         """Return the step between the values that each entry of a tensor can take, float32.
@@ -222,6 +280,10 @@ class GgufFile:
             if (stored := self.quantization(name)) not in types:
                 types.append(stored)
         return {kind: "+".join(sorted(types)) for kind, types in found.items()}
+
+    def vocabulary_reader(self) -> AbstractContextManager[None]:
+        """Let transformers read the tokenizer of the file inside the block, as `fast_reader` does."""
+        return fast_reader(VocabularyReader)
 
     @property
     def adds_bos(self) -> bool:
@@ -264,6 +326,17 @@ class GgufFile:
             tokenizer.add_bos_token, tokenizer.add_eos_token = self.adds_bos, self.adds_eos
 
 
+def open_gguf(path: Path) -> GgufFile:
+    """Return a file, with what has been read of it already unless it has changed since."""
+    state = path.stat()
+    return _opened(path, state.st_mtime_ns, state.st_size)
+
+
+@lru_cache(maxsize=8)
+def _opened(path: Path, changed: int, size: int) -> GgufFile:
+    return GgufFile(path)
+
+
 def _split(path: Path, parts: int) -> str:
     """Return the sentence about one part of a split file."""
     names = [re.sub(r"-\d{5}-of-\d{5}", f"-{i:05d}-of-{parts:05d}", path.name) for i in range(1, parts + 1)]
@@ -271,28 +344,3 @@ def _split(path: Path, parts: int) -> str:
     if missing:
         return f"{path.name} is a part of a file in {parts} parts, and {', '.join(missing)} is missing"
     return f"{path.name} is a part of a file in {parts} parts: join them by `llama-gguf-split --merge`"
-
-
-def find_gguf(folder: Path, name: str | None) -> str | None:
-    """Return the name of the GGUF file to read in a folder, or None if the folder is another checkpoint.
-
-    A folder with a config.json and weights beside it is a Hugging Face checkpoint, unless `name` is given.
-    Raises InputError if `name` is not there, and if it is not given and there are several.
-    """
-    if name is not None:
-        if not (folder / name).is_file():
-            raise InputError(f"{folder} holds no file {name!r}")
-        return name
-    weights = (path.suffix in (".safetensors", ".bin") for path in folder.iterdir())
-    if (folder / "config.json").is_file() and any(weights):
-        return None
-    found = sorted(path.name for path in folder.glob(f"*{SUFFIX}"))
-    # the parts of one split file are one file, and a projector of images is no language model
-    first = [f for f in found if not re.search(r"-\d{5}-of-\d{5}", f) or "-00001-of-" in f]
-    first = first or found[:1]
-    if len(first) > 1:
-        raise InputError(
-            f"{folder} holds several GGUF files ({', '.join(first)}): name one by load(..., gguf_file=...), "
-            "--gguf-file, or give the path of the file itself"
-        )
-    return first[0] if first else None

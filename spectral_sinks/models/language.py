@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from nnsight import TransformersModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from spectral_sinks.errors import InputError
 from spectral_sinks.models.attention_sdpa import BLOCKWISE, OPENING, WHOLE
 from spectral_sinks.models.base import Transformer
+from spectral_sinks.models.configuration import FAMILIES, context_of, opening_ids, opening_token
 from spectral_sinks.models.effective_weights import (
+    ADAPTED,
     device_of,
     dtype_of,
     effective_embedding,
@@ -20,14 +22,13 @@ from spectral_sinks.models.effective_weights import (
     offloaded,
     usual_weight,
 )
-from spectral_sinks.models.layout import FAMILIES, context_of
-from spectral_sinks.models.masked_lm import predicts_masked
+from spectral_sinks.models.encoders import encodes
 from spectral_sinks.models.traits import find_traits
 
 
 @dataclass(frozen=True, eq=False)
 class LanguageModel(Transformer):
-    """A causal or masked language model of transformers, wrapped by nnsight, with its modules located.
+    """A language model of transformers, causal or an encoder, wrapped by nnsight, with its modules located.
 
     Make one with `load`. `nn` is the nnsight model, for your own traces; `module` is the transformers model.
     """
@@ -42,8 +43,28 @@ class LanguageModel(Transformer):
 
     @cached_property
     def causal(self) -> bool:
-        """Whether the model predicts the next token; False for an encoder, which predicts masked tokens."""
-        return not predicts_masked(self.module)
+        """Whether the model predicts the next token; False for an encoder, which predicts masked tokens or
+        nothing.
+        """
+        return not encodes(self.module)
+
+    @property
+    def masks(self) -> bool:
+        """Whether the model predicts masked tokens."""
+        return not self.causal and self.has_head
+
+    @property
+    def has_head(self) -> bool:
+        """Whether the model has a head over the vocabulary; False for an encoder alone, such as BertModel."""
+        return bool(self.layout.unembedding)
+
+    def require_head(self, purpose: str) -> None:
+        """Raise InputError for an encoder without a head; `purpose` says in the message what needs one."""
+        if not self.has_head:
+            raise InputError(
+                f"{purpose} needs a head over the vocabulary, and {self.name} ({type(self.module).__name__}) "
+                "is an encoder without one: give a model with a head, or measure sinks, energy and circuits"
+            )
 
     @property
     def reads_through(self) -> str:
@@ -77,7 +98,7 @@ class LanguageModel(Transformer):
     @property
     def weightless(self) -> bool:
         """Whether the weights are in another process."""
-        head = self.module.get_submodule(self.layout.unembedding)
+        head = self.module.get_submodule(self.layout.unembedding or self.layout.embedding)
         weight = next(head.parameters(), None)
         return weight is not None and weight.is_meta and not offloaded(head)
 
@@ -91,7 +112,9 @@ class LanguageModel(Transformer):
 
     @property
     def tied(self) -> bool:
-        """Whether embedding and unembedding are one matrix."""
+        """Whether embedding and unembedding are one matrix; False without an unembedding."""
+        if not self.has_head:
+            return False
         parts = [self.module.get_submodule(name) for name in (self.layout.embedding, self.layout.unembedding)]
         if self.weightless:
             return parts[0].weight is parts[1].weight
@@ -108,11 +131,14 @@ class LanguageModel(Transformer):
     @property
     def unembedding_weight(self) -> Float[Tensor, "vocabulary d"]:
         """The matrix by which the unembedding acts: dequantised, with the adapters that are active."""
+        self.require_head("the unembedding")
         return effective_weight(self.module.get_submodule(self.layout.unembedding), self.dtype)
 
     @property
     def stored_unembedding(self) -> Tensor | None:
         """The stored matrix of the unembedding, if it acts by that and it is in memory; otherwise None."""
+        if not self.has_head:
+            return None
         return usual_weight(self.module.get_submodule(self.layout.unembedding))
 
     @property
@@ -127,9 +153,13 @@ class LanguageModel(Transformer):
 
     @property
     def mask(self) -> int:
-        """Id of the mask token. Raises InputError for a causal model, and if the tokenizer has none."""
+        """Id of the mask token.
+
+        Raises InputError for a model that predicts no masked tokens, and if the tokenizer has none.
+        """
         if self.causal:
             raise InputError(f"{self.name} is a causal language model: it masks nothing")
+        self.require_head("the NLL of masked tokens")
         found = None if self.tokenizer is None else self.tokenizer.mask_token_id
         if found is None:
             raise InputError(
@@ -137,6 +167,13 @@ class LanguageModel(Transformer):
                 "load(model, tokenizer=...)"
             )
         return found
+
+    @property
+    def positions_by_length(self) -> bool:
+        """Whether the positions of a text depend on its length, as in dynamic and LongRoPE scaling."""
+        kinds = [getattr(part, "rope_type", None) for part in self.module.modules()]
+        named = [name for kind in kinds for name in (kind.values() if isinstance(kind, dict) else [kind])]
+        return any(name in ADAPTED for name in named)
 
     @cached_property
     def opens_with_bos(self) -> bool:
@@ -157,12 +194,29 @@ class LanguageModel(Transformer):
         """Whether the tokenizer itself appends SEP to a text, for an encoder."""
         return self.sep is not None and self.tokenizer("a")["input_ids"][-1:] == [self.sep]
 
-    def unembed(self, final: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch vocabulary"]:
-        """Return the logits, in float32 at least, of residuals that have passed the final norm."""
+    @property
+    def unembeds_in_parts(self) -> bool:
+        """Whether logits of some tokens can be computed alone, from their rows of the stored unembedding."""
+        head = self.module.get_submodule(self.layout.unembedding)
+        return type(head).forward is nn.Linear.forward and self.stored_unembedding is not None
+
+    def unembed(
+        self, final: Float[Tensor, "*batch d"], tokens: slice = slice(None)
+    ) -> Float[Tensor, "*batch vocabulary"]:
+        """Return the logits, in float32 at least, of residuals that have passed the final norm.
+
+        With `tokens`, the logits are those of consecutive ids. They are computed alone for a model that
+        `unembeds_in_parts`.
+        """
+        self.require_head("a prediction of tokens")
         if self.weightless:  # inside a trace, nnsight calls the module in the process that has the weights
-            logits = self.nn.get(self.layout.unembedding)(final)
+            logits = self.nn.get(self.layout.unembedding)(final)[..., tokens]
+        elif tokens != slice(None) and self.unembeds_in_parts:
+            head = self.module.get_submodule(self.layout.unembedding)
+            bias = None if head.bias is None else head.bias[tokens]
+            logits = nn.functional.linear(final, head.weight[tokens], bias)
         else:
-            logits = self.module.get_submodule(self.layout.unembedding).forward(final)
+            logits = self.module.get_submodule(self.layout.unembedding).forward(final)[..., tokens]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         factor = self.layout.traits.logit_factor
         return self.capped(logits if factor == 1 else factor * logits)
@@ -201,25 +255,21 @@ class LanguageModel(Transformer):
         return (
             f"LanguageModel({self.name}, {self.family}, {self.layers} layers, d {self.d}, "
             f"{self.heads} heads, vocabulary {self.vocabulary}, {self.dtype}, "
-            f"{'tied' if self.tied else 'untied'})"
+            f"{'tied' if self.tied else 'untied' if self.has_head else 'no head'})"
         )
 
 
-def opening_token(tokenizer: Any, causal: bool) -> int | None:
-    """Return the id of the token that opens a text: BOS, or [CLS] for an encoder that has one."""
-    if causal or tokenizer.cls_token_id is None:
-        return tokenizer.bos_token_id
-    return tokenizer.cls_token_id
+def token_rows(tokenizer: Any) -> Int[Tensor, "tokens"] | None:
+    """Return the rows of a vocabulary that tokens of a tokenizer use, in order; None without one."""
+    return None if tokenizer is None else torch.tensor(sorted(set(tokenizer.get_vocab().values())))
 
 
-def opening_ids(tokenizer: Any) -> tuple[int, ...]:
-    """Return the ids that a tokenizer puts before a text, whichever tokens they are."""
-    whole = tokenizer("a")["input_ids"]
-    text = tokenizer("a", add_special_tokens=False)["input_ids"]
-    starts = range(len(whole) - len(text) + 1)
-    return next((tuple(whole[:start]) for start in starts if whole[start : start + len(text)] == text), ())
-
-
-def token_rows(tokenizer: Any) -> int | None:
-    """Return the number of first rows of a vocabulary that tokens of the tokenizer use; None without one."""
-    return None if tokenizer is None else max(tokenizer.get_vocab().values()) + 1
+def rows_of(
+    weight: Float[Tensor, "rows columns"], tokens: Int[Tensor, "tokens"] | None
+) -> Float[Tensor, "used columns"]:
+    """Return the rows of a matrix that belong to tokens, as a view of it where they are its first rows."""
+    if tokens is None:
+        return weight
+    tokens = tokens[tokens < len(weight)]
+    last = int(tokens[-1]) + 1
+    return weight[:last] if last == len(tokens) else weight[tokens.to(weight.device)]

@@ -7,15 +7,10 @@ from typing import Any, Literal
 from torch import nn
 
 from spectral_sinks.errors import InputError
+from spectral_sinks.models.encoders import encodes, is_bare
+from spectral_sinks.models.tensor_names import TRANSFORMS, through
 
-FAMILIES = frozenset(
-    {"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gpt2", "gpt_neox"}
-    | {"olmo2", "phi3", "gpt_oss"}
-    | {"bert", "roberta", "modernbert"}
-)
-"""Model types whose layout is tested; the layout of any other type is checked against a forward pass."""
-
-Fused = Literal["", "blocks", "heads", "groups"]
+Fused = Literal["", "blocks", "heads", "groups", "gates"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +27,12 @@ class Traits:
     """Factor between the output of attention or MLP and what is added to the residual stream (Granite)."""
     in_place: bool = False
     """Whether the model changes in place what its modules return, so that a copy must be read (Falcon)."""
+    eager_maps: bool = True
+    """Whether eager attention returns the weights by which it averages values; it may leave a learned sink
+    out of them (Granite with sliding windows).
+    """
+    gated: bool = False
+    """Whether a gate multiplies what heads mix before W_O reads it (Qwen3-Next, AfMoE)."""
     lacking: Mapping[str, str] = field(default_factory=dict[str, str])
     """Kinds of sites that the model does not have, each with the reason."""
 
@@ -47,8 +48,9 @@ class Layout:
     """The list of layers."""
     embedding: str
     unembedding: str
+    """Empty for an encoder without a head over the vocabulary."""
     final_norm: str
-    """The norm whose output the unembedding reads."""
+    """The norm whose output the unembedding reads; empty for BERT without a head, which has none there."""
     attention: str
     """The module whose second output is the attention weights."""
     mlp: str
@@ -62,7 +64,7 @@ class Layout:
     keys: str
     values: str
     attention_projection: str
-    """W_O, whose input is the concatenated outputs of the heads."""
+    """W_O, whose input is the concatenated outputs of the heads; empty if no module is that (JetMoE)."""
     attention_add_norm: str = ""
     """In a post-norm layer (BERT), the norm of the residual after attention is added to it; otherwise empty.
     """
@@ -74,7 +76,8 @@ class Layout:
     """
     fused: Fused = ""
     """How one matrix holds queries, keys and values: in three consecutive `blocks`, or interleaved by
-    `heads`, or by `groups` of query heads that share a key head.
+    `heads`, or by `groups` of query heads that share a key head. With `gates`, the matrix of the queries
+    holds each head's queries and then the gate on its output (Qwen3-Next).
     """
     traits: Traits = Traits()
 
@@ -96,6 +99,8 @@ SEARCHED: dict[str, tuple[str, ...]] = {
         "transformer.blocks",
         "biogpt.layers",
         "gpt_neox_japanese.layers",
+        "encoder.layer",
+        "layers",
     ),
     "final_norm": (
         "model.norm",
@@ -105,6 +110,7 @@ SEARCHED: dict[str, tuple[str, ...]] = {
         "cls.predictions.transform.LayerNorm",
         "lm_head.layer_norm",
         "head.norm",
+        "lm_head.norm",
         "model.final_layernorm",
         "model.decoder.final_layer_norm",
         "model.embedding_norm",
@@ -114,6 +120,7 @@ SEARCHED: dict[str, tuple[str, ...]] = {
         "transformer.layernorm",
         "biogpt.layer_norm",
         "gpt_neox_japanese.final_layer_norm",
+        "final_norm",
     ),
     "attention": (
         "self_attn",
@@ -123,8 +130,21 @@ SEARCHED: dict[str, tuple[str, ...]] = {
         "self_attention",
         "multi_head_attention",
         "norm_attn_norm.attn",
+        "temporal_block",
+        "shared_transformer.self_attn",
+        "shared_transf.self_attn",
     ),
-    "mlp": ("mlp", "feed_forward", "ffn", "block_sparse_moe", "shared_mlp", "fc1"),
+    "mlp": (
+        "mlp",
+        "feed_forward",
+        "ffn",
+        "block_sparse_moe",
+        "shared_mlp",
+        "fc1",
+        "mlp_block",
+        "shared_transformer.feed_forward",
+        "shared_transf.feed_forward",
+    ),
     "attention_norm": (
         "input_layernorm",
         "ln_1",
@@ -136,6 +156,9 @@ SEARCHED: dict[str, tuple[str, ...]] = {
         "operator_norm",
         "layernorm1",
         "norm_attn_norm.norm_1",
+        "temporal_pre_norm",
+        "shared_transformer.input_layernorm",
+        "shared_transf.input_layernorm",
     ),
     "mlp_norm": (
         "pre_feedforward_layernorm",
@@ -151,6 +174,9 @@ SEARCHED: dict[str, tuple[str, ...]] = {
         "pre_ff_layernorm",
         "layernorm2",
         "norm_attn_norm.norm_2",
+        "channel_pre_norm",
+        "shared_transformer.pre_ff_layernorm",
+        "shared_transf.pre_ff_layernorm",
     ),
     "attention_projection": ("o_proj", "c_proj", "dense", "Wo", "out_proj"),
 }
@@ -184,9 +210,6 @@ POST_NORM = {
 sum passes a norm.
 """
 
-TRANSFORMS = {"cls.predictions.transform.dense": "", "lm_head.dense": "", "head.dense": "model.final_norm, "}
-"""The dense layer of a masked-LM head, and the modules before it."""
-
 PROJECTIONS: tuple[tuple[tuple[str, ...], Fused], ...] = (
     (("q_proj", "k_proj", "v_proj"), ""),
     (("c_attn",) * 3, "blocks"),
@@ -203,19 +226,8 @@ OF_MODEL = ("layers", "embedding", "unembedding", "final_norm", "transform")
 """Names that are relative to the model; the others are relative to a layer."""
 
 
-SHIFTED = frozenset({"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm"})
-"""Model types whose position ids start after the id of the padding token."""
-
-
-def context_of(config: Any) -> int | None:
-    """Return the longest window in tokens according to a configuration; None if it does not say."""
-    longest = getattr(config, "max_position_embeddings", None)
-    return longest - config.pad_token_id - 1 if longest and config.model_type in SHIFTED else longest
-
-
-def through(transform: str, final_norm: str) -> str:
-    """Describe the modules of a masked-LM head before its unembedding, for reports."""
-    return f"{TRANSFORMS.get(transform, '')}{transform}, an activation and {final_norm}"
+SHOWN = 8
+"""Names that an error lists, of those under which a part was looked for."""
 
 
 def find_layout(model: nn.Module, given: Mapping[str, str] | None = None) -> Layout:
@@ -237,16 +249,20 @@ def find_layout(model: nn.Module, given: Mapping[str, str] | None = None) -> Lay
     layers = submodule(model, found["layers"], "layers")
     if not isinstance(layers, nn.ModuleList) or len(layers) == 0:
         raise InputError(f"{found['layers']} is not a list of layers; name it by parts={{'layers': '...'}}")
-    found["final_norm"] = given.get("final_norm") or _final_norm(model, found["layers"])
+    bare = encodes(model) and is_bare(kind.__name__ for kind in type(model).__mro__)
+    post_norm = has(layers[0], POST_NORM["attention_add_norm"])
+    ends = bare and post_norm  # the exit of the last layer is the output
+    found["final_norm"] = given.get("final_norm") or ("" if ends else _final_norm(model, found["layers"]))
     for part, module in (
         ("embedding", model.get_input_embeddings()),  # pyright: ignore[reportCallIssue]
         ("unembedding", model.get_output_embeddings()),  # pyright: ignore[reportCallIssue]
     ):
-        found[part] = given.get(part) or _name_of(model, module, part)
+        absent = bare and part == "unembedding"
+        found[part] = given.get(part) or ("" if absent else _name_of(model, module, part))
     found["transform"] = given.get("transform", next((name for name in TRANSFORMS if has(model, name)), ""))
 
     # names in a layer, the first one that has attention: norms, and the modules that write to the residual
-    if has(layers[0], POST_NORM["attention_add_norm"]):
+    if post_norm:
         given = POST_NORM | given
     for part in ("attention_add_norm", "mlp_add_norm"):
         found[part] = given.get(part, "")
@@ -261,6 +277,12 @@ def find_layout(model: nn.Module, given: Mapping[str, str] | None = None) -> Lay
 
     # names in attention: its projections, fused or separate
     attention = submodule(layer, found["attention"], "attention")
+    if isinstance(attention, nn.ModuleList):
+        raise InputError(
+            f"each layer of a {type(model).__name__} has {len(attention)} modules of attention "
+            f"({found['attention']!r} is a list), and this package measures layers with one: choose another "
+            "model"
+        )
     prefix = found["attention"] + "."
     fused: Fused = ""
     for names, kind in PROJECTIONS:
@@ -276,9 +298,10 @@ def find_layout(model: nn.Module, given: Mapping[str, str] | None = None) -> Lay
             if not compressed:
                 raise InputError(missing(part, [n for names, _ in PROJECTIONS for n in names], prefix))
             found[part] = ""
-    found["attention_projection"] = given.get("attention_projection") or prefix + first(
-        attention, "attention_projection", SEARCHED["attention_projection"], prefix
-    )
+    projection, writers = given.get("attention_projection"), SEARCHED["attention_projection"]
+    if not projection and (not compressed or any(has(attention, name) for name in writers)):
+        projection = prefix + first(attention, "attention_projection", writers, prefix)
+    found["attention_projection"] = projection or ""
     if given.get("fused") in ("blocks", "heads", "groups"):
         fused = given["fused"]  # pyright: ignore[reportAssignmentType]
     for part in set(given) - {*OF_MODEL, "fused"}:
@@ -297,6 +320,13 @@ def _layers(model: nn.Module) -> str:
             inside = [f"{name}.{own}" for own, held in part.named_children() if _is_stack(held)]
             if len(inside) == 1:
                 return inside[0]
+    stacks = [name for name, part in model.named_modules() if _is_stack(part)]
+    if len(stacks) > 1:
+        raise InputError(
+            f"the layers of a {type(model).__name__} are in {len(stacks)} lists ({', '.join(stacks[:3])}"
+            f"{', ...' if len(stacks) > 3 else ''}), and this package measures one list of layers, each of "
+            "which runs once: choose another model"
+        )
     raise InputError(missing("layers", list(SEARCHED["layers"])))
 
 
@@ -328,9 +358,15 @@ def _outside(model: nn.Module, layers: str) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _attending(layers: nn.ModuleList, given: Mapping[str, str]) -> nn.Module:
-    """Return the first layer that has attention; in stacks of several kinds it may not be the first."""
+    """Return the first layer that has attention; in stacks of several kinds it may not be the first.
+
+    Layers of other kinds may hold another module under the same name, without W_O (RecurrentGemma).
+    """
     names = (given["attention"],) if given.get("attention") else SEARCHED["attention"]
-    return next((layer for layer in layers if any(has(layer, name) for name in names)), layers[0])
+    found = [layer for layer in layers if any(has(layer, name) for name in names)]
+    writes = SEARCHED["attention_projection"]
+    full = (x for x in found if any(has(x, f"{name}.{own}") for name in names for own in writes))
+    return next(full, found[0] if found else layers[0])
 
 
 def _norms(layer: nn.Module, given: Mapping[str, str]) -> dict[str, str]:
@@ -384,9 +420,10 @@ def first(module: nn.Module, part: str, names: tuple[str, ...], prefix: str = ""
 def missing(part: str, tried: list[str], prefix: str = "") -> str:
     """Say that a part was not found, and how to name it."""
     tried = [prefix + name for name in dict.fromkeys(tried)]
+    more = f" and {len(tried) - SHOWN} more" if len(tried) > SHOWN else ""
     return (
         f"the {part.replace('_', ' ')} of this model {'were' if part[-1] == 's' else 'was'} not found (tried "
-        f"{', '.join(tried)}); "
+        f"{', '.join(tried[:SHOWN])}{more}); "
         f"name it by hand: load(model, parts={{{part!r}: 'dotted.name'}})"
     )
 
@@ -403,4 +440,8 @@ def _name_of(model: nn.Module, module: nn.Module | None, part: str) -> str:
     for name, candidate in model.named_modules():
         if candidate is module and name:
             return name
-    raise InputError(missing(part, [f"get_{'input' if part == 'embedding' else 'output'}_embeddings()"]))
+    said = missing(part, [f"get_{'input' if part == 'embedding' else 'output'}_embeddings()"])
+    headless = part == "unembedding" and module is None
+    raise InputError(
+        said + (", or load the model with its head, by AutoModelForCausalLM" if headless else "")
+    )

@@ -1,39 +1,53 @@
 """`load`: a language model by name, folder, hub id or object."""
 
-from collections.abc import Mapping
-from contextlib import nullcontext
+import inspect
+import re
+import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from nnsight import TransformersModel
-from safetensors import SafetensorError
 from transformers import (
-    AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
-    AutoTokenizer,
     GgufConfig,
     PreTrainedModel,
 )
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
-from spectral_sinks.errors import InputError
+from spectral_sinks.errors import InputError, SpectralWarning, brief
+from spectral_sinks.files import GGUF
 from spectral_sinks.models.adapters import adapted_base, check_adapted, with_adapter
 from spectral_sinks.models.attention_sdpa import OPENING, is_softmax
-from spectral_sinks.models.checkpoint import Source, check_finite, find_source
-from spectral_sinks.models.effective_weights import adapter_state, device_of, offloaded
+from spectral_sinks.models.checkpoint import Source, find_source
+from spectral_sinks.models.configuration import (
+    is_masked,
+    load_tokenizer,
+    read_config,
+    refuse_code,
+    require_text,
+)
+from spectral_sinks.models.effective_weights import adapter_state, check_finite, device_of, offloaded
 from spectral_sinks.models.embedded import DEFAULT
-from spectral_sinks.models.gguf import SUFFIX, VocabularyReader, fast_reader
+from spectral_sinks.models.encoders import encodes, is_bare
+from spectral_sinks.models.gguf import fast_reader
 from spectral_sinks.models.language import LanguageModel
-from spectral_sinks.models.layout import Layout, find_layout
-from spectral_sinks.models.masked_lm import is_masked_lm, predicts_masked
+from spectral_sinks.models.layout import Layout, Traits, find_layout
 from spectral_sinks.models.meta_loading import load_on_meta
 from spectral_sinks.models.pickling import wrap
 from spectral_sinks.models.remote_state import To, remote_state
 from spectral_sinks.models.traits import find_traits
 from spectral_sinks.models.unwrapping import unwrapped
+
+NUMBER = re.compile(r"\.\d+\.")
+"""The number of a layer or an expert in the name of a weight."""
+
+EXAMINED = ("queries", "keys", "values", "head", "mlp-input")
+"""Kinds of sites that only a pass of the weights shows to be exact, in a family that is not tested."""
 
 
 def load(
@@ -55,8 +69,9 @@ def load(
     """Load a language model: the embedded `sinklet`, a Hugging Face id, a folder, a file, or a model object.
 
     A GGUF file is dequantised when it is loaded. Its tokenizer opens and closes texts as the file says.
-    A checkpoint whose `architectures` name a masked language model (BERT, RoBERTa, ModernBERT) is loaded as
-    an encoder, with `causal` False, unless its configuration sets `is_decoder`. A model given as an object
+    A checkpoint whose `architectures` name a masked language model (BERT, RoBERTa, ModernBERT), or such an
+    encoder without a head (BertModel), is loaded as an encoder, with `causal` False, unless its configuration
+    sets `is_decoder`. Without a head there is no NLL and no unembedding. A model given as an object
     keeps its dtype and its attention, and is put into evaluation mode.
 
     Args:
@@ -79,7 +94,9 @@ def load(
         trust_remote_code: whether the checkpoint may run code of its own.
         remote: where the model's measurements run. False is this process. True is the NDIF server that
             nnsight is configured for, and a URL is another server; eager attention is requested from a server
-            by default, and no weights are loaded into this process. "local" rehearses a remote run in this
+            by default, and no weights are loaded into this process. Without weights a family whose layout is
+            not tested is not examined: it has no sites of projections and heads, and is refused where a pass
+            of one token does not add up. "local" rehearses a remote run in this
             process, with the weights.
         factors: the dtype in which bases are sent to a server; by default the model's dtype.
         gguf_file: the name of the GGUF file in a folder that holds several, or in a hub repository.
@@ -89,9 +106,9 @@ def load(
             truncated or non-finite weights; for an architecture that transformers cannot read from GGUF; for
             a checkpoint that runs code of its own (unless trusted); for quantised weights that cannot be read
             or run here; for an adapter that does more than weights do; for a model that is sharded over
-            processes; for a model without a head over the vocabulary; for a model whose modules are not found
-            or do not add up; for an encoder or a GGUF file that is to run remotely; and for options that a
-            model object cannot take.
+            processes; for an encoder whose head is not over the vocabulary; for a model whose modules are not
+            found or do not add up; for an encoder or a GGUF file that is to run remotely; and for options
+            that a model object cannot take.
 
     """
     if not isinstance(model, str | Path):
@@ -111,7 +128,7 @@ def load(
     if remote not in (False, "local"):
         if device is not None or device_map is not None:
             raise InputError("a model at a server has the server's devices: give no device and no device_map")
-        if gguf_file is not None or Path(str(model)).suffix == SUFFIX:
+        if gguf_file is not None or Path(str(model)).suffix == GGUF:
             raise InputError(
                 "a server loads checkpoints of the hub: GGUF files are read in this process alone"
             )
@@ -160,7 +177,7 @@ def load(
         if tokenizer is None and Path(name).is_dir():
             tokenizer = load_tokenizer(find_source(name), trust_remote_code)
     # checks of the attention, the weights and the layout
-    masked = predicts_masked(module)
+    masked = encodes(module)
     if getattr(module.config, "_attn_implementation", "") == OPENING:
         _check_opening(name, module)
     module.eval()
@@ -206,7 +223,15 @@ def _afar(
     tokenizer = tokenizer or load_tokenizer(source, trust_remote_code)
     masked = is_masked(source)
     nn, layout = load_on_meta(source, tokenizer, attention, dtype, parts, revision, trust_remote_code, masked)
-    return LanguageModel(nn, layout, source.name, tokenizer, remote=place)
+    found = LanguageModel(nn, layout, source.name, tokenizer, remote=place)
+    if found.tested and not parts:
+        return found
+    # no pass shows what this family does, and the handshake examines less
+    reason = (
+        f"a pass of the weights shows whether it is exact in {found.family}, whose layout is not tested, and "
+        "these are at a server (load the model in this process)"
+    )
+    return replace(found, layout=replace(layout, traits=Traits(lacking=dict.fromkeys(EXAMINED, reason))))
 
 
 def _load_module(
@@ -218,15 +243,23 @@ def _load_module(
     trust_remote_code: bool,
 ) -> Any:
     refuse_code(source, trust_remote_code)
+    require_text(source)
     source.require_weights(allow_pickle)
     named = source.config.get("attn_implementation")
     if attention == "auto" and named and not is_softmax(named):
         attention = named
     masked = is_masked(source)
+    kind = class_of(source)
+    extra: dict[str, Any] = {}
+    if kind is AutoModel and not any("pooler." in name for name in source.shards):
+        inner: Any = AutoModel._model_mapping[type(read_config(source, trust_remote_code))]
+        if "add_pooling_layer" in inspect.signature(inner).parameters:
+            extra["add_pooling_layer"] = False  # which would be random; nothing here reads it
     module = load_weights(
         source,
-        AutoModelForMaskedLM if masked else AutoModelForCausalLM,
-        f"a {'masked' if masked else 'causal'} language model",
+        kind,
+        "an encoder" if kind is AutoModel else f"a {'masked' if masked else 'causal'} language model",
+        **extra,
         dtype=dtype,
         device_map=device_map,
         attn_implementation="eager" if attention in ("auto", OPENING) else attention,
@@ -245,25 +278,46 @@ def load_weights(source: Source, kind: Any, what: str, **options: Any) -> Any:
 
     Raises InputError for a checkpoint that is not `what` it should be, and for missing weights.
     """
+    method = (source.config.get("quantization_config") or {}).get("quant_method")
     try:
         if source.gguf is not None:
             module, report = _from_gguf(source, kind, **options)
         else:
             module, report = kind.from_pretrained(
-                source.location, **source.options, output_loading_info=True, **options
+                source.location,
+                **source.options,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
+                **options,
             )
-    except (ValueError, KeyError, OSError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"{source.name} cannot be loaded as {what}: {error}") from error
     except ImportError as error:
-        method = (source.config.get("quantization_config") or {}).get("quant_method")
         stored = f", whose weights are quantised by {method}," if method else ""
+        other = ": install or use that, or give a checkpoint that is not quantised" if method else ""
+        raise InputError(f"{source.name}{stored} needs what is not here ({brief(error)}){other}") from error
+    except Exception as error:  # of the code of a family, which raises types of its own
+        raise InputError(f"{source.name} cannot be loaded as {what}: {brief(error)}") from error
+    unknown = isinstance(method, str) and method not in AUTO_QUANTIZATION_CONFIG_MAPPING
+    if unknown and report["missing_keys"]:
         raise InputError(
-            f"{source.name}{stored} needs a library that is not installed here: {error}"
-        ) from error
+            f"{source.name} is quantised by {method}, which transformers does not know: give a checkpoint "
+            "that is not quantised, or one of a method that it knows, such as gptq or bitsandbytes"
+        )
     if lacking := sorted(report["missing_keys"]):  # transformers would fill them with random numbers
         raise InputError(
             f"{source.name} lacks {len(lacking)} of the weights of a {type(module).__name__}: "
             f"{', '.join(lacking[:3])}{', ...' if len(lacking) > 3 else ''}"
+        )
+    for name, stored, asked in sorted(report["mismatched_keys"]):
+        raise InputError(
+            f"{source.name}: {name} is {list(stored)} where its config.json asks for {list(asked)}: the two "
+            "are not of one model"
+        )
+    if beyond := _beyond(module, report["unexpected_keys"]):
+        warnings.warn(
+            f"{source.name} holds layers that its config.json does not count, such as that of {beyond}: they "
+            "are left out",
+            SpectralWarning,
+            stacklevel=3,
         )
     for name in sorted(report["unexpected_keys"]):
         weight = f"{name.rpartition('.')[0]}.weight"
@@ -273,7 +327,18 @@ def load_weights(source: Source, kind: Any, what: str, **options: Any) -> Any:
                 "codes for the weights: dequantise it, or add the quantization_config of its method to "
                 "config.json"
             )
+    if method is None and (integers := source.integers()):
+        raise InputError(
+            f"{source.name} stores {integers} as integers, and transformers would take the codes for the "
+            "weights: dequantise it, or add the quantization_config of its method to config.json"
+        )
     return module
+
+
+def _beyond(module: Any, unexpected: Iterable[str]) -> str | None:
+    """Return the first weight that a layer of the model would have, if it had more of them."""
+    held = {NUMBER.sub(".#.", name) for name in module.state_dict()}
+    return next((name for name in sorted(unexpected) if NUMBER.sub(".#.", name) in held), None)
 
 
 def run_once(name: str, module: Any) -> None:
@@ -287,8 +352,8 @@ def run_once(name: str, module: Any) -> None:
             module(input_ids=ids)
     except Exception as error:  # of kernels, which raise types of their own
         raise InputError(
-            f"{name} is quantised and does not run on {ids.device} ({error}): give a device on which it "
-            "does, such as device='cuda'"
+            f"{name} is quantised and does not run on {ids.device} ({brief(error)}): give a device on which "
+            "it does, such as device='cuda'"
         ) from error
 
 
@@ -313,22 +378,6 @@ def _from_gguf(source: Source, kind: Any, *, dtype: Any, **options: Any) -> tupl
     return module, report
 
 
-def read_config(source: Source, trust_remote_code: bool) -> Any:
-    """Return the checkpoint's configuration as an object of transformers.
-
-    Raises InputError for a missing or broken configuration.
-    """
-    known = source.config  # its errors are clearer than transformers'
-    try:
-        if source.gguf is not None:
-            return AutoConfig.for_model(**known)
-        return AutoConfig.from_pretrained(
-            source.location, **source.options, trust_remote_code=trust_remote_code
-        )
-    except (ValueError, KeyError, OSError) as error:
-        raise InputError(f"the configuration of {source.name} cannot be read: {error}") from error
-
-
 def refuse_options(model: object, **options: Any) -> None:
     """Raise InputError if options of loading are given for a model that is loaded already.
 
@@ -341,10 +390,12 @@ def refuse_options(model: object, **options: Any) -> None:
         )
 
 
-def is_masked(source: Source) -> bool:
-    """Whether a checkpoint is loaded as a masked language model."""
-    config = source.config
-    return is_masked_lm(config.get("architectures") or (), config.get("model_type"), config.get("is_decoder"))
+def class_of(source: Source) -> Any:
+    """Return the class of transformers that loads a checkpoint."""
+    if not is_masked(source):
+        return AutoModelForCausalLM
+    bare = is_bare(source.config.get("architectures") or ())
+    return AutoModel if bare else AutoModelForMaskedLM
 
 
 def _check_opening(name: str, module: Any) -> None:
@@ -353,7 +404,7 @@ def _check_opening(name: str, module: Any) -> None:
     These are encoders, whose tokens attend beyond the first tokens, and models without sdpa attention, such
     as those with a cap or a learned sink, which the kernel would leave out.
     """
-    if predicts_masked(module):
+    if encodes(module):
         raise InputError(
             f"{name}: tokens of a {type(module).__name__} attend to later ones, and {OPENING!r} maps the "
             "opening alone: use attention='eager'"
@@ -377,7 +428,9 @@ def _layout(name: str, module: Any, parts: Mapping[str, str] | None) -> Layout:
 
 
 def moved(module: Any, device: str | torch.device) -> Any:
-    """Move the module to a device. Raises InputError if that fails."""
+    """Move the module to a device. Raises InputError if that fails, and for `meta`, without numbers."""
+    if str(device).startswith("meta"):
+        raise InputError("device 'meta' holds no weights, so nothing can be computed there: give such as cpu")
     try:
         return module.to(device)
     except (
@@ -385,35 +438,4 @@ def moved(module: Any, device: str | torch.device) -> Any:
         AssertionError,
         ValueError,
     ) as error:  # an unknown or absent device, or too little memory
-        raise InputError(f"the model cannot be put on device {str(device)!r}: {error}") from error
-
-
-def load_tokenizer(source: Source, trust_remote_code: bool) -> Any:
-    """Load the checkpoint's tokenizer; None if it ships none (token ids can still be measured)."""
-    if source.gguf is None and not any(
-        source.file(name) for name in ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
-    ):
-        return None
-    try:
-        # transformers would read a GGUF file once more for the configuration
-        known = {} if source.gguf is None else {"config": read_config(source, trust_remote_code)}
-        with nullcontext() if source.gguf is None else fast_reader(VocabularyReader):
-            tokenizer = AutoTokenizer.from_pretrained(
-                source.location, **source.options, trust_remote_code=trust_remote_code, **known
-            )
-    except (ValueError, KeyError, OSError) as error:
-        raise InputError(f"the tokenizer of {source.name} cannot be loaded: {error}") from error
-    if source.gguf is not None:
-        source.gguf.configure_tokenizer(tokenizer)
-    return tokenizer
-
-
-def refuse_code(source: Source, trust_remote_code: bool) -> None:
-    """Raise InputError for a checkpoint that needs code of its own, unless it is trusted."""
-    if trust_remote_code or "auto_map" not in source.config:
-        return
-    if source.config.get("model_type") not in CONFIG_MAPPING:
-        raise InputError(
-            f"{source.name} runs code of its own ({', '.join(sorted(source.config['auto_map']))}); "
-            "read it, then allow it: load(..., trust_remote_code=True), --trust-remote-code"
-        )
+        raise InputError(f"the model cannot be put on device {str(device)!r}: {brief(error)}") from error

@@ -9,22 +9,26 @@ import torch
 import transformers
 from transformers import AutoImageProcessor, AutoModel, PreTrainedModel, ViTImageProcessorPil
 
-from spectral_sinks.errors import InputError, SpectralWarning
+from spectral_sinks.errors import InputError, SpectralWarning, brief
 from spectral_sinks.models.adapters import adapted_base, with_adapter
-from spectral_sinks.models.checkpoint import Source, check_finite, find_source
+from spectral_sinks.models.checkpoint import Source, find_source
+from spectral_sinks.models.configuration import TWO_TOWERS, refuse_code
+from spectral_sinks.models.effective_weights import check_finite
 from spectral_sinks.models.layout_vision import vision_layout
 from spectral_sinks.models.loading import (
     load_weights,
     moved,
-    refuse_code,
     refuse_options,
 )
 from spectral_sinks.models.unwrapping import unwrapped
 from spectral_sinks.models.vision import VisionModel
 from spectral_sinks.models.wrapping import wrap_encoder
 
-TWO_TOWERS = {"clip": "CLIPVisionModel", "siglip": "SiglipVisionModel"}
-"""Model types that have a text tower beside the image tower, and the class that loads the image tower."""
+OTHER_FORMAT = (
+    "give the same encoder as transformers has it, such as facebook/dinov2-base or "
+    "openai/clip-vit-base-patch32, or convert it by transformers' script for its family"
+)
+"""What to do about a checkpoint of another library."""
 
 
 def load_vision(
@@ -59,8 +63,8 @@ def load_vision(
     Raises:
         InputError: for a name that is neither a folder nor reachable; for missing, pickled (unless allowed)
             or non-finite weights; for a checkpoint that runs code of its own (unless trusted); for a model
-            that is not an image encoder, or whose modules are not found or do not add up; and for
-            options that a model object cannot take.
+            of timm or OpenCLIP, for one that is not an image encoder, or whose modules are not found or do
+            not add up; and for options that a model object cannot take.
 
     """
     if not isinstance(model, str | Path):
@@ -70,6 +74,7 @@ def load_vision(
         return model
     if isinstance(model, str | Path):
         source = find_source(str(model), revision)
+        refuse_other_libraries(source)
         base = adapted_base(source)
         module = _load(base or source, dtype, attention, allow_pickle, trust_remote_code)
         if base is not None:
@@ -79,6 +84,7 @@ def load_vision(
         name = source.name
     else:
         given: Any = unwrapped(model)
+        refuse_other_modules(given)
         alone = given.config.model_type in TWO_TOWERS and not hasattr(given, "classifier")
         module = getattr(given, "vision_model", given) if alone else given
         name = getattr(given, "name_or_path", "") or type(given).__name__
@@ -89,6 +95,31 @@ def load_vision(
     loaded = VisionModel(wrap_encoder(module), layout, name, processor)
     loaded.check()
     return loaded
+
+
+def refuse_other_libraries(source: Source) -> None:
+    """Raise InputError for a checkpoint of timm or OpenCLIP without a configuration of transformers."""
+    config = source.config if source.file("config.json") else {}
+    if "model_type" in config:
+        return
+    if "architecture" in config:
+        raise InputError(
+            f"{source.name} is a checkpoint of timm ({config['architecture']}), and encoders are read in "
+            f"transformers' format: {OTHER_FORMAT}"
+        )
+    if source.file("open_clip_config.json") is not None:
+        raise InputError(
+            f"{source.name} is a checkpoint of OpenCLIP, and encoders are read in transformers' format: "
+            f"{OTHER_FORMAT}"
+        )
+
+
+def refuse_other_modules(module: Any) -> None:
+    """Raise InputError for a module that has no configuration, as those of timm and OpenCLIP have none."""
+    if getattr(getattr(module, "config", None), "model_type", None) in (None, "timm_wrapper"):
+        kind = type(module)
+        library = kind.__module__.partition(".")[0]
+        raise InputError(f"{library}'s {kind.__name__} is no encoder of transformers: {OTHER_FORMAT}")
 
 
 def _load(
@@ -138,4 +169,4 @@ def load_processor(source: Source) -> Any:
         )
         return ViTImageProcessorPil.from_pretrained(source.location, **source.options)
     except (ValueError, KeyError, OSError) as error:
-        raise InputError(f"the image processor of {source.name} cannot be loaded: {error}") from error
+        raise InputError(f"the image processor of {source.name} cannot be loaded: {brief(error)}") from error

@@ -1,14 +1,12 @@
-"""Masked language models: how one is recognised, and which tokens of a window are masked."""
+"""Masked language models: which tokens of a window they predict."""
 
 import hashlib
-from collections.abc import Iterable
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from spectral_sinks.errors import InputError
 
@@ -23,36 +21,6 @@ RULE = (
     "generator seeded by the SHA-256 of the window's ids"
 )
 """How tokens are masked, for records."""
-
-HEADS = ("ForMaskedLM", "ForPreTraining")
-GENERATORS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
-
-
-def is_masked_lm(architectures: Iterable[str], model_type: str | None, decoder: bool | None) -> bool:
-    """Whether a model with these class names predicts masked tokens.
-
-    A configuration with `is_decoder` set (`decoder`) does not. Without class names, the model type decides.
-    Raises InputError for an encoder without a head over the vocabulary, such as a classifier.
-    """
-    names = list(architectures)
-    encoder = model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    if decoder or not (names or encoder):
-        return False
-    if any(name.endswith(HEADS) for name in names) or not names:
-        return True
-    if encoder and not any(name.endswith(GENERATORS) for name in names):
-        raise InputError(
-            f"{names[0]} ({model_type}) has no head over the vocabulary: expected a masked language model, "
-            "such as BertForMaskedLM, or a causal one"
-        )
-    return False
-
-
-def predicts_masked(module: Any) -> bool:
-    """Whether a transformers model predicts masked tokens; raises InputError as `is_masked_lm` does."""
-    config = module.config.get_text_config()
-    names = [kind.__name__ for kind in type(module).__mro__]
-    return is_masked_lm(names, config.model_type, getattr(config, "is_decoder", False))
 
 
 def masked_count(tokens: int) -> int:

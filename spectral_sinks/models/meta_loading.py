@@ -9,7 +9,7 @@ from nnsight.modeling import huggingface
 from nnsight.modeling.mixins.meta import MetaDevice
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
-from spectral_sinks.errors import InputError
+from spectral_sinks.errors import InputError, brief
 from spectral_sinks.models.checkpoint import Source
 from spectral_sinks.models.layout import Layout, find_layout
 from spectral_sinks.models.pickling import wrap
@@ -57,7 +57,9 @@ def load_on_meta(
             )
     except (ValueError, KeyError, OSError) as error:
         kind = "masked" if masked else "causal"
-        raise InputError(f"{source.name} cannot be built as a {kind} language model: {error}") from error
+        raise InputError(
+            f"{source.name} cannot be built as a {kind} language model: {brief(error)}"
+        ) from error
     nn = wrap(module.eval(), tokenizer, device="meta")
     nn.repo_id, nn.revision = source.location, revision  # by which the server identifies the model
     if source.folder is not None:  # a server on this machine can read the folder too

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from spectral_sinks.errors import InputError
+from spectral_sinks.errors import InputError, brief
 from spectral_sinks.models.base import Transformer
 from spectral_sinks.models.effective_weights import own_forward
 from spectral_sinks.spectra.edits import own_address
@@ -95,4 +95,4 @@ def _addressed(what: str, function: Any) -> str:
     try:
         return f"{what}: {own_address(function)}"
     except InputError as error:
-        raise InputError(f"{what}: {error}") from error
+        raise InputError(f"{what}: {brief(error)}") from error

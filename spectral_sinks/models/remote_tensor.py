@@ -1,24 +1,25 @@
 """Reading one tensor of a safetensors file on the hub by range requests, without the rest of the file."""
 
 import json
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-import torch
-from huggingface_hub import HfFileSystem
-from torch import Tensor
+from spectral_sinks.errors import InputError, brief
 
-from spectral_sinks.errors import InputError
+if TYPE_CHECKING:
+    from torch import Tensor
 
 DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
 }
 
 
 def open_remote(name: str, revision: str | None, file: str) -> Any:
     """Open a seekable stream over a file of a hub repository."""
+    from huggingface_hub import HfFileSystem  # imports fsspec, which a checkpoint on disk does without
+
     return HfFileSystem().open(f"{name}@{revision}/{file}" if revision else f"{name}/{file}", "rb")
 
 
@@ -37,12 +38,12 @@ def read_header(stream: Readable) -> dict[str, Any]:
     try:
         header = json.loads(stream.read(size))
     except ValueError as error:
-        raise InputError(f"not a safetensors file: its header is not JSON ({error})") from error
+        raise InputError(f"not a safetensors file: its header is not JSON ({brief(error)})") from error
     header.pop("__metadata__", None)
     return {name: {**entry, "base": 8 + size} for name, entry in header.items()}
 
 
-def read_tensor(stream: Readable, name: str) -> Tensor:
+def read_tensor(stream: Readable, name: str) -> "Tensor":
     """Read one tensor of a safetensors stream. Raises InputError for a quantized tensor or a short read."""
     entry = read_header(stream)[name]
     if entry["dtype"] not in DTYPES:
@@ -52,4 +53,6 @@ def read_tensor(stream: Readable, name: str) -> Tensor:
     raw = bytearray(stream.read(stop - start))
     if len(raw) != stop - start:
         raise InputError(f"{name}: the file ends after {len(raw)} of {stop - start} bytes")
-    return torch.frombuffer(raw, dtype=DTYPES[entry["dtype"]]).reshape(entry["shape"])
+    import torch  # not for the header
+
+    return torch.frombuffer(raw, dtype=getattr(torch, DTYPES[entry["dtype"]])).reshape(entry["shape"])

@@ -1,79 +1,37 @@
 """Spectra of a model's matrices, from the model or from single tensors of its checkpoint."""
 
 import warnings
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from spectral_sinks.errors import InputError, SpectralWarning
 from spectral_sinks.models.adapters import adapted_base
 from spectral_sinks.models.blueprint import blueprint, final_norm, tensor_name
 from spectral_sinks.models.checkpoint import QuantisedError, Source, find_source
+from spectral_sinks.models.configuration import is_masked, is_vision, load_tokenizer, read_config, refuse_code
 from spectral_sinks.models.effective_weights import effective_parameter
+from spectral_sinks.models.encoders import is_bare, is_encoder
 from spectral_sinks.models.gguf import EMBEDDING
-from spectral_sinks.models.language import LanguageModel, token_rows
-from spectral_sinks.models.layout import TRANSFORMS, through
-from spectral_sinks.models.loading import load, load_tokenizer, read_config, refuse_code
+from spectral_sinks.models.language import LanguageModel, rows_of, token_rows
+from spectral_sinks.models.loading import load
 from spectral_sinks.models.loading_vision import load_vision
-from spectral_sinks.models.masked_lm import is_masked_lm
 from spectral_sinks.models.norms import centres, gain_of
-from spectral_sinks.models.spectra_vision import CLASSIFIER, Reading, is_vision, read_checkpoint, read_model
+from spectral_sinks.models.spectra_vision import CLASSIFIER, Reading, read_checkpoint, read_model
+from spectral_sinks.models.tensor_names import EMBEDDINGS, NORMS, UNEMBEDDINGS, present_of, read_through, ties
 from spectral_sinks.models.vision import VisionModel
 from spectral_sinks.spectra.conventions import DEFAULT_CONVENTION, Convention
 from spectral_sinks.spectra.rounding import RoundingNoise, rounding_noise
 from spectral_sinks.spectra.spectrum import Spectrum
 
-UNEMBEDDINGS = (
-    "lm_head.weight",
-    "embed_out.weight",
-    "model.lm_head.weight",
-    "language_model.lm_head.weight",
-    "cls.predictions.decoder.weight",
-    "lm_head.decoder.weight",
-    "decoder.weight",
-    "output.weight",  # GGUF
-)
-EMBEDDINGS = (
-    "model.embed_tokens.weight",
-    "transformer.wte.weight",
-    "wte.weight",
-    "gpt_neox.embed_in.weight",
-    "model.language_model.embed_tokens.weight",
-    "language_model.model.embed_tokens.weight",
-    "bert.embeddings.word_embeddings.weight",
-    "roberta.embeddings.word_embeddings.weight",
-    "model.embeddings.tok_embeddings.weight",
-    "token_embd.weight",  # GGUF
-    "transformer.word_embeddings.weight",
-    "word_embeddings.weight",
-    "model.decoder.embed_tokens.weight",
-    "decoder.embed_tokens.weight",
-    "biogpt.embed_tokens.weight",
-    "gpt_neox_japanese.embed_in.weight",
-    "transformer.tokens_embed.weight",
-    "tokens_embed.weight",
-    "transformer.w.weight",
-    "backbone.embeddings.weight",
-    "rwkv.embeddings.weight",
-)
-NORMS = (
-    "model.norm.weight",
-    "transformer.ln_f.weight",
-    "ln_f.weight",
-    "gpt_neox.final_layer_norm.weight",
-    "model.language_model.norm.weight",
-    "language_model.model.norm.weight",
-    "cls.predictions.transform.LayerNorm.weight",
-    "cls.predictions.transform.LayerNorm.gamma",
-    "lm_head.layer_norm.weight",
-    "head.norm.weight",
-    "output_norm.weight",  # GGUF
-)
+PADDING_ZEROED = ("youtu",)
+"""Model types whose embedding of the padding token transformers sets to zero when it loads a checkpoint.
+
+The model computes with zeros, whatever the checkpoint stores there.
+"""
 
 
 def read_local_spectrum(
@@ -96,14 +54,19 @@ def read_local_spectrum(
             f"convention {convention!r} folds the final norm into the unembedding; {matrix} has only 'raw'"
         )
     read = _reading(model, matrix, convention, revision, gguf_file)
-    if convention == "centred" and read.tokens is not None and read.tokens < len(read.weight):
-        warnings.warn(
-            f"{len(read.weight) - read.tokens} rows of the unembedding belong to no token of the tokenizer, "
-            f"which has {read.tokens}: they are left out of the centred spectrum",
-            SpectralWarning,
-            stacklevel=3,
-        )
-        read = replace(read, weight=read.weight[: read.tokens])
+    if convention == "centred" and read.tokens is not None:
+        rows = rows_of(read.weight, read.tokens)
+        if left_out := len(read.weight) - len(rows):
+            last = int(read.tokens.max()) + 1
+            end = max(0, len(read.weight) - last)
+            warnings.warn(
+                f"{left_out} rows of the unembedding belong to no token of the tokenizer ({end} at its end "
+                f"and {left_out - end} before the last row that does): they are left out of the centred "
+                "spectrum",
+                SpectralWarning,
+                stacklevel=3,
+            )
+        read = replace(read, weight=rows)
     # rows read the residual stream: [rows, d]
     weight = read.weight
     if weight.ndim == 2 and weight.shape[1] != read.width and weight.shape[0] == read.width:
@@ -158,6 +121,8 @@ def _load(source: Source, name: str, revision: str | None) -> LanguageModel | Vi
 
 def _from_model(model: LanguageModel, matrix: str, convention: Convention) -> Reading:
     if matrix == "unembedding":
+        if not model.has_head:
+            raise InputError(no_unembedding(f"{model.name} ({type(model.module).__name__})"))
         weight = model.unembedding_weight
     elif matrix == "embedding":
         weight = model.embedding_weight
@@ -179,15 +144,32 @@ def _from_model(model: LanguageModel, matrix: str, convention: Convention) -> Re
     )
 
 
+def lacks_head(model: Any, revision: str | None = None, gguf_file: str | None = None) -> bool:
+    """Whether a model, or the checkpoint of that name or folder, is an encoder without a head."""
+    if not isinstance(model, str | Path):
+        return isinstance(model, LanguageModel) and not model.has_head
+    source = find_source(str(model), revision, gguf_file)
+    return not is_vision(source) and is_masked(source) and is_bare(source.config.get("architectures") or ())
+
+
+def no_unembedding(title: str) -> str:
+    """Say that an encoder has no unembedding, and which matrix to take."""
+    return f"{title} is an encoder without a head, and has no unembedding: take matrix 'embedding'"
+
+
 def _from_checkpoint(source: Source, matrix: str, convention: Convention) -> Reading:
     config: dict[str, Any] = source.config.get("text_config", source.config)
-    is_masked_lm(config.get("architectures") or (), config.get("model_type"), config.get("is_decoder"))
+    classes: list[str] = config.get("architectures") or []
+    encoder = is_encoder(classes, config.get("model_type"), config.get("is_decoder"))
+    bare = encoder and is_bare(classes)
+    if bare and matrix == "unembedding":
+        raise InputError(no_unembedding(f"{source.name} ({classes[0]})"))
     present = source.shards
     known = {"unembedding": (*UNEMBEDDINGS, *EMBEDDINGS), "embedding": EMBEDDINGS}
     wanted = [name for name in known.get(matrix, (matrix,)) if name.endswith(".weight")]
     source.require_plain(name.removesuffix(".weight") for name in wanted)
-    head, embedding = _present(present, UNEMBEDDINGS), _present(present, EMBEDDINGS)
-    tied = ties(source)
+    head, embedding = present_of(present, UNEMBEDDINGS), present_of(present, EMBEDDINGS)
+    tied = not bare and ties(source)
     if matrix in known and (embedding is None if tied or matrix == "embedding" else head is None):
         head, embedding = _named_by_class(source, head, embedding)
     if head is None and matrix == "unembedding" and not tied:
@@ -203,6 +185,10 @@ def _from_checkpoint(source: Source, matrix: str, convention: Convention) -> Rea
         gain, layernorm = _final_gain(source, width)
     tokens = token_rows(load_tokenizer(source, False)) if convention == "centred" else None
     weight, through = source.tensor(str(name)), read_through(present)
+    padding = config.get("pad_token_id")
+    zeroed = config.get("model_type") in PADDING_ZEROED and (tied or name == embedding)
+    if zeroed and isinstance(padding, int) and 0 <= padding < len(weight):
+        weight = weight.index_fill(0, torch.tensor([padding]), 0)
     return Reading(matrix, weight, width, gain, layernorm, tied, through, tokens)
 
 
@@ -233,30 +219,12 @@ def _final_gain(source: Source, width: int) -> tuple[Tensor, bool]:
     Families store a gain as it acts, or without 1, so the norm itself is run.
     """
     if source.gguf is not None:  # which stores gains as they act
-        name = _present(source.shards, NORMS)
+        name = present_of(source.shards, NORMS)
         if name is None:
             raise InputError(f"{source.name} holds no final norm that is known: use convention 'raw'")
         return source.tensor(name).float(), name.removesuffix("weight") + "bias" in source.shards
     norm = final_norm(source)
     return gain_of(norm, width), centres(norm, width)
-
-
-def ties(source: Source) -> bool:
-    """Whether transformers gives the model of a checkpoint one matrix as embedding and unembedding.
-
-    It does so if the configuration says so, unless the checkpoint holds two matrices that differ. Weights are
-    read only to compare these.
-    """
-    head, embedding = _present(source.shards, UNEMBEDDINGS), _present(source.shards, EMBEDDINGS)
-    kind, says = source.config.get("model_type"), source.config.get("tie_word_embeddings", head is None)
-    if isinstance(kind, str) and kind in CONFIG_MAPPING:  # whose defaults differ between families
-        says = getattr(read_config(source, False), "tie_word_embeddings", False)
-    if not says or head is None or embedding is None:
-        return bool(says)
-    try:
-        return torch.equal(source.tensor(head), source.tensor(embedding))
-    except QuantisedError:
-        return False
 
 
 def quantization_noise(
@@ -286,18 +254,6 @@ def quantization_noise(
     if step is None:
         return None
     return rounding_noise(read.weight, step, spectrum, gain=read.gain, centre_residual=read.layernorm)
-
-
-def read_through(present: Iterable[str]) -> str:
-    """Describe the modules between residual stream and unembedding, from the tensor names of a checkpoint."""
-    names = {name.rpartition(".")[0] for name in present}
-    dense = next((name for name in TRANSFORMS if name in names), "")
-    norm = next((name for name in (each.rpartition(".")[0] for each in NORMS) if name in names), "")
-    return through(dense, norm) if dense else ""
-
-
-def _present(present: dict[str, str], names: tuple[str, ...]) -> str | None:
-    return next((name for name in names if name in present), None)
 
 
 def _examples(names: list[str], tried: str = "") -> str:

@@ -4,15 +4,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from spectral_sinks.errors import InputError
 from spectral_sinks.models.checkpoint import Source
 from spectral_sinks.models.effective_weights import effective_parameter
 from spectral_sinks.models.layout_vision import HEADS, SEARCHED, TOWERS
-from spectral_sinks.models.loading_vision import TWO_TOWERS
-from spectral_sinks.models.vision import VISION_FAMILIES, VisionModel
+from spectral_sinks.models.vision import VisionModel
 from spectral_sinks.spectra.conventions import Convention
 
 CLASSIFIER = ("unembedding", "classifier")
@@ -35,13 +34,8 @@ class Reading:
     tied: bool = False
     through: str = ""
     """What lies between the residual stream and the matrix besides one norm."""
-    tokens: int | None = None
-    """Number of first rows that belong to tokens; None if all do, or if that is not known."""
-
-
-def is_vision(source: Source) -> bool:
-    """Whether a checkpoint holds an image encoder, alone or beside a text tower."""
-    return source.config.get("model_type") in VISION_FAMILIES | set(TWO_TOWERS)
+    tokens: Int[Tensor, "tokens"] | None = None
+    """The rows that belong to tokens; None if all do, or if that is not known."""
 
 
 def read_model(model: VisionModel, matrix: str, convention: Convention) -> Reading:

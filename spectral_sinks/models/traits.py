@@ -2,16 +2,17 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from spectral_sinks.errors import InputError
+from spectral_sinks.errors import InputError, brief
 from spectral_sinks.models.attention_capture import AttentionCall, attending, can_attend
-from spectral_sinks.models.attention_sdpa import whole_maps
+from spectral_sinks.models.fused_projections import Which, find_fused
+from spectral_sinks.models.gates import attending_gates
 from spectral_sinks.models.layout import SEARCHED, Fused, Layout, Traits, has, missing
 
 if TYPE_CHECKING:
@@ -21,16 +22,8 @@ if TYPE_CHECKING:
 TOKENS = 5
 """Length of the pass."""
 
-PLACE = 2
-"""The token at which queries, keys or values are changed, to see which of them a projection makes."""
-
-SIZES = (4.0, 0.3, 30.0)
-"""Sizes of the change, relative to the outputs; under a steep softmax, one alone may show nothing."""
-
 DOWN = ("down_proj", "c_proj", "dense_4h_to_h", "Wo", "fc2", "fc_out", "out_proj", "w2", "wo")
 """Names of the last matrix of an MLP."""
-
-Which = Literal["queries", "keys", "values"]
 
 
 @dataclass
@@ -43,10 +36,6 @@ class Call:
     returned: Any = None
     """What was returned, which the model may have changed in place afterwards."""
     count: int = 0
-
-
-class _Enough(Exception):
-    pass
 
 
 @contextmanager
@@ -118,11 +107,12 @@ class _Pass:
     def __init__(self, model: "LanguageModel", given: dict[str, str]) -> None:
         self.model, self.given, self.old = model, given, model.layout
         self.lacking: dict[str, str] = {}
+        self.eager_maps, self.gated = True, False
         self.names = [f"{self.old.layers}.{index}" for index in range(model.layers)]
         ids = torch.arange(TOKENS, device=model.device)[None] % model.vocabulary
         options = {"use_cache": False} if model.causal else {}
         self.run = lambda: model.module(input_ids=ids, **options)
-        paths = [self.old.final_norm, *self.names]
+        paths = [*filter(None, [self.old.final_norm]), *self.names]
         for name in self.names:
             inside = [self.old.attention, self.old.attention_norm, self.old.mlp, self.old.mlp_norm]
             inside += [self.old.queries, self.old.keys, self.old.values]
@@ -130,7 +120,13 @@ class _Pass:
             block = model.module.get_submodule(name)
             paths += [f"{name}.{part}" for part in dict.fromkeys(inside) if part and has(block, part)]
         with watched(model.module, paths) as self.seen:
-            self.logits = self.run().logits.float()
+            try:
+                self.logits = self._result().float()
+            except Exception as error:  # of any kind, from the code of a family
+                raise InputError(
+                    f"{self._title} does not run on {TOKENS} tokens in transformers itself ({brief(error)}): "
+                    "check its configuration"
+                ) from error
 
     def layout(self) -> Layout:
         factor = self._logit_factor()
@@ -138,17 +134,24 @@ class _Pass:
         writes, write_factor = self._sums()
         self._heads()
         fused = self._reading(writes["attention_write"])
-        self._interface()
+        self._interface(writes["attention_write"])
         in_place = any(self._changed(path) for path in self.seen)
         traits = Traits(
             outputs=outputs,
-            reused_norm=self.seen[self.old.final_norm].count > 1,
+            reused_norm=bool(self.old.final_norm) and self.seen[self.old.final_norm].count > 1,
             logit_factor=factor,
             write_factor=write_factor,
             in_place=in_place,
+            eager_maps=self.eager_maps,
+            gated=self.gated,
             lacking=self.lacking,
         )
         return replace(self.old, fused=fused, traits=traits, **writes)
+
+    def _result(self) -> Tensor:
+        """Run the pass, and return its logits, or the last residual stream of a model without a head."""
+        found: Any = self.run()
+        return found.logits if self.model.has_head else found.last_hidden_state
 
     @property
     def _title(self) -> str:
@@ -166,8 +169,14 @@ class _Pass:
     # the two ends of the residual stream
 
     def _logit_factor(self) -> float:
-        """Return the factor between the output of the unembedding and the logits."""
-        model, final = self.model, self.seen[self.old.final_norm].output
+        """Return the factor between the output of the unembedding and the logits; 1 without a head."""
+        model = self.model
+        end = self.old.final_norm or self.names[-1]
+        final = self.seen[end].output
+        if not model.has_head:
+            if isinstance(final, Tensor) and _near(final.float(), self.logits):
+                return 1.0
+            raise InputError(f"{self._title}: its output is not that of {end!r}, so its end is not known")
         if isinstance(final, Tensor) and final.shape[-1] == model.d:
             with torch.no_grad():
                 head = model.module.get_submodule(self.old.unembedding).forward(final).float()
@@ -191,8 +200,8 @@ class _Pass:
                     f"{self._title} does not pass one residual stream from layer to layer: layer {index} "
                     "reads or returns something else, and this package measures a residual stream"
                 )
-        final = self.seen[self.old.final_norm].output
-        if not self.old.transform:
+        if self.old.final_norm and not self.old.transform:
+            final = self.seen[self.old.final_norm].output
             with torch.no_grad():
                 norm = self.model.module.get_submodule(self.old.final_norm)
                 again = norm.forward(calls[-1].output.to(self.seen[self.old.final_norm].given))
@@ -214,7 +223,8 @@ class _Pass:
         """Return the modules whose output may be what a part adds, likeliest first."""
         old = self.old
         if part == "attention":
-            own, inside = old.attention_write, (old.attention, old.attention_projection)
+            inside = (old.attention, old.attention_projection or old.attention)
+            own = old.attention_write
         else:
             own, inside = old.mlp_write, (old.mlp, *(f"{old.mlp}.{name}" for name in DOWN))
         return (
@@ -306,6 +316,11 @@ class _Pass:
                 f"configuration says {self.model.heads}"
             )
             self.lacking["head"] = "its layers have different numbers of heads"
+        if not self.old.attention_projection:
+            self.lacking["head"] = (
+                "no module was found that is W_O and reads what its heads have mixed; if there is one, "
+                "load(model, parts={'attention_projection': 'dotted.name'}) names it"
+            )
 
     def _reading(self, attention_write: str) -> Fused:
         """Find out which sites of reading parts are exact, and how a fused matrix is laid out."""
@@ -314,9 +329,9 @@ class _Pass:
         for which, path in parts.items():
             if not path:
                 self.lacking[which] = (
-                    f"its {which} come from a matrix that compresses what keys and values share"
+                    f"its {which} come from a matrix that keys and values share"
                     if which != "queries"
-                    else "its queries come from two matrices, or are compressed"
+                    else "its queries are not what one matrix makes of the residual stream"
                 )
             elif not all(self._reads(layer, path) for layer in layers):
                 norm = f"the norm {old.attention_norm!r}" if old.attention_norm else "the residual stream"
@@ -329,7 +344,11 @@ class _Pass:
             self.lacking["mlp-input"] = f"{old.mlp!r} does not read the output of {old.mlp_norm!r}"
         if self.lacking.keys() >= set(parts) or not layers:
             return old.fused
-        return self._projections([which for which in parts if which not in self.lacking])
+        named: list[Which] = [which for which in parts if which not in self.lacking]
+        fused, why = find_fused(self.model, self.run, TOKENS, named)
+        if why:
+            self.lacking |= dict.fromkeys(named, why)
+        return fused
 
     def _reads(self, layer: int, path: str) -> bool:
         """Whether a module of a layer reads the norm before attention, or the residual if there is none."""
@@ -343,7 +362,7 @@ class _Pass:
             isinstance(given, Tensor) and given.numel() == read.numel() and _near(given.view_as(read), read)
         )
 
-    def _interface(self) -> None:
+    def _interface(self, attention_write: str) -> None:
         """Check that attention is what its queries, keys and values make of it, up to W_O.
 
         Families with a gate or a norm before W_O, or with heads that share values in another way, differ.
@@ -351,12 +370,8 @@ class _Pass:
         model, layers = self.model, self.model.attention_layers
         if not can_attend(model) or model.own_attention is not None or not layers:
             return
-        path = f"{self.names[layers[0]]}.{self.old.attention_projection}"
-        mixed: list[Tensor] = []
-
-        def look(call: AttentionCall) -> None:
-            if call.layer == layers[0]:
-                mixed.append(call.output().detach().flatten(2))
+        ends = [f"{self.names[i]}.{self.old.attention_projection or self.old.attention}" for i in layers]
+        calls: list[AttentionCall] = []
 
         def without(call: AttentionCall) -> AttentionCall | None:
             if call.layer != layers[0]:
@@ -366,16 +381,16 @@ class _Pass:
             return replace(call, value=value)
 
         try:
-            with watched(model.module, [path]) as plain, attending(model, look):
-                logits = self.run().logits.float()
-            with watched(model.module, [path]) as changed, attending(model, without):
+            with watched(model.module, ends) as plain, attending(model, calls.append):
+                logits = self._result().float()
+            with watched(model.module, ends[:1]) as changed, attending(model, without):
                 self.run()
         except (RuntimeError, TypeError, ValueError, AttributeError) as error:
             self.lacking["attending"] = (
-                f"its attention does not run through transformers' interface ({error})"
+                f"its attention does not run through transformers' interface ({brief(error)})"
             )
             return
-        if not mixed:
+        if not calls:
             self.lacking["attending"] = "its attention does not run through transformers' interface"
             return
         if not _near(logits, self.logits, 2e-2):
@@ -383,24 +398,63 @@ class _Pass:
                 "its attention is not the softmax of the queries and keys that are seen"
             )
             return
-        given = plain[path].given
-        if (
-            len(mixed) != 1
-            or given.numel() != mixed[0].numel()
-            or not _near(given.view_as(mixed[0]), mixed[0])
+        returned = self.seen[f"{self.names[layers[0]]}.{self.old.attention}"].returned
+        own = returned[1] if isinstance(returned, tuple) and len(returned) > 1 else None
+        with torch.no_grad():
+            maps, mixed = calls[0].weights(), [call.output().flatten(2) for call in calls]
+        if isinstance(own, Tensor) and own.shape == maps.shape:
+            self.eager_maps = _near(own, maps)
+        if not self.old.attention_projection:
+            return
+        given = [plain[path].given for path in ends]
+        if any(x is None for x in given):
+            self.lacking["written"] = "W_O does not run in every layer"
+            return
+        if len(mixed) != len(ends) or any(x.numel() != y.numel() for x, y in zip(given, mixed, strict=True)):
+            self.lacking["written"] = "W_O does not read what its heads mix alone"
+        elif not all(_near(x.view_as(y), y) for x, y in zip(given, mixed, strict=True)):
+            self._gates(ends, mixed)
+        if attention_write != self.old.attention_projection and not all(
+            self._returns(layer, plain[path].output) for layer, path in zip(layers, ends, strict=True)
         ):
-            self.lacking["written"] = "its attention passes a gate or a norm before W_O"
+            self.lacking["written"] = "what W_O returns is not what its attention adds"
         # without the first value head, its query heads alone write something else
-        if "head" not in self.lacking and given.shape[-1] % model.heads == 0:
-            change = (changed[path].given - given).float().norm(dim=tuple(range(given.ndim - 1)))
+        if "head" not in self.lacking and given[0].shape[-1] % model.heads == 0:
+            change = (changed[ends[0]].given - given[0]).float().norm(dim=tuple(range(given[0].ndim - 1)))
             by_head = change.view(model.heads, -1).norm(dim=-1)
-            own = by_head[: model.heads // model.key_heads].square().sum()
-            if own < 0.5 * by_head.square().sum() or bool(
-                (by_head[: model.heads // model.key_heads] == 0).any()
-            ):
+            first = by_head[: model.heads // model.key_heads]
+            if first.square().sum() < 0.5 * by_head.square().sum() or bool((first == 0).any()):
                 self.lacking["head"] = (
                     "its heads share what W_O reads in another way than one after the other"
                 )
+
+    def _gates(self, ends: list[str], mixed: list[Tensor]) -> None:
+        """Find out whether what the heads mix is multiplied by a gate, and by nothing else, before W_O."""
+        gates: list[Tensor | None] = []
+        more = "its attention passes something other than a gate before W_O, such as a norm"
+        try:
+            seeing = attending_gates(self.model, lambda call: gates.append(call.gate))
+            with watched(self.model.module, ends) as plain, seeing:
+                self.run()
+        except (RuntimeError, NotImplementedError):  # an operation without a derivative in forward mode
+            self.lacking["written"] = more
+            return
+        for path, y, gate in zip(ends, mixed, gates, strict=True):
+            factor = torch.ones_like(y) if gate is None else gate.transpose(1, 2).reshape(y.shape)
+            if not _near(plain[path].given.view_as(y), factor * y):
+                self.lacking["written"] = more
+                return
+        self.gated = True
+
+    def _returns(self, layer: int, output: Tensor) -> bool:
+        """Whether the attention of a layer returns this."""
+        call = self._at(layer, self.old.attention)
+        whole = None if call is None else call.output
+        return (
+            isinstance(whole, Tensor)
+            and whole.numel() == output.numel()
+            and _near(whole.view_as(output), output)
+        )
 
     def _mlp_norm(self, attention_write: str) -> None:
         """Check that the norm before the MLP reads the residual stream after attention, or beside it."""
@@ -418,88 +472,6 @@ class _Pass:
                     why = "does not read the residual stream after attention"
             if why:
                 self.lacking["mlp-input"] = f"{self.old.mlp_norm or self.old.mlp!r} {why}"
-
-    def _projections(self, named: list[Which]) -> Fused:
-        """Return the layout of a fused matrix by which a change of each part acts on attention as it should.
-
-        Changed queries change one row of the map, keys one column and the rows after it, values nothing.
-        """
-        old = self.old
-        candidates: list[Fused] = [old.fused]
-        if old.fused:
-            candidates += [kind for kind in get_args(Fused) if kind not in ("", old.fused)]
-        with whole_maps(self.model) if self.model.own_attention is None else nullcontext():
-            plain = self._map(None, old.fused)
-            if plain is None:
-                if old.fused and not self.model.tested:
-                    self.lacking |= dict.fromkeys(
-                        named, "its attention returns no weights, by which its fused matrix could be checked"
-                    )
-                return old.fused
-            for kind in candidates:
-                if all(self._acts_as(which, kind, plain) for which in named):
-                    return kind
-        for which in named:
-            self.lacking[which] = (
-                "a change of what was taken for its queries, keys or values does not act on its attention as "
-                "one of these should"
-            )
-        return old.fused
-
-    def _map(self, which: Which | None, fused: Fused, size: float = 1.0) -> Tensor | None:
-        """Return the map of the first attention layer, in which one part is changed at one token."""
-        layer = self.names[self.model.attention_layers[0]]
-        found: list[Any] = []
-        handles: list[Any] = []
-
-        def change(_: nn.Module, __: Any, output: Tensor) -> Tensor:
-            assert which is not None
-            index = replace(self.model, layout=replace(self.old, fused=fused)).projection_index(which)
-            changed = output.clone()
-            rows = changed.view(1, TOKENS, -1)
-            noise = torch.randn(rows[0, PLACE, index].shape, generator=torch.Generator().manual_seed(0))
-            rows[0, PLACE, index] += (size * (float(rows.float().std()) + 0.1) * noise).to(rows)
-            return changed
-
-        def keep(_: nn.Module, __: Any, output: Any) -> None:
-            found.append(output[1] if isinstance(output, tuple) and len(output) > 1 else None)
-            raise _Enough
-
-        block = self.model.module.get_submodule(layer)
-        if which is not None:
-            path = {"queries": self.old.queries, "keys": self.old.keys, "values": self.old.values}[which]
-            handles.append(block.get_submodule(path).register_forward_hook(change))
-        handles.append(block.get_submodule(self.old.attention).register_forward_hook(keep))
-        try:
-            with torch.no_grad():
-                self.run()
-        except _Enough:
-            pass
-        finally:
-            for handle in handles:
-                handle.remove()
-        maps = found[0] if found else None
-        return maps.detach().float() if isinstance(maps, Tensor) and maps.ndim == 4 else None
-
-    def _acts_as(self, which: Which, fused: Fused, plain: Tensor) -> bool:
-        rows = torch.zeros(TOKENS, dtype=torch.bool)  # which queries attend otherwise
-        for size in SIZES:
-            try:
-                changed = self._map(which, fused, size)
-            except (IndexError, RuntimeError):  # columns that the matrix does not have
-                return False
-            if changed is None:
-                return False
-            rows |= ((changed - plain).abs().amax((0, 1, 3)) > 1e-4).cpu()
-            if which == "values" or bool(rows.any()):
-                break
-        own = torch.arange(TOKENS) == PLACE
-        if which == "queries":
-            return bool((rows & own).any()) and not bool((rows & ~own).any())
-        if which == "keys":
-            before = torch.arange(TOKENS) < (PLACE if self.model.causal else 0)
-            return bool((rows & ~own).any()) and not bool((rows & before).any())
-        return not bool(rows.any())
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from torch.nn import Conv2d
 
 from spectral_sinks.errors import InputError
 from spectral_sinks.models.base import Transformer
+from spectral_sinks.models.configuration import VISION_FAMILIES
 from spectral_sinks.models.effective_weights import (
     effective_kernel,
     effective_weight,
@@ -22,12 +23,6 @@ from spectral_sinks.models.effective_weights import (
 from spectral_sinks.models.layout import has
 from spectral_sinks.models.layout_vision import HEADS
 from spectral_sinks.models.traits import check_sums
-
-VISION_FAMILIES = frozenset(
-    {"dinov2", "dinov2_with_registers", "dinov3_vit", "vit", "deit", "clip_vision_model"}
-    | {"siglip_vision_model"}
-)
-"""Model types of image encoders whose layout is tested; any other is checked against a forward pass."""
 
 ADDED = "_test_time_registers"
 """Attribute of the embeddings of an encoder with test-time registers: their number and their neurons."""
@@ -221,7 +216,8 @@ class VisionModel(Transformer):
 
         Raises InputError otherwise.
         """
-        side = self.image_size or 2 * self.patch_size
+        # an encoder of a known family interpolates positions, so that a few patches are enough
+        side = 4 * self.patch_size if self.tested else self.image_size or 2 * self.patch_size
         pixels = torch.zeros(1, self.config.num_channels, side, side, device=self.device)
         options = self.inputs(pixels)
         seen: list[int] = []
@@ -240,6 +236,11 @@ class VisionModel(Transformer):
                 f"{self.name} ({self.family}) makes {seen[0]} tokens of an image of {side} x {side}, and "
                 f"{tokens} were expected: {', '.join(self.prefix) or 'no prefix'} and the patches"
             )
+
+    @property
+    def rotates_keys(self) -> bool:
+        """Whether keys are rotated by position (DINOv3), or this is not known."""
+        return self.family == "dinov3_vit" or not self.tested
 
     @property
     def tested(self) -> bool:

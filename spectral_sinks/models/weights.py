@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from jaxtyping import Float
@@ -10,7 +10,9 @@ from torch import Tensor
 
 from spectral_sinks.errors import InputError
 from spectral_sinks.models.base import Transformer
-from spectral_sinks.models.effective_weights import effective_weight, loaded
+from spectral_sinks.models.effective_weights import effective_weight
+from spectral_sinks.models.experts import mixture_of
+from spectral_sinks.models.layout import SHARED_MLP, Layout
 from spectral_sinks.models.norms import centres, gain_of
 
 Part = Literal["q", "k", "v", "gate", "up", "o", "down"]
@@ -35,7 +37,8 @@ class Weight:
     part: Part
     layer: int
     unit: int
-    """The head (a key head for k and v), or the expert of a mixture; -1 for a plain MLP."""
+    """The head (a key head for k and v), or the expert of a mixture; -1 for a plain MLP, and for the expert
+    that all tokens share."""
     rows: Float[Tensor, "rows d"]
     gain: Float[Tensor, "d"] | None
     """Gain of the norm before a reader or after a writer; None without one."""
@@ -64,24 +67,36 @@ class Weight:
 def residual_weights(model: Transformer) -> Iterator[Weight]:
     """Return the readers and writers of every layer, by head.
 
-    `gate` appears only if the MLP has one. Fused projections are split, and so are the experts of gpt-oss.
+    `gate` appears only if the MLP has one. Fused projections are split, and so are the experts of a mixture.
     Raises InputError for an MLP whose matrices are not found.
     """
-    layout = model.layout
+    model.require_attention("what attention reads and writes")
     for layer in range(model.layers):
-        block: Any = model.module.get_submodule(f"{layout.layers}.{layer}")
         yield from attention_weights(model, layer)
-        before = _norm(block, layout.mlp_norm, model.d)
-        name = layout.mlp_add_norm or ("" if layout.mlp_write == layout.mlp else layout.mlp_write)
-        after = _norm(block, name, model.d)
-        for part, unit, rows in _mlp(block, model):
-            yield Weight(part, layer, unit, rows, *(after if part in WRITERS else before))
+        yield from mlp_weights(model, layer)
+
+
+def mlp_weights(model: Transformer, layer: int) -> Iterator[Weight]:
+    """Return the readers `gate` and `up` and the writer `down` of one layer's MLP, by expert if any."""
+    model.require_weights("what an MLP reads and writes")
+    layout = model.layout
+    block: Any = model.module.get_submodule(f"{layout.layers}.{layer}")
+    before = _norm(block, layout.mlp_norm, model.d)
+    after = _norm(block, layout.mlp_add_norm or norm_after_mlp(layout), model.d)
+    for part, unit, rows in _mlp(block, model, layer):
+        yield Weight(part, layer, unit, rows, *(after if part in WRITERS else before))
+
+
+def norm_after_mlp(layout: Layout) -> str:
+    """Return the name of the norm whose output is what the MLP adds (Gemma, OLMo 2); "" without one."""
+    inside = layout.mlp_write == layout.mlp or layout.mlp_write.startswith(f"{layout.mlp}.")
+    return "" if inside or layout.mlp_add_norm or layout.mlp in SHARED_MLP else layout.mlp_write
 
 
 def attention_weights(model: Transformer, layer: int) -> Iterator[Weight]:
     """Return the readers `q`, `k`, `v` and the writer `o` of one layer's attention, by head."""
     model.require_weights("what attention reads and writes")
-    model.require_attention("what attention reads and writes")
+    model.require_attention_in(layer)
     model.require_heads("what attention reads and writes")
     layout = model.layout
     block: Any = model.module.get_submodule(f"{layout.layers}.{layer}")
@@ -103,7 +118,7 @@ def attention_weights(model: Transformer, layer: int) -> Iterator[Weight]:
         for head, rows in enumerate(weight.split(size)):
             yield Weight(part, layer, head, rows, gain, centring)
     after = layout.attention_add_norm
-    if not after and layout.attention_write != layout.attention:
+    if not after and layout.attention_write not in (layout.attention, layout.attention_projection):
         after = layout.attention_write
     gain, centring = _norm(block, after, model.d)
     writes = _outputs(block.get_submodule(layout.attention_projection), model).T
@@ -112,14 +127,16 @@ def attention_weights(model: Transformer, layer: int) -> Iterator[Weight]:
 
 
 def head_weights(model: Transformer, layer: int) -> list[Weight]:
-    """Return the writer of each head, by which its mixed values act on the residual stream.
+    """Return the writer of each head, by which its mixed values, after a gate, act on the residual stream.
 
-    Raises InputError for a family in which they pass something else first.
+    Raises InputError for a family in which they pass something else first, and where what attention adds to
+    the residual stream is not what W_O returns.
     """
-    if "written" in model.layout.traits.lacking:
+    lacking = model.layout.traits.lacking
+    if reason := next((lacking[kind] for kind in ("written", "attention", "head") if kind in lacking), ""):
         raise InputError(
             f"what the heads of {model.name} ({model.family}) write is not W_O times their values, since "
-            f"{model.layout.traits.lacking['written']}"
+            f"{reason}"
         )
     return [weight for weight in attention_weights(model, layer) if weight.part == "o"]
 
@@ -136,16 +153,25 @@ def _outputs(module: Any, model: Transformer) -> Float[Tensor, "outputs inputs"]
     return effective_weight(module, model.dtype).detach()
 
 
-def _mlp(block: Any, model: Transformer) -> Iterator[tuple[Part, int, Tensor]]:
+def _mlp(block: Any, model: Transformer, layer: int) -> Iterator[tuple[Part, int, Tensor]]:
     mlp = block.get_submodule(model.layout.mlp)
+    if model.layout.mlp in SHARED_MLP:  # OPT: both matrices lie in the layer itself
+        yield "up", -1, _outputs(mlp, model)
+        yield "down", -1, _outputs(block.get_submodule(model.layout.mlp_write), model).T
+        return
     if model.layout.mlp_add_norm:  # BERT: the module that writes is not inside the one that reads
         yield "up", -1, _outputs(mlp.dense, model)
         yield "down", -1, _outputs(block.get_submodule(model.layout.mlp_write), model).T
         return
-    experts = getattr(mlp, "experts", None)
-    if experts is not None:
-        yield from _experts(experts, model)
-        return
+    mixture = mixture_of(model, layer)
+    if mixture is not None:
+        for unit, matrices in enumerate(mixture.matrices()):
+            for part, rows in matrices.items():
+                yield cast(Part, part), unit, rows
+        if mixture.shared is None:
+            return
+        parts = [part for part in mlp.modules() if getattr(part, "down_proj", None) is mixture.shared]
+        mlp = parts[0]
     down = next((name for name in DOWN if hasattr(mlp, name)), None)
     up = next((name for name in UP if hasattr(mlp, name)), None)
     both = next((name for name in FUSED if hasattr(mlp, name)), None)
@@ -163,26 +189,3 @@ def _mlp(block: Any, model: Transformer) -> Iterator[tuple[Part, int, Tensor]]:
             yield "gate", -1, _outputs(mlp.gate_proj, model)
         yield "up", -1, _outputs(getattr(mlp, up), model)
     yield "down", -1, _outputs(getattr(mlp, down), model).T
-
-
-def _experts(experts: Any, model: Transformer) -> Iterator[tuple[Part, int, Tensor]]:
-    """Return the matrices of experts as gpt-oss stores them: `experts x d x 2 inner`, with gate and up
-    alternating.
-    """
-    with loaded(experts):
-        both, down = getattr(experts, "gate_up_proj", None), getattr(experts, "down_proj", None)
-    if model.family == "gpt_oss" and type(experts).__name__ != "GptOssExperts":
-        raise InputError(
-            f"the experts of {model.name} are in a {type(experts).__name__}, which does not store their "
-            "matrices as they act: merge an adapter (merge_and_unload), or load mxfp4 weights by "
-            "transformers with quantization_config=Mxfp4Config(dequantize=True)"
-        )
-    if model.family != "gpt_oss" or not isinstance(both, Tensor) or not isinstance(down, Tensor):
-        raise InputError(
-            f"the experts of {model.name} ({model.family}) are not stored as those of gpt_oss: their "
-            "matrices cannot be taken apart"
-        )
-    for unit, (pair, out) in enumerate(zip(both.detach(), down.detach(), strict=True)):
-        yield "gate", unit, pair[:, ::2].T
-        yield "up", unit, pair[:, 1::2].T
-        yield "down", unit, out

@@ -57,12 +57,16 @@ def probe(model: LanguageModel, ids: Int[Tensor, "1 tokens"]) -> dict[str, Any]:
             attended = model.part(layer, layout.attention).output[1]
             attention = _first(model.part(layer, layout.attention_write).output)
             mlp = _first(model.part(layer, layout.mlp_write).output)
-            after = layer.output
+            returned = layer.output
+            after = _first(returned)
             if noop:
-                layer.output = after.clone()
+                layer.output = (
+                    (after.clone(), *returned[1:]) if isinstance(returned, tuple) else after.clone()
+                )
             final = nn.get(layout.final_norm).output
             logits = nn.get(layout.unembedding).output
             again = nn.get(layout.unembedding)(final)
+            own = nn.output.logits
             written = _normed(model, layer, layout.attention_add_norm, entry + attention)
             written = _normed(model, layer, layout.mlp_add_norm, written + mlp)
             passes.append(logits)
@@ -71,7 +75,9 @@ def probe(model: LanguageModel, ids: Int[Tensor, "1 tokens"]) -> dict[str, Any]:
         "dtype": str(final.dtype).removeprefix("torch."),
         "maps": attended is not None,
         "noop": bool(torch.equal(passes[0], passes[1])),
+        "alone": not isinstance(returned, tuple),
         "adds_up": _near(written, after) and _near(again, logits),
+        "logits": _near(model.capped(again.float()), own.float()),
         "settings": model.settings,
         "bos": model.bos,
         "opens_with_bos": model.opens_with_bos,
@@ -117,11 +123,13 @@ def _agreed(model: LanguageModel, found: dict[str, Any]) -> dict[str, Any]:
             f"{host} returns no attention maps for {model.name}, though eager attention was requested, so "
             "sink mass cannot be read: measure the rest with load(..., attention='sdpa')"
         )
-    if not found["noop"] or not found["adds_up"]:
-        what = (
-            "the parts of a layer do not add up"
-            if found["noop"]
-            else "writing back a residual changes logits"
-        )
-        raise InputError(f"{host} cannot be relied on for {model.name}: {what}")
+    wrong = {
+        "noop": "writing back a residual changes logits",
+        "adds_up": "the parts of a layer do not add up",
+        "alone": "its layers return several values",
+        "logits": "its logits are not what the unembedding gives",
+    }
+    if what := next((said for name, said in wrong.items() if not found[name]), None):
+        other = "" if model.tested else f"; a model loaded here is examined for what {model.family} does"
+        raise InputError(f"{host} cannot be relied on for {model.name}: {what}{other}")
     return {name: found[name] for name in ("dtype", "bos", "opens_with_bos")}

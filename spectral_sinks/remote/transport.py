@@ -1,9 +1,12 @@
 """Transport of jobs to a server: each is packed, sent as one nnsight session, retried, and fetched."""
 
+import functools
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -115,13 +118,32 @@ def _modules_along() -> Iterator[None]:
     name again.
     """
     before = list_registry_pickle_by_value()
-    ndif.pull_env()
+    for name in _own_modules(tuple((os.path.abspath(path), _changed(path)) for path in sys.path)):
+        ndif.register(name)
+    ndif._PULLED_ENV = True  # so that nnsight does not look for them again
     try:
         yield
     finally:
         for name in list_registry_pickle_by_value() - before:
             unregister_pickle_by_value(ModuleType(name))  # the module itself may not be imported
         ndif._PULLED_ENV = False  # so that nnsight registers them again for the next job
+
+
+@functools.lru_cache(maxsize=1)
+def _own_modules(paths: tuple[tuple[str, int], ...]) -> tuple[str, ...]:
+    """Return the modules of the user's own, which nnsight tells from installed ones by reading all metadata.
+
+    That takes seconds, so it is done again only after a folder of `sys.path` has changed.
+    """
+    return tuple(name for name, version in ndif.get_local_env()["packages"].items() if version == "local")
+
+
+def _changed(path: str) -> int:
+    """Return when a folder of `sys.path` was changed; 0 for what is not there."""
+    try:
+        return Path(path or ".").stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def _fitting(model: LanguageModel, function: Callable[..., Any], /, *args: Any, **options: Any) -> bytes:

@@ -11,6 +11,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "controls": ["DirectionSwap", "NoOp", "NormRestored", "energy_matched", "random_within"],
+        "fake_quantiser": ["FakeQuantiser"],
         "filters": [
             "At",
             "Filter",

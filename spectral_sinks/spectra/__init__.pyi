@@ -4,6 +4,7 @@ from .controls import NoOp as NoOp
 from .controls import NormRestored as NormRestored
 from .controls import energy_matched as energy_matched
 from .controls import random_within as random_within
+from .fake_quantiser import FakeQuantiser as FakeQuantiser
 from .filters import At as At
 from .filters import Filter as Filter
 from .filters import Mean as Mean
@@ -43,6 +44,7 @@ __all__ = [
     'At',
     'Copied',
     'DirectionSwap',
+    'FakeQuantiser',
     'Filter',
     'Mean',
     'Modes',

@@ -185,6 +185,10 @@ class NormRestored(Edit):
     def address(self) -> list[Any]:
         return ["norm restored", self.filter.address]
 
+    def within(self, past: int, count: int) -> "NormRestored | None":
+        inner = self.filter.within(past, count)
+        return None if inner is None else NormRestored(inner)
+
     def apply(self, x: Tensor, ids: Tensor | None = None) -> Tensor:
         return self(x)
 

@@ -49,7 +49,7 @@ class Edit(ABC):
 
     @property
     def swaps(self) -> bool:
-        """Whether the edit mixes the windows of a batch, so that the result depends on the batch size."""
+        """Whether the edit mixes windows of a batch, which are then grouped whatever the batch size is."""
         return False
 
     @property
@@ -88,8 +88,12 @@ class Edit(ABC):
         """
         return self
 
-    def at_later_token(self, position: int) -> "Edit | None":
-        """Return what the edit does to a single token at a position after the first; None for nothing."""
+    def within(self, past: int, count: int) -> "Edit | None":
+        """Return what the edit does to `count` tokens that follow the first `past` of a text; None for
+        nothing.
+
+        Raises InputError for an edit that needs the tokens before them.
+        """
         return self
 
     def acts_on_first(self, first_ids: Collection[int]) -> bool:

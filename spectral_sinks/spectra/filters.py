@@ -86,8 +86,9 @@ class Mean:
 class Swap:
     """Resample ablation: the removed component is replaced by that of another document of the batch.
 
-    Row i receives the same position of row i - 1. If all documents begin with the same token, position 0 does
-    not change.
+    Row i receives the same position of row i - 1. Measurements give it groups of up to 16 windows of one
+    length, in the order of the windows, whatever their batch size. If all documents begin with the same
+    token, position 0 does not change.
     (Cancedda 2024, Fig. 10)
     """
 
@@ -235,14 +236,33 @@ class Filter(Edit):
     def at_position(self, position: int) -> "Filter":
         return self.at(At(position))
 
-    def at_later_token(self, position: int) -> "Filter | None":
-        if isinstance(self.tokens, At) or (isinstance(self.tokens, str) and self.tokens == "first"):
-            return None  # positions beyond the prompt have been refused
+    def within(self, past: int, count: int) -> "Filter | None":
+        tokens = self.tokens
+        if isinstance(tokens, At):
+            here = [position - past for position in tokens.positions if past <= position < past + count]
+            if not here:
+                return None
+            tokens = At(*here)
+        elif isinstance(tokens, Tensor):
+            tokens = tokens[..., past : past + count]
+        elif isinstance(tokens, str) and past:
+            if tokens == "first":
+                return None
+            tokens = "all"
+        if past and (isinstance(self.fill, Noise) or self.copies_from >= 0):
+            raise InputError(
+                f"{self.name!r}: noise by position and a copy from another position need the whole text, and "
+                f"this pass begins after its first {past} tokens"
+            )
         mean = self.fill.reference if isinstance(self.fill, Mean) else None
         edit = self
         if mean is not None and mean.ndim == 2:
-            edit = self.filled(Mean(mean[position : position + 1]))
-        return edit.at("all") if isinstance(self.tokens, str) else edit
+            if len(mean) < past + count:
+                raise InputError(
+                    f"the mean was taken over {len(mean)} positions, and {past + count} are read"
+                )
+            edit = self.filled(Mean(mean[past : past + count]))
+        return edit.at(tokens)
 
     def check_width(self, d: int, site: object, model: str) -> None:
         if self.blocked.d != d:
@@ -258,6 +278,11 @@ class Filter(Edit):
             raise InputError(
                 f"{self.name!r}: a mask, noise by position and a swap with another text are not defined for "
                 "tokens still to be generated"
+            )
+        if self.copies_from >= 0 and self.positions is None:
+            raise InputError(
+                f"{self.name!r} copies from position {self.copies_from} to tokens still to be generated, "
+                "whose passes do not contain it: select tokens of the prompt, with At"
             )
         mean = self.fill.reference if isinstance(self.fill, Mean) else torch.empty(0)
         if mean.ndim == 2 and len(mean) < length - 1:

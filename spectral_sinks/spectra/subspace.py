@@ -3,6 +3,7 @@
 # torch is typed only in part:
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -95,8 +96,10 @@ class Subspace:
 
     def share(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
         """Share of the energy (squared norm) of each vector inside the subspace; r/d for a random one."""
-        precise = x.to(torch.promote_types(x.dtype, torch.float32))
-        return self.project(precise).square().sum(-1) / precise.square().sum(-1)
+        precise, stored = self.coordinates(x, self.basis)
+        # Coordinates have the energy of what they stand for; a difference of energies would lose digits
+        inside = self.project(precise) if self.complemented else stored
+        return inside.square().sum(-1) / precise.square().sum(-1)
 
     def complement(self) -> "Subspace":
         """Return the orthogonal complement."""
@@ -134,14 +137,18 @@ class Subspace:
         return self._combined(a & ~b, f"{self.name} - {other.name}")
 
     def _stored_part(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        precise, stored = self.coordinates(x, self.basis)
+        return precise, stored @ self.basis.to(precise.device, precise.dtype).T
+
+    def coordinates(self, x: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the vectors in float32 at least, and their coordinates in a basis of the same width."""
         if x.shape[-1] != self.d:
             raise InputError(
                 f"{self.name!r} is a subspace of a residual stream of width {self.d}, "
                 f"got vectors of width {x.shape[-1]}: make it from a spectrum of the same model"
             )
         precise = x.to(torch.promote_types(x.dtype, torch.float32))
-        basis = self.basis.to(precise.device, precise.dtype)
-        return precise, (precise @ basis) @ basis.T
+        return precise, precise @ basis.to(precise.device, precise.dtype)
 
     def _pair(self, other: "Subspace") -> tuple[Tensor, Tensor]:
         ours, theirs = self.spectrum, other.spectrum
@@ -190,6 +197,20 @@ def random_subspaces(d: int, rank: int, count: int, *, least: int = 0) -> list[S
         most = min(MOST_DRAWS, fit)
         raise InputError(f"{count} random subspaces of rank {rank} in {d} dimensions: give {least} to {most}")
     return [random_subspace(d, rank, seed) for seed in range(count)]
+
+
+def shares(spaces: Sequence[Subspace], x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch spaces"]:
+    """Return `Subspace.share` in each of some subspaces, from one product with all of their bases."""
+    plain = [space for space in spaces if not space.complemented]
+    if not plain:
+        found = [space.share(x) for space in spaces]
+        return torch.stack(found, dim=-1) if found else x.new_zeros(*x.shape[:-1], 0)
+    joined = torch.cat([space.basis.to(x.device) for space in plain], dim=1)
+    precise, coordinates = plain[0].coordinates(x, joined)
+    energy = precise.square().sum(-1)
+    parts = coordinates.square().split([space.rank for space in plain], dim=-1)
+    inside = iter([part.sum(-1) / energy for part in parts])
+    return torch.stack([s.share(x) if s.complemented else next(inside) for s in spaces], dim=-1)
 
 
 def principal_cosines(a: Subspace, b: Subspace) -> Float[Tensor, "min_rank"]:

@@ -8,6 +8,7 @@ import pandas as pd
 from spectral_sinks.data.texts import Windows
 from spectral_sinks.interventions.sites import Site
 from spectral_sinks.measure.nll.effects import Effect, evaluate_all
+from spectral_sinks.measure.nll.scoring import Sample
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.spectra.filters import Filter, omega, phi, psi, rnd
 from spectral_sinks.spectra.spectrum import Spectrum
@@ -27,6 +28,7 @@ def ladder(
     random_at: Sequence[int] = RANDOM_AT,
     draws: int = 20,
     batch_size: int | None = None,
+    predict: int | Sample | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> pd.DataFrame:
     """Evaluate Phi, Psi (reading u-e) and Omega with 1 to all bands kept, and Rnd of Phi's rank, at one site.
@@ -41,13 +43,16 @@ def ladder(
         random_at: the numbers of bands kept at which random subspaces are drawn.
         draws: random subspaces at each of them.
         batch_size: windows in a pass; None finds it by memory.
+        predict: number of predictions of each window that are scored, as in `evaluate_all`.
         progress: is called with the number of cells just done.
 
     Returns:
         One row per `filter` and number of bands `kept`: the `rank` removed, `removed_energy_share`; `mean`,
         `low` and `high` of the NLL difference in nats (95 % over documents); `sink` and `baseline_sink`, the
         mean attention received by position 0 in the layers above the site. A row of Rnd has the mean over
-        the draws, and `least`, `most`, `sink_least` and `sink_most` over them.
+        the draws, and `least`, `most`, `sink_least` and `sink_most` over them. With `predict`, a row of
+        another filter has `sampling_low` and `sampling_high`, the interval for the mean that all predictions
+        would give, and `attrs["predict"]` of the table says how many were scored.
 
     Source: Cancedda (2024), section 4.
 
@@ -63,7 +68,7 @@ def ladder(
     for k in steps:
         rank = phi(unembedding, 1, k).rank
         cells |= {f"Rnd {k} {seed}": {site: rnd(model.d, rank, seed)} for seed in range(draws)}
-    effects = evaluate_all(model, windows, cells, batch_size=batch_size, progress=progress)
+    effects = evaluate_all(model, windows, cells, batch_size=batch_size, predict=predict, progress=progress)
 
     rows: list[dict[str, object]] = []
     for name, effect in effects.items():
@@ -74,6 +79,7 @@ def ladder(
                 _row(kind, int(number), [effect], site.layer)
                 | {"mean": effect.delta_nll, "low": low, "high": high}
                 | {"sink": effect.mean_sink_mass(site.layer + 1)["sink"]}
+                | _sampling(effect)
             )
     for k in steps:
         drawn = [effects[f"Rnd {k} {seed}"] for seed in range(draws)]
@@ -87,7 +93,16 @@ def ladder(
     table = pd.DataFrame(rows)
     table.insert(0, "layer", site.layer)
     table.insert(0, "site", site.kind)
+    if (sample := Sample.of(predict)) is not None:
+        table.attrs["predict"] = sample.count
     return table
+
+
+def _sampling(effect: Effect) -> dict[str, object]:
+    if effect.predict is None:
+        return {}
+    low, high = effect.sampling_interval("delta_nll")
+    return {"sampling_low": low, "sampling_high": high}
 
 
 def _row(kind: str, kept: int, effects: list[Effect], layer: int) -> dict[str, object]:

@@ -92,6 +92,8 @@ class SweepFile(_Table):
     factors: str | None = None
     """Dtype in which bases travel to a server; the model's own by default."""
     batch_size: int = Field(default=16, ge=1)
+    predict: int | None = Field(default=None, ge=2)
+    """Number of predictions of each window that are scored, drawn at random; all of them by default."""
     texts: Texts = Texts()
     spectrum: SpectrumTable = SpectrumTable()
     grid: list[Grid] = Field(min_length=1)
@@ -110,6 +112,8 @@ class SweepFile(_Table):
             raise InputError(f"{path} cannot be read: {error.strerror}") from error
         except ValidationError as error:
             first = error.errors()[0]
+            if first["type"] == "extra_forbidden":
+                raise InputError(f"{path}: {_unknown_key(first['loc'])}") from error
             where = ".".join(map(str, first["loc"]))
             given = "" if first["type"] == "missing" else f" (given: {_short(first['input'])})"
             raise InputError(f"{path}: {where}: {first['msg']}{given}") from error
@@ -185,7 +189,14 @@ class SweepFile(_Table):
             f"{spectrum.matrix}, {spectrum.convention}, {spectrum.count} bands, {spectrum.fingerprint[:16]}"
         )
         with self._at("grid"):
-            return Sweep.of(model, windows, cells.values(), batch_size=self.batch_size, spectrum=label)
+            return Sweep.of(
+                model,
+                windows,
+                cells.values(),
+                batch_size=self.batch_size,
+                spectrum=label,
+                predict=self.predict,
+            )
 
     @contextmanager
     def _at(self, entry: str) -> Iterator[None]:
@@ -195,6 +206,13 @@ class SweepFile(_Table):
         except InputError as error:
             file = "" if self._path is None else f"{self._path}: "
             raise InputError(f"{file}{entry}: {error}") from error
+
+
+def _unknown_key(place: Sequence[int | str]) -> str:
+    """Say that a key is not known, and which are known in the same table."""
+    tables: dict[Any, type[BaseModel]] = {"texts": Texts, "spectrum": SpectrumTable, "grid": Grid}
+    fields = tables.get(place[0], SweepFile).model_fields if len(place) > 1 else SweepFile.model_fields
+    return f"{'.'.join(map(str, place))} is not known here: choose from {', '.join(fields)}"
 
 
 def _short(given: Any) -> str:

@@ -12,7 +12,7 @@ import torch
 from spectral_sinks.interventions.sites import Site
 from spectral_sinks.measure.memory import Memory, row_bytes
 from spectral_sinks.measure.nll.replay import Batch
-from spectral_sinks.measure.nll.scoring import chunk
+from spectral_sinks.measure.nll.scoring import block, chunk
 from spectral_sinks.sweeps.content_address import digest
 from spectral_sinks.sweeps.definition import Sweep, Unit
 
@@ -24,7 +24,8 @@ class Speed:
     """How long a model takes on one machine. The results folder keeps it, so that no restart measures it."""
 
     where: str
-    """Hash of the machine, the device, the threads, the model and the shape of a batch."""
+    """Hash of the machine, the device, the threads, the model, the shape of a batch and the sample of
+    predictions."""
     layer_seconds: float
     """One layer on one window."""
     head_seconds: float
@@ -53,7 +54,8 @@ def place(sweep: Sweep, workers: int) -> str:
     """Return a hash of what the speed of a sweep depends on."""
     model, (_, ids) = sweep.model, sweep.batches[0]
     machine = [platform.node(), str(model.device), share_of_threads(workers)]
-    return digest([*machine, sweep.shared["weights"], *ids.shape])
+    scored = [] if sweep.predict is None else [sweep.predict.count]
+    return digest([*machine, sweep.shared["weights"], *ids.shape, *scored])
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ def _cost(sweep: Sweep, units: tuple[Unit, ...], speed: Speed) -> Cost:
     windows = len(sweep.windows)
     residuals = len(set(sweep.starts)) * ids.numel() * model.d * model.dtype.itemsize
     passes = Memory(model, ids.shape[1]).rows * row_bytes(model, ids.shape[1])
-    logits = 2 * 4 * chunk(model, model.device) * model.vocabulary
+    logits = 2 * 4 * chunk(model, model.device) * block(model, model.device)
     return Cost(
         cells=len({cell for unit in units for cell in unit.cells}),
         windows=windows,

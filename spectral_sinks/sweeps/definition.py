@@ -2,7 +2,7 @@
 
 import platform
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from itertools import groupby
@@ -15,10 +15,11 @@ from torch import Tensor
 from spectral_sinks.data.texts import Windows
 from spectral_sinks.errors import InputError
 from spectral_sinks.interventions.tracing import Interventions
-from spectral_sinks.measure.memory import Memory
+from spectral_sinks.measure.memory import Memory, swap_groups
 from spectral_sinks.measure.nll.effects import check_edit
 from spectral_sinks.measure.nll.remote_batch import RemoteBatch, cells_per_job, open_batch
 from spectral_sinks.measure.nll.replay import VERSION, Batch, BatchResult, first_exit
+from spectral_sinks.measure.nll.scoring import Sample, predicted
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.spectra.edits import as_edit
 from spectral_sinks.sweeps.cells import Cell, named
@@ -54,6 +55,8 @@ class Sweep:
     batch_size: int = 16
     spectrum: str = ""
     """Convention of the spectrum that the cells were made from, for the manifest."""
+    predict: Sample | None = None
+    """The predictions of each window that are scored; None for all."""
     _held: dict[int, Batch | RemoteBatch] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -65,6 +68,7 @@ class Sweep:
         *,
         batch_size: int = 16,
         spectrum: str = "",
+        predict: int | Sample | None = None,
     ) -> "Sweep":
         """Make a sweep.
 
@@ -72,29 +76,32 @@ class Sweep:
             model: a language model.
             windows: the text.
             cells: interventions by name, or cells.
-            batch_size: windows in a batch.
+            batch_size: windows in a batch. With a swap among the cells, a batch holds the windows that are
+                paired, up to 16.
             spectrum: convention of the spectrum that the cells were made from, for the manifest.
+            predict: number of predictions of each window that are scored, as in `evaluate_all`. It is part of
+                the content address, so that a sample is never taken for all predictions.
 
         Raises:
-            InputError: without cells, for names that are not unique, and for edits that are not defined on
-                this model and these windows.
+            InputError: without cells, for names that are not unique, for edits that are not defined on this
+                model and these windows, and for a sample of fewer than two predictions.
 
         """
         all_cells = tuple(named(cells))
         for cell in all_cells:
             for site, edit in cell.edits.items():
                 check_edit(site, as_edit(edit), model, windows)
-        made = cls(model, windows, all_cells, batch_size, spectrum)
+        made = cls(model, windows, all_cells, batch_size, spectrum, Sample.of(predict))
         swaps = [cell.name for cell in all_cells if swapping(cell.edits)]
         if swaps and (alone := [indices[0] for indices, _ in made.batches if len(indices) == 1]):
             raise InputError(
-                f"{swaps[0]!r} swaps within batches, and window {alone[0]} is alone in its batch: give "
-                "windows of one length and a batch_size of at least 3"
+                f"{swaps[0]!r} swaps between windows of one length, and window {alone[0]} is the only one of "
+                "its length: give windows of one length"
             )
         return made
 
     def __reduce__(self) -> tuple[Any, ...]:
-        parts = (self.model, self.windows, self.cells, self.batch_size, self.spectrum)
+        parts = (self.model, self.windows, self.cells, self.batch_size, self.spectrum, self.predict)
         return Sweep, parts, {"addresses": self.addresses}  # a worker need not hash the weights again
 
     def manifest(self) -> dict[str, Any]:
@@ -111,13 +118,14 @@ class Sweep:
             "version": VERSION,
             "libraries": versions(),
             "cells": list(self.addresses),
+            **({} if self.predict is None else {"predict": asdict(self.predict)}),
             **({} if self.model.remote is None else {"remote": self.model.remote.record()}),
         }
 
     @cached_property
     def shared(self) -> dict[str, Any]:
         """What the addresses of all cells contain. Raises InputError as `context` does."""
-        return context(self.model, self.windows, self.batch_size)
+        return context(self.model, self.windows, self.batch_size, self.predict)
 
     @cached_property
     def addresses(self) -> tuple[str, ...]:
@@ -126,7 +134,9 @@ class Sweep:
 
     def renew(self) -> None:
         """Forget the addresses, and the batch that is kept, if the model has changed since they were made."""
-        if "shared" in vars(self) and self.shared != context(self.model, self.windows, self.batch_size):
+        if "shared" in vars(self) and self.shared != context(
+            self.model, self.windows, self.batch_size, self.predict
+        ):
             self.release()
             for name in ("shared", "addresses", "distinct", "key", "units"):
                 vars(self).pop(name, None)
@@ -146,6 +156,8 @@ class Sweep:
 
     @cached_property
     def batches(self) -> list[tuple[list[int], Int[Tensor, "batch tokens"]]]:
+        if any(swapping(cell.edits) for cell in self.cells):
+            return list(swap_groups(self.windows))
         return list(self.windows.batches(self.batch_size))
 
     @cached_property
@@ -221,7 +233,9 @@ class Sweep:
             windows, ids = self.batches[index]
             memory = Memory(self.model, ids.shape[1])
             exits = {*self.starts, *starts}
-            self._held[index] = open_batch(self.model, self.windows, windows, ids, exits, memory)
+            self._held[index] = open_batch(
+                self.model, self.windows, windows, ids, exits, memory, self.predict
+            )
         return self._held[index]
 
     def release(self) -> None:
@@ -234,7 +248,8 @@ class Sweep:
         result = batch.measure([self.cells[i].edits for i in unit.cells])
         cells = [described(self, index) for index in unit.cells]
         documents = [self.windows.document[index] for index in batch.indices]
-        return table_of(cells, documents, batch.indices, batch.predicted, batch.baseline, result)
+        tokens = predicted(self.model, self.batches[unit.batch][1].shape[1])  # however many are scored
+        return table_of(cells, documents, batch.indices, tokens, batch.baseline, result)
 
 
 def described(sweep: Sweep, index: int) -> dict[str, Any]:

@@ -16,8 +16,10 @@ def effect_table(effects: Mapping[str, Effect], above: int | None = None) -> pd.
     The columns are `name`, `rank` (None for a function), `removed_energy_share`; `mean`, `low` and `high` of
     the NLL difference in nats, a 95 % interval over `n` documents; `sink` and `baseline_sink`, the mean
     attention received by position 0 in the layers that the lowest site can change, or in those above the exit
-    `above`. They are NaN where there is no such layer or where attention cannot be read.
+    `above`. They are NaN where there is no such layer or where attention cannot be read. If any effect was
+    scored on a sample of predictions, `exact` says which ones were not.
     """
+    sampled = any(effect.predict is not None for effect in effects.values())
     rows: list[dict[str, object]] = []
     for name, effect in effects.items():
         low, high = effect.delta_nll_interval
@@ -32,6 +34,7 @@ def effect_table(effects: Mapping[str, Effect], above: int | None = None) -> pd.
                 "low": low,
                 "high": high,
                 "n": len(effect.table),
+                **({"exact": effect.predict is None} if sampled else {}),
                 **effect.mean_sink_mass(first),
             }
         )

@@ -112,7 +112,14 @@ def residuals(
 ) -> Float[Tensor, "tokens d"]:
     """Return the residuals of all tokens of some images at a site."""
     parts = [
-        trace(model, batch.to(model.device), {}, [site], readout=lambda _, read, __: read[site].cpu())
+        trace(
+            model,
+            batch.to(model.device),
+            {},
+            [site],
+            readout=lambda _, read, __: read[site].cpu(),
+            last=site.layer,
+        )
         for _, batch in batches(model, pixels, batch_size)
     ]
     return torch.cat(parts).flatten(0, 1)

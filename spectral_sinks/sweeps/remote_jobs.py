@@ -254,7 +254,7 @@ def run_jobs(
 def _sent(sweep: Sweep, unit: Unit) -> Iterable[Note]:
     """Send the job of a unit, or the jobs of its halves where it is too large."""
     indices, ids = sweep.batches[unit.batch]
-    batch = RemoteBatch(sweep.model, sweep.windows, indices, ids)
+    batch = RemoteBatch(sweep.model, sweep.windows, indices, ids, sweep.predict)
     try:
         sent = client.submit(sweep.model, *batch.job([sweep.cells[i].edits for i in unit.cells]))
     except transport.TooLarge:
@@ -298,7 +298,7 @@ def remote_cost(sweep: Sweep, units: tuple[Unit, ...]) -> RemoteCost:
     total = 0
     for unit in units:
         indices, ids = sweep.batches[unit.batch]
-        batch = RemoteBatch(sweep.model, sweep.windows, indices, ids)
+        batch = RemoteBatch(sweep.model, sweep.windows, indices, ids, sweep.predict)
         total += len(transport.packed(sweep.model, *batch.job([sweep.cells[i].edits for i in unit.cells])))
     cells = len({cell for unit in units for cell in unit.cells})
     return RemoteCost(cells, len(sweep.windows), len(units), total)

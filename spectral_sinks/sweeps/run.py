@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from spectral_sinks.errors import InputError, SpectralWarning
 from spectral_sinks.files import PATIENCE, expanded, listing
+from spectral_sinks.measure.results import Result
 from spectral_sinks.remote import handshake
 from spectral_sinks.stats import Estimate
 from spectral_sinks.sweeps.config import SweepFile
@@ -58,8 +59,8 @@ class Report:
         return text if self.of_floor is None else f"{text}; {self.of_floor:.2f} times the floor"
 
 
-@dataclass(frozen=True, eq=False)
-class Done:
+@dataclass(frozen=True, eq=False, repr=False)
+class Done(Result):
     """The result of a sweep: its store, and the report of the run."""
 
     sweep: Sweep
@@ -67,31 +68,51 @@ class Done:
     report: Report
 
     @property
+    def headline(self) -> str:
+        """How many cells there are, and where they are stored."""
+        return f"{len(self.sweep.cells)} cells in {self.store.folder}"
+
+    @property
     def table(self) -> pd.DataFrame:
-        """One row per cell and document, for the cells of this sweep only, under their names in it."""
+        """One row per cell and document, for the cells of this sweep only, under their names in it.
+
+        `attrs["predict"]` says how many predictions of each window were scored, if not all.
+        """
         stored = self.store.table()
         addresses, cells = self.sweep.addresses, self.sweep.cells
         described = pd.DataFrame(
             {"cell": address} | describe_cell(cell) for address, cell in zip(addresses, cells, strict=True)
         ).astype(stored.dtypes[["cell", *DESCRIBED]])
-        return described.merge(stored.drop(columns=[*DESCRIBED]), on="cell")[stored.columns]
+        found = described.merge(stored.drop(columns=[*DESCRIBED]), on="cell")[stored.columns]
+        return self._marked(found)
 
     def summary(self) -> pd.DataFrame:
         """Return one row per cell: its description, the number of `documents`, and means over them.
 
         `delta_nll` is the difference in nats, with its 95 % BCa interval `delta_nll_low` to `delta_nll_high`.
+        The interval is over documents, and so it holds the error of a sample of predictions as well. Such a
+        sample is marked as in `table`.
         """
         rows: list[dict[str, object]] = []
         for _, part in self.table.groupby("name", sort=False):
             first, means = part.iloc[0], part[["kl", "top1_agreement", "removed_energy_share"]].mean()
             described = {column: first[column] for column in DESCRIBED} | {"documents": len(part)}
             rows.append(described | Estimate.of(part["delta_nll"]).columns("delta_nll") | means.to_dict())
-        return pd.DataFrame(rows)
+        return self._marked(pd.DataFrame(rows))
 
     def record(self) -> dict[str, Any]:
-        """The report, and the rows of `summary` as `cells`, as a dictionary that JSON can hold."""
-        cells = json.loads(self.summary().to_json(orient="records"))
-        return {"out": str(self.store.folder), **asdict(self.report), "cells": cells}
+        """The report, and the rows of `summary` as `cells`, as a dictionary that JSON can hold.
+
+        `predict` is the number of predictions of each window that were scored, if not all.
+        """
+        summary = self.summary()
+        cells = json.loads(summary.to_json(orient="records"))
+        return {"out": str(self.store.folder), **asdict(self.report), **summary.attrs, "cells": cells}
+
+    def _marked(self, table: pd.DataFrame) -> pd.DataFrame:
+        if self.sweep.predict is not None:
+            table.attrs["predict"] = self.sweep.predict.count
+        return table
 
 
 def sweep(
@@ -315,7 +336,7 @@ def _cost(
     return estimate(sweep, units, processes, store.manifest["runs"] if store else {})
 
 
-Result = tuple[pd.DataFrame, float]
+Measured = tuple[pd.DataFrame, float]
 
 
 class _Workers:
@@ -329,7 +350,7 @@ class _Workers:
         self._given = executor if isinstance(executor, Executor) else None
         self._current: Executor | None = None
         self._losses = 0
-        self.waiting: dict[Future[Result], tuple[Unit, ExitStack, Executor]] = {}
+        self.waiting: dict[Future[Measured], tuple[Unit, ExitStack, Executor]] = {}
 
     @property
     def units(self) -> list[Unit]:
@@ -355,17 +376,17 @@ class _Workers:
         with ExitStack() as undo:
             undo.push(claim)
             try:
-                future: Future[Result] = self._current.submit(work, self._source, unit)
+                future: Future[Measured] = self._current.submit(work, self._source, unit)
             except BrokenExecutor as error:
                 future = Future()
                 future.set_exception(error)
             undo.pop_all()
         self.waiting[future] = unit, claim, self._current
 
-    def done(self) -> Iterator[tuple[Unit, ExitStack, Result | None]]:
+    def done(self) -> Iterator[tuple[Unit, ExitStack, Measured | None]]:
         """Yield finished units with their results, None for a unit whose worker died. Errors come last."""
 
-        def failed(future: Future[Result]) -> bool:
+        def failed(future: Future[Measured]) -> bool:
             return future.cancelled() or future.exception() is not None
 
         for future in sorted(wait(self.waiting, return_when=FIRST_COMPLETED).done, key=failed):

@@ -311,6 +311,10 @@ def test_reproduce_one_experiment(run: Run, tmp_path: Path) -> None:
     assert len(pd.read_csv(out / "spectrum_alignment.csv")) == 20
 
 
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert tiny_models.run(capsys, "--version") == (0, f"spectral-sinks {ss.__version__}\n", "")
+
+
 def test_as_a_program(tmp_path: Path) -> None:
     """One JSON object on standard output whatever libraries print; a bad folder is one line and status 2.
 
@@ -364,21 +368,57 @@ def test_options_of_a_filter_need_one(checkpoint: Path, capsys: pytest.CaptureFi
         assert done.status == 2 and "give --keep or --remove" in done.err
 
 
-def test_the_documented_keys_of_json(run: Run, checkpoint: Path, text: Path) -> None:
-    page = (Path(__file__).parents[2] / "docs" / "command-line.md").read_text()
-    rows = re.findall(r"^\| `(\w+)` \| (.*) \|$", page[page.index("## JSON") :], re.MULTILINE)
-    assert len(rows) == 6
-    options = ["--text", text, "--length", 70]
+def test_nll_of_a_sample_says_so(run: Run, checkpoint: Path, text: Path) -> None:
+    options = ["--text", text, "--length", 70, "--layer", 0, "--remove", "dark"]
+    exact = run("nll", checkpoint, *options)
+    found = run("nll", checkpoint, *options, "--predict", 8)
+    assert found["predict"] == 8 and "predict" not in exact
+    for name in ("nll", "baseline_nll", "delta_nll", "kl"):
+        low, high = found[f"{name}_sampling_interval"]
+        assert low < found[name] < high and f"{name}_sampling_interval" not in exact
+    other = run("nll", checkpoint, *options, "--predict", 8, "--seed", 1)
+    assert other["nll"] != found["nll"]
+
+
+def test_screened_controls_are_marked(
+    run: Run, checkpoint: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["nll", checkpoint, "--text", text, "--length", 70, "--layer", 0, "--remove", "dark"]
+    options += ["--controls", 3]
+    exact = run(*options)
+    found = run(*options, "--screen", 8)
+    assert found["delta_nll"] == exact["delta_nll"] and "predict" not in found
+    assert all(control["exact"] for control in exact["controls"])
+    for control, expected in zip(found["controls"], exact["controls"], strict=True):
+        assert not control["exact"] or control["delta_nll"] == expected["delta_nll"]
+    shown = tiny_models.run(capsys, *options, "--screen", 8).out
+    assert shown.count("~") == sum(not control["exact"] for control in found["controls"]) + 1
+    assert "controls measured on all tokens" in shown
+    refused = (("--screen", 8), ("--screen", 8, "--controls", 2, "--predict", 8))
+    for given, reason in zip(refused, ("give --controls 20 as well", "--predict or --screen"), strict=True):
+        done = tiny_models.run(capsys, *options[:-2], *given)
+        assert done.status == 2 and reason in done.err
+
+
+def test_the_documented_keys_of_json(run: Run, checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    documented = tiny_models.documented_keys()
+    del documented["vision"]  # in test_vision.py
+    options, rule = ["--text", text, "--length", 70], tmp_path / "rule"
+    run("sinks", checkpoint, "--text", text, "--epsilon", 0.05, "--draws", 0, "--export", rule)
     more = {
         "nll": [*options, "--layer", 0, "--remove", "dark", "--controls", 1],
         "energy": options,
         "sinks": ["--text", text, "--epsilon", 0.05, "--draws", 2],
         "circuits": options,
+        "quantise": ["--text", text, "--rule", rule, "--by", "place", "--draws", 1, "--bits", 4],
+        "kv-cache": ["--text", text, "--size", 20, "--length", 60, "--caches", "none"],
+        "report": [*options, "--draws", 2, "--out", tmp_path / "report.html"],
+        "explore": ["--text", text, "--out", tmp_path / "explore.html"],
     }
-    for command, keys in rows:
+    assert {"info", "spectrum", *more} == set(documented)
+    for command, keys in documented.items():
         found = run(command, checkpoint, *more.get(command, []))
-        outer = re.sub(r"\(.*?\)", "", keys)
-        assert set(re.findall(r"`(\w+)`", outer)) <= set(found), command
+        assert tiny_models.keys_of(keys) <= set(found), command
         for inner in re.findall(r"`(\w+)` \([^()]*: ([^()]*)\)|`(rows)` \(([^()]*)\)", keys):
             name, columns = [part for part in inner if part]
             assert found[name], f"{command} has {name}"

@@ -107,3 +107,9 @@ def test_no_key_is_shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     assert ran.status == 2 and "short" in ran.err
     for text in (ran.err, ran.out):
         assert KEY not in text and "hf_secret" not in text
+
+
+def test_a_long_title_is_not_squeezed_into_narrow_columns(capsys: pytest.CaptureFixture[str]) -> None:
+    title = "Heads with a no-op circuit of a model with a long name, at position 0"
+    show(False, {}, table(title, ("head",), [("none",)]))
+    assert len(title) > 60 and len(capsys.readouterr().out.splitlines()) <= 8

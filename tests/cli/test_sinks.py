@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from support import tiny_chats, tiny_models
 
 import spectral_sinks as ss
@@ -50,6 +51,25 @@ def test_json_is_the_library_s(run: Run, checkpoint: Path, tmp_path: Path) -> No
     svg = path.with_suffix(".svg")
     run("--length", 40, "--epsilon", 0.07, "--draws", 2, "--figure", svg)
     assert svg.read_text().startswith("<?xml")
+
+
+def test_an_exported_rule_is_the_library_s(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+    options = ("--length", 40, "--epsilon", 0.07, "--draws", 0, "--export", tmp_path / "rule")
+    assert run(*options).status == 0
+    model = ss.load(checkpoint)
+    rule = ss.SinkRule.load(tmp_path / "rule")
+    windows = ss.cut([tiny_models.text(90, seed) for seed in range(4)], model, length=40)
+    spectra = ss.read_spectra(model)
+    found = ss.find_sinks(model, windows, spectra, length=40, epsilon=0.07, draws=0)
+    own = ss.SinkRule.learn(model, found, spectra)
+    assert rule.record() | {"model": own.model} == own.record() and set(rule.dark) == {"folded", "raw"}
+    ids = windows.rows[0][None]
+    assert torch.equal(ss.sink_mask(model, ids, rule), ss.sink_mask(model, ids, own))
+    (tmp_path / "file").write_text("")
+    done = run("--length", 40, "--epsilon", 0.07, "--draws", 0, "--export", tmp_path / "file")
+    assert done.status == 2 and "cannot be written" in done.err
+    done = run("--length", 40, "--epsilon", 0.99, "--draws", 0, "--export", tmp_path / "none")
+    assert done.status == 2 and "no sink was found" in done.err and not (tmp_path / "none").exists()
 
 
 def test_tables_for_people(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

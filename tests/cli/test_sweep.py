@@ -131,7 +131,7 @@ def test_bad_files_and_folders(
     out = tmp_path / "out"
     for arguments, message in (
         (["sweep", tmp_path / "no.toml"], "no.toml cannot be read: No such file"),
-        (["sweep", tmp_path / "bad.toml", "--out", out], "bad.toml: grid.0.layers: Extra inputs"),
+        (["sweep", tmp_path / "bad.toml", "--out", out], "bad.toml: grid.0.layers is not known here: "),
         (["sweep", file, "--out", tmp_path / "other"], "holds other things than sweep results"),
         (["sweep", file, "--out", tmp_path / "bad.toml"], "bad.toml cannot be read as a folder"),
         (["sweep", file, "--out", tmp_path / "bad.toml", "--dry-run"], "cannot be read as a folder"),

@@ -222,7 +222,17 @@ def test_a_folder_of_texts(tmp_path: Path) -> None:
     files = {"b.txt": "w7 w8", "a.txt": "w5 w6", "c.TXT": "w9", "._a.txt": "x", "d.md": "y"}
     for name, text in files.items():
         (tmp_path / name).write_text(text)
-    assert ss.documents(tmp_path) == ss.documents(str(tmp_path)) == ["w5 w6", "w7 w8", "w9"]
+    for source in (tmp_path, str(tmp_path)):
+        with pytest.warns(
+            ss.SpectralWarning, match=r"also holds what is no \.txt file and is left out: d\.md$"
+        ):
+            assert ss.documents(source) == ["w5 w6", "w7 w8", "w9"]
+    (tmp_path / "e.jsonl").touch()
+    with pytest.warns(ss.SpectralWarning, match=r"left out: d\.md and 1 more"):
+        ss.documents(tmp_path, limit=1)
+    (tmp_path / "e.jsonl").unlink()
+    (tmp_path / "d.md").unlink()
+    assert ss.documents(tmp_path) == ["w5 w6", "w7 w8", "w9"], "and nothing is said"
     (tmp_path / "b.txt").write_bytes(b"\xff")
     with pytest.raises(ss.InputError, match=r"b\.txt is not UTF-8"):
         ss.documents(tmp_path)

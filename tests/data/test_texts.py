@@ -1,8 +1,12 @@
 """Texts to documents to windows: no BOS doubled or lost, nothing padded, every token accounted for."""
 
 import warnings
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import datasets
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given
@@ -130,6 +134,29 @@ def test_the_hash_tells_windows_apart() -> None:
 def test_cut_refuses(texts: list[str], options: dict[str, Any], message: str) -> None:
     with pytest.raises(ss.InputError, match=message):
         ss.cut(texts, OPENING, **options)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    "kind", [dict, pd.DataFrame, datasets.Dataset.from_dict, Path, datasets.DatasetDict, int]
+)
+def test_names_are_no_texts(kind: Callable[[Any], Any]) -> None:
+    """Iterating over a table gives the names of its columns, and over splits theirs."""
+    texts: Any = {"text": ["w5 w6"], "a long label": ["w7 w8"]}
+    splits = {"w5 w6": datasets.Dataset.from_dict(texts)}
+    given = {Path: "w5 w6.txt", int: 5, datasets.DatasetDict: splits}.get(kind, texts)
+    with pytest.raises(ss.InputError, match=r"expected a string or a list of strings: .* by ss\.documents"):
+        ss.cut(kind(given), OPENING)
+
+
+def test_the_name_of_a_file_is_no_text(tmp_path: Path) -> None:
+    (file := tmp_path / "w5 w6.txt").write_text("w5 w6 w7")
+    for texts in (str(file), ["w5 w6", str(file)]):
+        with pytest.raises(ss.InputError, match=r"the name of a file, not a text: read it by ss\.documents"):
+            ss.cut(texts, OPENING)
+    assert (
+        ss.cut(["w5 w6.txt"], OPENING).rows[0].tolist()[1:] == OPENING.tokenizer("w5 w6.txt")["input_ids"][1:]
+    )
 
 
 def test_a_short_document_among_others_is_left_out_and_counted() -> None:

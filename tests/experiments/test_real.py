@@ -1,6 +1,8 @@
 """The experiments on real models, run on the embedded one: their numbers, recomputed another way."""
 
+import importlib
 from dataclasses import replace
+from pathlib import Path
 
 import conventions
 import ladders
@@ -89,26 +91,24 @@ def test_ladder_ends_at_the_dark_band(study: RealStudy) -> None:
     assert "the last step costs" in found.verdict
 
 
-def test_neurons_add_up_to_what_the_mlp_writes(study: RealStudy) -> None:
-    layer, written = spike.spike_layer(study)
-    neurons = spike.contributions(study, layer)
-    assert layer == written["along_carrier"].iloc[: study.below_sink + 1].argmax()
-    ids, site = torch.stack(list(study.windows.rows)), ss.Site("mlp", layer)
-    out = ss.trace(study.model, ids, {}, [site], readout=lambda final, read, weights: read[site][:, 0])
-    bias = spike.down_projection(study, layer).bias
-    assert bias is None
-    assert neurons["contribution"].sum() == pytest.approx(float(out.mean(0).norm()), rel=1e-4)
-
-
-def test_silencing_all_neurons_is_removing_the_mlp(study: RealStudy) -> None:
-    layer = 1
-    every = range(spike.down_projection(study, layer).in_features)
-    found = spike.measured(study, layer, every)
-    none = spike.measured(study, layer, [])
-    gone = ss.evaluate(study.model, study.windows, {ss.Site("mlp", layer): torch.zeros_like})
-    np.testing.assert_allclose(found["documents"] - none["documents"], gone.table["delta_nll"], atol=1e-5)
-    mass = np.mean(gone.sink_mass[layer + 1 :])
-    assert found["mass_above"] == pytest.approx(mass, abs=1e-5)
+def test_the_tables_of_the_spike_are_those_of_the_library(study: RealStudy) -> None:
+    given = replace(study, draws=1)
+    finding = spike.run(given)
+    found = ss.spike_writers(study.model, study.windows, counts=(1, 3), draws=1)
+    neurons = pd.read_csv(study.out / "spike_neurons.csv")
+    assert neurons["neuron"].tolist() == found.neurons["neuron"].head(100).tolist()
+    assert list(neurons.columns) == spike.NEURONS
+    assert list(pd.read_csv(study.out / "spike_layers.csv").columns) == spike.LAYERS
+    table = pd.read_csv(study.out / "spike_silenced.csv").set_index(["count", "kind"])
+    own = found.silent().set_index(["count", "kind"])
+    for count in (1, 3):
+        for column in ("delta_nll", "low", "high", "mass_above", "norm_ratio"):
+            row, expected = (float(t.loc[(count, "largest at position 0"), column]) for t in (table, own))
+            assert row == pytest.approx(expected, rel=1e-4)
+    answers = pd.DataFrame(finding.answers).set_index("quantity")["value"]
+    name = f"layer {found.layer} of {study.model.layers}: norm that its MLP writes at position 0"
+    assert answers[name] == pytest.approx(found.neurons["contribution"].sum())
+    assert finding.verdict.startswith("holds")
 
 
 def test_openings_compare_the_same_tokens(study: RealStudy) -> None:
@@ -144,3 +144,17 @@ def test_secondary_describes_position_0_as_itself(study: RealStudy) -> None:
     row = secondary.describe(study, study.windows, ids, seen, token, "control", 1)
     assert row["occurrences"] == (ids[:, 1:32] == token).sum()
     assert -1 <= row["cosine_all"] <= 1
+
+
+def test_a_sample_of_predictions_is_a_column_of_the_tables(study: RealStudy, tmp_path: Path) -> None:
+    sampled = replace(study, predict=8, out=tmp_path)
+    cells = {"dark": {ss.Site("exit", 4): ss.remove(study.unembedding.dark())}}
+    found = sampled.evaluate(cells)["dark"]
+    assert found.predict == 8
+    expected = ss.evaluate(study.model, study.windows, cells["dark"], predict=8)
+    assert found.delta_nll == pytest.approx(expected.delta_nll, rel=1e-6)
+    sampled.save(pd.DataFrame({"delta_nll": [found.delta_nll]}), "some")
+    assert pd.read_csv(tmp_path / "some.csv")["predict"].tolist() == [8]
+    real = importlib.import_module("run")
+    with pytest.raises(ss.InputError, match="--predict does not apply to the experiment spike: give --only"):
+        real.main(real.Options(only=("ladders", "spike"), predict=8))

@@ -59,11 +59,15 @@ def test_a_table_with_a_dark_share_names_its_convention(name: str, tables: list[
         assert set(pd.read_csv(tmp_path / f"{table}.csv")["convention"]) == {"folded"}, table
 
 
-def test_an_error_of_an_experiment_reaches_the_caller(tmp_path: Path) -> None:
+def test_an_error_of_an_experiment_reaches_the_caller(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A model of one layer has no exit below its sink."""
+    monkeypatch.setattr(experiments, "EXPERIMENTS", ("reads",))
     folder = tmp_path / "model"
-    tiny_models.build(layers=1).save_pretrained(folder)
-    with pytest.raises(ss.InputError):
+    tiny_models.build(num_hidden_layers=1).save_pretrained(folder)
+    tiny_models.tokenizer().save_pretrained(folder)
+    with pytest.raises(ss.InputError, match="has one layer"):
         ss.reproduce(str(folder), tmp_path / "out", documents=2, jobs=2)
 
 

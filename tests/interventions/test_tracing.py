@@ -1,14 +1,17 @@
 """Traces: what may go at a site, where a pass may begin, filters in hooks and in traces of one's own."""
 
-import copy
+import weakref
 
 import pytest
 import torch
+import transformers
 from nnsight import save
 from support import tiny_models
+from torch import Tensor
 
 import spectral_sinks as ss
-from spectral_sinks.interventions.tracing import Resume
+from spectral_sinks.interventions.tracing import Resume, deepest
+from spectral_sinks.measure.sinks.dark_share import carrier_shares
 
 IDS = tiny_models.ids()
 
@@ -35,6 +38,29 @@ def test_a_pass_from_a_layers_exit_is_the_whole_pass(family: str, layer: int) ->
     assert torch.equal(from_there, whole)
 
 
+def test_what_a_function_leaves_of_a_residual_is_read_and_the_residual_is_not_held(
+    model: ss.LanguageModel, dark: ss.Filter
+) -> None:
+    sites = [ss.Site("embedding"), ss.Site("mlp", 0), *(ss.Site("exit", layer) for layer in range(3))]
+    alive: list[weakref.ref[Tensor]] = []
+    held: list[int] = []
+
+    def norms(x: Tensor) -> Tensor:
+        held.append(sum(each() is not None for each in alive))
+        alive.append(weakref.ref(x))
+        return x.norm(dim=-1)
+
+    edits = {sites[2]: dark}
+    whole, found = (
+        ss.trace(model, IDS, edits, reads, readout=lambda final, read, weights: dict(read))
+        for reads in (sites, {site: norms for site in sites})
+    )
+    assert list(found) == list(whole) == sites
+    for site in sites:
+        assert torch.equal(found[site], whole[site].norm(dim=-1)), "after the edit at the same site"
+    assert len(held) == len(sites) and max(held) <= 2, "those that the layer at work reads and writes"
+
+
 def test_reads_come_after_the_edit_at_the_same_site(model: ss.LanguageModel, dark: ss.Filter) -> None:
     sites = [ss.Site("embedding"), ss.Site("exit", 0), ss.Site("mlp", 1), ss.Site("exit", 2)]
     before, after = (
@@ -58,7 +84,7 @@ def test_a_filter_works_in_a_hook_and_in_a_trace_of_ones_own(
     model: ss.LanguageModel, dark: ss.Filter
 ) -> None:
     expected = tiny_models.logits(model, IDS, {ss.Site("exit", 1): dark})
-    twin = copy.deepcopy(tiny_models.plain())
+    twin = tiny_models.plain()
     twin.model.layers[1].register_forward_hook(lambda module, inputs, output: dark(output))
     with torch.no_grad():
         assert torch.equal(twin(IDS).logits, expected)
@@ -137,3 +163,71 @@ def test_sites_by_name() -> None:
     for wrong in (("head", 1), ("exit", 1, 2), ("embedding", 1), ("nowhere", 1)):
         with pytest.raises(ss.InputError, match="site"):
             ss.Site(*wrong)
+
+
+def calls(module: torch.nn.Module) -> list[int]:
+    """Return a list that grows by one with every call of a module."""
+    seen: list[int] = []
+    module.register_forward_pre_hook(lambda *_: seen.append(1))
+    return seen
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+@pytest.mark.parametrize("last", [0, 1, 2])
+def test_a_pass_may_end_with_a_layer(family: str, last: int) -> None:
+    model = ss.load(tiny_models.plain(family))
+    layers = [calls(part) for part in model.module.get_submodule(model.layout.layers)]
+    norm = calls(model.module.get_submodule(model.layout.final_norm))
+    site = ss.Site("exit", last)
+    expected = ss.trace(model, IDS, {}, [site], readout=lambda final, read, weights: read[site])
+    for seen in (*layers, norm):
+        seen.clear()
+    final, maps = ss.trace(
+        model, IDS, {}, readout=lambda final, read, weights: (final, weights), attention=True, last=last
+    )
+    assert torch.equal(final, expected) and len(maps) == last + 1
+    assert [len(seen) for seen in layers] == [1] * (last + 1) + [0] * (2 - last) and not norm
+
+
+def test_where_a_pass_cannot_end(model: ss.LanguageModel) -> None:
+    for last, sites, message in (
+        (3, [], "ends with layer 3: expected 0 to 2"),
+        (-1, [], "ends with layer -1"),
+        (0, [ss.Site("mlp", 1)], "ends with layer 0 has sites above it"),
+    ):
+        with pytest.raises(ss.InputError, match=message):
+            ss.trace(model, IDS, {}, sites, readout=lambda *_: None, last=last)
+    resume = Resume(1, torch.zeros(*IDS.shape, model.d))
+    with pytest.raises(ss.InputError, match="ends with layer 1: expected 2 to 2"):
+        ss.trace(model, IDS, {}, readout=lambda *_: None, resume=resume, last=1)
+    assert deepest([]) == 0 and deepest([ss.Site("exit", 2), ss.Site("embedding")]) == 2
+
+
+def test_nothing_is_unembedded_where_no_logits_are_read() -> None:
+    model = ss.load(tiny_models.plain())
+    windows = ss.Windows.of_ids(tiny_models.ids(3, 64), model)
+    spectrum, site = ss.read_spectrum(model, bands=8), ss.Site("exit", 0)
+    top, unembedded = calls(model.module.model.layers[2]), calls(model.module.lm_head)
+    ss.find_sinks(model, windows, spectrum, draws=2)
+    ss.attention_by_head(model, windows)
+    ss.head_use(model, windows)
+    assert top and not unembedded
+    top.clear()
+    ss.energy(model, windows, spectrum, [site])
+    ss.mean_residual(model, windows, site)
+    carrier_shares(model, windows, site, {"raw": spectrum.dark()}, [])
+    assert not top and not unembedded, "nor do layers run above what is read"
+
+
+def test_filters_count_positions_from_the_beginning_of_a_text_in_a_cache() -> None:
+    model, ids = tiny_models.model(), tiny_models.ids(2, 17)
+    dark = ss.read_spectrum(model, bands=4).dark(0.25)
+    site = ss.Site("exit", 0)
+    for tokens in ("all", "first", "all-but-first", ss.At(0, 9), ids > 50, [7, 8, 9]):
+        edits = {site: ss.remove(dark, tokens=tokens)}
+        whole = tiny_models.logits(model, ids, edits)
+        cache = transformers.DynamicCache(config=model.config)
+        parts = [tiny_models.logits(model, part, edits, cache=cache) for part in ids.split(6, 1)]
+        torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-4, rtol=1e-4)
+    with pytest.raises(ss.InputError, match="need the whole text"):
+        tiny_models.logits(model, ids, {site: ss.remove(dark, ss.Noise())}, cache=cache)

@@ -14,7 +14,7 @@ from support import readings, tiny_encoders, tiny_models
 from torch import nn
 
 import spectral_sinks as ss
-from spectral_sinks.interventions.registers import mlp_output
+from spectral_sinks.interventions.silencing import mlp_output
 from spectral_sinks.models import adapters
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")

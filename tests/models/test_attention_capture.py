@@ -1,6 +1,5 @@
 """Attention in blocks of queries: what is seen is what eager attention computes, what is changed is used."""
 
-import copy
 import pickle
 from dataclasses import replace
 
@@ -25,7 +24,7 @@ def test_weights_and_logits_are_those_of_eager(
     family: str, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "WEIGHTS", block)
-    model, ids = ss.load(copy.deepcopy(tiny_models.plain(family))), tiny_models.ids(2, 40)
+    model, ids = ss.load(tiny_models.plain(family)), tiny_models.ids(2, 40)
     with torch.no_grad():
         eager = tiny_models.plain(family)(ids, output_attentions=True, use_cache=False)
     seen: list[Tensor] = []
@@ -43,11 +42,11 @@ def test_weights_and_logits_are_those_of_eager(
     assert (logits - eager.logits).abs().max() <= 1e-5 and torch.equal(traced, logits)
     for mine, theirs in zip(seen, eager.attentions, strict=False):
         assert (mine - theirs).abs().max() <= 3e-6
-    assert torch.equal(run(model, ids), run(ss.load(copy.deepcopy(tiny_models.plain(family))), ids))
+    assert torch.equal(run(model, ids), run(ss.load(tiny_models.plain(family)), ids))
 
 
 def test_a_change_is_used_and_blocks_nest() -> None:
-    model, ids = ss.load(copy.deepcopy(tiny_models.plain())), tiny_models.ids(2, 20)
+    model, ids = ss.load(tiny_models.plain()), tiny_models.ids(2, 20)
     order: list[str] = []
 
     def zero(call: AttentionCall) -> AttentionCall:
@@ -72,7 +71,7 @@ def test_a_change_is_used_and_blocks_nest() -> None:
 
 
 def test_the_outer_block_acts_again_after_the_inner_one() -> None:
-    model, ids = ss.load(copy.deepcopy(tiny_models.plain())), tiny_models.ids(2, 20)
+    model, ids = ss.load(tiny_models.plain()), tiny_models.ids(2, 20)
     plain = run(model, ids)
     with attending(model, ss.attention.MaskKey(0)):
         outer = run(model, ids)
@@ -84,7 +83,7 @@ def test_the_outer_block_acts_again_after_the_inner_one() -> None:
 
 
 def test_a_bias_is_added_to_the_scores_of_its_queries() -> None:
-    model, ids = ss.load(copy.deepcopy(tiny_models.plain())), tiny_models.ids(2, 12)
+    model, ids = ss.load(tiny_models.plain()), tiny_models.ids(2, 12)
     bias = torch.randn(4, 12, 12, generator=torch.Generator().manual_seed(0))
     seen: list[int] = []
 
@@ -104,7 +103,7 @@ def test_a_bias_is_added_to_the_scores_of_its_queries() -> None:
 
 @torch.no_grad()
 def test_a_mask_of_numbers_is_added_as_eager_attention_adds_it() -> None:
-    model, ids = ss.load(copy.deepcopy(tiny_models.plain())), tiny_models.ids(2, 12)
+    model, ids = ss.load(tiny_models.plain()), tiny_models.ids(2, 12)
     mask = torch.randn(2, 1, 12, 12, generator=torch.Generator().manual_seed(0))
     mask = mask.masked_fill(torch.ones(12, 12).triu(1).bool(), torch.finfo(torch.float32).min)
     expected = tiny_models.plain()(ids, attention_mask=mask, use_cache=False).logits
@@ -115,7 +114,7 @@ def test_a_mask_of_numbers_is_added_as_eager_attention_adds_it() -> None:
 
 def test_weights_that_are_dropped_and_a_query_that_sees_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "WEIGHTS", 300)
-    model, ids = ss.load(copy.deepcopy(tiny_models.plain())), tiny_models.ids(2, 12)
+    model, ids = ss.load(tiny_models.plain()), tiny_models.ids(2, 12)
     kept = torch.rand(12, 12, generator=torch.Generator().manual_seed(0)) > 0.5
     seen: list[int] = []
 
@@ -138,7 +137,7 @@ def test_weights_that_are_dropped_and_a_query_that_sees_nothing(monkeypatch: pyt
 
 
 def test_a_learned_sink_takes_its_share() -> None:
-    model, ids = ss.load(copy.deepcopy(tiny_models.plain())), tiny_models.ids(1, 12)
+    model, ids = ss.load(tiny_models.plain()), tiny_models.ids(1, 12)
     sinks = torch.tensor([0.0, 1.0, -1.0, 50.0])
     kept: list[Tensor] = []
 
@@ -155,7 +154,7 @@ def test_a_learned_sink_takes_its_share() -> None:
 
 
 def test_whole_maps_are_those_of_the_change() -> None:
-    model, ids = ss.load(copy.deepcopy(tiny_models.plain())), tiny_models.ids(1, 100)
+    model, ids = ss.load(tiny_models.plain()), tiny_models.ids(1, 100)
 
     def first(call: AttentionCall) -> AttentionCall:
         mask = call.visible().clone()
@@ -170,7 +169,7 @@ def test_whole_maps_are_those_of_the_change() -> None:
 
 
 def test_a_layer_that_fails_leaves_the_model_as_it_was() -> None:
-    model, ids = ss.load(copy.deepcopy(tiny_models.plain())), tiny_models.ids(1, 12)
+    model, ids = ss.load(tiny_models.plain()), tiny_models.ids(1, 12)
 
     def fail(call: AttentionCall) -> None:
         raise ValueError("no")

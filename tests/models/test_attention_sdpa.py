@@ -1,6 +1,5 @@
 """Fast attention that shows the opening: logits and maps against eager, and where it cannot be had."""
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +63,7 @@ def test_a_sliding_window_hides_position_0() -> None:
 def test_half_precision(family: str, dtype: torch.dtype) -> None:
     ids = tiny_models.ids(2, 100)
     with torch.no_grad():
-        eager = copy.deepcopy(tiny_models.plain(family)).to(dtype)(
-            ids, output_attentions=True, use_cache=False
-        )
+        eager = tiny_models.plain(family).to(dtype)(ids, output_attentions=True, use_cache=False)
     logits, weights = maps(ss.load(fast(family, dtype)), ids)
     coarse = {torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
     expected = torch.stack(eager.attentions)[..., :TOKENS, :TOKENS].float()
@@ -127,7 +124,7 @@ def test_what_auto_chooses(family: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])
 def test_objects_that_cannot_are_refused(family: str) -> None:
     """A cap or a learned sink would be left out of the weights, or fail in the midst of a pass."""
-    module = copy.deepcopy(tiny_models.plain(family))
+    module = tiny_models.plain(family)
     module.config._attn_implementation = OPENING
     with pytest.raises(ss.InputError, match="has no sdpa attention: use attention='eager'"):
         ss.load(module)

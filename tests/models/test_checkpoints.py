@@ -35,11 +35,11 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     original = source._opened
 
     class Spy:
-        def __init__(self, path: Path) -> None:
-            self.path = path
+        def __init__(self, *given: Any) -> None:
+            self.given = given
 
         def __enter__(self) -> "Spy":
-            self.stored = original(self.path).__enter__()
+            self.stored = original(*self.given).__enter__()
             return self
 
         def __exit__(self, *_: Any) -> None:
@@ -148,6 +148,37 @@ def test_a_checkpoint_without_a_tensor_is_not_filled_with_random_numbers(tmp_pat
     with pytest.raises(ss.InputError, match="holds no unembedding and does not tie one"):
         ss.read_spectrum(folder)
     assert not ss.describe(folder)["tied"] and ss.read_spectrum(folder, "embedding").d == 32
+
+
+def test_a_checkpoint_that_its_config_does_not_fit(tmp_path: Path) -> None:
+    folder = tiny_models.save(tmp_path / "model")
+    file, told = folder / "model.safetensors", folder / "config.json"
+    weights, config = load_file(file), json.loads(told.read_text())
+
+    told.write_text(json.dumps(config | {"num_hidden_layers": 2}))
+    with pytest.warns(
+        ss.SpectralWarning, match=r"does not count, such as that of model\.layers\.2\.input_layer"
+    ):
+        assert ss.load(folder).layers == 2
+    told.write_text(json.dumps(config))
+    assert ss.load(folder).layers == 3
+
+    short = weights["lm_head.weight"][:-1].clone()
+    save_file(weights | {"lm_head.weight": short}, file, {"format": "pt"})
+    with pytest.raises(
+        ss.InputError, match=r"lm_head\.weight is \[96, 32\] where its config\.json asks for \[97, 32\]"
+    ):
+        ss.load(folder)
+
+    codes = (50 * weights["model.layers.1.mlp.up_proj.weight"]).to(torch.int8)
+    save_file(weights | {"model.layers.1.mlp.up_proj.weight": codes}, file, {"format": "pt"})
+    with pytest.raises(ss.InputError, match=r"stores model\.layers\.1\.mlp\.up_proj\.weight as integers"):
+        ss.load(folder)
+
+
+def test_a_model_without_a_head_is_told_where_one_is() -> None:
+    with pytest.raises(ss.InputError, match="or load the model with its head, by AutoModelForCausalLM"):
+        ss.load(tiny_models.plain().model)
 
 
 @pytest.mark.parametrize("damage", ["index", "shard", "missing shard"])
@@ -289,17 +320,28 @@ def test_a_single_file_beside_a_stale_index(tmp_path: Path) -> None:
             shard.unlink()
 
 
-def test_rows_that_no_token_uses_are_left_out_of_the_centred_spectrum(tmp_path: Path) -> None:
+@pytest.mark.parametrize("gone", [(), (40, 41, 70)])
+def test_rows_that_no_token_uses_are_left_out_of_the_centred_spectrum(
+    gone: tuple[int, ...], tmp_path: Path
+) -> None:
     module = tiny_models.build(vocab_size=128)
     folder = tmp_path / "padded"
     module.save_pretrained(folder)
     tiny_models.tokenizer().save_pretrained(folder)
+    tokens = json.loads((folder / "tokenizer.json").read_text())
+    words = tokens["model"]["vocab"]
+    tokens["model"]["vocab"] = {word: place for word, place in words.items() if place not in gone}
+    (folder / "tokenizer.json").write_text(json.dumps(tokens))
     model = ss.load(folder)
     gain = module.model.norm.weight.detach().double()
     rows = module.lm_head.weight.detach().double() * gain
-    used = rows[: tiny_models.VOCABULARY]
+    used = rows[[place for place in range(tiny_models.VOCABULARY) if place not in gone]]
+    message = (
+        f"{31 + len(gone)} rows of the unembedding belong to no token of the tokenizer "
+        f"\\(31 at its end and {len(gone)} before"
+    )
     for given in (folder, model):
-        with pytest.warns(ss.SpectralWarning, match="31 rows of the unembedding belong to no token"):
+        with pytest.warns(ss.SpectralWarning, match=message):
             found = ss.read_spectrum(given, convention="centred", use_cache=False)
         torch.testing.assert_close(found.values, torch.linalg.svdvals(used - used.mean(0)))
         found = ss.read_spectrum(given, convention="folded", use_cache=False)

@@ -77,7 +77,7 @@ def test_wrong_parts_of_a_post_norm_layer_are_refused(part: str, wrong: str) -> 
     with pytest.raises(
         (ss.InputError, RuntimeError), match=r"layer 0 is not entry|logits are not|size of tensor"
     ):
-        ss.load(copy.deepcopy(tiny_models.plain("bert")), parts={part: wrong})
+        ss.load(tiny_models.plain("bert"), parts={part: wrong})
 
 
 def test_identity_and_keep_all_change_no_bit(family: str) -> None:
@@ -96,7 +96,7 @@ def test_a_filter_equals_hooks_written_by_hand(family: str, site: ss.Site) -> No
     rest = (torch.eye(32, dtype=torch.float64) - basis @ basis.T).float()
     removed = ss.remove(spectrum.subspace("1,7-8"))
     traced = tiny_models.logits(tiny_models.model(family), IDS, {site: removed})
-    twin = copy.deepcopy(tiny_models.plain(family))
+    twin = tiny_models.plain(family)
     with torch.no_grad(), hooked(twin, family, site, lambda x: x @ rest):
         by_hand = twin(IDS).logits
     with torch.no_grad(), hooked(twin, family, site, removed):
@@ -113,7 +113,7 @@ def test_many_sites_with_attention_equal_hooks(family: str) -> None:
     model = tiny_models.model(family)
     spectrum = ss.read_spectrum(model, bands=8)
     edits = {site: ss.remove(spectrum.band(1 + i % 8)) for i, site in enumerate(EVERYWHERE)}
-    twin = copy.deepcopy(tiny_models.plain(family))
+    twin = tiny_models.plain(family)
     with torch.no_grad(), ExitStack() as stack:
         for site in sorted(edits, key=lambda s: s.rank):
             stack.enter_context(hooked(twin, family, site, edits[site]))
@@ -261,17 +261,15 @@ def classifier(kind: str) -> Any:
     )
 
 
-@pytest.mark.parametrize(
-    "kind", ["BertForSequenceClassification", "RobertaForTokenClassification", "BertModel"]
-)
-def test_a_model_without_a_vocabulary_head_is_refused(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["BertForSequenceClassification", "RobertaForTokenClassification"])
+def test_a_model_with_a_head_of_another_kind_is_refused(kind: str, tmp_path: Path) -> None:
     classifier(kind).save_pretrained(tmp_path)
     for call in (ss.load, ss.read_spectrum, ss.describe):
         with pytest.raises(
-            ss.InputError, match=f"{kind} .* has no head over the vocabulary: expected a masked"
+            ss.InputError, match=f"{kind} .* a head that is not over the vocabulary: expected a masked"
         ):
             call(tmp_path)
-    with pytest.raises(ss.InputError, match="no head over the vocabulary"):
+    with pytest.raises(ss.InputError, match="a head that is not over the vocabulary"):
         ss.load(classifier(kind))
 
 
@@ -317,3 +315,134 @@ def test_attention_in_blocks_sees_every_key(family: str) -> None:
         assert (one - other).abs().max() <= 1e-6
     alphas = torch.stack([layer[..., -1].mean(-1) for layer in expected.attentions], dim=1)
     assert found["attention"].to_numpy() == pytest.approx(alphas.flatten().numpy(), abs=1e-6)
+
+
+def bare(family: str) -> Any:
+    """The encoder inside a masked language model, such as BertModel, with the same weights."""
+    return tiny_models.plain(family).base_model
+
+
+def bare_folder(family: str, path: Path) -> Path:
+    bare(family).save_pretrained(path)
+    tiny_models.encoder_tokenizer().save_pretrained(path)
+    return path
+
+
+def test_an_encoder_without_a_head_runs_as_inside_its_language_model(family: str, tmp_path: Path) -> None:
+    folder = bare_folder(family, tmp_path)
+    with torch.no_grad():
+        states = bare(family)(IDS, output_hidden_states=True)
+    whole = ss.Windows.of_ids(IDS, tiny_models.model(family))
+    alpha = ss.attention.attention_by_position(tiny_models.model(family), whole).alpha
+    for model in (
+        ss.load(folder),
+        ss.load(bare(family), tokenizer=tiny_models.encoder_tokenizer()),
+    ):
+        model.check()
+        assert not model.causal and not model.has_head and not model.tied and model.tested
+        assert "no head" in repr(model) and model.layers == 3
+        sites = [ss.Site("exit", 1), ss.Site("exit", 2)]
+        final, exits = ss.trace(model, IDS, {}, sites, readout=lambda final, read, _: (final, read))
+        assert torch.allclose(final, states.last_hidden_state, atol=1e-5)
+        assert torch.allclose(exits[sites[0]], states.hidden_states[2], atol=1e-5)
+        doubled = ss.trace(model, IDS, {sites[1]: lambda x: 2 * x}, readout=lambda final, *_: final)
+        if model.family != "modernbert":  # whose final norm undoes it
+            assert torch.allclose(doubled, 2 * final)
+        windows = ss.Windows.of_ids(IDS, model)
+        assert "masking" not in windows.record
+        np.testing.assert_allclose(ss.attention.attention_by_position(model, windows).alpha, alpha, atol=1e-6)
+        mean = ss.mean_residual(model, windows, sites[0])
+        assert torch.allclose(mean.float(), states.hidden_states[2].mean(0), atol=1e-5), "nothing is masked"
+    described = ss.describe(folder)
+    assert not described["has_head"] and not described["tied"] and described["reads_through"] == ""
+    assert ss.describe(tiny_models.save(tmp_path / "head", family))["has_head"]
+
+
+def test_weights_of_a_pooler_are_no_condition(tmp_path: Path) -> None:
+    inside = bare("bert")
+    inside.pooler = None
+    inside.save_pretrained(tmp_path)
+    model = ss.load(tmp_path)
+    assert model.module.pooler is None and model.fingerprint == ss.load(tmp_path).fingerprint
+
+
+def test_the_bands_of_a_bare_encoder_are_those_of_its_embedding(family: str, tmp_path: Path) -> None:
+    folder = bare_folder(family, tmp_path)
+    weight = bare(family).get_input_embeddings().weight.detach().double().numpy()
+    values = scipy.linalg.svdvals(weight)
+    for source in (folder, ss.load(folder)):
+        with pytest.raises(ss.InputError, match=r"has no unembedding: take matrix 'embedding'"):
+            ss.read_spectrum(source)
+        with pytest.warns(ss.SpectralWarning, match="its bands are those of the embedding"):
+            (found,) = ss.read_spectra(source, bands=4)
+        assert (found.matrix, found.convention, found.reads_through) == ("embedding", "raw", "")
+        np.testing.assert_allclose(found.values.numpy(), values, rtol=1e-10)
+        with pytest.raises(ss.InputError, match="embedding has only 'raw'"):
+            ss.read_spectra(source, convention="folded")
+
+
+def test_what_needs_a_head_is_refused_in_one_sentence(family: str, tmp_path: Path) -> None:
+    model = ss.load(bare_folder(family, tmp_path))
+    windows = ss.Windows.of_ids(IDS, model)
+    spectrum = ss.read_spectrum(model, "embedding", bands=4)
+    calls = (
+        lambda: ss.evaluate(model, windows, {}),
+        lambda: ss.sweeps.ladder(model, windows, ss.Site("exit", 1), spectrum, spectrum),
+        lambda: ss.sink_verdict(model, windows, [spectrum], draws=2),
+        lambda: model.unembed(torch.zeros(1, model.d)),
+        lambda: model.unembedding_weight,
+    )
+    for call in calls:
+        with pytest.raises(ss.InputError, match=r"needs a head over the vocabulary, and .*: give a model"):
+            call()
+    assert ss.nll.compare_bos(model, windows) is None
+
+
+def test_sinks_and_circuits_of_a_bare_encoder(family: str, tmp_path: Path) -> None:
+    """[CLS] by its position and [SEP] by its token, at the end of windows of different length."""
+    model = ss.load(bare_folder(family, tmp_path))
+    rows = [
+        torch.cat([IDS[row, : 8 + row].clamp(min=4), torch.tensor([tiny_models.EOS])]) for row in range(3)
+    ]
+    windows = ss.Windows.of_ids(rows, model)
+    spectrum = ss.read_spectrum(model, "embedding", bands=4)
+    found = ss.find_sinks(model, windows, spectrum, draws=2)
+    assert found.record()["convention"] == "raw"
+    by_token = ss.head_use(model, windows, "[SEP]")
+    by_place = ss.head_use(model, windows, [8, 9, 10])
+    assert by_token.equals(by_place)
+    with torch.no_grad():
+        maps = bare(family)(rows[1][None], output_attentions=True).attentions
+    to_sep = torch.stack([layer[0, :, :-1, -1] for layer in maps])  # 0 from beyond a sliding window
+    expected = (to_sep.sum(-1) / (to_sep > 0).sum(-1)).flatten().numpy()
+    found_here = by_token[by_token["document"] == 1]["attention"]
+    np.testing.assert_allclose(found_here, expected, atol=1e-6)
+    circuits = ss.no_op_circuits(model, windows, spectrum, "[SEP]")
+    assert circuits.position == "[SEP]" and circuits.detectors.sinks.tolist() == [8, 9, 10]
+    with pytest.raises(ss.InputError, match="window 0 does not hold that token"):
+        ss.head_use(model, windows, "[MASK]")
+    with pytest.raises(ss.InputError, match=r"no token of .* is called that"):
+        ss.head_use(model, windows, "[NONE]")
+
+
+@pytest.mark.filterwarnings("always:this encoder has no head")
+def test_commands_read_a_bare_encoder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = bare_folder("bert", tmp_path / "model")
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(tiny_models.text(30, seed) for seed in range(3)))
+    given = ["--text", text, "--separator", "\\n\\n", "--length", 24, "--bands", 4, "--json"]
+    info = tiny_models.run(capsys, "info", folder, "--json")
+    assert info.status == 0 and json.loads(info.out)["has_head"] is False
+    spectrum = tiny_models.run(capsys, "spectrum", folder, "--json")
+    assert json.loads(spectrum.out)["matrix"] == "embedding" and "no unembedding" in spectrum.err
+    for command in ("sinks", "energy", "circuits"):
+        ran = tiny_models.run(capsys, command, folder, *given)
+        assert ran.status == 0, ran.err
+        assert "no unembedding" in ran.err and json.loads(ran.out)["convention"] == "raw"
+        if command != "sinks":
+            assert json.loads(ran.out)["matrix"] == "embedding"
+    at_sep = tiny_models.run(capsys, "circuits", folder, *given, "--token", "[SEP]")
+    assert json.loads(at_sep.out)["position"] == "[SEP]"
+    refused = tiny_models.run(capsys, "nll", folder, *given)
+    assert refused.status == 2 and refused.err.strip().count("\n") == 0, refused.err
+    assert "the NLL needs a head over the vocabulary" in refused.err and "embedding" not in refused.err

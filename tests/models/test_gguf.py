@@ -10,6 +10,7 @@ import torch
 from gguf import GGMLQuantizationType
 from support.gguf_files import byte_vocabulary, small_gemma3, small_llama, write_gguf
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging
 
 import spectral_sinks as ss
 from spectral_sinks.models.gguf import GgufFile, VocabularyReader
@@ -42,6 +43,20 @@ def test_a_quantised_file_is_what_transformers_reads_from_it(tmp_path: Path) -> 
     assert torch.equal(
         ss.load(tmp_path / "saved", tokenizer=loaded.tokenizer).unembedding_weight, loaded.unembedding_weight
     )
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_the_progress_bar_of_a_file_obeys_the_switch_of_transformers(
+    shown: bool, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file = write_gguf(tmp_path / "x.gguf", small_llama())
+    before = logging.is_progress_bar_enabled()
+    (logging.enable_progress_bar if shown else logging.disable_progress_bar)()
+    try:
+        ss.load(file)
+    finally:
+        (logging.enable_progress_bar if before else logging.disable_progress_bar)()
+    assert ("GGUF tensors" in capfd.readouterr().err) == shown
 
 
 def test_the_dtype_is_the_one_that_is_asked_for(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """Checkpoints whose weights are stored quantised: the numbers of transformers, or one sentence."""
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -47,7 +46,7 @@ def float8(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 def plain_model(folder: Path) -> Any:
     """The model as transformers loads it, in modules that know nothing of its storage."""
     loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
-    made = copy.deepcopy(tiny_models.plain()).to(loaded.dtype)
+    made = tiny_models.plain().to(loaded.dtype)
     made.load_state_dict(loaded.state_dict())
     return made
 
@@ -144,14 +143,23 @@ def rename(suffix: str) -> Any:
 @pytest.mark.parametrize(
     ("method", "suffix", "message"),
     [
-        ({"quant_method": "gptq", "bits": 4}, ".qweight", "quantised by gptq, needs a library .*pip install"),
-        ({"quant_method": "awq", "bits": 4}, ".qweight", "quantised by awq, needs a library .*pip install"),
+        (
+            {"quant_method": "gptq", "bits": 4},
+            ".qweight",
+            "by gptq, needs what is not here .*pip install",
+        ),
+        (
+            {"quant_method": "awq", "bits": 4},
+            ".qweight",
+            "by awq, needs what is not here .*pip install",
+        ),
         ({"quant_method": "hqq"}, ".W_q", "hqq"),
         ({"quant_method": "quanto", "weights": "int8"}, ".weight._data", "quanto.*pip install"),
         ({"quant_method": "compressed-tensors", "config_groups": {}}, ".weight_packed", "compressed.tensors"),
         ({"quant_method": "torchao", "quant_type": "x"}, "._weight_qdata", "torchao"),
         ({"quant_method": "bitsandbytes", "load_in_8bit": True}, ".weight", "bitsandbytes"),
-        ({"quant_method": "fbgemm_fp8"}, ".weight", "fbgemm"),
+        ({"quant_method": "fbgemm_fp8"}, ".weight", "needs what is not here .*requires a GPU.*not quantised"),
+        ({"quant_method": "exl2"}, ".q_weight", "quantised by exl2, which transformers does not know: give"),
         ({"quant_method": "aqlm"}, ".codes", "aqlm"),
         ({"quant_method": "spqr", "shapes": {}}, ".dense_weights", "SpQR"),
     ],

@@ -1,6 +1,5 @@
 """Image encoders of every family: parts found, tokens counted, passes equal transformers' own."""
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -231,13 +230,13 @@ def test_bad_input(tmp_path: Path) -> None:
         ss.pixels([Image.new("RGB", (8, 8))], model)
     with pytest.raises(ss.InputError, match="no classifier head"):
         ss.trace(model, tiny_encoders.images(), {}, readout=lambda *_: model.logits())
-    broken = copy.deepcopy(tiny_encoders.plain())
+    broken = tiny_encoders.plain()
     with torch.no_grad():
         broken.encoder.layer[0].norm1.weight[0] = torch.inf
     with pytest.raises(ss.InputError, match="norm1"):
         ss.load_vision(broken)
     with pytest.raises(ss.InputError, match="does not exist"):
-        ss.load_vision(copy.deepcopy(tiny_encoders.plain()), parts={"mlp": "nowhere"})
+        ss.load_vision(tiny_encoders.plain(), parts={"mlp": "nowhere"})
     tiny_encoders.plain().save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(ss.InputError, match="no weights"):
@@ -246,7 +245,7 @@ def test_bad_input(tmp_path: Path) -> None:
 
 def test_parts_that_do_not_add_up_are_refused() -> None:
     with pytest.raises(ss.InputError, match="is not entry"):
-        ss.load_vision(copy.deepcopy(tiny_encoders.plain("vit")), parts={"mlp_write": "layernorm_after"})
+        ss.load_vision(tiny_encoders.plain("vit"), parts={"mlp_write": "layernorm_after"})
 
 
 def test_a_missing_head_is_no_silent_noise(tmp_path: Path) -> None:
@@ -256,3 +255,17 @@ def test_a_missing_head_is_no_silent_noise(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(written.replace('"ViTModel"', '"ViTForImageClassification"'))
     with pytest.raises(ss.InputError, match="lacks 2 of the weights"):
         ss.load_vision(tmp_path)
+
+
+def test_checkpoints_of_other_libraries_are_refused(tmp_path: Path) -> None:
+    timm, clip = tmp_path / "timm", tmp_path / "clip"
+    for folder in (timm, clip):
+        folder.mkdir()
+    (timm / "config.json").write_text('{"architecture": "vit_small_patch14_dinov2", "num_classes": 0}')
+    (clip / "open_clip_config.json").write_text('{"model_cfg": {"embed_dim": 512}}')
+    with pytest.raises(ss.InputError, match=r"of timm \(vit_small_patch14_dinov2\).*convert it"):
+        ss.load_vision(timm)
+    with pytest.raises(ss.InputError, match=r"of OpenCLIP.*give the same encoder as transformers has it"):
+        ss.load_vision(clip)
+    with pytest.raises(ss.InputError, match="torch's Linear is no encoder of transformers"):
+        ss.load_vision(torch.nn.Linear(2, 2))

@@ -11,6 +11,9 @@ import transformers
 from accelerate import cpu_offload, disk_offload
 from support import readings, tiny_encoders, tiny_models
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import spectral_sinks as ss
 
@@ -146,6 +149,25 @@ def test_models_that_are_sharded_are_refused() -> None:
     module.model.norm.weight.ds_id = 3  # of DeepSpeed's ZeRO-3
     with pytest.raises(ss.InputError, match="is sharded over processes"):
         ss.load(module)
+
+
+def test_models_that_fsdp_or_a_mesh_has_sharded_are_refused(tmp_path: Path) -> None:
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'rendezvous'}", rank=0, world_size=1
+    )
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        sharded, distributed = build(), build()
+        fully_shard(sharded, mesh=mesh)
+        norm = distributed.model.norm
+        norm.weight = nn.Parameter(distribute_tensor(norm.weight.detach(), mesh, [Shard(0)]))
+        for module in (sharded, distributed):
+            with pytest.raises(
+                ss.InputError, match=r"is sharded over processes .*save it by save_pretrained"
+            ):
+                ss.load(module)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_modules_that_are_no_model_are_refused() -> None:

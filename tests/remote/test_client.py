@@ -237,7 +237,7 @@ def test_where_weights_are_kept_apart_sinks_are_found_in_whole_maps(monkeypatch:
         assert here.sinks and [s.position for s in there.sinks] == [s.position for s in here.sinks]
         for name in ("total", "seen", "to_sink_logit"):
             one, other = (getattr(found.attention, name) for found in (here, there))
-            assert np.abs(one - other).max() < 1e-6, (family, name)
+            assert np.abs(one - other).max() < 1e-5, (family, name)  # sums over 64 queries
         assert here.onset_layer == there.onset_layer
     assert here.to_sink_logit.value > 0.01
 
@@ -310,6 +310,23 @@ def test_an_encoder_is_the_same_elsewhere(
         assert there.remote.jobs
 
 
+def test_installed_packages_are_looked_up_once(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading the metadata of all packages takes seconds; a module that is written later is found too."""
+    asked = []
+    found = transport.ndif.get_local_env
+    monkeypatch.setattr(transport.ndif, "get_local_env", lambda: asked.append(1) or found())
+    monkeypatch.syspath_prepend(tmp_path)
+    model = ss.load(tiny_models.model(), remote="local")
+    for expected in (1, 1, 2):
+        if expected == 2:
+            (tmp_path / "written_later.py").write_text("")
+        with transport._modules_along():
+            assert ("written_later" in transport.list_registry_pickle_by_value()) is (expected == 2)
+        ss.evaluate(model, windows(model), {})
+        assert len(asked) == expected
+        assert "written_later" not in transport.list_registry_pickle_by_value()
+
+
 def test_what_cannot_be_sent_is_said() -> None:
     import threading
 
@@ -345,7 +362,7 @@ def test_payloads_are_small(monkeypatch: pytest.MonkeyPatch) -> None:
     assert columns < one - nothing < columns + 1500
     assert bytes_of(a=ss.phi(u, 1, 1), b=ss.keep(u.band(1)), c=ss.remove(u.band(1))) < one + 1000
     assert bytes_of(a=ss.rnd(u.d, 16)) - nothing < 500
-    assert len(sources()[0]) < 300_000
+    assert len(sources()[0]) < 350_000
 
 
 def test_bases_travel_in_the_dtype_asked_for() -> None:
@@ -413,7 +430,7 @@ class Lacking(importlib.abc.MetaPathFinder):
         if name.partition(".")[0] in LACKING:
             raise ModuleNotFoundError(name)
 import nnsight, torch
-folder, arrival, sources, digest, job, out = sys.argv[1:]
+folder, arrival, sources, digest, *jobs = sys.argv[1:]
 nn = nnsight.TransformersModel(folder, task="text-generation", dispatch=True, attn_implementation="eager")
 nn._module.eval()
 for name in [n for n in sys.modules if n.partition(".")[0] in LACKING]:
@@ -425,9 +442,10 @@ sys.meta_path.insert(0, Lacking())
 read = lambda file: open(file, "rb").read()
 space = {"__name__": "arrival"}
 exec(read(arrival).decode(), space)
-answer = space["run_job"](nn, read(sources), digest, read(job))
-open(out, "wb").write(answer)
-assert not [n for n in sys.modules if n.partition(".")[0] in LACKING], "something was left behind"
+for job in jobs:
+    answer = space["run_job"](nn, read(sources), digest, read(job))
+    open(job + ".out", "wb").write(answer)
+    assert not [n for n in sys.modules if n.partition(".")[0] in LACKING], "something was left behind"
 """
 
 
@@ -435,7 +453,7 @@ JOBS: dict[str, Callable[[ss.LanguageModel, ss.Windows, ss.Spectrum], tuple[Any,
     "cells": lambda m, w, u: RemoteBatch(m, w, range(5), torch.stack(list(w.rows))).job(
         list(cells(u).values())
     ),
-    "circuits": lambda m, w, u: (no_op._seen, w, u, 0, 16),
+    "circuits": lambda m, w, u: (no_op._seen, w, u, [0], 16),
     "interventions": lambda m, w, u: (
         comparison._edited,
         torch.stack(list(w.rows)),
@@ -449,23 +467,30 @@ JOBS: dict[str, Callable[[ss.LanguageModel, ss.Windows, ss.Spectrum], tuple[Any,
 }
 
 
-@pytest.mark.parametrize("name", JOBS)
-def test_a_server_needs_little(name: str, tmp_path: Any) -> None:
-    """A process without this package, pandas, scipy, datasets and jaxtyping does a job all the same."""
-    model = tiny_models.model()
+@pytest.fixture(scope="module")
+def bare_answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, bytes]]:
+    """What each job returns here, and from a process without most libraries, which does all of them."""
+    model, place = tiny_models.model(), tmp_path_factory.mktemp("bare")
     there = ss.load(model, remote="local")
-    function, *given = JOBS[name](there, windows(model), spectrum(model))
-    folder = tiny_models.save(tmp_path / "model")
-    job = transport.packed(there, function, *given)
-    files = {"arrival": serialization.bootstrap_source().encode(), "sources": sources()[0], "job": job}
-    for file, data in files.items():
-        (tmp_path / file).write_bytes(data)
-    paths = [tmp_path / file for file in ("arrival", "sources")], [tmp_path / file for file in ("job", "out")]
-    arguments = [folder, *paths[0], sources()[1], *paths[1]]
-    subprocess.run([sys.executable, "-c", BARE, *map(str, arguments)], check=True, timeout=120)
-    kind, found, facts = unpack((tmp_path / "out").read_bytes())
+    folder = tiny_models.save(place / "model")
+    (place / "arrival").write_bytes(serialization.bootstrap_source().encode())
+    (place / "sources").write_bytes(sources()[0])
+    here = {}
+    for name, job in JOBS.items():
+        function, *given = job(there, windows(model), spectrum(model))
+        (place / name).write_bytes(transport.packed(there, function, *given))
+        here[name] = function(model, *given)
+    arguments = [folder, place / "arrival", place / "sources", sources()[1], *(place / name for name in JOBS)]
+    subprocess.run([sys.executable, "-c", BARE, *map(str, arguments)], check=True, timeout=600)
+    return {name: (result, (place / f"{name}.out").read_bytes()) for name, result in here.items()}
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_a_server_needs_little(name: str, bare_answers: dict[str, tuple[Any, bytes]]) -> None:
+    """A process without this package, pandas, scipy, datasets and jaxtyping does a job all the same."""
+    here, answer = bare_answers[name]
+    kind, found, facts = unpack(answer)
     assert kind == "result" and facts["torch"] == torch.__version__
-    here = function(model, *given)
     one, other = ([x for x in leaves(value) if x.size] for value in (here, found))
     assert len(one) == len(other) > 0
     # parts of what a mode reads may cancel in their sum, and the basis has travelled in float32

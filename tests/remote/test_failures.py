@@ -3,10 +3,12 @@
 import io
 import json
 import logging
+import runpy
 from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 import torch
 from support import fake_ndif, tiny_models
@@ -86,8 +88,8 @@ def fake(folder: Path, monkeypatch: pytest.MonkeyPatch) -> fake_ndif.Fake:
     return fake_ndif.serve(folder, monkeypatch)
 
 
-def measured(model: ss.LanguageModel) -> ss.Effect:
-    w = ss.Windows.of_ids(tiny_models.ids(3, 66), model)
+def measured(model: ss.LanguageModel, vocabulary: int = tiny_models.VOCABULARY) -> ss.Effect:
+    w = ss.Windows.of_ids(tiny_models.ids(3, 66) % vocabulary, model)
     return ss.evaluate(model, w, {ss.Site("exit", 0): ss.rnd(model.d, 3)})
 
 
@@ -143,6 +145,8 @@ def changed(monkeypatch: pytest.MonkeyPatch, **found: Any) -> None:
         ({"opens_with_bos": False}, "opens texts: False"),
         ({"noop": False}, "changes logits"),
         ({"adds_up": False}, "do not add up"),
+        ({"alone": False}, "its layers return several values"),
+        ({"logits": False}, "its logits are not what the unembedding gives"),
     ],
 )
 def test_what_a_server_does_is_not_assumed(
@@ -153,6 +157,36 @@ def test_what_a_server_does_is_not_assumed(
         measured(ss.load(folder, remote=True))
     if "maps" in found:
         assert measured(ss.load(folder, remote=True, attention="sdpa")).sink_mass is None
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("family", "expected"),
+    [
+        ("StarCoder 2", None),
+        ("Cohere", "its logits are not what .*; a model loaded here is examined for what cohere does"),
+        ("Granite", "the parts of a layer do not add up"),
+    ],
+)
+def test_a_family_whose_layout_is_not_tested_is_no_less_exact_at_a_server(
+    family: str, expected: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = runpy.run_path(str(Path(__file__).parents[2] / "docs" / "generate_families.py"))
+    script["build"](family).save_pretrained(tmp_path)
+    tiny_models.tokenizer().save_pretrained(tmp_path)
+    fake_ndif.serve(tmp_path, monkeypatch)
+    there, here = ss.load(tmp_path, remote=True), ss.load(tmp_path, attention="eager")
+    for site in (ss.Site("queries", 1), ss.Site("head", 1, 0)):
+        with pytest.raises(ss.InputError, match=r"whose layout is not tested, .*\(load the model in this"):
+            site.check(there)
+        site.check(here)
+    if expected is None:
+        np.testing.assert_allclose(
+            measured(there, 96).table["nll"], measured(here, 96).table["nll"], atol=1e-6
+        )
+        return
+    with pytest.raises(ss.InputError, match=expected):
+        measured(there, 96)
 
 
 def test_the_dtype_of_the_server_is_found_out(

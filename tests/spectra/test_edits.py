@@ -126,11 +126,54 @@ def test_what_filters_answer(three: ss.Subspace) -> None:
 def test_what_remains_of_a_filter_for_a_later_token(three: ss.Subspace) -> None:
     reference = torch.arange(40.0).view(5, 8)
     filled = ss.remove(three, ss.Mean(reference))
-    assert ss.remove(three).at("first").at_later_token(3) is None
-    assert ss.remove(three).at(ss.At(1)).at_later_token(3) is None
-    later = filled.at("all-but-first").at_later_token(3)
+    assert ss.remove(three).at("first").within(3, 1) is None
+    assert ss.remove(three).at(ss.At(1)).within(3, 1) is None
+    later = filled.at("all-but-first").within(3, 1)
     assert later is not None and later.tokens == "all" and isinstance(later.fill, ss.Mean)
     assert torch.equal(later.fill.reference, reference[3:4])
     with pytest.raises(ss.InputError, match="a mean of 5 positions, 6 are read"):
         filled.check_continuation(7)
     filled.check_continuation(6)
+
+
+def test_blocks_of_a_text_are_filtered_as_the_whole_is(three: ss.Subspace) -> None:
+    x = torch.randn(2, 12, 8, generator=torch.Generator().manual_seed(1))
+    ids = torch.arange(24).view(2, 12)
+    mean = torch.randn(12, 8, generator=torch.Generator().manual_seed(2))
+    mask = torch.rand(2, 12, generator=torch.Generator().manual_seed(3)) < 0.5
+    removed = ss.remove(three)
+    selections: list[Any] = ["all", "first", "all-but-first", ss.At(0, 4, 11), mask, mask[0], [3, 17]]
+    edits: list[Any] = [removed.at(tokens) for tokens in selections]
+    edits += [removed.at(tokens).filled(ss.Mean(mean)) for tokens in selections]
+    edits += [ss.spectra.NormRestored(removed.at(tokens)) for tokens in ("all", "first", "all-but-first")]
+    edits += [removed.filled(ss.Swap()), ss.spectra.FakeQuantiser(4, per="token", tokens=mask)]
+    edits += [ss.spectra.carry(8, 2, ss.At(3)), as_edit(lambda x: 2 * x)]
+    for edit in edits:
+        parts = []
+        for start in range(0, 12, 5):
+            part, own = x[:, start : start + 5], ids[:, start : start + 5]
+            acting = edit.within(start, part.shape[1])
+            parts.append(part if acting is None else acting.apply(part, own))
+        torch.testing.assert_close(torch.cat(parts, 1), edit.apply(x, ids), msg=repr(edit))
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda removed: removed.filled(ss.Noise()), "need the whole text"),
+        (lambda removed: ss.spectra.carry(8, 0, [7]), "need the whole text"),
+        (lambda removed: removed.filled(ss.Mean(torch.ones(6, 8))), "over 6 positions, and 8 are read"),
+        (lambda removed: ss.spectra.FakeQuantiser(8, per="tensor"), "a step for a whole text"),
+    ],
+)
+def test_what_needs_the_tokens_before_is_refused(three: ss.Subspace, make: Any, said: str) -> None:
+    edit = make(ss.remove(three))
+    edit.within(0, 4)
+    with pytest.raises(ss.InputError, match=said):
+        edit.within(4, 4)
+
+
+def test_a_copy_to_tokens_still_to_be_generated_is_refused() -> None:
+    with pytest.raises(ss.InputError, match="copies from position 0 to tokens still to be generated"):
+        ss.spectra.carry(8, 0, [7]).check_continuation(9)
+    ss.spectra.carry(8, 0, ss.At(3)).check_continuation(9)

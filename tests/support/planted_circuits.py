@@ -56,6 +56,37 @@ CONFIGS: dict[str, Any] = {
 }
 FAMILIES = tuple(CONFIGS)
 
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+LINEAR = {"layer_types": ["full_attention"] * 3, "linear_num_value_heads": 4, "linear_num_key_heads": 2} | {
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+WHOLE = ROPE | {"partial_rotary_factor": 1.0}
+MORE: dict[str, Any] = {
+    "qwen3_next": (
+        "Qwen3NextConfig",
+        SIZES | EXPERTS | LINEAR | {"rope_parameters": WHOLE, "shared_expert_intermediate_size": 16},
+    ),
+    "qwen3_5": ("Qwen3_5TextConfig", SIZES | LINEAR | {"rope_parameters": WHOLE}),
+    "afmoe": (
+        "AfmoeConfig",
+        SIZES | EXPERTS | {"rope_parameters": ROPE, "layer_types": ["full_attention"] * 3},
+    ),
+    "gpt_oss": (
+        "GptOssConfig",
+        SIZES
+        | {"rope_parameters": ROPE, "num_local_experts": 4, "num_experts_per_tok": 2}
+        | {"layer_types": ["full_attention"] * 3},
+    ),
+    "mixtral": (
+        "MixtralConfig",
+        SIZES | {"rope_parameters": ROPE, "num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
+    "qwen3_moe": ("Qwen3MoeConfig", SIZES | EXPERTS | {"rope_parameters": ROPE}),
+}
+GATED = ("qwen3_next", "qwen3_5", "afmoe")
+"""Families with a gate between attention and W_O."""
+
 
 def gaussian(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
@@ -70,6 +101,10 @@ def parts(model: ss.LanguageModel, layer: int, head: int) -> dict[str, Tensor]:
     shared = head * model.key_heads // HEADS
     units = {"q": head, "o": head, "k": shared, "v": shared}
     found = {w.part: w.rows for w in attention_weights(model, layer) if w.unit == units[w.part]}
+    if model.layout.fused == "gates":
+        block = model.module.get_submodule(f"{model.layout.layers}.{layer}")
+        weight = block.get_submodule(model.layout.queries).weight.detach()
+        found |= dict(zip(("q", "gate"), weight.view(HEADS, 2, SIZE, D)[head], strict=True))
     if model.layout.fused == "heads":
         block = model.module.get_submodule(f"{model.layout.layers}.{layer}")
         weight = block.get_submodule(model.layout.queries).weight.detach()
@@ -83,15 +118,17 @@ def made(family: str, kind: str = "no-op", place: int = 0) -> tuple[ss.LanguageM
     Its value writes nothing (`no-op`), or one direction strongly (`broadcast`). All other weights are small
     and random. Four windows of 40 tokens have the marked token at `place` and nowhere else.
     """
-    name, sizes = CONFIGS[family]
+    name, sizes = (CONFIGS | MORE)[family]
     config = getattr(transformers, name)(**sizes)
     module: Any = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for index, (path, parameter) in enumerate(module.named_parameters()):
-            if parameter.ndim == 2:
+            if parameter.ndim > 1:
                 parameter.copy_(0.01 * gaussian(*parameter.shape, seed=100 + index))
             elif path.endswith("bias"):
                 parameter.zero_()
+            elif family == "afmoe" and "layers" in path and "post_" in path:
+                parameter.fill_(0.01)  # the gain of what attention and MLP add
         words = gaussian(VOCABULARY, D, seed=1)
         words[:, [MARK, ALWAYS]] = 0
         words[MARKED] = 12 * channel(MARK)

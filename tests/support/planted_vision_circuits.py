@@ -126,7 +126,7 @@ def spectrum() -> ss.Spectrum:
 
 def eager(family: str, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """Attention maps of transformers' own eager attention, and norms of W_O v, in fp64."""
-    plain: Any = copy.deepcopy(tiny_encoders.plain(family))
+    plain: Any = tiny_encoders.plain(family)
     plain.set_attn_implementation("eager")
     plain = plain.double()
     model = tiny_encoders.model(family)

@@ -72,14 +72,18 @@ def build(family: str = "dinov2", *, seed: int = 0, attention: str = "sdpa", **s
 
 
 @functools.cache
-def plain(family: str = "dinov2") -> Any:
-    """Return a model that nnsight never touches: the same weights as `model(family)`."""
+def _built(family: str) -> Any:
     return build(family)
+
+
+def plain(family: str = "dinov2") -> Any:
+    """Return a model that nnsight has never touched, a new copy each time: the weights of `model(family)`."""
+    return copy.deepcopy(_built(family))
 
 
 @functools.cache
 def model(family: str = "dinov2") -> ss.VisionModel:
-    return ss.load_vision(copy.deepcopy(plain(family)))
+    return ss.load_vision(plain(family))
 
 
 def images(count: int = 3, side: int = SIDE, seed: int = 0) -> Tensor:

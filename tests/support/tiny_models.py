@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -101,15 +102,23 @@ def build(family: str = "llama", *, seed: int = 0, attention: str = "eager", **s
 
 
 @functools.cache
-def plain(family: str = "llama") -> Any:
-    """Return a model that nnsight never touches: the same weights as `model(family)`."""
+def _built(family: str) -> Any:
     return build(family)
+
+
+def plain(family: str = "llama") -> Any:
+    """Return a model that nnsight has never touched: the same weights as `model(family)`.
+
+    It is a new copy each time, since a model that a test has wrapped keeps the `forward` that its classes
+    had then.
+    """
+    return copy.deepcopy(_built(family))
 
 
 @functools.cache
 def model(family: str = "llama") -> ss.LanguageModel:
     words = encoder_tokenizer() if family in ENCODERS else tokenizer()
-    return ss.load(copy.deepcopy(plain(family)), tokenizer=words)
+    return ss.load(plain(family), tokenizer=words)
 
 
 def tokenizer(*, opens: bool = True, bos: bool = True) -> transformers.PreTrainedTokenizerFast:
@@ -178,6 +187,18 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> Ran:
         status = stopped.code
     captured = capsys.readouterr()
     return Ran(status, captured.out, captured.err)
+
+
+def documented_keys() -> dict[str, str]:
+    """Return what the page of the command line says of the keys of `--json`, by command."""
+    page = (Path(__file__).parents[2] / "docs" / "command-line.md").read_text()
+    rows = re.findall(r"^- \*\*`([\w-]+)`\*\*: (.*(?:\n  .*)*)", page[page.index("## JSON") :], re.MULTILINE)
+    return {command: " ".join(keys.split()) for command, keys in rows}
+
+
+def keys_of(said: str) -> set[str]:
+    """Return the keys that such a text names, without those inside them."""
+    return set(re.findall(r"`(\w+)`", re.sub(r"\(.*?\)", "", said)))
 
 
 def logits(trace_model: ss.LanguageModel, token_ids: Tensor, edits: Any, **options: Any) -> Tensor:

@@ -137,6 +137,12 @@ def test_a_file_and_its_objects_share_a_folder(write: Any, tmp_path: Path) -> No
     assert [*done.store.manifest["runs"]] == [done.sweep.key]
 
 
+def test_a_sample_of_predictions(write: Any) -> None:
+    sampled = ss.sweeps.SweepFile.read(write("predict = 16\n" + HEAD + GRID)).prepare()
+    assert sampled.predict == ss.nll.Sample(16)
+    assert sampled.addresses != ss.sweeps.SweepFile.read(write(HEAD + GRID)).prepare().addresses
+
+
 def test_defaults(write: Any) -> None:
     file = ss.sweeps.SweepFile.read(write('[[grid]]\nremove = "dark"'))
     assert (file.model, file.batch_size, file.dtype, file.device) == (ss.DEFAULT, 16, "auto", None)
@@ -182,11 +188,12 @@ GRID = '[[grid]]\nremove = "dark"\n'
         ("batch_size = " + "9" * 5000, "is not TOML: "),
         ("a = " + "[" * 10**5, "is not TOML: "),
         ("[[grid]]\nkeep = '1'\ncontrols = 1" + "0" * 30, "controls"),
-        (GRID + "layers = [1]", "grid.0.layers: Extra inputs are not permitted (given: [1])"),
-        ("modle = 'x'\n" + GRID, "modle: Extra inputs are not permitted (given: 'x')"),
-        ("[texts]\nlimit = 3\n" + GRID, "texts.limit: Extra inputs"),
-        ("[spectrum]\nfolded = true\n" + GRID, "spectrum.folded: Extra inputs"),
+        (GRID + "layers = [1]", "grid.0.layers is not known here: choose from site, layer, keep, remove, "),
+        ("modle = 'x'\n" + GRID, "modle is not known here: choose from model, device, "),
+        ("[texts]\nlimit = 3\n" + GRID, "texts.limit is not known here: choose from text, documents, "),
+        ("[spectrum]\nfolded = true\n" + GRID, "spectrum.folded is not known here: choose from matrix, "),
         ("batch_size = 'many'\n" + GRID, "batch_size: Input should be a valid integer"),
+        ("predict = 1\n" + GRID, "predict: Input should be greater than or equal to 2 (given: 1)"),
         ("batch_size = 0\n" + GRID, "batch_size: Input should be greater than or equal to 1 (given: 0)"),
         ("[texts]\ndocuments = 0\n" + GRID, "texts.documents: Input should be greater than"),
         ("[texts]\nbos = 'yes'\n" + GRID, "texts.bos: Input should be 'auto', 'always' or 'never'"),
@@ -217,7 +224,6 @@ def test_a_bad_file(write: Any, content: str, message: str) -> None:
         (HEAD + GRID + "layer = []", "grid.0: an empty grid"),
         (HEAD + GRID + "site = 'head:9'", "grid.0: head 9: "),
         (HEAD + GRID + "tokens = [[97]]", "grid: token id 97 lies outside the vocabulary of 97"),
-        ("batch_size = 1\n" + HEAD + GRID + "fill = 'swap'", "grid: 'exit 0: remove dark, swap' swaps"),
         (HEAD + "[spectrum]\nbands = 33\n" + GRID, "spectrum: 33 bands of 32 directions"),
         (HEAD + "[spectrum]\nmatrix = 'nothing'\n" + GRID, "spectrum: "),
         (HEAD.replace("66", "129") + GRID, "texts: windows of 129 tokens"),

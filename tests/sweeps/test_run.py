@@ -2,6 +2,7 @@
 
 import io
 import json
+import pickle
 import random
 import signal
 import threading
@@ -233,15 +234,16 @@ def test_a_batch_of_which_some_windows_are_there_is_completed(out: Path) -> None
     assert sorted(done.store.rows()["window"]) == [0, 1, 2, 3, 4], "and no window counts twice"
 
 
-def test_a_swap_is_computed_again_for_other_batches(out: Path) -> None:
+def test_a_swap_is_found_again_whatever_the_batch_size(out: Path) -> None:
     cells = {
         "swap": {EXIT: ss.rnd(32, 4).filled(ss.Swap())},
         "zero": {EXIT: ss.rnd(32, 4)},
     }
     ss.sweep(small_sweeps.sweep(cells), out)
     done = ss.sweep(small_sweeps.sweep(cells, batch_size=5), out)
-    assert (done.report.computed, done.report.found) == (5, 5)
-    assert len(done.store.rows()) == 15 and len(done.table) == 8
+    assert (done.report.computed, done.report.found) == (0, 10)
+    fresh = ss.sweep(small_sweeps.sweep(cells, batch_size=1), out.parent / "fresh")
+    assert fresh.table.equals(done.table), "bit for bit"
 
 
 def test_shards_merged_are_the_whole(
@@ -438,7 +440,7 @@ def test_what_it_costs(monkeypatch: pytest.MonkeyPatch) -> None:
 
     class Clocked:
         def __init__(
-            self, model: Any, windows: Any, places: list[int], ids: Any, starts: Any, memory: Any
+            self, model: Any, windows: Any, places: list[int], ids: Any, starts: Any, memory: Any, sample: Any
         ) -> None:
             self.places, self.memory = places, memory
             assert starts == {-1, 0, 2, None}, "residuals for the cells and for the head"
@@ -581,3 +583,36 @@ def test_a_report_is_plain_data(whole: ss.sweeps.Done) -> None:
     summary = whole.summary()
     assert list(summary["name"]) == [cell.name for cell in whole.sweep.cells]
     json.dumps(summary.to_dict("records"))
+
+
+def test_a_sample_of_predictions_is_marked_and_is_another_cell(tmp_path: Path) -> None:
+    cells = small_sweeps.scaled(2) | {"swap": {EXIT: ss.remove(small_sweeps.spectrum().dark(), ss.Swap())}}
+    whole = ss.sweep(small_sweeps.sweep(cells), tmp_path / "out")
+    sampled = small_sweeps.sweep(cells, predict=16)
+    done = ss.sweep(sampled, tmp_path / "out")
+    assert done.report.computed == whole.report.computed > 0, "no cell is taken for that of all predictions"
+    again = ss.sweep(small_sweeps.sweep(cells, predict=16), tmp_path / "out")
+    assert again.report.computed == 0
+    other = ss.Sweep.of(sampled.model, sampled.windows, cells, predict=ss.nll.Sample(16, seed=1))
+    assert not {*other.addresses} & {*sampled.addresses}
+    # the numbers of evaluate_all, whose documents weigh all predicted tokens
+    effects = ss.evaluate_all(sampled.model, sampled.windows, cells, predict=16)
+    for name, effect in effects.items():
+        rows = done.table[done.table["name"] == name].set_index("document")
+        for column in ("nll", "delta_nll", "kl"):
+            expected = effect.table.set_index("document")[column]
+            assert rows[column].to_numpy() == pytest.approx(expected.loc[rows.index].to_numpy(), abs=1e-6)
+    # marked in every form, and in none that scored all
+    assert done.table.attrs["predict"] == done.summary().attrs["predict"] == done.record()["predict"] == 16
+    assert done.sweep.manifest()["predict"] == {"count": 16, "seed": 0}
+    assert "predict" not in {*whole.table.attrs, *whole.record(), *whole.sweep.manifest()}
+    with pytest.raises(ss.InputError, match="predict 1: give at least 2"):
+        small_sweeps.sweep(cells, predict=1)
+
+
+def test_a_worker_makes_the_same_sample() -> None:
+    sampled = small_sweeps.sweep(small_sweeps.scaled(1), predict=16)
+    copy = pickle.loads(pickle.dumps(sampled))
+    assert copy.predict == sampled.predict and copy.key == sampled.key
+    unit = sampled.units[0]
+    pd.testing.assert_frame_equal(copy.measure(unit), sampled.measure(unit))

@@ -148,7 +148,7 @@ def test_workers_end_with_the_process_that_made_them(signum: signal.Signals, out
     assert len(made) >= 2
     os.kill(middle.pid, signum)
     middle.join()
-    _, left = psutil.wait_procs(made, timeout=60)
+    _, left = psutil.wait_procs(made, timeout=600)
     for process in left:
         process.kill()
     assert not left

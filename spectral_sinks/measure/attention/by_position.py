@@ -3,13 +3,13 @@
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -152,7 +152,7 @@ def watch(
     windows: Inputs,
     batch_size: int | None = None,
     edits: Interventions | None = None,
-    after: Callable[[list[int]], None] = lambda places: None,
+    before: Callable[[list[int]], None] = lambda places: None,
 ) -> PositionAttention:
     """Measure `attention_by_position` on whole windows, in passes with edits at sites.
 
@@ -161,7 +161,7 @@ def watch(
         windows: the windows, which are not cut.
         batch_size: windows in a pass.
         edits: the edit at each site.
-        after: is called after each pass with the indices of its windows, in the process that holds the model.
+        before: is called before each pass with the indices of its windows, in the process of the model.
 
     """
     model.require_attention("attention by position")
@@ -171,16 +171,29 @@ def watch(
     ids = np.full((count, length), -1)
     total, seen = (np.full(shape, np.nan, dtype=np.float32) for _ in range(2))
     sink_logit = np.zeros(shape[:3], dtype=np.float32)
-    found: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+    here, left = list[int](), list[int]()
+    observed: dict[int, ReceivedByKeys] = {}
+
+    # A layer's sums are written down before the next layer runs, so that a pass holds those of one
+    def write(layer: int, mass: Tensor, visible: Tensor, rest: Tensor) -> None:
+        at = (here, layer, slice(None), slice(mass.shape[-1]))
+        total[at], seen[at], sink_logit[here, layer] = mass, visible, rest
+
+    def finish() -> None:
+        for layer, received in observed.items():
+            write(layer, *received.result())
+        observed.clear()
 
     # Attention comes in blocks of queries through a hook, or else as whole maps
-    def look(call: AttentionCall) -> None:
-        found[call.layer] = received_by_keys(call)
+    def look(call: AttentionCall) -> AttentionCall:
+        finish()
+        received = observed[call.layer] = ReceivedByKeys(call)
+        return replace(call, observers=(*call.observers, received.add))
 
     def read(weights: Tensor) -> Tensor:
         sums.extend(weights.float().sum(-1).mean((1, 2)).tolist())
         given = from_others(model, weights)
-        found[len(found)] = received_in_maps(given, causal(model), softmax=own is None)
+        write(left.pop(0), *received_in_maps(given, causal(model), softmax=own is None))
         return weights[:0]
 
     own, sums = model.own_attention, list[float]()
@@ -189,21 +202,17 @@ def watch(
     for places, rows in batches(model, windows, batch_size):
 
         def run(start: int, stop: int, places: list[int] = places, rows: Tensor = rows) -> None:
-            found.clear()
+            observed.clear()
+            left[:] = range(model.layers)
+            here[:] = places[start:stop]
+            before(here)
             part = rows[start:stop]
             with nullcontext() if maps else attending(model, look):
                 seeing = maps and read
                 trace(model, part.to(model.device), edits or {}, readout=lambda *_: None, attention=seeing)
-            # Shorter windows fill only the beginning of their rows
-            kinds = windows.tokens(part)
-            width = kinds.shape[1]
-            for row, place in enumerate(places[start:stop]):
-                ids[place, :width] = kinds[row]
-                for layer, (mass, visible, rest) in found.items():
-                    total[place, layer, :, :width] = mass[row]
-                    seen[place, layer, :, :width] = visible[row]
-                    sink_logit[place, layer] = rest[row]
-            after(places[start:stop])
+            finish()
+            kinds = windows.tokens(part)  # shorter windows fill only the beginning of their rows
+            ids[here, : kinds.shape[1]] = kinds
 
         memory.parts(len(places), 1, run)
     if own is not None:
@@ -218,26 +227,51 @@ def watch(
 
 
 def received_by_keys(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
-    """Return, by key, the sum over queries of the attention to it, and the number of queries that see it.
-
-    The third value is the mean mass of a learned logit. The shapes are `[batch, heads, keys]`, twice, and
-    `[batch, heads]`; all are float32 on the CPU.
-    """
-    batch, heads, queries, _ = call.query.shape
-    shape = (batch, heads, call.key.shape[2])
-    total = torch.zeros(shape, dtype=torch.float32, device=call.query.device)
-    seen = torch.zeros_like(total)
+    """Return the results of `ReceivedByKeys` from weights that are computed for this alone."""
+    found = ReceivedByKeys(call)
     for rows in call.blocks():
-        total += call.weights(rows).sum(2)
-        seen += call.visible(rows).sum(2)
-    rest = torch.zeros(batch, heads) if call.sinks is None else 1 - total.sum(-1) / queries
-    return total.cpu(), seen.cpu(), rest.cpu()
+        found.add(rows, call.weights(rows))
+    return found.result()
+
+
+class ReceivedByKeys:
+    """The attention that each key of one layer receives, summed up from blocks of weights."""
+
+    def __init__(self, call: AttentionCall) -> None:
+        batch, heads, self.queries, _ = call.query.shape
+        shape = (batch, heads, call.key.shape[2])
+        self.total = torch.zeros(shape, dtype=torch.float32, device=call.query.device)
+        self.seen = seen_by_queries(call).float().expand(shape)
+        self.has_sink_logit = call.sinks is not None
+
+    def add(self, rows: slice, weights: Float[Tensor, "batch heads rows keys"]) -> None:
+        """Count a block of weights, as `AttentionCall.observers` do."""
+        self.total[..., : weights.shape[-1]] += weights.detach().sum(2)
+
+    def result(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return, by key, the sum over queries of the attention to it, and the number of queries that see it.
+
+        The third value is the mean mass of a learned logit. The shapes are `[batch, heads, keys]`, twice, and
+        `[batch, heads]`; all are float32 on the CPU.
+        """
+        rest = 1 - self.total.sum(-1) / self.queries
+        rest = rest if self.has_sink_logit else torch.zeros_like(rest)
+        return self.total.cpu(), self.seen.cpu(), rest.cpu()
+
+
+def seen_by_queries(call: AttentionCall) -> Shaped[Tensor, "#batch #heads keys"]:
+    """Return the number of queries that see each key."""
+    queries, keys = call.query.shape[2], call.key.shape[2]
+    if call.mask is not None or not call.causal:
+        return call.visible().sum(2)
+    first = torch.arange(keys, device=call.query.device) - (keys - queries)
+    return (queries - first.clamp(min=0))[None, None]
 
 
 def received_in_maps(
     weights: Float[Tensor, "batch heads tokens tokens"], causal: bool, *, softmax: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the results of `received_by_keys` from whole maps.
+    """Return the results of `ReceivedByKeys` from whole maps.
 
     With a softmax, a query counts as seeing a key if any query gives weight at that distance (a single weight
     may be rounded to 0), and the rest of a row, up to 1, went to a logit without a value. Without a softmax,

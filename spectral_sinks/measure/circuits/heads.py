@@ -11,7 +11,6 @@ from torch import Tensor
 from spectral_sinks.measure.attention.by_position import Inputs
 from spectral_sinks.measure.attention.capture import (
     Position,
-    at_sink,
     readers,
     show_attention,
     sink_positions,
@@ -43,7 +42,15 @@ Found = list[tuple[list[int], int, Tensor]]
 """Results of an observer. Each entry holds the windows of the batch, the layer, and values `[windows, heads,
 columns]`."""
 
-QUANTITIES = ("attention", "weighted", "queries_on_sink", "value_ratio", "stable_rank")
+QUANTITIES = (
+    "attention",
+    "weighted",
+    "queries_on_sink",
+    "value_ratio",
+    "stable_rank",
+    "to_sink_logit",
+    "gate",
+)
 
 
 def head_use(
@@ -58,6 +65,12 @@ def head_use(
     "neither" (Fesser et al. 2026). The gain of a norm after attention (Gemma, OLMo 2) counts as part of W_O.
     A `tokens x tokens` map exists only for one block of queries at a time.
 
+    Where a gate multiplies what a head mixes (Qwen3-Next, AfMoE), a value writes `W_O (g_i * v_j)` to query
+    i, with the gate g_i of that query. `weighted`, `value_ratio` and `stable_rank` then count it, and the
+    value ratio is that of means over these queries. A learned logit without a value (gpt-oss) takes its share
+    of each row, so that the weights on tokens sum to less than 1, and writes nothing. Layers without softmax
+    attention have no rows.
+
     Args:
         model: a language model or an image encoder.
         windows: windows of text, or images.
@@ -71,11 +84,13 @@ def head_use(
         sink; `weighted`, the sink's share of the norm-weighted attention `sum_i ||A[i,j] W_O v_j||`
         (Kobayashi et al. 2020); `queries_on_sink`, the share of queries that put at least 0.5 on the sink;
         `value_ratio`, `||W_O v_s|| / mean_j ||W_O v_j||`; `stable_rank`, `||.||_F^2 / ||.||_2^2` of what the
-        head writes to these queries; `dormant`; and `use`, which is "active", "no-op", "broadcast" or
-        "neither".
+        head writes to these queries; `to_sink_logit`, the mean weight on a learned logit, which is attention
+        to no token (0 without one); `gate`, the mean of the gate over these queries and the head's channels
+        (1 without one); `dormant`; and `use`, which is "active", "no-op", "broadcast" or "neither".
 
     Raises:
-        InputError: as `sink_positions` does.
+        InputError: as `sink_positions` does; and for a model in which W_O reads something else than what its
+            heads mix, times a gate.
 
     """
     return use_table(_seen(model, windows, position, batch_size), windows.document)
@@ -93,29 +108,37 @@ class HeadUse:
 
     def __init__(self, model: Transformer, sinks: Int[Tensor, "windows"]) -> None:
         self.sinks = sinks
-        self.writes = [written_norms(model, layer) for layer in range(model.layers)]
+        self.writes = {layer: written_norms(model, layer) for layer in model.attention_layers}
         self.found: Found = []
 
     def __call__(self, call: AttentionCall, places: list[int]) -> None:
         at = self.sinks[places]
-        # Norm of what each value writes, [batch, heads, tokens]
         value = call.value.repeat_interleave(call.groups, dim=1)
         write = self.writes[call.layer].to(value.device)
-        norms = (value.double() @ write).norm(dim=-1)
         batch, heads, _, size = value.shape
+        # Norm of what each value writes, [batch, heads, 1, tokens]; with a gate, it depends on the query
+        norms = written_to(value, write, None)
         count, attention, queries, sink, total = norms.new_zeros(5, batch, heads)
+        held, usual, nowhere, passed = norms.new_zeros(4, batch, heads)
         moment = norms.new_zeros(batch, heads, size, size)
         # Accumulate over the queries that may see the sink, one block at a time
         for rows in call.blocks():
             able = readers(call, rows, at)
             weights = call.weights(rows) * able[..., None]
+            mixed = (weights.to(value.dtype) @ value).double()
+            if call.gate is not None:
+                gate = call.gate[:, :, rows].double()
+                norms, mixed = written_to(value, write, gate), mixed * gate
+                passed += (gate.mean(-1) * able).sum(-1)
             on = to_sink(weights, at).double()
             count += able.sum(-1)
             attention += on.sum(-1)
             queries += (on >= ON_SINK).sum(-1)
-            sink += on.sum(-1) * at_sink(norms, at)
-            total += (weights.sum(2).double() * norms).sum(-1)
-            mixed = (weights.to(value.dtype) @ value).double()
+            nowhere += (able.double() - weights.double().sum(-1)).sum(-1)
+            held += (to_sink(norms, at) * able).sum(-1)
+            usual += (norms.mean(-1) * able).sum(-1)
+            sink += (on * to_sink(norms, at)).sum(-1)
+            total += (weights.double() * norms).sum((-2, -1))
             moment += mixed.mT @ mixed  # sum of y y^T over the head's outputs y before W_O
         # Squared singular values of what the head writes, in ascending order
         energies = torch.linalg.eigvalsh(write.mT @ moment @ write)
@@ -123,10 +146,27 @@ class HeadUse:
             "attention": attention / count,
             "weighted": sink / total,
             "queries_on_sink": queries / count,
-            "value_ratio": at_sink(norms, at) / norms.mean(-1),
+            "value_ratio": held / usual,
             "stable_rank": energies.sum(-1) / energies[..., -1],
+            "to_sink_logit": nowhere / count if call.sinks is not None else torch.zeros_like(nowhere),
+            "gate": passed / count if call.gate is not None else torch.ones_like(passed),
         }
         self.found.append((places, call.layer, torch.stack([found[q] for q in QUANTITIES], -1).cpu()))
+
+
+def written_to(
+    value: Float[Tensor, "batch heads tokens size"],
+    write: Float[Tensor, "heads size rank"],
+    gate: Float[Tensor, "batch heads rows size"] | None,
+) -> Float[Tensor, "batch heads rows_or_one tokens"]:
+    """Return the norm of what each value writes to each of some queries, through their gates; float64.
+
+    Without a gate it is the same for all queries. `write` is a matrix of `written_norms`.
+    """
+    value = value.double()
+    if gate is None:
+        return (value @ write).norm(dim=-1)[:, :, None]
+    return torch.stack([(value * row[:, :, None] @ write).norm(dim=-1) for row in gate.unbind(2)], dim=2)
 
 
 def use_table(found: Found, documents: Sequence[int]) -> pd.DataFrame:

@@ -1,5 +1,6 @@
 """The no-op circuit: a head attends to a sink that writes nothing, by a mode that is always on."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,13 +12,14 @@ from torch import Tensor
 
 from spectral_sinks.errors import InputError
 from spectral_sinks.measure.attention.by_position import Inputs
-from spectral_sinks.measure.attention.capture import Position, show_attention, sink_positions
+from spectral_sinks.measure.attention.capture import Position, sink_positions
 from spectral_sinks.measure.attention.received import EPSILON
 from spectral_sinks.measure.circuits import heads as head_use
 from spectral_sinks.measure.circuits import qk_detectors
 from spectral_sinks.measure.circuits.bands import SinkValues, key_directions, random_shares, readings
 from spectral_sinks.measure.circuits.heads import NO_OP, Found, HeadUse
 from spectral_sinks.measure.circuits.qk_detectors import Detectors
+from spectral_sinks.measure.results import Result
 from spectral_sinks.models.base import Transformer
 from spectral_sinks.remote.client import remotely
 from spectral_sinks.spectra.spectrum import Spectrum
@@ -45,8 +47,8 @@ RULE = (
 """The rule of `no_op_circuits`."""
 
 
-@dataclass(frozen=True, eq=False)
-class Circuits:
+@dataclass(frozen=True, eq=False, repr=False)
+class Circuits(Result):
     """What every head does with its sink, and which heads have a no-op circuit by the stated `rule`."""
 
     model: str
@@ -75,6 +77,19 @@ class Circuits:
     """One row per document and layer: share of each band in the energy of that residual."""
 
     rule: ClassVar[str] = RULE
+
+    listed: ClassVar[tuple[str, ...]] = (
+        *("layer", "head", "use", "attention", "value_ratio", "top_two", "always_on", "rival", "circuit"),
+    )
+
+    @property
+    def headline(self) -> str:
+        """How many heads have a no-op circuit."""
+        return f"{len(self.found)} of {len(self.heads)} heads of {self.model} have a no-op circuit"
+
+    def digest(self) -> pd.DataFrame:
+        """Return the heads with a circuit, or all of them where there is none."""
+        return self.heads[self.heads["circuit"]] if self.found else self.heads
 
     @property
     def found(self) -> list[tuple[int, int]]:
@@ -182,7 +197,8 @@ def no_op_circuits(
     direction of the residual stream that the key side of the leading mode reads (through W_K at the sink's
     position, with the gains of the norms on the way, whose scales are one number); what the sink's value
     writes (through W_O, with the gain of a norm after it); and what the leading mode reads from the residual
-    at the sink (without biases). There are four passes over the windows.
+    at the sink (without biases). There are three passes over the windows, and one more to find the position
+    "patch".
 
     Args:
         model: a language model or an image encoder.
@@ -195,9 +211,42 @@ def no_op_circuits(
         InputError: for a spectrum of another width, and for a position as `head_use` does.
 
     """
+    return circuits_of(model, windows, spectrum, [position], batch_size=batch_size)[0]
+
+
+def circuits_of(
+    model: Transformer,
+    windows: Inputs,
+    spectrum: Spectrum,
+    positions: Sequence[Position],
+    *,
+    batch_size: int | None = None,
+) -> list[Circuits]:
+    """Find the no-op circuits of several sinks, as `no_op_circuits` does, in the same three passes.
+
+    Args:
+        model: a language model or an image encoder.
+        windows: windows of text, or images.
+        spectrum: the spectrum whose bands are used.
+        positions: the position of each sink, as in `head_use`.
+        batch_size: windows in a pass.
+
+    Raises:
+        InputError: as `no_op_circuits` does.
+
+    """
     if spectrum.d != model.d:
         raise InputError(f"a spectrum of width {spectrum.d} for {model.name} of width {model.d}")
-    seen = _seen(model, windows, spectrum, position, batch_size)  # all passes
+    every = _seen(model, windows, spectrum, positions, batch_size)  # all passes
+    return [
+        _judged(model, windows, spectrum, position, seen)
+        for position, seen in zip(positions, every, strict=True)
+    ]
+
+
+def _judged(
+    model: Transformer, windows: Inputs, spectrum: Spectrum, position: Position, seen: "Seen"
+) -> Circuits:
     frame = head_use.use_table(seen.use, windows.document)
     bands = tuple(str(band) for band in range(1, spectrum.count + 1))
     written, read, sink = (
@@ -205,7 +254,7 @@ def no_op_circuits(
         for found in (seen.values, seen.read, seen.energy)
     )
     heads = judged(frame, seen.detectors)
-    heads["key_dark"] = seen.key_shares[..., -1].flatten().numpy()
+    heads["key_dark"] = seen.key_shares[heads["layer"].tolist(), heads["head"].tolist(), -1].numpy()
     for name, table in (("value_dark", written), ("reading_dark", read)):
         heads[name] = table.groupby(["layer", "head"])[bands[-1]].mean().to_numpy()
     return Circuits(
@@ -237,16 +286,24 @@ class Seen:
 
 @remotely
 def _seen(
-    model: Transformer, windows: Inputs, spectrum: Spectrum, position: Position, batch_size: int | None
-) -> Seen:
-    sinks = sink_positions(model, windows, position, batch_size)
-    # One pass for the use of the sink and what its value writes, two for the detectors, one for the readings
-    use, values = HeadUse(model, sinks), SinkValues(model, spectrum, sinks)
-    show_attention(model, windows, [use, values], batch_size=batch_size)
-    found = qk_detectors.detectors(model, windows, sinks.tolist(), batch_size=batch_size)
-    directions = key_directions(model, found)
-    read, energy = readings(model, windows, spectrum, directions, sinks, batch_size)
-    return Seen(use.found, values.found, found, spectrum.shares(directions), read, energy)
+    model: Transformer,
+    windows: Inputs,
+    spectrum: Spectrum,
+    positions: Sequence[Position],
+    batch_size: int | None,
+) -> list[Seen]:
+    sinks = [sink_positions(model, windows, position, batch_size) for position in positions]
+    # Two passes for the detectors, of which the first also shows what heads do and values write, and one for
+    # the readings
+    uses = [HeadUse(model, each) for each in sinks]
+    values = [SinkValues(model, spectrum, each) for each in sinks]
+    found = qk_detectors.detectors_of(model, windows, sinks, batch_size, [*uses, *values])
+    directions = [key_directions(model, each) for each in found]
+    read = readings(model, windows, spectrum, directions, sinks, batch_size)
+    return [
+        Seen(use.found, value.found, detected, spectrum.shares(direction), *split)
+        for use, value, detected, direction, split in zip(uses, values, found, directions, read, strict=True)
+    ]
 
 
 def judged(use: pd.DataFrame, found: Detectors) -> pd.DataFrame:

@@ -13,6 +13,7 @@ from torch import Tensor
 from spectral_sinks.data.pixels import Pixels
 from spectral_sinks.measure.attention.by_position import Inputs
 from spectral_sinks.measure.attention.capture import (
+    Observer,
     Position,
     at_sink,
     readers,
@@ -20,9 +21,11 @@ from spectral_sinks.measure.attention.capture import (
     sink_positions,
 )
 from spectral_sinks.measure.circuits.heads import Found, per_document
+from spectral_sinks.measure.results import Result
 from spectral_sinks.models.attention_capture import AttentionCall
 from spectral_sinks.models.base import Transformer
 from spectral_sinks.models.rotary import arranged, key_turns, unturned_keys
+from spectral_sinks.models.vision import VisionModel
 from spectral_sinks.remote.client import remotely
 from spectral_sinks.spectra.qk_modes import Modes, random_parts
 from spectral_sinks.stats import Estimate
@@ -39,8 +42,8 @@ DRAWS = 20
 QUANTITIES = ("margin", "top_one", "top_two", "always_on", "rival")
 
 
-@dataclass(frozen=True, eq=False)
-class Detectors:
+@dataclass(frozen=True, eq=False, repr=False)
+class Detectors(Result):
     """The modes of every head that carry its sink's margin, and how they act on each document."""
 
     sinks: Int[Tensor, "windows"]
@@ -61,12 +64,17 @@ class Detectors:
     """`[layers, heads, draws, 2]`: shares of the margin in the leading one and two members of random
     bases."""
     query_sides: list[Tensor]
-    """By layer, `[heads, tokens, 2]`: the query sides of the leading modes in the first longest window."""
+    """By layer, `[heads, tokens, 2]`: the query sides of the leading modes in the first longest window; empty
+    in a layer without softmax attention."""
     key_sides: list[Tensor]
     """The key sides in the same window, with every key at the sink's position. The product of both sides is
     in nats."""
     shown: int
     """The sink's position in that window."""
+
+    def digest(self) -> pd.DataFrame:
+        """Return the means of `summary` without their intervals, which take long for many heads."""
+        return self.table.groupby(["layer", "head"], as_index=False)[list(QUANTITIES)].mean()
 
     @cached_property
     def table(self) -> pd.DataFrame:
@@ -127,15 +135,34 @@ def detectors(
         InputError: as `head_use` does.
 
     """
-    sinks = sink_positions(model, windows, position, batch_size)
+    return detectors_of(model, windows, [sink_positions(model, windows, position, batch_size)], batch_size)[0]
+
+
+def detectors_of(
+    model: Transformer,
+    windows: Inputs,
+    sinks: Sequence[Int[Tensor, "windows"]],
+    batch_size: int | None,
+    observers: Sequence[Observer] = (),
+) -> list[Detectors]:
+    """Find the detectors of several sinks in the same two passes.
+
+    Args:
+        model: a language model or an image encoder.
+        windows: windows of text, or images.
+        sinks: for each sink, its position in each window.
+        batch_size: windows in a pass.
+        observers: see the attention of the first pass as well.
+
+    """
     with unturned_keys(model) as unturned:
         # The first pass gives the moments and thus the modes, the second the parts of the modes
-        placed = Placed.of(model, windows, sinks, unturned)
-        moments = Moments(model, placed)
-        show_attention(model, windows, [moments], batch_size=batch_size)
-        margins = Margins(placed, *moments.leading())
-        show_attention(model, windows, [margins], batch_size=batch_size)
-    return margins.detectors(windows, moments)
+        placed = [Placed.of(model, windows, each, unturned) for each in sinks]
+        moments = [Moments(model, each) for each in placed]
+        show_attention(model, windows, [*observers, *moments], batch_size=batch_size)
+        margins = [Margins(at, *found.leading()) for at, found in zip(placed, moments, strict=True)]
+        show_attention(model, windows, margins, batch_size=batch_size)
+    return [margin.detectors(windows, moment) for margin, moment in zip(margins, moments, strict=True)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,8 +182,16 @@ class Placed:
     def of(
         cls, model: Transformer, windows: Inputs, sinks: Int[Tensor, "windows"], unturned: dict[int, Tensor]
     ) -> "Placed":
-        """Read from one pass how the model's positions act on keys."""
+        """Read from one pass how the model's positions act on keys.
+
+        Raises InputError for images of several shapes, where an encoder rotates keys.
+        """
         distinct, which = sinks.unique(return_inverse=True)
+        if isinstance(model, VisionModel) and not model.rotates_keys:
+            unit = torch.eye(model.head_size, dtype=torch.float64)
+            return cls(unit.expand(model.layers, -1, -1), unturned, sinks)
+        if isinstance(windows, Pixels):
+            windows.require_one_shape()
         every = key_turns(model, distinct.tolist(), windows[0] if isinstance(windows, Pixels) else None)
         turns = every[which[0]]
         if torch.equal(every, turns.expand_as(every)):
@@ -289,7 +324,8 @@ class Margins:
 
     def detectors(self, windows: Inputs, moments: Moments) -> Detectors:
         """Return the results of all passes."""
-        sides = [self.sides[layer] for layer in sorted(self.sides)]
+        none = (torch.zeros(0), torch.zeros(0))
+        sides = [self.sides.get(layer, none) for layer in range(len(self.modes))]
         return Detectors(
             self.placed.sinks,
             self.placed.turns,

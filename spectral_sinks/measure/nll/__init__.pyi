@@ -2,6 +2,14 @@
 from .attribution import first_order as first_order
 from .bos_policy import BosComparison as BosComparison
 from .bos_policy import compare_bos as compare_bos
+from .cache_comparison import CacheCosts as CacheCosts
+from .cache_comparison import cache_costs as cache_costs
+from .cache_comparison import cache_settings as cache_settings
+from .cached_texts import CachedNLL as CachedNLL
+from .cached_texts import KVCache as KVCache
+from .cached_texts import cached_nll as cached_nll
+from .cached_texts import held_bytes as held_bytes
+from .cached_texts import join_documents as join_documents
 from .effects import Effect as Effect
 from .effects import evaluate as evaluate
 from .effects import evaluate_all as evaluate_all
@@ -14,10 +22,19 @@ from .repetition_metrics import distinct as distinct
 from .repetition_metrics import loop_onset as loop_onset
 from .repetition_metrics import repeated as repeated
 from .repetition_metrics import repetition as repetition
+from .scoring import Sample as Sample
+from .screening import screen as screen
 
 __all__ = [
     'BosComparison',
+    'CacheCosts',
+    'CachedNLL',
     'Effect',
+    'KVCache',
+    'Sample',
+    'cache_costs',
+    'cache_settings',
+    'cached_nll',
     'compare_bos',
     'continuation_nll',
     'distinct',
@@ -26,9 +43,12 @@ __all__ = [
     'first_order',
     'generate',
     'generate_all',
+    'held_bytes',
+    'join_documents',
     'loop_onset',
     'masked_ids',
     'masked_positions',
     'repeated',
     'repetition',
+    'screen',
 ]

@@ -70,25 +70,30 @@ def compare_bos(model: LanguageModel, windows: Windows) -> BosComparison | None:
     if not model.causal or model.bos is None or windows.roles is not None:
         return None
     first = {owner: row for owner, row in reversed(list(zip(windows.document, windows.rows, strict=True)))}
-    found: list[tuple[float, float]] = []
-    for owner in sorted(first)[:WINDOWS]:
-        row = first[owner]
-        text = row[int(row[0] == model.bos) :][:LENGTH]
+    texts = [row[int(row[0] == model.bos) :][:LENGTH] for row in (first[o] for o in sorted(first)[:WINDOWS])]
+    by_length: dict[int, list[Tensor]] = {}
+    for text in texts:
         if len(text) > 1:
-            opened = torch.cat([text.new_tensor([model.bos]), text])
-            found.append((_nll(model, opened, len(text) - 1), _nll(model, text, len(text) - 1)))
-    if not found:
+            by_length.setdefault(len(text), []).append(text)
+    if not by_length:
         return None
-    with_bos, without_bos = (sum(values) / len(found) for values in zip(*found, strict=True))
+    with_bos, without_bos = list[float](), list[float]()
+    for length, rows in by_length.items():
+        batch = torch.stack(rows)
+        opened = torch.cat([torch.full_like(batch[:, :1], model.bos), batch], dim=1)
+        with_bos += _nlls(model, opened, length - 1)
+        without_bos += _nlls(model, batch, length - 1)
+    count = len(with_bos)
     token = str(model.tokenizer.convert_ids_to_tokens(model.bos))
-    return BosComparison(token, windows.opens_with_bos, with_bos, without_bos, len(found))
+    return BosComparison(
+        token, windows.opens_with_bos, sum(with_bos) / count, sum(without_bos) / count, count
+    )
 
 
-def _nll(model: LanguageModel, ids: Tensor, predicted: int) -> float:
-    """Return the mean NLL of the last tokens of one window."""
-    batch = ids[None]
+def _nlls(model: LanguageModel, batch: Tensor, predicted: int) -> list[float]:
+    """Return the mean NLL of the last tokens of each window."""
 
-    def readout(final: Tensor, *_: Any) -> Tensor:
-        return score(model, final, batch).nll[0, -predicted:].double().mean()
+    def readout(final: Tensor, *_: Any) -> list[float]:
+        return score(model, final, batch).nll[:, -predicted:].double().mean(1).tolist()
 
-    return float(trace(model, batch.to(model.device), {}, readout=readout))
+    return trace(model, batch.to(model.device), {}, readout=readout)

@@ -13,19 +13,26 @@ from spectral_sinks.data.texts import Windows
 from spectral_sinks.errors import InputError
 from spectral_sinks.interventions.sites import Site
 from spectral_sinks.interventions.tracing import Interventions
-from spectral_sinks.measure.memory import Memory, batch_size_for
+from spectral_sinks.measure.memory import BATCH, Memory, batch_size_for, swap_groups
 from spectral_sinks.measure.nll.remote_batch import RemoteBatch, open_batch
 from spectral_sinks.measure.nll.replay import Batch, BatchResult, first_exit
-from spectral_sinks.measure.nll.scoring import predicted
+from spectral_sinks.measure.nll.scoring import Sample, predicted
+from spectral_sinks.measure.results import Result
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.spectra.edits import Edit, as_edit, as_edits
 from spectral_sinks.stats import Estimate, document_means, mean_interval
 
+SAMPLED = ("nll", "baseline_nll", "delta_nll", "kl")
+"""Columns that have an error of their own where a sample of the predictions is scored."""
+
+NORMAL_95 = 1.96
+"""Standard errors to either side of the mean within which 95 % of samples lie."""
+
 EFFECT_COLUMNS = ("nll", "baseline_nll", "delta_nll", "kl", "top1_agreement", "removed_energy_share")
 
 
-@dataclass(frozen=True, eq=False)
-class InterventionEffect:
+@dataclass(frozen=True, eq=False, repr=False)
+class InterventionEffect(Result):
     """One intervention, its sites, and a table with one row per document or image."""
 
     name: str
@@ -44,6 +51,11 @@ class InterventionEffect:
         """The sites as text."""
         return ", ".join(map(str, self.sites))
 
+    @property
+    def headline(self) -> str:
+        """The intervention and its sites."""
+        return f"{self.name} at {self.where or 'no site'}"
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Effect(InterventionEffect):
@@ -51,7 +63,14 @@ class Effect(InterventionEffect):
 
     `table` has one row per document: `document`, `windows`, `tokens` (the predicted ones), the columns named
     in `EFFECT_COLUMNS`, and by layer L `sink_mass_L` and `baseline_sink_mass_L` where attention was read.
+
+    Where a sample of the predictions was scored, `predict` says how many of each window, and so do
+    `table.attrs["predict"]` and the record. The table then also has `scored`, the predictions that were, and
+    the standard errors that the sample costs, under `SAMPLED` with `_sampling_error` behind the name.
     """
+
+    predict: int | None = None
+    """Predictions of each window that were scored, drawn at random; None where all were."""
 
     @property
     def nll(self) -> float:
@@ -70,6 +89,22 @@ class Effect(InterventionEffect):
     def delta_nll_interval(self) -> tuple[float, float]:
         """95 % BCa interval of the paired difference over documents."""
         return mean_interval(self.table["delta_nll"])
+
+    def sampling_interval(self, name: str) -> tuple[float, float]:
+        """Return the 95 % interval for the mean that scoring all predictions of these texts would give.
+
+        It is about the sample of predictions alone, and not about other texts. Where all predictions were
+        scored, both ends are the mean.
+
+        Raises InputError for a name that is not in `SAMPLED`.
+        """
+        if name not in SAMPLED:
+            raise InputError(f"{name!r} has no sampling interval: expected one of {', '.join(SAMPLED)}")
+        mean, error = float(self.table[name].mean()), 0.0
+        if self.predict is not None:
+            errors = self.table[f"{name}_sampling_error"].to_numpy()
+            error = NORMAL_95 * float(np.sqrt(np.square(errors).sum())) / len(errors)
+        return mean - error, mean + error
 
     @property
     def sink_mass(self) -> list[float] | None:
@@ -108,7 +143,18 @@ class Effect(InterventionEffect):
         """The row of `summary` as a dictionary that JSON can hold."""
         means = [Estimate.of(self.table[number]).columns(number) for number in EFFECT_COLUMNS]
         fixed = {"name": self.name, "site": self.where, "rank": self.rank, "documents": len(self.table)}
-        return fixed | {column: value for columns in means for column, value in columns.items()}
+        found = fixed | {column: value for columns in means for column, value in columns.items()}
+        return found | self.sampling()
+
+    def sampling(self) -> dict[str, Any]:
+        """Return `predict` and the sampling intervals, as `NAME_sampling_low`; {} if nothing was sampled."""
+        if self.predict is None:
+            return {}
+        found: dict[str, Any] = {"predict": self.predict}
+        for name in SAMPLED:
+            low, high = self.sampling_interval(name)
+            found |= {f"{name}_sampling_low": low, f"{name}_sampling_high": high}
+        return found
 
     def __repr__(self) -> str:
         """Two tables: the means over documents, and the sink mass by layer where it was read."""
@@ -117,6 +163,12 @@ class Effect(InterventionEffect):
             f"{self.name} at {self.where or 'no site'} (nats per token)",
             self.summary()[columns].to_string(index=False, float_format="%.4f"),
         ]
+        if self.predict is not None:
+            low, high = self.sampling_interval("delta_nll")
+            lines.append(
+                f"sampled: {self.predict} predictions of each window were scored; all of them would give a "
+                f"delta_nll from {low:.4f} to {high:.4f} (95 %)"
+            )
         if self.sink_mass is not None:
             masses = pd.DataFrame([self.baseline_sink_mass, self.sink_mass], ["untouched", self.name])
             lines += ["sink mass by layer", masses.to_string(float_format="%.4f")]
@@ -130,6 +182,7 @@ def evaluate(
     *,
     name: str | None = None,
     batch_size: int | None = None,
+    predict: int | Sample | None = None,
 ) -> Effect:
     """Return the effect of one intervention: a filter, or a function, at each of its sites.
 
@@ -139,6 +192,7 @@ def evaluate(
         interventions: the edit at each site; a function maps `[batch, length, d]` to the same shape.
         name: the name of the effect; by default the names of the edits.
         batch_size: windows in a pass; None finds it by memory.
+        predict: number of predictions of each window that are scored, as in `evaluate_all`.
 
     Raises:
         InputError: for sites that the model does not have, filters of another width, and a swap between
@@ -146,7 +200,8 @@ def evaluate(
 
     """
     label = name or ", ".join(as_edit(edit).name for edit in interventions.values()) or "no-op"
-    return evaluate_all(model, windows, {label: interventions}, batch_size=batch_size)[label]
+    cells = {label: interventions}
+    return evaluate_all(model, windows, cells, batch_size=batch_size, predict=predict)[label]
 
 
 def evaluate_all(
@@ -155,6 +210,7 @@ def evaluate_all(
     cells: Mapping[str, Interventions],
     *,
     batch_size: int | None = None,
+    predict: int | Sample | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Effect]:
     """Return the effects of several interventions, each compared with one untouched pass per batch.
@@ -171,15 +227,22 @@ def evaluate_all(
         model: a language model.
         windows: the text.
         cells: interventions by name.
-        batch_size: windows in a pass; None finds it by memory.
+        batch_size: windows in a pass; None finds it by memory. No result depends on it, but for functions of
+            one's own that mix the windows of a batch. Passes with a swap hold the windows that are paired, up
+            to 16.
+        predict: number of predictions of each window that are scored, drawn at random with seed 0; a `Sample`
+            has a seed of its own. None scores all. The unembedding of a large vocabulary takes most of the
+            time, and scores fewer then. All cells are scored at the same positions. The effects say that they
+            are sampled, and have the interval that this costs (`sampling_interval`).
         progress: is called with the number of cells just done, starting again for each batch.
 
     Raises:
-        InputError: as `evaluate` does, and for an image encoder.
+        InputError: as `evaluate` does, for an image encoder, and for a sample of fewer than two predictions.
 
     """
     if not isinstance(model, LanguageModel):
         raise InputError(f"{model.name} reads images: evaluate_images(model, pixels, cells)")
+    sample = Sample.of(predict)
     cells = {name: as_edits(interventions) for name, interventions in cells.items()}
     for edits in cells.values():
         for site, edit in edits.items():
@@ -190,9 +253,19 @@ def evaluate_all(
     indices: list[int] = []
     tokens: list[int] = []
     parts: list[Table] = []
-    for chosen, ids in windows.batches(batch_size):
-        batch = open_batch(model, windows, chosen, ids, starts, memory)
-        parts.append(_columns(batch, batch.measure(list(cells.values()), progress)))
+    swaps = {name: any(edit.swaps for edit in edits.values()) for name, edits in cells.items()}
+    if batch_size != BATCH and len(set(swaps.values())) == 2:
+        # A function may mix the windows of a batch, which must not change with the cells beside it
+        apart: dict[str, Effect] = {}
+        for kind in (False, True):
+            some = {name: edits for name, edits in cells.items() if swaps[name] is kind}
+            apart |= evaluate_all(
+                model, windows, some, batch_size=batch_size, predict=sample, progress=progress
+            )
+        return {name: apart[name] for name in cells}
+    for chosen, ids in swap_groups(windows) if any(swaps.values()) else windows.batches(batch_size):
+        batch = open_batch(model, windows, chosen, ids, starts, memory, sample)
+        parts.append(_columns(batch, batch.measure(list(cells.values()), progress), sample))
         indices += chosen
         tokens += [predicted(model, ids.shape[1])] * len(chosen)
     names, _ = parts[0]
@@ -202,21 +275,24 @@ def evaluate_all(
     documents, means = document_means(values.swapaxes(0, 1), owners, tokens)  # [documents, cells, columns]
     summed = np.bincount(owner, tokens).astype(np.int64)
     described = {"document": documents, "windows": counts, "tokens": summed}
-    return {
-        name: Effect(
-            name,
-            tuple(edits),
-            tuple(edit.rank for edit in edits.values()),
-            pd.DataFrame(described | dict(zip(names, means[:, index].T, strict=True))),
-        )
-        for index, (name, edits) in enumerate(cells.items())
-    }
+    effects: dict[str, Effect] = {}
+    for index, (name, edits) in enumerate(cells.items()):
+        table = pd.DataFrame(described | dict(zip(names, means[:, index].T, strict=True)))
+        if sample is not None:
+            scored = np.minimum(tokens, sample.count)
+            table.insert(3, "scored", np.bincount(owner, scored).astype(np.int64))
+            for column in SAMPLED:
+                table[f"{column}_sampling_error"] = np.sqrt(table[f"{column}_sampling_error"] / summed)
+            table.attrs["predict"] = sample.count
+        ranks = tuple(edit.rank for edit in edits.values())
+        effects[name] = Effect(name, tuple(edits), ranks, table, sample and sample.count)
+    return effects
 
 
 Table = tuple[list[str], Float[NDArray[np.float64], "cells windows columns"]]
 
 
-def _columns(batch: Batch | RemoteBatch, result: BatchResult) -> Table:
+def _columns(batch: Batch | RemoteBatch, result: BatchResult, sample: Sample | None) -> Table:
     """Return the names of all columns, and their values `[cells, windows, columns]`, for one batch."""
     base = batch.baseline
     columns = {
@@ -227,6 +303,13 @@ def _columns(batch: Batch | RemoteBatch, result: BatchResult) -> Table:
         "top1_agreement": result.top1_agreement,
         "removed_energy_share": result.removed_energy_share,
     }
+    if sample is not None and result.variances is not None and base.variances is not None:
+        # A window weighs as many tokens as it predicts, and its mean errs by what the sample leaves out
+        every = predicted(batch.model, batch.ids.shape[1])
+        scored = min(sample.count, every)
+        factor = every * (1 / scored - 1 / every)
+        varied = result.variances | {"baseline_nll": base.variances["nll"]}
+        columns |= {f"{name}_sampling_error": factor * varied[name] for name in SAMPLED}
     for prefix, mass in (("sink_mass_", result.sink_mass), ("baseline_sink_mass_", base.sink_mass)):
         if mass is not None:
             columns |= {f"{prefix}{layer}": mass[..., layer] for layer in range(mass.shape[-1])}

@@ -145,7 +145,7 @@ def _shared(
     by_site: dict[Site, list[tuple[slice, Edit]]] = {}
     for name, interventions in cells.items():
         for site, edit in as_edits(interventions).items():
-            if (acting := edit.at_later_token(known) if known else edit) is not None:
+            if (acting := edit.within(known, 1) if known else edit) is not None:
                 by_site.setdefault(site, []).append((spans[name], acting))
 
     def together(edits: list[tuple[slice, Edit]]) -> EditFunction:

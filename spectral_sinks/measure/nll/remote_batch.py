@@ -10,8 +10,8 @@ from torch import Tensor
 from spectral_sinks.data.texts import Windows
 from spectral_sinks.interventions.tracing import Interventions
 from spectral_sinks.measure.memory import Memory
-from spectral_sinks.measure.nll.replay import Batch, BatchResult, first_exit, for_batch, reads_sink
-from spectral_sinks.measure.nll.scoring import predicted
+from spectral_sinks.measure.nll.replay import VARIED, Batch, BatchResult, first_exit, for_batch, reads_sink
+from spectral_sinks.measure.nll.scoring import Sample, predicted
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.remote.client import remotely, send
 from spectral_sinks.remote.transport import TooLarge
@@ -35,11 +35,17 @@ class RemoteBatch:
     """A batch whose model is in another process or at a server: only numbers by window come back."""
 
     def __init__(
-        self, model: LanguageModel, windows: Windows, indices: Sequence[int], ids: Int[Tensor, "batch tokens"]
+        self,
+        model: LanguageModel,
+        windows: Windows,
+        indices: Sequence[int],
+        ids: Int[Tensor, "batch tokens"],
+        sample: Sample | None = None,
     ) -> None:
         self.model, self.windows, self.indices, self.ids = model, windows, list(indices), ids
         self.attention = reads_sink(model, windows)
         self.predicted = predicted(model, ids.shape[1])
+        self._sample = sample
         self._baseline: BatchResult | None = None
 
     @property
@@ -68,7 +74,9 @@ class RemoteBatch:
     def job(self, cells: Sequence[Interventions]) -> tuple[Any, ...]:
         """Return the function and the arguments of the job that measures some cells."""
         own = [for_batch(cell, self.indices, len(self.windows)) for cell in cells]
-        return measure_batch, self.ids, own, self.attention
+        if self._sample is None:
+            return measure_batch, self.ids, own, self.attention
+        return measure_batch, self.ids, own, self.attention, self._sample, self.indices
 
 
 def open_batch(
@@ -78,19 +86,31 @@ def open_batch(
     ids: Int[Tensor, "batch tokens"],
     starts: Collection[int | None] = (),
     memory: Memory | None = None,
+    sample: Sample | None = None,
 ) -> Batch | RemoteBatch:
     """Return a batch of windows for a model in this process, or for one that is elsewhere."""
     if model.remote is not None:
-        return RemoteBatch(model, windows, indices, ids)
-    return Batch(model, windows, indices, ids, starts, memory)
+        return RemoteBatch(model, windows, indices, ids, sample)
+    return Batch(model, windows, indices, ids, starts, memory, sample=sample)
 
 
 @remotely
-def measure_batch(model: LanguageModel, ids: Tensor, cells: Sequence[Interventions], attention: bool) -> Pair:
-    """Measure cells with a `Batch` on windows of one length; sink mass only with `attention`."""
+def measure_batch(
+    model: LanguageModel,
+    ids: Tensor,
+    cells: Sequence[Interventions],
+    attention: bool,
+    sample: Sample | None = None,
+    indices: Sequence[int] = (),
+) -> Pair:
+    """Measure cells with a `Batch` on windows of one length; sink mass only with `attention`.
+
+    A `sample` of predictions depends on the `indices` of the windows in all windows of the measurement.
+    """
     windows = Windows(tuple(ids), tuple(range(len(ids))))
     starts = {first_exit(cell) for cell in cells}
-    batch = Batch(model, windows, range(len(ids)), ids, starts, attention=attention)
+    places = range(len(ids))
+    batch = Batch(model, windows, places, ids, starts, attention=attention, sample=sample, drawn_as=indices)
     return batch.baseline, batch.measure(cells)
 
 
@@ -136,4 +156,6 @@ def joined(parts: Sequence[BatchResult]) -> BatchResult:
     nll, kl, agrees, removed = (
         np.concatenate([getattr(part, name) for part in parts]) for name in RESULT_COLUMNS
     )
-    return BatchResult(nll, kl, agrees, removed, np.concatenate(masses) if masses else None)
+    varied = [part.variances for part in parts if part.variances is not None]
+    variances = {name: np.concatenate([part[name] for part in varied]) for name in VARIED} if varied else None
+    return BatchResult(nll, kl, agrees, removed, np.concatenate(masses) if masses else None, variances)

@@ -18,10 +18,10 @@ from torch import Tensor
 from spectral_sinks.data.texts import Windows
 from spectral_sinks.errors import InputError
 from spectral_sinks.interventions.sites import Site
-from spectral_sinks.interventions.tracing import Interventions, Resume, trace
+from spectral_sinks.interventions.tracing import Interventions, Resume, deepest, trace
 from spectral_sinks.measure.attention.received import attention_received, from_others
 from spectral_sinks.measure.memory import SHARE, Memory, free, out_of_memory
-from spectral_sinks.measure.nll.scoring import Reference, predicted, score, untouched
+from spectral_sinks.measure.nll.scoring import Reference, Sample, predicted, score, untouched
 from spectral_sinks.models.attention_sdpa import TOKENS
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.models.masked_lm import masked_ids
@@ -30,6 +30,9 @@ from spectral_sinks.spectra.incremental import Nested
 
 VERSION = 1
 """To be raised when a number of this module changes its meaning, or its value beyond rounding."""
+
+VARIED = ("nll", "delta_nll", "kl")
+"""Numbers whose variance over a sample of predictions is measured."""
 
 Column = Float[NDArray[np.float64], "cells windows"]
 
@@ -46,6 +49,8 @@ class BatchResult:
     sink_mass: Float[NDArray[np.float64], "cells windows layers"] | None
     """Attention received by position 0, mean over heads, among the first 64 tokens (in an encoder, over the
     whole window)."""
+    variances: dict[str, Column] | None = None
+    """Of a sample of predictions, the variances of "nll", "delta_nll" and "kl" over them; otherwise None."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,8 @@ class PassResult:
     kl: Tensor
     agrees: Tensor
     received: list[Tensor]
+    variances: dict[str, Tensor]
+    """Over the predictions of a sample, as in `BatchResult`; none where all are scored."""
 
 
 def first_exit(edits: Interventions) -> int | None:
@@ -90,6 +97,8 @@ class Batch:
         starts: Collection[int | None] = (),
         memory: Memory | None = None,
         attention: bool | None = None,
+        sample: Sample | None = None,
+        drawn_as: Sequence[int] = (),
     ) -> None:
         """Make the untouched pass.
 
@@ -102,6 +111,8 @@ class Batch:
                 as fit into memory; any other exit costs another pass.
             memory: how many rows fit; shared between the batches of a measurement.
             attention: whether to measure sink mass; by default where it can be measured.
+            sample: the predictions of each window that are scored; by default all are.
+            drawn_as: the indices of the windows by which the sample is drawn, if not `indices`.
 
         """
         self.model, self.indices, self.truth = model, list(indices), ids.to(model.device)
@@ -109,7 +120,12 @@ class Batch:
         self.windows = windows
         reads = reads_sink(model, windows) if attention is None else attention
         self.attention = reads and partial(_received, model)
-        self.predicted = predicted(model, ids.shape[1])
+        self.predicted, self.chosen = predicted(model, ids.shape[1]), None
+        if sample is not None:
+            self.chosen = torch.stack(
+                [sample.drawn(index, self.predicted) for index in drawn_as or self.indices]
+            )
+            self.predicted = self.chosen.shape[1]
         self.memory = memory or Memory(model, ids.shape[1])
         self._starts = sorted({layer for layer in starts if layer is not None and layer >= 0})
         self.baseline, self._reference, self._residuals = self._untouched()
@@ -135,24 +151,32 @@ class Batch:
         layers = 0 if base.sink_mass is None else base.sink_mass.shape[-1]
         nll, kl, agrees, removed = (np.zeros(shape) for _ in range(4))
         mass = np.zeros((*shape, layers))
+        names = () if self.chosen is None else VARIED
+        variances = {name: np.zeros(shape) for name in names}
         for first in sorted(by_start, key=lambda layer: -1 if layer is None else layer):
             indices = by_start[first]
             if first is None:  # nothing changes: the numbers of the untouched pass
                 nll[indices], agrees[indices] = base.nll, 1.0
+                if base.variances is not None:
+                    variances["nll"][indices] = base.variances["nll"]
                 if base.sink_mass is not None:
                     mass[indices] = base.sink_mass
                 if progress is not None:
                     progress(len(indices))
                 continue
             chosen = [bound[index] for index in indices]
-            nll[indices], kl[indices], agrees[indices], removed[indices], above = self._suffix(
-                first, chosen, progress
-            )
+            columns, removed[indices], above = self._suffix(first, chosen, progress)
+            nll[indices], kl[indices], agrees[indices] = columns[:3]
+            for name, column in zip(names, columns[3:], strict=True):
+                variances[name][indices] = column
             if base.sink_mass is not None:
                 # The layers below the exit did not run: theirs is the sink mass of the untouched pass
                 below = np.broadcast_to(base.sink_mass[0], (len(indices), len(self), layers))
                 mass[indices] = np.concatenate([below[..., : layers - above.shape[-1]], above], axis=-1)
-        return BatchResult(nll, kl, agrees, removed, mass if layers else None)
+        return BatchResult(nll, kl, agrees, removed, mass if layers else None, variances or None)
+
+    def _chosen(self, rows: slice) -> Tensor | None:
+        return None if self.chosen is None else self.chosen[rows]
 
     def _fitting(self, layers: Sequence[int]) -> list[Site]:
         """Return the first of some exits, as many as have residuals that fit into memory together."""
@@ -170,17 +194,22 @@ class Batch:
             def readout(
                 final: Tensor, read: dict[Site, Tensor], weights: list[Tensor]
             ) -> tuple[Tensor, Reference, dict[Site, Tensor], list[Tensor]]:
-                scores, reference = untouched(model, final, truth)
+                scores, reference = untouched(model, final, truth, self._chosen(slice(a, b)))
                 return scores.nll, reference, read, weights
 
             return trace(model, self.ids[a:b], {}, exits, readout=readout, attention=self.attention)
 
         parts = self.memory.parts(len(self), 1, run)
-        nll = _columns([part[0].double().mean(1) for part in parts], 1)
+        each = torch.cat([part[0].double() for part in parts])
+        self._nll = each
+        nll = _columns([each.mean(1)], 1)
         received = [torch.cat(layer).cpu() for layer in zip(*(part[3] for part in parts), strict=True)]
         mass = torch.stack(received, -1).numpy()[None] if received else None
         zero = np.zeros_like(nll)
-        baseline = BatchResult(nll, zero, np.ones_like(nll), zero, mass)
+        sampled = self.chosen is not None
+        spread = (_columns([_variance(each)], 1), zero, zero)
+        variances: dict[str, Column] = dict(zip(map(str, VARIED), spread, strict=True))
+        baseline = BatchResult(nll, zero, np.ones_like(nll), zero, mass, variances if sampled else None)
         return baseline, Reference.joined([part[1] for part in parts]), _joined([part[2] for part in parts])
 
     def _residual(self, layer: int) -> Tensor:
@@ -193,18 +222,23 @@ class Batch:
             exits = self._fitting([layer, *(other for other in self._starts if other > layer)])
 
             def run(a: int, b: int) -> dict[Site, Tensor]:
-                return trace(self.model, self.ids[a:b], {}, exits, readout=lambda final, read, weights: read)
+                def readout(
+                    final: Tensor, read: dict[Site, Tensor], weights: list[Tensor]
+                ) -> dict[Site, Tensor]:
+                    return read
+
+                return trace(self.model, self.ids[a:b], {}, exits, readout=readout, last=deepest(exits))
 
             self._residuals = _joined(self.memory.parts(len(self), 1, run))
         return self._residuals[layer]
 
     def _suffix(
         self, first: int, cells: list[dict[Site, Edit]], progress: Callable[[int], None] | None
-    ) -> tuple[NDArray[np.float64], ...]:
+    ) -> tuple[list[Column], Column, NDArray[np.float64]]:
         """Run the layers above an exit (-1: all of them) under each cell.
 
-        Returns NLL, KL, agreement and removed energy, `[cells, windows]`, and the sink mass of the layers
-        that ran, `[cells, windows, layers]`.
+        Returns NLL, KL, agreement and any variances; the removed energy, `[cells, windows]` as these; and the
+        sink mass of the layers that ran, `[cells, windows, layers]`.
         """
         size = len(self)
         exit = Site("exit", first)
@@ -236,12 +270,13 @@ class Batch:
         columns = [
             _columns([getattr(part, name) for part in parts], count) for name in ("nll", "kl", "agrees")
         ]
+        columns += [_columns([p.variances[name] for p in parts], count) for name in parts[0].variances]
         removed = np.stack([torch.stack(share).mean(0).double().numpy() for share in shares])
         above = [
             torch.cat(layer).view(count, size) for layer in zip(*(p.received for p in parts), strict=True)
         ]
         mass = torch.stack(above, -1).numpy() if above else np.zeros((count, size, 0))
-        return (*columns, removed, mass)
+        return columns, removed, mass
 
     def _entry(self, first: int, nest: Nested, cell: dict[Site, Edit], shares: list[Tensor]) -> Tensor:
         """Return the residual `[batch, length, d]` at the exit in a cell, edited if the cell acts there."""
@@ -271,7 +306,9 @@ class Batch:
         nll, kl, agrees = (
             torch.cat([getattr(part, name) for part in results]) for name in ("nll", "kl", "agrees")
         )
-        return PassResult(nll, kl, agrees, received)
+        names = results[0].variances
+        variances = {name: torch.cat([part.variances[name] for part in results]) for name in names}
+        return PassResult(nll, kl, agrees, received, variances)
 
     def _whole(
         self, first: int, residuals: Tensor | None, edits: dict[Site, Edit], shares: list[Tensor]
@@ -284,8 +321,8 @@ class Batch:
                 raise
             site, edit = next((site, edit) for site, edit in edits.items() if not edit.per_window)
             raise InputError(
-                f"{edit.name!r} at {site} acts on whole batches, and a batch of "
-                f"{len(self)} windows does not fit into memory: give a smaller batch_size"
+                f"{edit.name!r} at {site} acts on whole batches, and a batch of {len(self)} windows does "
+                f"not fit into memory: give {'shorter windows' if edit.swaps else 'a smaller batch_size'}"
             ) from None
 
     def _run(
@@ -319,12 +356,20 @@ class Batch:
 
         sites = dict.fromkeys(site for edits in cells for site in edits)
         repeated, truth = (x[rows].repeat(len(cells), 1) for x in (self.ids, self.truth))
+        chosen = self._chosen(rows)
+        chosen = None if chosen is None else chosen.repeat(len(cells), 1)
 
         def readout(final: Tensor, read: dict[Site, Tensor], weights: list[Tensor]) -> PassResult:
-            scores = score(model, final, truth, reference)
+            scores = score(model, final, truth, reference, chosen)
             assert scores.kl is not None and scores.agrees is not None
             nll, kl, agrees = (x.double().mean(1).cpu() for x in (scores.nll, scores.kl, scores.agrees))
-            return PassResult(nll, kl, agrees, [layer.cpu() for layer in weights])
+            varied: dict[str, Tensor] = {}
+            if chosen is not None:
+                each = scores.nll.double()
+                change = each - self._nll[rows].to(each.device).repeat(len(cells), 1)
+                for name, values in zip(VARIED, (each, change, scores.kl.double()), strict=True):
+                    varied[name] = _variance(values).cpu()
+            return PassResult(nll, kl, agrees, [layer.cpu() for layer in weights], varied)
 
         return trace(
             model,
@@ -361,6 +406,11 @@ def _received(
 ) -> Float[Tensor, "batch"]:
     """Attention received by position 0, mean over heads, `[batch]`."""
     return attention_received([from_others(model, weights)], causal=model.causal)[:, 0].double().mean(-1)
+
+
+def _variance(values: Float[Tensor, "windows predictions"]) -> Float[Tensor, "windows"]:
+    """Return the variance of the predictions of each window; 0 for a single one, which is not drawn."""
+    return values.var(1) if values.shape[1] > 1 else torch.zeros_like(values[:, 0])
 
 
 def _columns(parts: list[Tensor], cells: int) -> Column:

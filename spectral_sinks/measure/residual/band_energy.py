@@ -11,7 +11,7 @@ from spectral_sinks.data.pixels import Pixels
 from spectral_sinks.data.texts import Windows
 from spectral_sinks.errors import InputError
 from spectral_sinks.interventions.sites import Site
-from spectral_sinks.interventions.tracing import trace
+from spectral_sinks.interventions.tracing import deepest, trace
 from spectral_sinks.measure.memory import batches
 from spectral_sinks.measure.residual.matrix_spectrum import by_convention
 from spectral_sinks.models.base import Transformer
@@ -51,7 +51,8 @@ def energy(
     Returns:
         One row per `document`, `site` (its kind), `layer` (-1 for the embedding), `position_class`, `band`
         (from 1) and `convention` of the spectrum. `share` is the share of energy, mean over tokens; `norm` is
-        the median norm of the class. A random direction has share r/d in r of d directions.
+        the median norm of the class in a window, mean over the document's windows. A random direction has
+        share r/d in r of d directions.
 
     Raises:
         InputError: for a spectrum of another width, for several spectra that differ in more than their
@@ -77,7 +78,16 @@ def energy(
 
         reduced: Reduced = {}
         for part in jobs:
-            reduced |= trace(model, ids.to(model.device), {}, sites, readout=_reduce(part, classes))
+            reads = dict.fromkeys(sites, _reduce(part, classes))
+            by_site = trace(
+                model,
+                ids.to(model.device),
+                {},
+                reads,
+                readout=lambda final, read, weights: read,
+                last=deepest(sites),
+            )
+            reduced |= {name: {site: found[name] for site, found in by_site.items()} for name in part}
         rows += _rows(windows, places, classes, reduced)
     keys = ["document", "site", "layer", "position_class", "band", "convention"]
     return pd.DataFrame(rows).groupby(keys, sort=False, as_index=False).mean()
@@ -87,17 +97,17 @@ Reduced = dict[str, dict[Site, tuple[Tensor, Tensor]]]
 """By convention and site: the shares of the classes `[batch, classes, bands]`, and their median norms."""
 
 
-def _reduce(spectra: Mapping[str, Spectrum], classes: dict[str, Tensor]) -> Callable[..., Reduced]:
-    """Return a readout that reduces residuals to the shares and the norms of each class of tokens."""
+def _reduce(
+    spectra: Mapping[str, Spectrum], classes: dict[str, Tensor]
+) -> Callable[[Tensor], dict[str, tuple[Tensor, Tensor]]]:
+    """Return a function that reduces a residual to the shares and the norms of each class of tokens."""
     masks = list(classes.values())
 
-    def readout(final: Tensor, read: dict[Site, Tensor], weights: list[Tensor]) -> Reduced:
-        return {
-            name: {s: (_shares(spectrum, x, masks).cpu(), _norms(x, masks).cpu()) for s, x in read.items()}
-            for name, spectrum in spectra.items()
-        }
+    def reduce(x: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        norms = _norms(x, masks).cpu()
+        return {name: (_shares(spectrum, x, masks).cpu(), norms) for name, spectrum in spectra.items()}
 
-    return readout
+    return reduce
 
 
 def _rows(

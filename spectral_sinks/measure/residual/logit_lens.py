@@ -171,21 +171,22 @@ def _scored(
 ) -> dict[tuple[Site, str, str, int], list[Tensor]]:
     """Score every prediction of a batch, by site, basis, reading and band, in parts."""
     made = {name: Reader.of(model, r) if isinstance(r, Spectrum) else r for name, r in readers.items()}
-    read, final = trace(model, ids, {}, sites, readout=lambda final, read, weights: (read, final))
+    reads = dict.fromkeys(sites, lambda x: x[:, :-1].flatten(0, 1))
+    residuals, final = trace(model, ids, {}, reads, readout=lambda final, read, weights: (read, final))
     targets = ids[:, 1:].flatten()
     truth = final[:, :-1].flatten(0, 1)
-    residuals = [read[site][:, :-1].flatten(0, 1) for site in sites]
-    residuals = [x.float() * norm_scale(model, x) for x in residuals]
     step = chunk(model, truth.device)
     found: dict[tuple[Site, str, str, int], list[Tensor]] = {}
     for start in range(0, len(truth), step):
         here = slice(start, start + step)
         # The model's own distribution is computed once for each chunk of predictions
         goal = Goal.of(model, truth[here], targets[here])
+        parts = (residuals[site][here] for site in sites)
+        scaled = [x.float() * norm_scale(model, x) for x in parts]
         for name, reader in made.items():
             scorer = Scorer(model, reader, goal)
-            for site, x in zip(sites, residuals, strict=True):
-                for (reading, band), scores in scorer.scores(x[here], readings, bands).items():
+            for site, x in zip(sites, scaled, strict=True):
+                for (reading, band), scores in scorer.scores(x, readings, bands).items():
                     found.setdefault((site, name, reading, band), []).append(scores.cpu())
     return found
 

@@ -1,6 +1,7 @@
 """Massive activations: tokens whose residuals stand out, by the published rule and by a robust one."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
@@ -20,6 +21,8 @@ from spectral_sinks.models.base import Transformer
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.remote.client import remotely
 from spectral_sinks.spectra.edits import EditFunction
+from spectral_sinks.spectra.subspace import Subspace
+from spectral_sinks.spectra.subspace import shares as shares_in
 
 ACTIVATION, TIMES = 100.0, 1000.0
 """An activation is massive if it is above the first, and at least the second times the median of its hidden
@@ -60,6 +63,14 @@ class Residuals:
     """The channel of the largest activation."""
     median: Float[NDArray[np.float32], "windows sites"]
     """Median magnitude of the activations in a window's hidden state."""
+    shares: Mapping[str, Float[NDArray[np.float32], "windows sites tokens"]] = field(
+        default_factory=dict[str, NDArray[np.float32]]
+    )
+    """Share of the energy inside each subspace whose shares were asked for, by its name."""
+    marked: Bool[NDArray[np.bool_], "windows tokens"] | None = None
+    """The tokens whose shares in further subspaces were asked for; None for none."""
+    marked_shares: Float[NDArray[np.float32], "marked sites spaces"] | None = None
+    """The shares of these tokens, in the order of `marked`."""
 
     def massive(self) -> Bool[NDArray[np.bool_], "windows sites tokens"]:
         """Return the tokens with an activation above 100 and 1000 medians or more (Sun et al. 2024)."""
@@ -85,40 +96,80 @@ class Residuals:
 
 @remotely
 def attention_and_residuals(
-    model: Transformer, windows: Inputs, batch_size: int | None = None
+    model: Transformer,
+    windows: Inputs,
+    batch_size: int | None = None,
+    subspaces: Mapping[str, Subspace] | None = None,
+    marked: Bool[NDArray[np.bool_], "windows tokens"] | None = None,
+    of_marked: Sequence[Subspace] = (),
 ) -> tuple[PositionAttention, Residuals]:
-    """Return the attention received by every position and the size of every residual, for whole windows."""
+    """Return the attention received by every position and the size of every residual, for whole windows.
+
+    The shares of the residuals in some subspaces are measured in the same passes.
+
+    Args:
+        model: a language model or an image encoder.
+        windows: the windows, which are not cut.
+        batch_size: windows in a pass.
+        subspaces: the subspaces in which the share of every token is measured, by name.
+        marked: tokens whose shares in further subspaces are measured.
+        of_marked: those subspaces.
+
+    """
+    spaces = {} if subspaces is None else dict(subspaces)
     sites = residual_sites(model)
     shape = (len(windows), len(sites), windows.length)
     norm, peak = (np.full(shape, np.nan, dtype=np.float32) for _ in range(2))
     dimension, median = np.zeros(shape, dtype=np.int64), np.zeros(shape[:2], dtype=np.float32)
-    found: dict[int, list[tuple[Tensor, ...]]] = {}
+    shares = {name: np.full(shape, np.nan, dtype=np.float32) for name in spaces}
+    order = (
+        np.zeros((0, 0), dtype=np.int64)
+        if marked is None
+        else (marked.ravel().cumsum() - 1).reshape(marked.shape)
+    )
+    count = 0 if marked is None else int(marked.sum())
+    of_each = np.full((count, len(sites), len(of_marked)), np.nan, dtype=np.float32)
+    here: list[int] = []
 
+    def before(places: list[int]) -> None:
+        here[:] = places
+
+    # Numbers are written where they arise: small tensors that are kept between large ones divide the memory
     def recorder(index: int) -> EditFunction:
         def record(x: Tensor) -> Tensor:
-            found[index] = [_sizes(row) for row in x]
+            at = (here, index, slice(x.shape[1]))
+            norm[at], peak[at], dimension[at], median[here, index] = residual_sizes(x)
+            inside = shares_in([*spaces.values()], x).float().cpu()
+            for name, values in zip(spaces, inside.unbind(-1), strict=True):
+                shares[name][at] = values
+            if count and marked is not None:
+                row, token = (np.asarray(each) for each in np.nonzero(marked[here, : x.shape[1]]))
+                chosen = x[torch.from_numpy(row).to(x.device), torch.from_numpy(token).to(x.device)]
+                members = order[np.asarray(here)[row], token]
+                of_each[members, index] = shares_in(of_marked, chosen).float().cpu().numpy()
             return x
 
         return record
 
-    def after(places: list[int]) -> None:
-        for index, rows in found.items():
-            for place, (norms, peaks, where, middle) in zip(places, rows, strict=True):
-                here = (place, index, slice(len(norms)))
-                norm[here], peak[here], dimension[here] = norms, peaks, where
-                median[place, index] = middle
-        found.clear()
-
     # Edits that change nothing record the sizes, in the same passes that read attention
     edits: dict[Site, EditFunction] = {site: recorder(index) for index, site in enumerate(sites)}
-    attention = watch(model, windows, batch_size, edits, after)
-    return attention, Residuals(norm, peak, dimension, median)
+    attention = watch(model, windows, batch_size, edits, before)
+    return attention, Residuals(norm, peak, dimension, median, shares, marked, of_each if count else None)
 
 
-def _sizes(x: Float[Tensor, "tokens d"]) -> tuple[Tensor, ...]:
+def residual_sizes(x: Float[Tensor, "batch tokens d"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return each token's norm, largest magnitude and its channel, and the median magnitude of each row."""
     magnitude = x.float().abs()
     peaks, where = magnitude.max(-1)
-    return tuple(part.cpu() for part in (magnitude.norm(dim=-1), peaks, where, magnitude.median()))
+    return magnitude.norm(dim=-1).cpu(), peaks.cpu(), where.cpu(), _medians(magnitude.flatten(1)).cpu()
+
+
+def _medians(values: Float[Tensor, "rows values"]) -> Float[Tensor, "rows"]:
+    """Return the lower median of each row, as torch defines it."""
+    if values.device.type != "cpu":
+        return values.median(1).values
+    middle = (values.shape[1] - 1) // 2  # NumPy's selection takes a fifth of the time of torch's on a CPU
+    return torch.from_numpy(np.partition(values.numpy(), middle, axis=1)[:, middle].copy())
 
 
 def repeated_windows(windows: Windows) -> Bool[NDArray[np.bool_], "windows"]:

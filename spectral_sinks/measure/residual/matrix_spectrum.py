@@ -6,14 +6,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from spectral_sinks.errors import InputError, SpectralWarning
 from spectral_sinks.interventions.tracing import trace
 from spectral_sinks.models.base import Transformer
 from spectral_sinks.models.embedded import DEFAULT
-from spectral_sinks.models.language import LanguageModel, token_rows
-from spectral_sinks.models.spectra import read_local_spectrum
+from spectral_sinks.models.language import LanguageModel, rows_of, token_rows
+from spectral_sinks.models.spectra import lacks_head, read_local_spectrum
 from spectral_sinks.remote.client import remotely
 from spectral_sinks.spectra import cache
 from spectral_sinks.spectra.conventions import (
@@ -26,6 +27,12 @@ from spectral_sinks.spectra.spectrum import Spectrum
 
 COLUMNS = 64
 """Columns of the unembedding that are read at once where the weights are in another process."""
+
+EMBEDDING_INSTEAD = (
+    "this encoder has no head over the vocabulary, and so no unembedding: its bands are those of the "
+    "embedding, from the directions in which words differ most to those in which they differ least"
+)
+"""What is said where a spectrum of the embedding takes the place of the unembedding's."""
 
 
 def read_spectrum(
@@ -114,6 +121,8 @@ def read_spectra(
 ) -> list[Spectrum]:
     """Return the spectrum of the unembedding under the convention that decides what is dark, and others.
 
+    For an encoder without a head, it is the raw spectrum of the embedding, and a `SpectralWarning` says so.
+
     The first has the convention asked for. A `SpectralWarning` names each of the others that this model does
     not have, such as `folded` where no gain of a final norm is known, and it is left out.
 
@@ -137,6 +146,10 @@ def read_spectra(
         "gguf_file": gguf_file,
         "use_cache": use_cache,
     }
+    if lacks_head(model, revision, gguf_file):
+        found = [read_spectrum(model, "embedding", convention=convention or "raw", **given)]
+        warnings.warn(EMBEDDING_INSTEAD, SpectralWarning, stacklevel=2)
+        return found
     try:
         found = [read_spectrum(model, convention=convention or DARK_CONVENTION, **given)]
     except InputError as error:
@@ -194,11 +207,11 @@ def by_convention(model: Transformer, spectrum: Spectrum | Sequence[Spectrum]) -
 
 @remotely
 def decomposed(
-    model: LanguageModel, convention: Convention, tokens: int | None = None
+    model: LanguageModel, convention: Convention, tokens: Int[Tensor, "tokens"] | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return the singular values `[d]` and right singular vectors `[d, d]` of the unembedding, float64.
 
-    `tokens` is the number of first rows that `centred` is about; by default it is all.
+    `tokens` are the rows that `centred` is about; by default they are all.
     """
     if model.weightless:
         if convention != "raw":
@@ -209,7 +222,7 @@ def decomposed(
     else:
         gain = None if convention == "raw" else model.final_gain
         found = Spectrum.from_matrix(
-            model.unembedding_weight[: tokens if convention == "centred" else None],
+            rows_of(model.unembedding_weight, tokens if convention == "centred" else None),
             convention=convention,
             gain=gain,
             centre_residual=model.centres_residual,

@@ -10,7 +10,7 @@ from spectral_sinks.data.pixels import Pixels
 from spectral_sinks.data.texts import Windows
 from spectral_sinks.errors import InputError
 from spectral_sinks.interventions.sites import Site
-from spectral_sinks.interventions.tracing import trace
+from spectral_sinks.interventions.tracing import deepest, trace
 from spectral_sinks.measure.memory import batches
 from spectral_sinks.models.attention_capture import AttentionCall, attending
 from spectral_sinks.models.base import Transformer
@@ -35,16 +35,19 @@ def mean_residuals(
     model: Transformer, windows: Windows | Pixels, sites: Sequence[Site], batch_size: int | None = None
 ) -> dict[Site, Tensor]:
     """Return `mean_residual` at several sites from one pass, `[tokens, d]` each, float64."""
+    if isinstance(windows, Pixels):
+        windows.require_one_shape()
     total = {site: torch.zeros(windows.length, model.d, dtype=torch.float64) for site in sites}
     count = torch.zeros(windows.length, 1, dtype=torch.float64)
     for _, ids in batches(model, windows, batch_size):
         ids = ids.to(model.device)
         sums = trace(
             model,
-            masked_ids(model, ids) if isinstance(model, LanguageModel) and not model.causal else ids,
+            masked_ids(model, ids) if isinstance(model, LanguageModel) and model.masks else ids,
             {},
-            sites,
-            readout=lambda final, read, weights: {s: x.double().sum(0).cpu() for s, x in read.items()},
+            dict.fromkeys(sites, lambda x: x.double().sum(0).cpu()),
+            readout=lambda final, read, weights: read,
+            last=deepest(sites),
         )
         tokens = len(next(iter(sums.values()))) if sums else 0
         for site, part in sums.items():

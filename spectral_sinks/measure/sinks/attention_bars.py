@@ -87,10 +87,10 @@ def received(
                 model,
                 ids.to(model.device),
                 {},
-                sites,
+                dict.fromkeys(sites, ratios),
                 readout=lambda final, read, weights: (
                     torch.stack([layer.cpu() for layer in weights], 1),
-                    torch.stack([ratios(read[site]) for site in sites], 1),
+                    torch.stack([read[site] for site in sites], 1),
                 ),
                 attention=later_attention,
             )

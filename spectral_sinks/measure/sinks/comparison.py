@@ -14,9 +14,10 @@ from torch import Tensor
 from spectral_sinks.data.texts import Windows
 from spectral_sinks.errors import InputError, renamed_argument
 from spectral_sinks.interventions.sites import Site
-from spectral_sinks.measure.memory import batches
+from spectral_sinks.measure.memory import batches, swap_groups
 from spectral_sinks.measure.nll.effects import check_edit
 from spectral_sinks.measure.nll.remote_batch import by_job
+from spectral_sinks.measure.results import Result
 from spectral_sinks.measure.sinks.edit_effects import Changes, CombinedEdit, EditEffect, measure_edits
 from spectral_sinks.models.attention_capture import attending
 from spectral_sinks.models.attention_sdpa import TOKENS
@@ -29,8 +30,8 @@ from spectral_sinks.stats import Estimate, document_means
 UNTOUCHED = "untouched"
 
 
-@dataclass(frozen=True, eq=False)
-class Comparison:
+@dataclass(frozen=True, eq=False, repr=False)
+class Comparison(Result):
     """The effects of several interventions on one model and one set of windows.
 
     The column `intervention` of every table holds the name of the intervention. The first is `untouched`.
@@ -160,7 +161,8 @@ def compare(
     places: list[int] = []
     found: dict[str, list[dict[str, Tensor]]] = {name: [] for name in cells}
     # Measure all cells on each batch, as many to a job as fit
-    for chosen, ids in batches(model, windows, batch_size):
+    swaps = any(edit.swaps for parts in cells.values() for edit in parts.edits.values())
+    for chosen, ids in swap_groups(windows) if swaps else batches(model, windows, batch_size):
         places += chosen
 
         def run(some: Sequence[CombinedEdit], ids: Tensor = ids) -> list[dict[str, Tensor]]:

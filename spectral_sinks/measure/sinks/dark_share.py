@@ -114,7 +114,7 @@ def carrier_shares(
             others = [dark.share(x[:, 1:]).mean(1) for dark in darks.values()]
             return torch.stack([*first, *others], dim=1).cpu()
 
-        found = trace(model, ids.to(model.device), {}, [site], readout=readout)
+        found = trace(model, ids.to(model.device), {}, [site], readout=readout, last=site.layer)
         index = pd.Index([windows.document[place] for place in places], name="document")
         tables.append(pd.DataFrame(found.double().numpy(), index, pd.MultiIndex.from_tuples(columns)))
     table = pd.concat(tables).groupby("document").mean()

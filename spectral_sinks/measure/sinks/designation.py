@@ -11,6 +11,7 @@ from spectral_sinks.data.texts import Windows
 from spectral_sinks.errors import renamed_argument
 from spectral_sinks.interventions.sites import Site
 from spectral_sinks.interventions.tracing import Interventions
+from spectral_sinks.measure.results import Result
 from spectral_sinks.measure.sinks.attempts import Attempts, Found, site_of
 from spectral_sinks.measure.sinks.sink import scalars
 from spectral_sinks.models.attention_capture import AttentionHook
@@ -31,8 +32,8 @@ DESIGNATION = (
 """The rule of `designate`. "More" means that the whole interval over documents lies above."""
 
 
-@dataclass(frozen=True, eq=False)
-class Designation:
+@dataclass(frozen=True, eq=False, repr=False)
+class Designation(Result):
     """The result of `designate`: the intervention that works, its cost, and whether the new sink is dark."""
 
     model: str

@@ -179,25 +179,30 @@ def measure_edits(
 
     sites = residual_sites(model)
 
-    def readout(final: Tensor, read: dict[Site, Tensor], _: list[Tensor]) -> tuple[Any, ...]:
-        # NLL, KL and residuals are those of the text, without the prefix
+    # NLL, KL and residuals are those of the text, without the prefix
+    def sizes(x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x[:, size:]
+        norms = x.double().norm(dim=-1)
+        shares = [space.share(x).double() for space in spaces]
+        stacked = torch.stack(shares, -1) if shares else norms.new_zeros(*norms.shape, 0)
+        return norms.cpu(), stacked.cpu()
+
+    def readout(final: Tensor, read: dict[Site, Any], _: list[Tensor]) -> tuple[Any, ...]:
         own = final[:, size:]
         if reference is None:
             scores, made = untouched(model, own, ids)
         else:
             scores, made = score(model, own, ids, reference), None
         kl = torch.zeros_like(scores.nll) if scores.kl is None else scores.kl
-        residuals = [read[site][:, size:] for site in sites]
-        norms = torch.stack([x.double().norm(dim=-1) for x in residuals], 1)
-        shares = [torch.stack([space.share(x) for x in residuals], 1) for space in spaces]
-        stacked = torch.stack(shares, -1) if shares else norms.new_zeros(*norms.shape, 0)
-        found = (scores.nll.double().mean(1), kl.double().mean(1), norms, stacked.double())
-        return (*(x.cpu() for x in found), made)
+        norms, shares = (torch.stack(each, 1) for each in zip(*(read[site] for site in sites), strict=True))
+        return scores.nll.double().mean(1).cpu(), kl.double().mean(1).cpu(), norms, shares, made
 
     with ExitStack() as stack:
         # `watch` is last, so it sees attention after all edits
         for look in (*parts.attention, watch):
             stack.enter_context(attending(model, look))
-        nll, kl, norms, shares, made = trace(model, text, parts.edits, sites, readout=readout)
+        nll, kl, norms, shares, made = trace(
+            model, text, parts.edits, dict.fromkeys(sites, sizes), readout=readout
+        )
     given = torch.stack([received[layer] for layer in range(model.layers)], 1)
     return EditEffect(nll, kl, given[..., size:], given[..., :size].sum(-1), norms, shares), made

@@ -3,12 +3,13 @@
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from numpy.typing import NDArray
+from torch import Tensor
 
 from spectral_sinks.data.pixels import Pixels
 from spectral_sinks.data.texts import Windows
@@ -23,17 +24,19 @@ from spectral_sinks.measure.residual.massive import (
     usual_levels,
 )
 from spectral_sinks.measure.residual.matrix_spectrum import by_convention
+from spectral_sinks.measure.results import Result
 from spectral_sinks.measure.sinks.dark_share import as_json
-from spectral_sinks.measure.sinks.rule import RULE, places_of
-from spectral_sinks.measure.sinks.sink import Sink, measure_sinks, sink_rows
+from spectral_sinks.measure.sinks.rule import RULE, eligible, marked, places_of
+from spectral_sinks.measure.sinks.sink import SHOWN, Sink, counted_sinks, measure_sinks, sink_rows
 from spectral_sinks.models.attention_sdpa import TOKENS
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.spectra.spectrum import Spectrum
+from spectral_sinks.spectra.subspace import random_subspaces
 from spectral_sinks.stats import Estimate
 
 
-@dataclass(frozen=True, eq=False)
-class Sinks:
+@dataclass(frozen=True, eq=False, repr=False)
+class Sinks(Result):
     """The sinks that `find_sinks` found, with the attention and residuals that they were found from."""
 
     model: str
@@ -70,6 +73,13 @@ class Sinks:
     repeated: int
     """Number of windows in which one token fills at least half of the positions."""
 
+    listed: ClassVar[tuple[str, ...]] = SHOWN
+
+    @property
+    def headline(self) -> str:
+        """How many sinks there are, and in how many windows of which model."""
+        return f"{counted_sinks(self.sinks)} of {self.model} in {len(self.attention.windows)} windows"
+
     @property
     def convention(self) -> str:
         """The convention that decides which sinks are dark."""
@@ -85,6 +95,18 @@ class Sinks:
         """The role of each token that was read; None for windows that are not chats."""
         windows = self.attention.windows
         return windows.roles if isinstance(windows, Windows) else None
+
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """The positions among the sinks."""
+        return tuple(sorted(sink.position for sink in self.sinks if sink.position is not None))
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """The token ids of the sinks that are tied to a token and not to a position."""
+        elsewhere = self.members.copy()
+        elsewhere[:, list(self.positions)] = False
+        return tuple(np.unique(self.attention.ids[elsewhere]).tolist())
 
     @property
     def dispersed(self) -> bool:
@@ -105,6 +127,33 @@ class Sinks:
     def table(self) -> pd.DataFrame:
         """The attention by document, layer and head, as in `by_head`."""
         return self.by_head()
+
+    def mask(self, ids: Int[Tensor, "batch tokens"]) -> Bool[Tensor, "batch tokens"]:
+        """Mark the sinks in other token ids: the listed positions, and every occurrence of the listed tokens.
+
+        No model is run. A mask by the norm of the residual is made by `sink_mask`, from a `SinkRule`.
+        """
+        return marked(ids, self.positions, self.token_ids)
+
+    def channels(self) -> pd.DataFrame:
+        """Return the channels in which tokens of high norm have their largest activation, one row each.
+
+        The columns are `channel`; the number of `documents` and of (token, site) pairs, `tokens`; the
+        `first` and `last` layer at whose exit it is the largest (-1: the embedding); the largest `activation`
+        and its ratio to the median activation, `median_ratio`; and whether it is `massive` by the published
+        rule (Sun et al. 2024). The channel of most pairs comes first.
+        """
+        found = self.massive.groupby("dimension").agg(
+            documents=("document", "nunique"),
+            tokens=("document", "size"),
+            first=("layer", "min"),
+            last=("layer", "max"),
+            activation=("activation", "max"),
+            median_ratio=("median_ratio", "max"),
+            massive=("massive", "any"),
+        )
+        found = found.rename_axis("channel").reset_index()
+        return found.sort_values(["tokens", "channel"], ascending=[False, True], ignore_index=True)
 
     def summary(self) -> pd.DataFrame:
         """Return one row per sink, the most attended first: the fields of `Sink`, each estimate with its
@@ -267,8 +316,12 @@ def find_sinks(
     read = opened(model, windows, length)
     if isinstance(read, Pixels):
         raise InputError("sinks of images are found by kind of token: vision_sinks(model, pixels)")
-    # One set of passes gives the attention and the norms of all positions
-    attention, residuals = attention_and_residuals(model, read, batch_size)
+    darks = {name: each.dark() for name, each in spectra.items()}
+    # One set of passes gives the attention, the norms and the dark shares of all positions
+    # The tokens that can be listed are few, so that random subspaces cost little there
+    able = eligible(np.stack(read.rows), read.document) if model.causal else None
+    randoms = random_subspaces(model.d, next(iter(darks.values())).rank, draws)
+    attention, residuals = attention_and_residuals(model, read, batch_size, darks, able, randoms)
     levels = usual_levels(model, attention, residuals, batch_size)
     high = residuals.high(levels)
     # Site l is what layer l reads; the last exit is read by no layer

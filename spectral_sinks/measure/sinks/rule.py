@@ -1,11 +1,14 @@
 """The rule that decides which positions and tokens are sinks, and the search for them."""
 
 from collections import Counter
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool
+import torch
+from jaxtyping import Bool, Int
 from numpy.typing import NDArray
+from torch import Tensor
 
 from spectral_sinks.measure.attention.by_position import PositionAttention
 
@@ -43,10 +46,10 @@ def above(
 
     Only positions with half of the queries at or after them count.
     """
-    return (attention.alpha > epsilon) & _counted(attention)[:, None, None]
+    return (attention.alpha > epsilon) & counted(attention)[:, None, None]
 
 
-def _counted(attention: PositionAttention) -> Bool[NDArray[np.bool_], "windows tokens"]:
+def counted(attention: PositionAttention) -> Bool[NDArray[np.bool_], "windows tokens"]:
     """Return the positions that have at least half of the queries at or after them."""
     return (attention.ids >= 0) & (attention.queries >= attention.lengths[:, None] / 2)
 
@@ -63,15 +66,37 @@ def places_of(attention: PositionAttention, epsilon: float) -> list[Place]:
         held = Counter(ids[member].tolist())
         found.append(Place(int(position), next(iter(held)) if len(held) == 1 else None, held, member))
     # Tokens count only at positions that are not listed themselves
-    elsewhere = _counted(attention)
+    elsewhere = counted(attention)
     elsewhere[:, positions] = False
     for token in np.unique(ids[drawn & elsewhere]).tolist():
         member = (ids == token) & elsewhere
         holding = in_documents(attention, member.any(1))
         sinks = in_documents(attention, (drawn & member).any(1))
-        if sinks.sum() >= max(3, FEWEST * len(sinks), SHARE * holding.sum()):
+        if sinks.sum() >= max(fewest(len(sinks)), SHARE * holding.sum()):
             found.append(Place(None, token, Counter({token: int(member.any(1).sum())}), member))
     return found
+
+
+def eligible(
+    ids: Int[NDArray[np.int64], "windows tokens"], document: Sequence[int]
+) -> Bool[NDArray[np.bool_], "windows tokens"]:
+    """Return the tokens of causal windows of one length that can be listed as sinks, whatever attention is.
+
+    They occur in as many documents as the rule asks for, at positions with half of the queries at or after
+    them.
+    """
+    found = np.zeros(ids.shape, dtype=np.bool_)
+    found[:, : (ids.shape[1] + 2) // 2] = True
+    owners = np.asarray(document)
+    held = {(token, owner) for row, owner in zip(ids, owners, strict=True) for token in set(row[found[0]])}
+    by_token = Counter(token for token, _ in held)
+    least = fewest(len(np.unique(owners)))
+    return found & np.isin(ids, [token for token, count in by_token.items() if count >= least])
+
+
+def fewest(documents: int) -> float:
+    """Return the number of documents, of some, in which a token is a sink at least if it is listed."""
+    return max(3, FEWEST * documents)
 
 
 def in_documents(
@@ -79,3 +104,13 @@ def in_documents(
 ) -> NDArray[np.bool_]:
     """Return whether something holds in any window of each document."""
     return attention.by_document(values.astype(float)) > 0
+
+
+def marked(
+    ids: Int[Tensor, "batch tokens"], positions: Collection[int], tokens: Collection[int]
+) -> Bool[Tensor, "batch tokens"]:
+    """Mark some positions, and some token ids wherever they occur."""
+    found = torch.isin(ids, torch.tensor(sorted(tokens), dtype=ids.dtype, device=ids.device))
+    here = [position for position in positions if position < ids.shape[1]]
+    found[:, here] = True
+    return found

@@ -2,35 +2,43 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from jaxtyping import Bool, Float, Shaped
 from numpy.typing import NDArray
 from torch import Tensor
 
+from spectral_sinks.data.texts import Windows
 from spectral_sinks.interventions.sites import Site
-from spectral_sinks.interventions.tracing import trace
+from spectral_sinks.interventions.tracing import deepest, trace
 from spectral_sinks.measure.attention.by_position import PositionAttention
-from spectral_sinks.measure.memory import batches
+from spectral_sinks.measure.memory import batch_size_for, batches
 from spectral_sinks.measure.residual.band_energy import residual_sites
 from spectral_sinks.measure.residual.massive import Residuals
 from spectral_sinks.measure.sinks.dark_share import DarkShare, as_json, disagreement_on, record_of, row_of
 from spectral_sinks.measure.sinks.rule import Place, above, in_documents
 from spectral_sinks.models.base import Transformer
+from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.models.vision import VisionModel
 from spectral_sinks.spectra.conventions import suffixes
 from spectral_sinks.spectra.spectrum import Spectrum
 from spectral_sinks.spectra.subspace import Subspace, random_subspaces
+from spectral_sinks.spectra.subspace import shares as shares_in
 from spectral_sinks.stats import Estimate
+
+SHOWN = (
+    *("position", "token", "share_of_documents", "layer", "onset_layer", "attention_mass", "norm_ratio"),
+    *("dark_share", "other_dark_share", "dark"),
+)
+"""The columns that a table of sinks shows of itself."""
 
 UNKNOWN = Estimate(float("nan"), float("nan"), float("nan"))
 """An estimate without a value."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Sink:
     """A sink: a position, or a token that draws attention at other positions.
 
@@ -69,6 +77,18 @@ class Sink:
     is none."""
     norm_erasure: int | None
     """The exit after the last one at which it does; None if the last exit does, or none."""
+
+    def __repr__(self) -> str:
+        place = repr(self.token) if self.position is None else f"position {self.position}"
+        if self.position is not None and self.token is not None:
+            place += f" ({self.token!r})"
+        end = "the last" if self.erasure_layer is None else str(self.erasure_layer - 1)
+        dark = "".join(f", {each.share.value:.3f} dark ({name})" for name, each in self.conventions.items())
+        return (
+            f"<Sink at {place} in {self.documents} documents: layers {self.onset_layer} to {end}; at layer "
+            f"{self.layer} attention {self.attention_mass.value:.3f}, norm ratio {self.norm_ratio.value:.3g}"
+            f"{dark}>"
+        )
 
     @property
     def convention(self) -> str | None:
@@ -123,6 +143,11 @@ class Sink:
         return found | named | record_of(self.conventions)
 
 
+def counted_sinks(sinks: Sequence[Sink]) -> str:
+    """Return how many sinks there are, in words."""
+    return "no sink" if not sinks else f"{len(sinks)} sink{'s' * (len(sinks) != 1)}"
+
+
 def scalars(result: Any) -> dict[str, Any]:
     """Return the numbers, texts and sites of a result as one flat row.
 
@@ -173,7 +198,8 @@ def measure_sinks(
     Args:
         model: the model that was observed.
         attention: attention received by every position.
-        residuals: norms of the residuals at every site.
+        residuals: norms of the residuals at every site. Their shares in the dark tails are measured here if
+            they do not hold them, and so are those of tokens in random subspaces.
         high: which tokens have high norm at each site.
         spectra: the spectra whose dark tails are tested, by convention; without one there is no dark share.
         places: the sinks to measure.
@@ -191,7 +217,11 @@ def measure_sinks(
     # The layer that gives each sink the most attention
     layers = [int(np.nanmean(attention.by_document(alpha), axis=0).argmax()) for alpha in alphas]
     darks = {name: spectrum.dark() for name, spectrum in spectra.items()}
-    shares = _dark_shares(model, attention, darks, layers, places, others, draws, batch_size)
+    lacking = [name for name in darks if name not in residuals.shares]
+    rank = next((dark.rank for dark in darks.values()), 0)
+    randoms = random_subspaces(model.d, rank, draws)
+    spaces = [*(darks[name] for name in lacking), *(randoms if darks else [])]
+    shares = _shares(model, attention, residuals, spaces, layers, places, bool(lacking), batch_size)
     # Which tokens are sinks of some head, [windows, layers, tokens]
     drawn: NDArray[np.bool_] = np.any(above(attention, epsilon), axis=2)
     found: list[Sink] = []
@@ -199,6 +229,9 @@ def measure_sinks(
         # In which documents and layers it is a sink, and at which sites it has high norm
         present = in_documents(attention, np.any(drawn & place.member[:, None], axis=2))
         documents = int(present.any(1).sum())
+        dark = {name: residuals.shares[name][:, layer] for name in darks if name not in lacking}
+        dark |= {name: share[..., index] for index, name in enumerate(lacking)}
+        random = _mean(share[..., len(lacking) :], place.member)
         onset, erasure = _spell(present.sum(0) >= present.sum(0).max() / 2)
         is_high = attention.by_document(_mean(np.moveaxis(high, 1, 2), place.member))
         rise, fall = _spell(np.nanmean(is_high, axis=0) >= 0.5)
@@ -216,10 +249,10 @@ def measure_sinks(
                 norm_ratio=_over_documents(attention, _norm_ratio(residuals.norm[:, layer], place, others)),
                 conventions={
                     name: DarkShare(
-                        _over_documents(attention, share.dark[:, index], share.random),
-                        _over_documents(attention, share.others[:, index]),
+                        _over_documents(attention, _mean(dark[name], place.member), random),
+                        _over_documents(attention, _mean(dark[name], others)),
                     )
-                    for index, name in enumerate(darks)
+                    for name in darks
                 },
                 onset_layer=onset,
                 erasure_layer=erasure,
@@ -234,7 +267,8 @@ def _mean(
     values: Shaped[NDArray[Any], "windows tokens *rest"], member: Bool[NDArray[np.bool_], "windows tokens"]
 ) -> NDArray[np.float64]:
     """Return the mean of the values over the members of each window, NaN in a window without members."""
-    chosen = np.where(member.reshape(*member.shape, *(1,) * (values.ndim - 2)), values, 0.0).sum(1)
+    chosen = np.where(member.reshape(*member.shape, *(1,) * (values.ndim - 2)), values, 0.0)
+    chosen = chosen.sum(1, dtype=np.float64)
     count = member.sum(1).reshape(-1, *(1,) * (values.ndim - 2))
     return np.where(count > 0, chosen / np.maximum(count, 1), np.nan)
 
@@ -292,46 +326,52 @@ def _text(model: Transformer, token: int) -> str:
     return str(token) if tokenizer is None else tokenizer.decode([token])
 
 
-class Shares(NamedTuple):
-    """Shares of a sink's residual energy by window; NaN in a window without the sink."""
-
-    dark: Float[NDArray[np.float64], "windows conventions"]
-    others: Float[NDArray[np.float64], "windows conventions"]
-    """Dark share of the other tokens."""
-    random: Float[NDArray[np.float64], "windows draws"]
-    """Share of the sink in each random subspace."""
-
-
-def _dark_shares(
+def _shares(
     model: Transformer,
     attention: PositionAttention,
-    darks: Mapping[str, Subspace],
+    residuals: Residuals,
+    spaces: Sequence[Subspace],
     layers: Sequence[int],
     places: Sequence[Place],
-    others: NDArray[np.bool_],
-    draws: int,
+    of_all: bool,
     batch_size: int | None,
-) -> list[Shares]:
-    """Return the shares of each sink in the dark tails and in random subspaces, from one set of passes."""
-    windows, count = len(others), len(darks)
-    spaces: list[Subspace] = list(darks.values())
-    spaces += random_subspaces(model.d, spaces[0].rank if spaces else 0, draws)
-    found = [Shares(*(np.full((windows, k), np.nan) for k in (count, count, draws))) for _ in layers]
-    if not layers or not darks:
+) -> list[Float[NDArray[np.float64], "windows tokens spaces"]]:
+    """Return the shares of the residuals that some layers read in some subspaces, for each of the layers.
+
+    The passes end with the highest layer that is needed. If not the shares `of_all` tokens are wanted, they
+    also end behind the last token of the sinks, which in a causal model reads nothing behind it. The shares
+    of tokens come from `residuals` where these hold them.
+    """
+    found = [np.full((*attention.ids.shape, len(spaces)), np.nan) for _ in layers]
+    if not spaces:
         return found
-    stream = residual_sites(model)
-    sites = list(dict.fromkeys(stream[layer] for layer in layers))
-    for rows, ids in batches(model, attention.windows, batch_size):
+    stream, whole = residual_sites(model), attention.windows
+    whole_texts = of_all or not attention.causal
+    cut = not whole_texts and isinstance(model, LanguageModel) and not model.positions_by_length
+    kinds = [place.position is None if cut else None for place in places]
+    left = list(dict.fromkeys(kinds))
+    held = residuals.marked_shares
+    if held is not None and True in left:
+        left.remove(True)
+        for index in (place for place, kind in enumerate(kinds) if kind):
+            found[index][residuals.marked] = held[:, layers[index]]
+    for kind in left:
+        group = [index for index, other in enumerate(kinds) if other == kind]
+        sites = list(dict.fromkeys(stream[layers[index]] for index in group))
+        windows, size = whole, batch_size
+        if cut and isinstance(whole, Windows) and isinstance(model, LanguageModel):
+            members = np.any([places[index].member for index in group], axis=(0, 1))
+            end = max(int(np.flatnonzero(members).max()) + 1, 2)
+            windows = Windows.of_ids([row[:end] for row in whole.rows], model, whole.document)
+            # As many tokens in a pass as whole windows have
+            size = batch_size_for(model, whole.length, batch_size) * (whole.length // end)
+        for rows, ids in batches(model, windows, size):
 
-        def readout(final: Tensor, read: dict[Site, Tensor], weights: list[Tensor]) -> dict[Site, Any]:
-            shares = {s: torch.stack([space.share(x) for space in spaces], -1) for s, x in read.items()}
-            return {s: x.double().cpu().numpy() for s, x in shares.items()}
+            def readout(final: Tensor, read: dict[Site, Tensor], weights: list[Tensor]) -> dict[Site, Any]:
+                return {s: shares_in(spaces, x).double().cpu().numpy() for s, x in read.items()}
 
-        read = trace(model, ids.to(model.device), {}, sites, readout=readout)
-        for values, layer, place in zip(found, layers, places, strict=True):
-            here = read[stream[layer]]
-            length = slice(attention.windows.tokens(ids).shape[1])
-            at = _mean(here, place.member[rows, length])
-            values.dark[rows], values.random[rows] = at[:, :count], at[:, count:]
-            values.others[rows] = _mean(here[..., :count], others[rows, length])
+            read = trace(model, ids.to(model.device), {}, sites, readout=readout, last=deepest(sites))
+            for index in group:
+                here = read[stream[layers[index]]]
+                found[index][rows, : here.shape[1]] = here
     return found

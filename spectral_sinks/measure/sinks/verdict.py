@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import pandas as pd
 
@@ -13,8 +13,10 @@ from spectral_sinks.interventions.tracing import Interventions
 from spectral_sinks.measure.attention.received import EPSILON, attention_by_head, uniform_attention
 from spectral_sinks.measure.nll.effects import Effect, evaluate_all
 from spectral_sinks.measure.residual.matrix_spectrum import by_convention
+from spectral_sinks.measure.results import Result
 from spectral_sinks.measure.sinks.dark_share import carrier_shares
 from spectral_sinks.measure.sinks.sink import flat_row, scalars
+from spectral_sinks.models.attention_sdpa import TOKENS
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.spectra.conventions import disagreement
 from spectral_sinks.spectra.filters import remove
@@ -40,8 +42,8 @@ BY_CONVENTION = ("verdict", "reason", "share", "others", "cut", "delta", "reache
 """The fields of a verdict that depend on the convention."""
 
 
-@dataclass(frozen=True)
-class SinkVerdict:
+@dataclass(frozen=True, repr=False)
+class SinkVerdict(Result):
     """The measurements of one model, and the verdict that follows from them by `RULE`."""
 
     model: str
@@ -79,6 +81,17 @@ class SinkVerdict:
     """Number of random draws whose difference in NLL reaches that of the dark tail."""
     alternatives: "tuple[SinkVerdict, ...]" = ()
     """The verdicts under the other conventions, from the same passes."""
+
+    listed: ClassVar[tuple[str, ...]] = (
+        *("verdict", "reason", "layer", "onset", "site", "rank", "documents", "nll", "rate", "head", "mass"),
+        *("share", "others", "cut", "delta", "reached", "draws"),
+    )
+
+    @property
+    def headline(self) -> str:
+        """The verdict, its convention, and what other conventions say."""
+        said = f"{self.model}: {self.verdict} ({self.convention} convention)"
+        return f"{said}; {self.disagreement}" if self.disagreement else said
 
     @property
     def conventions(self) -> "dict[str, SinkVerdict]":
@@ -139,9 +152,14 @@ def sink_verdict(
             spectra that differ in more than their convention.
 
     """
+    model.require_head("a verdict")
     spectra = by_convention(model, spectrum)
     if windows.record["documents"] < 2:
         raise InputError("a verdict needs intervals: give at least two documents")
+    if not model.causal and (shortest := min(windows.lengths)) < TOKENS:
+        raise InputError(
+            f"a verdict needs windows of {TOKENS} tokens, and the shortest has {shortest}: give longer texts"
+        )
     # The layer and the head with the strongest sink, and the onset
     heads = attention_by_head(model, windows, batch_size=batch_size)
     by_layer = heads.groupby(["layer", "document"])["attention"].mean()

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from numpy.typing import ArrayLike, NDArray
 
 from spectral_sinks.errors import InputError
+from spectral_sinks.files import expanded
 from spectral_sinks.stats import mean_interval, summarise
 
 COLUMNS = ("x0", "y0", "x1", "y1")
@@ -34,7 +35,7 @@ def read_boxes(path: str | Path) -> dict[str, Float[NDArray[np.float64], "boxes 
     Raises InputError for a file that does not exist or cannot be read, missing columns, no boxes, and empty
     boxes.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     try:
         if path.is_dir():
             rows = [row for file in sorted(path.rglob("*.xml")) for row in _voc(file)]

@@ -13,7 +13,7 @@ from spectral_sinks.data.pixels import Pixels
 from spectral_sinks.errors import InputError
 from spectral_sinks.interventions.sites import Site
 from spectral_sinks.interventions.tracing import Interventions, Resume
-from spectral_sinks.measure.memory import batch_size_for, batches
+from spectral_sinks.measure.memory import BATCH, batches, swap_groups
 from spectral_sinks.measure.nll.effects import InterventionEffect
 from spectral_sinks.measure.nll.replay import apply_and_measure, first_exit, for_batch
 from spectral_sinks.measure.vision.features import (
@@ -112,15 +112,14 @@ def evaluate_images(
         batch_size: images in a pass.
 
     Raises:
-        InputError: for sites or widths that the model does not have, a probe without labels, and a swap in a
-            batch of one image.
+        InputError: for sites or widths that the model does not have, a probe without labels, and a swap that
+            leaves one image alone.
 
     """
-    batch_size = batch_size_for(model, pixels.length, batch_size)
     cells = {name: as_edits(interventions) for name, interventions in cells.items()}
     for edits in cells.values():
         for site, edit in edits.items():
-            check_image_edit(site, edit, model, pixels, batch_size)
+            check_image_edit(site, edit, model, pixels)
     truth = pixels.labels if labels is None else torch.as_tensor(labels)
     if truth is not None and len(truth) != len(pixels):
         raise InputError(f"{len(truth)} labels for {len(pixels)} images")
@@ -135,7 +134,8 @@ def evaluate_images(
     base: list[dict[str, Tensor]] = []
     columns: dict[str, list[dict[str, Tensor]]] = {name: [] for name in cells}
     vectors: dict[str, list[dict[str, Tensor]]] = {name: [] for name in cells}
-    for places, batch in batches(model, pixels, batch_size):
+    swaps = any(edit.swaps for edits in cells.values() for edit in edits.values())
+    for places, batch in swap_groups(pixels) if swaps else batches(model, pixels, batch_size):
         batch = batch.to(model.device)
         untouched, residuals = run_encoder(model, batch, {}, exits)
         base.append(features(model, untouched))
@@ -164,14 +164,16 @@ def evaluate_images(
     return effects
 
 
-def check_image_edit(site: Site, edit: Edit, model: VisionModel, pixels: Pixels, batch_size: int) -> None:
+def check_image_edit(site: Site, edit: Edit, model: VisionModel, pixels: Pixels) -> None:
     """Raise InputError for a filter that is not defined at a site of this model or on these images."""
     site.check(model)
     edit.check_width(model.d, site, model.name)
-    if edit.swaps and len(pixels) % batch_size == 1:
+    if edit.swaps:
+        pixels.require_one_shape()
+    if edit.swaps and len(pixels) % BATCH == 1:
         raise InputError(
-            f"fill 'swap' takes another image of the batch, and {len(pixels)} images in batches of "
-            f"{batch_size} leave one alone: give another batch_size"
+            f"fill 'swap' pairs images in groups of {BATCH}, and of {len(pixels)} images one is left alone: "
+            "give one more, or one less"
         )
     if max(edit.token_ids, default=0) > len(model.prefix):
         raise InputError(

@@ -3,24 +3,23 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
-import numpy as np
 import pandas as pd
 
 from spectral_sinks.data.pixels import Pixels
 from spectral_sinks.errors import InputError
 from spectral_sinks.measure.attention.by_position import check_inputs
-from spectral_sinks.measure.attention.capture import show_attention
 from spectral_sinks.measure.attention.received import EPSILON
-from spectral_sinks.measure.circuits.heads import NO_OP, written_norms
-from spectral_sinks.measure.residual.massive import attention_and_residuals, usual_levels
+from spectral_sinks.measure.circuits.heads import NO_OP
+from spectral_sinks.measure.residual.massive import usual_levels
 from spectral_sinks.measure.residual.matrix_spectrum import by_convention
+from spectral_sinks.measure.results import Result
 from spectral_sinks.measure.sinks.dark_share import as_json
 from spectral_sinks.measure.sinks.rule import SHARE, Place
-from spectral_sinks.measure.sinks.sink import Sink, measure_sinks, sink_rows
+from spectral_sinks.measure.sinks.sink import SHOWN, Sink, counted_sinks, measure_sinks, sink_rows
 from spectral_sinks.measure.vision.image_attention import ImageAttention, total_of
-from spectral_sinks.models.attention_capture import AttentionCall
+from spectral_sinks.measure.vision.image_passes import pass_over_images
 from spectral_sinks.models.vision import VisionModel
 from spectral_sinks.spectra.spectrum import Spectrum
 from spectral_sinks.stats import Estimate
@@ -35,14 +34,21 @@ RULE = (
 """The rule of `vision_sinks`. All of it is [ours] except alpha_k, epsilon and the value ratio."""
 
 
-@dataclass(frozen=True, eq=False)
-class VisionSinks(ImageAttention):
+@dataclass(frozen=True, eq=False, repr=False)
+class VisionSinks(ImageAttention, Result):
     """The sinks that `vision_sinks` found, with the attention to every token."""
 
     sinks: tuple[Sink, ...] = ()
     """The kinds of token that are sinks by `RULE` (`token` holds the kind), the most attended first."""
     conventions: tuple[str, ...] = ()
     """The conventions of the spectra given, the one that decides first; empty without a spectrum."""
+
+    listed: ClassVar[tuple[str, ...]] = SHOWN
+
+    @property
+    def headline(self) -> str:
+        """How many kinds of token are sinks, and in how many images of which model."""
+        return f"{counted_sinks(self.sinks)} of {self.model} in {len(self.members)} images"
 
     @property
     def onset_layer(self) -> int | None:
@@ -69,19 +75,20 @@ class VisionSinks(ImageAttention):
             "model": self.model,
             "epsilon": self.epsilon,
             "tokens_per_image": self.length,
-            "uniform": 1 / self.length,
+            "uniform": float(self.uniform.mean()),
             "relative_epsilon": self.relative,
             "images": len(self.members),
-            "grid": list(self.grid),
+            "grid": list(self.grid) if self.pixels.alike else None,
             "prefix": list(self.prefix),
             "conventions": list(self.conventions),
             "sinks": [sink.record() for sink in self.sinks],
             "onset_layer": self.onset_layer,
             **as_json("total_sink_mass", Estimate.of(total)),
-            "uniform_total_sink_mass": float(self.members.sum(1).mean() / self.length),
+            "uniform_total_sink_mass": float((self.members.sum(1) * self.uniform).mean()),
             "kinds": json_rows(self.by_kind()),
             "patches": json_rows(self.patches()),
             "layers": json_rows(self.by_layer()),
+            "heads": json_rows(self.heads()),
             "rule": RULE,
         }
 
@@ -118,17 +125,9 @@ def vision_sinks(
     if not 0 <= epsilon < 1:
         raise InputError(f"epsilon {epsilon}: attention received lies between 0 and 1")
     spectra = {} if spectrum is None else by_convention(model, spectrum)
-    writes = [written_norms(model, layer) for layer in range(model.layers)]
-    attention, residuals = attention_and_residuals(model, pixels, batch_size)
-    # Norms of what each value writes, in a second set of passes
-    written = np.zeros(attention.alpha.shape, dtype=np.float32)
-
-    def look(call: AttentionCall, places: list[int]) -> None:
-        value = call.value.repeat_interleave(call.groups, dim=1).double()
-        written[places, call.layer] = (value @ writes[call.layer].to(value.device)).norm(dim=-1).cpu()
-
-    show_attention(model, pixels, [look], batch_size=batch_size)
-    found = VisionSinks(model.name, epsilon, model.prefix, pixels.grid, attention, written, residuals)
+    seen = pass_over_images(model, pixels, batch_size)
+    attention, residuals = seen.attention, seen.residuals
+    found = VisionSinks(model.name, epsilon, model.prefix, attention, seen.written, residuals)
     # A prefix token is one sink for all images; of patches only the sinks of each image count
     places: list[Place] = []
     for token, kind in enumerate((*model.prefix, "patch")):

@@ -49,7 +49,7 @@ def token_probes(
         "shuffled"): the `mean` over `images` images, with `low` and `high`.
 
     Raises:
-        InputError: where there are no outliers, and for fewer than four images.
+        InputError: where there are no outliers, for fewer than four images, and for images of several shapes.
 
     """
     layer = found.strongest if layer is None else layer
@@ -57,14 +57,14 @@ def token_probes(
         raise InputError(f"layer {layer}: {found.model} has layers 0 to {found.norm.shape[1] - 2}, or -1")
     if layer is None or not found.member[:, layer + 1].any():
         raise InputError(f"{found.model} has no outliers at layer {layer}: there is nothing to compare")
-    pixels = found.pixels
+    pixels, grid = found.pixels, found.pixels.grid
     if len(pixels) < 4:
         raise InputError(f"probes of {len(pixels)} images: give at least four, half of which are held out")
     return probe_tokens(
         token_features(pixels.model, pixels, layer, batch_size),
         torch.from_numpy(found.member[:, layer + 1].copy()),
         torch.stack([patches_of(pixels[place], pixels.model.patch_size) for place in range(len(pixels))]),
-        pixels.grid,
+        grid,
         pixels.labels,
         seed,
     )
@@ -82,7 +82,7 @@ def token_features(
 
     parts: list[Tensor] = []
     for _, batch in batches(model, pixels, batch_size):
-        residual = trace(model, batch.to(model.device), {}, [site], readout=readout)
+        residual = trace(model, batch.to(model.device), {}, [site], readout=readout, last=site.layer)
         with torch.no_grad():
             parts.append(norm(residual).float().cpu())
     return torch.cat(parts)

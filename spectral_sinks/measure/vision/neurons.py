@@ -1,7 +1,5 @@
 """Register neurons of an image encoder: the MLP neurons that make its outlier patches."""
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -12,9 +10,10 @@ from torch import Tensor
 
 from spectral_sinks.data.pixels import Pixels
 from spectral_sinks.errors import InputError
-from spectral_sinks.interventions.registers import mlp_output
+from spectral_sinks.interventions.silencing import neuron_activations
 from spectral_sinks.interventions.tracing import trace
 from spectral_sinks.measure.memory import batches
+from spectral_sinks.measure.residual.mlp_neurons import ranked_neurons
 from spectral_sinks.measure.vision.outlier_tokens import Outliers, outliers
 from spectral_sinks.models.vision import VisionModel
 
@@ -73,7 +72,7 @@ def register_neurons(
     if not marked.any():
         raise InputError(
             f"no outlier patch in {len(norms)} images at layer {layer % model.layers}: the largest norm is "
-            f"{norms[:, layer].max():.4g}, the cut-off {cut:.4g}; give more or larger images, "
+            f"{np.nanmax(norms[:, layer]):.4g}, the cut-off {cut:.4g}; give more or larger images, "
             "another layer, or a cut-off"
         )
     # Share of the outliers that are outliers at each exit already, `[layers]`
@@ -92,29 +91,16 @@ def register_neurons(
         means = torch.einsum("kbp,bpn->kbn", marks, size) / marks.sum(2, keepdim=True).clamp(min=1)
         sums[at] = sums.get(at, 0) + means.cpu()[:, here.any(1)].sum(1)
 
-    with _activations(model, range(top + 1), add):
+    with neuron_activations(model, range(top + 1), add):
         for places, batch in batches(model, pixels, batch_size):
-            here = torch.from_numpy(marked[places])
+            rows, columns = model.grid(batch)
+            here = torch.from_numpy(marked[places, : rows * columns])
             if here.any():
-                trace(model, batch.to(model.device), {}, readout=lambda *_: None)
-    rows = [
-        pd.DataFrame(
-            {"layer": at, "neuron": range(both.shape[1]), "activation": both[0], "elsewhere": both[1]}
-        )
-        for at, both in ((at, (both / len(images)).numpy()) for at, both in sums.items())
-    ]
-    ranked = pd.concat(rows).sort_values(["activation", "layer", "neuron"], ascending=[False, True, True])
-    found = ranked.head(count).reset_index(drop=True)
+                trace(model, batch.to(model.device), {}, readout=lambda *_: None, last=top)
+    means = {at: (both / len(images)).numpy() for at, both in sums.items()}
+    found = ranked_neurons(
+        {at: {"activation": both[0], "elsewhere": both[1]} for at, both in means.items()}, "activation", count
+    )
     found.attrs = {"outliers": int(marked.sum()), "images": len(images), "cutoff": float(cut)}
     found.attrs |= {"layer": layer % model.layers, "top_layer": top}
     return found
-
-
-@contextmanager
-def _activations(model: VisionModel, layers: range, see: Any) -> Iterator[None]:
-    """Inside the block, call `see(layer, activations)` with the neurons of every MLP."""
-    with ExitStack() as stack:
-        for layer in layers:
-            hook: Any = lambda _, given, layer=layer: see(layer, given[0].detach())  # noqa: E731
-            stack.callback(mlp_output(model, layer).register_forward_pre_hook(hook).remove)
-        yield

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from spectral_sinks.data.images import Images
-from spectral_sinks.data.pixels import pixels
+from spectral_sinks.data.pixels import Shape, pixels
 from spectral_sinks.errors import InputError, SpectralWarning
 from spectral_sinks.interventions.sites import Site
 from spectral_sinks.interventions.tracing import Interventions
@@ -36,6 +36,7 @@ def discover(
     boxes: str | Path | Boxes | None = None,
     interventions: Interventions | None = None,
     size: int | None = None,
+    shape: Shape = "square",
     bias: float = 0.0,
     draws: int = DRAWS,
     seed: int = 0,
@@ -44,7 +45,7 @@ def discover(
     """Find the box of one object in each image, and control boxes where boxes are given to compare with.
 
     The method is LOST on `features` of the patches, or DINO-seg with `features="attention"`. Each picture is
-    resized as a whole to a square of `size`, so that no border is lost.
+    resized as a whole, so that no border is lost.
 
     The controls are "shuffled", the method on patches in random positions, `draws` times; "centred", a
     centred box of the average size of the given ones, as shares of the picture; and "whole", the whole image.
@@ -60,6 +61,7 @@ def discover(
         boxes: boxes of `read_boxes`, or a file or folder of them.
         interventions: the edit at each site.
         size: side of the square in pixels; that of the model by default.
+        shape: "square", or "own" for pictures that keep their shape, as in `pixels`.
         bias: added to every correlation, as in `lost`.
         draws: number of shuffles of each image's patches.
         seed: of the shuffles.
@@ -87,7 +89,7 @@ def discover(
     model.require_weights("object discovery")
     if not isinstance(images, Tensor) and (size := size or model.image_size) is None:
         raise InputError(f"{model.name} does not say what size of image it was made for: give size")
-    read = pixels(cast(Any, images), model, size=size)
+    read = pixels(cast(Any, images), model, size=size, shape=shape)
     names = list(getattr(images, "names", map(str, range(len(read)))))
     boxes = read_boxes(boxes) if isinstance(boxes, str | Path) else boxes
     # Boxes of each image, or None

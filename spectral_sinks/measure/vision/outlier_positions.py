@@ -22,8 +22,10 @@ def outlier_places(found: Outliers, layer: int | None = None) -> pd.DataFrame:
     as far from the border), and "same place" (the same position in images where it is not an outlier).
     `outliers`, `others` and their `difference` are means over the `images` that have such a pair, and `low`
     to `high` is the interval of the difference. The table is empty without outliers at `layer`, by default
-    the layer with most outliers. Raises InputError for a layer that the model does not have.
+    the layer with most outliers. Raises InputError for a layer that the model does not have, and for images
+    of several shapes.
     """
+    border = border_distance(found.pixels.grid).ravel()
     layer = found.strongest if layer is None else layer
     if layer is None:
         return pd.DataFrame(columns=COLUMNS)
@@ -33,7 +35,6 @@ def outlier_places(found: Outliers, layer: int | None = None) -> pd.DataFrame:
     if not outlier.any():
         return pd.DataFrame(columns=COLUMNS)
     alike = np.stack([neighbour_cosines(found.pixels, image).ravel() for image in range(len(found.pixels))])
-    border = border_distance(found.pixels.grid).ravel()
     far = np.broadcast_to(border, alike.shape).astype(np.float64)
     return pd.DataFrame(
         [

@@ -18,6 +18,8 @@ from spectral_sinks.interventions.sites import Site
 from spectral_sinks.interventions.tracing import trace
 from spectral_sinks.measure.memory import batches
 from spectral_sinks.measure.residual.massive import RATIO, Z, high_norm_cutoff, robust_levels
+from spectral_sinks.measure.results import Result
+from spectral_sinks.measure.vision.image_attention import ImageAttention
 from spectral_sinks.models.vision import VisionModel
 from spectral_sinks.stats import mean_interval
 
@@ -33,8 +35,8 @@ RULE = (
 Rule = Literal["robust", "published"] | float
 
 
-@dataclass(frozen=True, eq=False)
-class Outliers:
+@dataclass(frozen=True, eq=False, repr=False)
+class Outliers(Result):
     """Norms of tokens at the embedding (site 0) and the exit of layer l (site l + 1), and the outliers."""
 
     model: str
@@ -42,7 +44,7 @@ class Outliers:
     pixels: Pixels
     norm: Float[NDArray[np.float64], "images sites tokens"]
     cutoff: Float[NDArray[np.float64], " sites"]
-    """Norm above which a patch is an outlier."""
+    """Norm above which a patch is an outlier. Norms behind the last token of a smaller image are NaN."""
     median: Float[NDArray[np.float64], " sites"]
     """Median norm of all patches."""
     spread: Float[NDArray[np.float64], " sites"]
@@ -84,12 +86,13 @@ class Outliers:
         of each prefix token over the median of the patches.
         """
         rows: list[dict[str, Any]] = []
+        count = (~np.isnan(self.patches[:, 0])).sum(1)
         for site in range(self.norm.shape[1]):
-            each = self.member[:, site].mean(1)
+            each = self.member[:, site].sum(1) / count
             low, high = mean_interval(each)
             row = {"layer": site - 1, "share": float(each.mean()), "low": low, "high": high}
             row |= {"images": int((each > 0).sum()), "cutoff": float(self.cutoff[site])}
-            row |= {"median": float(self.median[site]), "largest": float(self.patches[:, site].max())}
+            row |= {"median": float(self.median[site]), "largest": float(np.nanmax(self.patches[:, site]))}
             for place, name in enumerate(self.pixels.model.prefix):
                 row[name] = float(self.norm[:, site, place].mean() / self.median[site])
             rows.append(row)
@@ -100,7 +103,8 @@ class Outliers:
         """One row per outlier: `image`, `layer`, `row`, `column`, `norm`, `ratio` to the median, and `z`."""
         image, site, patch = np.nonzero(self.member)
         norm = self.patches[image, site, patch]
-        row, column = np.divmod(patch, self.pixels.grid[1])
+        columns = np.array([columns for _, columns in self.pixels.grids])
+        row, column = np.divmod(patch, columns[image])
         table = {"image": image, "layer": site - 1, "row": row, "column": column, "norm": norm}
         table |= {"ratio": norm / self.median[site], "z": (norm - self.median[site]) / self.spread[site]}
         return pd.DataFrame(table)
@@ -111,7 +115,8 @@ class Outliers:
 
     def map(self, image: int, layer: int) -> Float[NDArray[np.float64], "rows columns"]:
         """Return the norms of the patches of one image at a layer."""
-        return self.patches[image, layer + 1].reshape(self.pixels.grid)
+        rows, columns = self.pixels.grids[image]
+        return self.patches[image, layer + 1, : rows * columns].reshape(rows, columns)
 
     def record(self) -> dict[str, Any]:
         """Return the findings as a dictionary that JSON can hold."""
@@ -126,7 +131,7 @@ class Outliers:
             "outlier_share_interval": None if peak is None else [float(peak["low"]), float(peak["high"])],
             "strongest_layer": self.strongest,
             "onset_layer": self.onset_layer,
-            "largest_ratio": float((self.patches.max((0, 2)) / self.median).max()),
+            "largest_ratio": float((np.nanmax(self.patches, (0, 2)) / self.median).max()),
         }
 
 
@@ -136,7 +141,7 @@ def outliers(
     pixels: Pixels,
     *,
     rule: Rule = "robust",
-    measured: Outliers | None = None,
+    measured: Outliers | ImageAttention | None = None,
     batch_size: int | None = None,
 ) -> Outliers:
     """Find the outlier patches of an encoder at the embedding and at every layer's exit.
@@ -147,7 +152,8 @@ def outliers(
         model: The encoder.
         pixels: Its pixels.
         rule: "robust" (`RULE`), "published" (norm above 150; made for the output of DINOv2-g), or a norm.
-        measured: Outliers of the same model and pixels. Their norms are judged by `rule`, without a pass.
+        measured: Outliers, or the result of `vision_sinks`, of the same model and pixels. Their norms are
+            judged by `rule`, without a pass.
         batch_size: Images in a pass.
 
     Raises:
@@ -157,10 +163,13 @@ def outliers(
     if not (rule in ("robust", "published") or (isinstance(rule, int | float) and rule > 0)):
         raise InputError(f"rule {rule!r}: give 'robust', 'published' or a norm above 0")
     if measured is not None and measured.pixels is not pixels:
-        raise InputError("the measured outliers are those of other pixels: give the ones of these")
-    norm = _norms(model, pixels, batch_size) if measured is None else measured.norm
+        raise InputError("what was measured is of other pixels: give what was measured of these")
+    if measured is None:
+        norm = _norms(model, pixels, batch_size)
+    else:
+        norm = measured.norm if isinstance(measured, Outliers) else measured.residuals.norm.astype(np.float64)
     patches = np.moveaxis(norm[..., len(model.prefix) :], 1, 2)  # [images, patches, sites]
-    levels = robust_levels(patches.reshape(-1, norm.shape[1]))
+    levels = robust_levels(patches[~np.isnan(patches[..., 0])])
     if rule == "robust":
         cutoff, name = high_norm_cutoff(levels), RULE
     else:
@@ -174,8 +183,8 @@ def _norms(
 ) -> Float[NDArray[np.float64], "images sites tokens"]:
     """Measure the norm of every token at the embedding and at every layer's exit."""
     sites = [Site("embedding"), *(Site("exit", layer) for layer in range(model.layers))]
-    parts: list[Tensor] = []
-    for _, batch in batches(model, pixels, batch_size):
+    norm = np.full((len(pixels), len(sites), pixels.length), np.nan)
+    for places, batch in batches(model, pixels, batch_size):
         sizes: list[Tensor] = []
 
         def measure(x: Tensor, sizes: list[Tensor] = sizes) -> Tensor:
@@ -183,8 +192,8 @@ def _norms(
             return x
 
         trace(model, batch.to(model.device), dict.fromkeys(sites, measure), readout=lambda *_: None)
-        parts.append(torch.stack(sizes, dim=1))
-    return torch.cat(parts).numpy()
+        norm[places, :, : sizes[0].shape[1]] = torch.stack(sizes, dim=1)
+    return norm
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from spectral_sinks.data.pixels import Pixels
 from spectral_sinks.interventions.sites import Kind, Site
-from spectral_sinks.interventions.tracing import Interventions, trace
+from spectral_sinks.interventions.tracing import Interventions, deepest, trace
 from spectral_sinks.measure.memory import batches
 from spectral_sinks.models.attention_capture import AttentionCall, attending
 from spectral_sinks.models.vision import VisionModel
@@ -52,7 +52,8 @@ def _features(
     model: VisionModel, batch: Tensor, features: Features, layer: int, edits: Interventions
 ) -> Float[Tensor, "batch tokens d"]:
     site = Site(cast(Kind, features), layer)
-    x = trace(model, batch, edits, [site], readout=lambda _, read, __: read[site])
+    last = deepest([site, *edits])
+    x = trace(model, batch, edits, [site], readout=lambda _, read, __: read[site], last=last)
     if features == "exit":
         return x
     part = model.module.get_submodule(f"{model.layout.layers}.{layer}")
@@ -76,5 +77,6 @@ def _attention(
             found.append(call.weights(slice(cls, cls + 1))[:, :, 0].mean(1))
 
     with attending(model, look):
-        trace(model, batch, edits, readout=lambda *_: None)
+        last = deepest([Site("exit", layer), *edits])
+        trace(model, batch, edits, readout=lambda *_: None, last=last)
     return found[0]

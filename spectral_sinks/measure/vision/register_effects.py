@@ -13,12 +13,17 @@ from numpy.typing import NDArray
 
 from spectral_sinks.data.pixels import Pixels
 from spectral_sinks.errors import InputError
-from spectral_sinks.interventions.registers import Neurons, by_layer, install_registers, mlp_output
+from spectral_sinks.interventions.registers import install_registers
+from spectral_sinks.interventions.silencing import Neurons, by_layer, mlp_output
 from spectral_sinks.measure.memory import batches
 from spectral_sinks.measure.vision.features import classes_of
 from spectral_sinks.measure.vision.outlier_tokens import Outliers, outliers
 from spectral_sinks.measure.vision.register_passes import RecordedPass, output_changes, recorded_pass, tabled
 from spectral_sinks.models.vision import VisionModel
+
+MapsOfImages = (
+    Float[NDArray[np.floating], "images rows columns"] | list[Float[NDArray[np.floating], "rows columns"]]
+)
 
 MAPS = ("norm before", "norm after", "attention before", "attention after")
 
@@ -94,7 +99,8 @@ def register_repair(
     values: dict[tuple[Any, ...], list[NDArray[Any]]] = defaultdict(list)
     classes = classes_of(model, pixels, pixels.labels)
     for places, batch in batches(model, pixels, batch_size):
-        marks = marked[places]
+        rows, columns = model.grid(batch)
+        marks = marked[places, : rows * columns]
         labels = None if classes is None else classes[places]
         base: RecordedPass | None = None
         # The first state is the original, with which the others are compared
@@ -119,8 +125,10 @@ def register_maps(
     registers: int = 1,
     layer: int = -1,
     batch_size: int | None = None,
-) -> dict[str, Float[NDArray[np.float32], "images rows columns"]]:
+) -> dict[str, MapsOfImages]:
     """Return maps over the patches of each image, before and after test-time registers.
+
+    The maps of images of several shapes are in a list.
 
     They serve `figures.registers`. The maps are "norm before" and "norm after" at the exit of `layer`, and,
     where there is a [CLS] token, "attention before" and "attention after": the attention of [CLS] in that
@@ -143,10 +151,12 @@ def register_maps(
         ):
             with edit:
                 found, start = recorded_pass(model, batch, attention=True), len(model.prefix)
-            maps[f"norm {when}"].append(found.norms[:, layer])
+            grid = model.grid(batch)
+            maps[f"norm {when}"] += [row.reshape(grid) for row in found.norms[:, layer]]
             if found.attention is not None:
-                maps[f"attention {when}"].append(found.attention[:, layer, :, start:].mean(1))
-    return {name: np.concatenate(maps[name]).reshape(-1, *pixels.grid) for name in MAPS if name in maps}
+                attention = found.attention[:, layer, :, start:].mean(1)
+                maps[f"attention {when}"] += [row.reshape(grid) for row in attention]
+    return {name: np.stack(maps[name]) if pixels.alike else maps[name] for name in MAPS if name in maps}
 
 
 def pairs(chosen: dict[int, tuple[int, ...]]) -> list[tuple[int, int]]:

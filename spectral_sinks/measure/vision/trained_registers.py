@@ -15,7 +15,7 @@ from spectral_sinks.data.pixels import Pixels
 from spectral_sinks.errors import InputError
 from spectral_sinks.interventions.registers import require_registers, without_registers
 from spectral_sinks.interventions.sites import Site
-from spectral_sinks.interventions.tracing import trace
+from spectral_sinks.interventions.tracing import deepest, trace
 from spectral_sinks.measure.memory import batches
 from spectral_sinks.measure.vision.features import classes_of
 from spectral_sinks.measure.vision.outlier_tokens import Outliers, outliers
@@ -125,6 +125,7 @@ def _registers(
             {},
             sites,
             readout=lambda _, reads, __: torch.stack([reads[site][:, here] for site in sites], dim=1).cpu(),
+            last=deepest(sites),
         )
         for _, batch in batches(model, pixels, batch_size)
     ]

@@ -1,6 +1,5 @@
 """What heads do with their sink, against eager attention and a loop over pairs of tokens."""
 
-import copy
 import json
 from dataclasses import replace
 from itertools import pairwise
@@ -111,7 +110,7 @@ def test_the_margin_is_that_of_the_logarithms_of_eager_attention(family: str) ->
 @pytest.mark.parametrize("family", tiny_models.FAMILIES)
 @pytest.mark.parametrize("tokens", [2, 4, 9])  # as many as key heads, where heads and tokens look alike
 def test_turned_keys_are_those_of_the_call(family: str, tokens: int) -> None:
-    model, place = ss.load(copy.deepcopy(tiny_models.plain(family))), tokens - 1
+    model, place = ss.load(tiny_models.plain(family)), tokens - 1
     turns = key_turns(model, place)
     errors: list[float] = []
     with unturned_keys(model) as unturned:
@@ -187,7 +186,7 @@ def test_batches_and_blocks_change_nothing(family: str, monkeypatch: pytest.Monk
 
 
 def test_queries_before_the_sink_count_where_attention_runs_both_ways() -> None:
-    model, ids = ss.load(copy.deepcopy(tiny_models.plain())), tiny_models.ids(2, TOKENS)
+    model, ids = ss.load(tiny_models.plain()), tiny_models.ids(2, TOKENS)
     maps: list[Tensor] = []
 
     def both_ways(call: AttentionCall) -> AttentionCall:
@@ -209,7 +208,7 @@ def test_queries_before_the_sink_count_where_attention_runs_both_ways() -> None:
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "gpt_neox"])
 def test_keys_are_placed_where_the_sink_is(family: str) -> None:
     """In layer 0, where a key depends on its own token alone: each token is put at the sink's position."""
-    model, ids = ss.load(copy.deepcopy(tiny_models.plain(family))), tiny_models.ids(1, 7)
+    model, ids = ss.load(tiny_models.plain(family)), tiny_models.ids(1, 7)
     moved = ids.repeat(7, 1)
     moved[:, POSITION] = ids[0]
     kept: dict[str, Tensor] = {}
@@ -406,7 +405,7 @@ def test_layers_are_summed_up_from_their_heads() -> None:
 
 def test_half_of_a_query_on_the_sink_is_enough() -> None:
     """Two tokens and no questions: the second puts half of itself on the first, to the bit."""
-    model = ss.load(copy.deepcopy(tiny_models.plain()))
+    model = ss.load(tiny_models.plain())
     for layer in model.module.model.layers:
         layer.self_attn.q_proj.weight.data.zero_()
     use = ss.head_use(model, ss.Windows.of_ids([[3, 4], [5, 6]], model))
@@ -416,7 +415,7 @@ def test_half_of_a_query_on_the_sink_is_enough() -> None:
 def test_a_document_is_dormant_where_nine_tenths_of_queries_are_on_the_sink() -> None:
     model = tiny_models.model()
     shares = (0.899, 0.9, 1.0, 0.0)
-    values = torch.tensor([[0.9, 0.5, share, 0.1, 1.0] for share in shares], dtype=torch.float64)
+    values = torch.tensor([[0.9, 0.5, share, 0.1, 1.0, 0.0, 1.0] for share in shares], dtype=torch.float64)
     frame = use_table([([0], 0, values[None])], windows(model).document)
     assert frame["dormant"].tolist() == [False, True, True, False]
     assert frame["use"].tolist() == ["active", "no-op", "no-op", "active"]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from support import planted_circuits
-from support.planted_circuits import FAMILIES, HEAD, LAYER, MARK, D
+from support.planted_circuits import FAMILIES, HEAD, LAYER, MARK, MORE, D
 
 import spectral_sinks as ss
 from spectral_sinks.measure.circuits.bands import key_directions
@@ -17,7 +17,7 @@ def planted(found: ss.circuits.Circuits) -> dict[str, float]:
     return found.heads.set_index(["layer", "head"]).loc[(LAYER, HEAD)].to_dict()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *MORE])
 def test_planted_circuit_is_found(family: str) -> None:
     model, windows = planted_circuits.made(family)
     found = look(model, windows)
@@ -47,7 +47,7 @@ def test_planted_circuit_is_lost_in_the_randomised_twin(family: str) -> None:
     assert found.found == [] and set(found.heads["use"]) == {"active"}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "qwen3_next", "gpt_oss", "mixtral"])
 def test_planted_broadcast_is_a_broadcast(family: str) -> None:
     model, windows = planted_circuits.made(family, "broadcast")
     found = look(model, windows)

@@ -38,7 +38,7 @@ def by_hand(
     ids: Tensor, edit: Callable[[Tensor], Tensor], layer: int = 1, family: str = "llama"
 ) -> pd.DataFrame:
     """One row per document: the whole filtered pass of an unwrapped model, and the untouched one."""
-    twin = copy.deepcopy(tiny_models.plain(family))
+    twin = tiny_models.plain(family)
     with torch.no_grad():
         base = twin(ids).logits.double()
         entered: list[Tensor] = []
@@ -196,7 +196,7 @@ def test_windows_of_different_lengths(model: ss.LanguageModel, dark: ss.Filter) 
 
 
 def test_half_precision_is_accumulated_in_float32(dark: ss.Filter) -> None:
-    twin = copy.deepcopy(tiny_models.plain()).to(torch.bfloat16)
+    twin = tiny_models.plain().to(torch.bfloat16)
     with torch.no_grad():
         logits = twin(IDS).logits
     assert logits.dtype == torch.bfloat16
@@ -209,6 +209,35 @@ def test_half_precision_is_accumulated_in_float32(dark: ss.Filter) -> None:
     assert 0 < effect.table["removed_energy_share"].mean() < 1
 
 
+@pytest.mark.parametrize("size", [1, 2, 5, None])
+def test_a_swap_does_not_depend_on_the_batch_size(
+    size: int | None, model: ss.LanguageModel, dark: ss.Filter
+) -> None:
+    ids = torch.randint(2, 90, (7, 20), generator=torch.Generator().manual_seed(4))
+    ids[:, 0] = 0
+    windows = ss.Windows.of_ids(ids, model)
+    cells = {
+        "swap": {EXIT: dark.filled(ss.Swap())},
+        "swaps": {EXIT: dark.filled(ss.Swap()), ss.Site("mlp", 2): dark.filled(ss.Swap())},
+        "noise": {EXIT: dark.filled(ss.Noise(1))},
+    }
+    found = ss.evaluate_all(model, windows, cells, batch_size=size)
+    blocked = dark.blocked.basis.float()
+
+    def mixed(x: torch.Tensor) -> torch.Tensor:
+        """Every window takes the component of the one before it, and the first that of the last."""
+        inside = x @ blocked @ blocked.T
+        return x - inside + inside.roll(1, 0)
+
+    sites = {"swap": [EXIT], "swaps": [EXIT, ss.Site("mlp", 2)]}
+    for name, where in sites.items():
+        logits = tiny_models.logits(model, ids, dict.fromkeys(where, mixed))
+        each = torch.nn.functional.cross_entropy(logits[:, :-1].mT, ids[:, 1:], reduction="none").mean(1)
+        np.testing.assert_allclose(found[name].table["nll"], each.numpy(), atol=1e-5)
+    one = ss.evaluate(model, windows, cells["noise"], batch_size=3)
+    np.testing.assert_allclose(found["noise"].table["nll"], one.table["nll"], atol=1e-6)
+
+
 def test_what_is_refused(model: ss.LanguageModel, windows: ss.Windows, dark: ss.Filter) -> None:
     others = IDS.clone()
     others[0, 0] = 7
@@ -218,7 +247,7 @@ def test_what_is_refused(model: ss.LanguageModel, windows: ss.Windows, dark: ss.
         ss.evaluate(model, mixed, {EXIT: swap})
     ss.evaluate(model, mixed, {EXIT: swap.at("all-but-first")})
     with pytest.raises(ss.InputError, match="another document"):
-        ss.evaluate(model, windows, {EXIT: swap}, batch_size=1)
+        ss.evaluate(model, ss.Windows.of_ids(IDS[:1], model), {EXIT: swap})
     with pytest.raises(ss.InputError, match=r"width 16, .* has width 32"):
         ss.evaluate(model, windows, {EXIT: ss.rnd(16, 2)})
     with pytest.raises(ss.InputError, match="mean of width 16 for a model of width 32"):

@@ -254,3 +254,12 @@ def test_the_verdict_of_the_experiment(experiment: Any, loops: Any, repeats: Any
         phi = dict(zip(("mean", "low", "difference_low"), numbers, strict=True))
         rows += [keys | {"filter": "Phi", "high": 0.9} | phi, keys | {"filter": "Rnd", "most": 0.25}]
     assert experiment.judged(pd.DataFrame(rows)).startswith(verdict)
+
+
+@pytest.mark.parametrize("tokens", ["first", "all-but-first"])
+def test_a_restored_norm_acts_on_the_tokens_of_the_text(tokens: Any) -> None:
+    model, prompts = tiny_models.model(), tiny_models.ids(3, 6)
+    removed = ss.remove(ss.spectra.random_subspace(model.d, 20, 0), tokens=tokens)
+    edits = {ss.Site("exit", 0): ss.spectra.NormRestored(removed)}
+    cached, whole = (ss.generate(model, prompts, edits, new=6, cached=c) for c in (True, False))
+    assert torch.equal(cached, whole)

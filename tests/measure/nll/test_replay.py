@@ -1,6 +1,5 @@
 """Suffix replay: cells together, alone and in whole passes by hooks agree; what lies below never runs."""
 
-import copy
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +18,7 @@ from torch import Tensor
 import spectral_sinks as ss
 from spectral_sinks.measure import memory
 from spectral_sinks.measure.nll import replay
+from spectral_sinks.spectra.edits import as_edit
 
 FAMILIES = ["llama", "gpt2", "gpt_neox parallel", "gemma2", "gpt_oss", "qwen2"]
 IDS = tiny_models.ids(5, 66, seed=2)
@@ -127,6 +127,8 @@ def whole_pass(
 
 
 def by_hooks(family: str, windows: ss.Windows, edits: dict[ss.Site, Any], size: int) -> pd.DataFrame:
+    if any(as_edit(edit).swaps for edit in edits.values()):  # pairs windows whatever the batch
+        size = len(windows)
     rows = [row for places, ids in windows.batches(size) for row in whole_pass(family, edits, ids, places)]
     return pd.DataFrame(rows).sort_values("document", ignore_index=True)
 
@@ -362,7 +364,7 @@ def test_what_lies_below_never_runs(
     family: str, ran: Callable[[ss.LanguageModel], dict[int, list[int]]], spectrum: ss.Spectrum
 ) -> None:
     """Of each exit one pass for all its cells, through the layers above it alone."""
-    model = ss.load(copy.deepcopy(tiny_models.plain(family)))
+    model = ss.load(tiny_models.plain(family))
     calls = ran(model)
     blocks = [ss.remove(spectrum.band(k)) for k in range(1, 9)]
     cells: Cells = {"nothing": {}}
@@ -388,7 +390,7 @@ def test_what_lies_below_never_runs(
 def test_at_the_last_exit_no_layer_runs(
     windows: ss.Windows, ran: Callable[[ss.LanguageModel], dict[int, list[int]]], spectrum: ss.Spectrum
 ) -> None:
-    model = ss.load(copy.deepcopy(tiny_models.plain()))
+    model = ss.load(tiny_models.plain())
     calls = ran(model)
     cells: Cells = {str(k): {EXITS[2]: ss.phi(spectrum, 1, k)} for k in range(1, 9)}
     effects = ss.evaluate_all(model, windows, cells)

@@ -1,7 +1,5 @@
 """High norms and massive activations: planted ones are found, and every size is recomputed."""
 
-import copy
-
 import numpy as np
 import pytest
 import torch
@@ -20,7 +18,7 @@ IDS = tiny_models.ids(4, 70, seed=3)
 
 def planted(value: float) -> ss.LanguageModel:
     """Make token 0 carry one activation of that size, in dimension 5 of the embedding."""
-    module = copy.deepcopy(tiny_models.plain("llama"))
+    module = tiny_models.plain("llama")
     module.model.embed_tokens.weight.data[0, 5] = value
     return ss.load(module)
 
@@ -130,7 +128,7 @@ def test_windows_of_one_token_are_measured_against_others() -> None:
 
 
 def test_what_every_token_has_is_massive_and_of_no_high_norm() -> None:
-    module = copy.deepcopy(tiny_models.plain("llama"))
+    module = tiny_models.plain("llama")
     module.model.embed_tokens.weight.data[:, 5] = 2000.0
     model = ss.load(module)
     windows = ss.Windows.of_ids(IDS[:, :64], model, [0, 0, 1, 1])

@@ -1,6 +1,5 @@
 """`compare` and `designate`: against loops, other measurements and a sink built by hand."""
 
-import copy
 import functools
 import json
 
@@ -20,7 +19,7 @@ LENGTH = 24
 
 @functools.cache
 def model(family: str = "llama") -> ss.LanguageModel:
-    return ss.load(copy.deepcopy(tiny_models.plain(family)), tokenizer=tiny_models.tokenizer())
+    return ss.load(tiny_models.plain(family), tokenizer=tiny_models.tokenizer())
 
 
 def windows(rows: int = 4, length: int = LENGTH) -> ss.Windows:

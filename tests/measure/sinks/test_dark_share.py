@@ -13,6 +13,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from matplotlib.text import Text
+from support import tiny_models
 from support.planted_sinks import BANDS, D, sinking
 
 import spectral_sinks as ss
@@ -141,7 +142,7 @@ def test_a_second_convention_takes_no_further_pass() -> None:
         passes(model, lambda given=given: ss.find_sinks(model, windows, given, draws=2))
         for given in (raw, both)
     ]
-    assert counts[0] == counts[1] == 2 * len(windows)
+    assert counts[0] == counts[1]
 
 
 def test_without_a_sink_the_columns_are_there() -> None:
@@ -251,3 +252,51 @@ def test_a_figure_has_the_rows_that_one_convention_decides(tmp_path: Path) -> No
     rows = [ss.sink_verdict(model, windows, each, draws=2).summary() for each in (raw, folded(model))]
     with pytest.raises(ss.InputError, match="rows decided by raw and folded: give"):
         ss.figures.across(pd.concat(rows), tmp_path / "across.png")
+
+
+def in_two_passes(model: Any, windows: ss.Windows, sink: Any, member: Any, dark: Any, draws: int) -> Any:
+    """Return the dark shares of a sink from a pass over whole windows that ends with the model."""
+    site = ss.Site("exit", sink.layer - 1) if sink.layer else ss.Site("embedding")
+    spaces = [dark, *(ss.random_subspace(model.d, dark.rank, seed) for seed in range(draws))]
+    ids = torch.stack(windows.rows)
+    shares = ss.trace(
+        model, ids, {}, [site], readout=lambda _, read, __: torch.stack([s.share(read[site]) for s in spaces])
+    ).double()
+    of_sink = (shares * member).sum(-1) / member.sum(-1)
+    others = (shares[0] * ~member).sum(-1) / (~member).sum(-1)
+    return of_sink[:, member.any(1)].mean(1), others.mean()
+
+
+@pytest.mark.parametrize("places", ["first", "a token"])
+def test_one_pass_finds_what_two_do(places: str) -> None:
+    """Random shares of a token come from the main pass, of a position from windows that end there."""
+    model, spectrum, windows = sinking(20)
+    if places != "first":
+        ids = torch.randint(1, 90, (6, 64), generator=torch.Generator().manual_seed(0))
+        for row, place in {0: 5, 1: 12, 3: 20, 4: 9}.items():
+            ids[row, place] = 0
+        windows = ss.Windows.of_ids(ids, model)
+    heights: list[tuple[int, ...]] = []
+    handle = model.module.model.layers[0].register_forward_pre_hook(
+        lambda _, given: heights.append(tuple(given[0].shape[:2]))
+    )
+    found = ss.find_sinks(model, windows, spectrum, draws=3)
+    handle.remove()
+    (sink,) = found.sinks
+    member = torch.from_numpy(found.members)
+    expected, others = in_two_passes(model, windows, sink, member, spectrum.dark(), 3)
+    assert sink.dark_share.value == pytest.approx(float(expected[0]), abs=1e-6)
+    random = expected[1:].tolist()
+    assert (sink.dark_share.least, sink.dark_share.most) == pytest.approx(
+        (min(random), max(random)), abs=1e-6
+    )
+    assert sink.other_dark_share.value == pytest.approx(float(others), abs=1e-6)
+    rows = len(windows)
+    assert heights == ([(rows, 64), (rows, 2)] if places == "first" else [(rows, 64)])
+
+
+def test_positions_that_depend_on_the_length_of_a_text() -> None:
+    plain = tiny_models.plain()
+    assert not ss.load(plain).positions_by_length
+    dynamic = tiny_models.build(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})
+    assert ss.load(dynamic).positions_by_length

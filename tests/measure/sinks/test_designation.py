@@ -1,6 +1,5 @@
 """Designated sinks: planted ones, what is tried and how it is judged, and that they are dark or not."""
 
-import copy
 import functools
 
 import numpy as np
@@ -17,7 +16,7 @@ LENGTH = 24
 
 @functools.cache
 def model(family: str = "llama") -> ss.LanguageModel:
-    return ss.load(copy.deepcopy(tiny_models.plain(family)), tokenizer=tiny_models.tokenizer())
+    return ss.load(tiny_models.plain(family), tokenizer=tiny_models.tokenizer())
 
 
 def windows(rows: int = 4, length: int = LENGTH) -> ss.Windows:

@@ -35,7 +35,7 @@ def test_attention_and_head_use_are_those_of_eager_maps(family: str) -> None:
 
 @pytest.mark.parametrize("family", tiny_models.ENCODERS)
 def test_a_random_encoder_has_no_circuit(family: str) -> None:
-    model = ss.load(copy.deepcopy(tiny_models.plain(family)))
+    model = ss.load(tiny_models.plain(family))
     windows = ss.Windows.of_ids(tiny_models.ids(3, 40), model)
     assert ss.no_op_circuits(model, windows, ss.read_spectrum(model), 39).found == []
 

@@ -449,7 +449,6 @@ def test_what_cannot_be_measured_is_refused() -> None:
 
     refused("width 30", ss.remove(spectrum(30).dark(0.3)))
     refused("layer 9", ss.remove(dark), ss.Site("exit", 9))
-    refused("leave one alone", ss.remove(dark, ss.Swap()), batch_size=2)
     refused("kind 7", ss.remove(dark, tokens={7}))
     refused("a mean of width 30", ss.remove(dark, ss.Mean(torch.zeros(30))))
     refused("2 labels for 3 images", ss.remove(dark), labels=[0, 1])
@@ -457,6 +456,12 @@ def test_what_cannot_be_measured_is_refused() -> None:
     refused("learns labels", ss.remove(dark), probe="cls")
     refused("smallest of 1", ss.remove(dark), labels=[0, 1, 0], probe="cls")
     refused("a mask of 2 rows for 3", replace(ss.remove(dark), tokens=torch.ones(2, 26, dtype=torch.bool)))
+    many = tiny_encoders.pixels(family, 17)
+    with pytest.raises(ss.InputError, match="of 17 images one is left alone"):
+        ss.evaluate_images(model, many, {"x": {site: ss.remove(dark, ss.Swap())}}, batch_size=3)
+    swapped = {"x": {site: ss.remove(dark, ss.Swap())}}
+    tables = [ss.evaluate_images(model, pixels, swapped, batch_size=n)["x"].table for n in (1, 2, 5)]
+    assert tables[0].equals(tables[1]) and tables[0].equals(tables[2])
     with pytest.raises(ss.InputError, match=r"no \[CLS\] token"):
         ss.evaluate_images(
             tiny_encoders.model("siglip"),

@@ -191,7 +191,7 @@ def test_vision_and_text_are_not_mixed() -> None:
         ss.head_use(tiny_encoders.model(), windows)
     with pytest.raises(ss.InputError, match="reads windows of tokens"):
         ss.attention.attention_by_position(tiny_models.model(), tiny_encoders.pixels())
-    with pytest.raises(ss.InputError, match="tokens of text have numbers"):
+    with pytest.raises(ss.InputError, match=r"no token of .* is called that; give one .* or a number"):
         ss.head_use(tiny_models.model(), windows, "cls")
 
 
@@ -221,3 +221,22 @@ def test_vision_the_patch_is_that_to_which_any_one_head_gives_most(family: str) 
     expected = first + alpha.amax((1, 2)).argmax(-1)
     assert not torch.equal(expected, first + alpha.mean((1, 2)).argmax(-1)), "not the mean over heads"
     assert torch.equal(ss.circuits.detectors(model, pixels, "patch").sinks, expected)
+
+
+@pytest.mark.parametrize(
+    ("family", "rows"), [("dinov2", [1]), ("vit", [1]), ("dinov3", [1, planted_vision_circuits.SIZE])]
+)
+def test_without_rotations_one_row_tells_that_there_are_none(family: str, rows: list[int]) -> None:
+    """A pass on as many copies of an image as a head is wide would take minutes at 518 pixels."""
+    model, pixels, _ = planted_vision_circuits.made(family, "cls")
+    seen: list[int] = []
+
+    def count(module: torch.nn.Module, given: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        seen.append(len(output))
+
+    handle = model.patch_embedding.register_forward_hook(count)
+    turns = key_turns(model, [0, 7], pixels[0])
+    handle.remove()
+    assert seen == rows
+    assert turns.shape == (2, model.layers, model.head_size, model.head_size)
+    assert torch.equal(turns, torch.eye(model.head_size).double().expand_as(turns)) == (len(rows) == 1)

@@ -1,6 +1,5 @@
 """A planted object is found in every family, features are those of the model, controls are what they say."""
 
-import copy
 import functools
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ PLACES = ((0, 0, 2, 2), (1, 2, 4, 4), (4, 0, 5, 3), (2, 1, 4, 4))
 @functools.cache
 def planted(family: str) -> ss.VisionModel:
     """Nothing is written to the stream after the embedding, which writes a patch's mean to one coordinate."""
-    module = copy.deepcopy(tiny_encoders.plain(family))
+    module = tiny_encoders.plain(family)
     layout = tiny_encoders.model(family).layout
     with torch.no_grad():
         for name, parameter in module.named_parameters():
