@@ -7,9 +7,13 @@ Design: `ss.no_op_circuits` is applied to every head, with position 0 as the sin
 the rule. Each head has its attention and value ratio, the share of the sink's margin in the two leading
 modes, and three dark shares: of the direction that the key side reads, of what it reads at the sink, and of
 what the value of the sink writes.
-Control: random bases for the modes, and chance for the bands. For the embedded model, the control is also its
-twin trained without BOS, which should have no such head.
+Control: random bases for the modes, and chance for the bands. A random direction reads at the sink, on
+average, the energy of the sink's residual by band, which is therefore the control of what the key side reads
+there. For the embedded model, the control is also its twin trained without BOS, which should have no such
+head.
 """
+
+from pathlib import Path
 
 import pandas as pd
 
@@ -17,13 +21,39 @@ import spectral_sinks as ss
 
 TWIN = "sinklet-nobos"
 
+LISTED = 12
+"""Number of heads up to which each is answered for by itself, and above which their medians are given."""
+
+QUANTITIES = {
+    "attention": "attention on the sink",
+    "value_ratio": "value ratio",
+    "top_two": "share of the margin in two modes",
+    "key_dark": "dark share of the direction that the key side reads",
+    "reading_dark": "dark share of what it reads at the sink",
+    "value_dark": "dark share of what the sink's value writes",
+}
+
+
+def control(column: str, head: pd.Series, chance: float) -> str:
+    """Return what a quantity of a head is compared with."""
+    controls = {
+        "reading_dark": f"a random direction {head['sink_dark']:.3f} on average",
+        "attention": f"norm-weighted {head['weighted']:.3f}",
+        "value_ratio": "no-op at most 0.2",
+        "top_two": f"random bases at most {head['random_top_two']:.3f}",
+    }
+    return controls.get(column, f"chance {chance:.3f}")
+
 
 def run(study: ss.experiments.Study) -> ss.experiments.Finding:
     # the heads of the model, and the quantities of those with a circuit
     found = ss.no_op_circuits(study.model, study.windows, study.unembedding)
     convention = study.unembedding.convention
-    tables = [found.heads.assign(model=study.model.name, convention=convention)]
-    heads = found.heads.set_index(["layer", "head"])
+    name = Path(study.model.name).name
+    sink_dark = found.sink_shares.groupby("layer")[str(study.unembedding.count)].mean()
+    table = found.heads.assign(sink_dark=found.heads["layer"].map(sink_dark))
+    tables = [table.assign(model=name, convention=convention)]
+    heads = table.set_index(["layer", "head"])
     chance = study.unembedding.dark().rank / study.unembedding.d
     answers = [
         ss.experiments.answer(f"heads of {len(heads)} with a no-op circuit at position 0", len(found.found)),
@@ -31,29 +61,31 @@ def run(study: ss.experiments.Study) -> ss.experiments.Finding:
             "heads that are dormant by the published sink event", int((heads["dormant"] > 0.5).sum())
         ),
     ]
-    for layer, head in found.found:
-        row = heads.loc[(layer, head)]
-        for column, name, control in (
-            ("attention", "attention on the sink", f"norm-weighted {row['weighted']:.3f}"),
-            ("value_ratio", "value ratio", "no-op at most 0.2"),
-            (
-                "top_two",
-                "share of the margin in two modes",
-                f"random bases at most {row['random_top_two']:.3f}",
-            ),
-        ):
-            interval = (row[f"{column}_low"], row[f"{column}_high"])
-            answers.append(
-                ss.experiments.answer(f"head {layer}.{head}: {name}", row[column], control, interval)
-            )
-        for column, name in (
-            ("key_dark", "the direction that the key side reads"),
-            ("reading_dark", "what it reads at the sink"),
-            ("value_dark", "what the sink's value writes"),
-        ):
+    if len(found.found) <= LISTED:
+        for layer, head in found.found:
+            row = heads.loc[(layer, head)]
+            for column, quantity in QUANTITIES.items():
+                low, high = row.get(f"{column}_low"), row.get(f"{column}_high")
+                answers.append(
+                    ss.experiments.answer(
+                        f"head {layer}.{head}: {quantity}",
+                        row[column],
+                        control(column, row, chance),
+                        None if low is None else (low, high),
+                    )
+                )
+    else:
+        circuits, others = heads[heads["circuit"]], heads[~heads["circuit"]]
+        for column, quantity in QUANTITIES.items():
+            control_of = circuits["sink_dark"]
+            random = f"; a random direction {control_of.min():.3f} to {control_of.max():.3f} on average"
             answers.append(
                 ss.experiments.answer(
-                    f"head {layer}.{head}: dark share of {name}", row[column], f"chance {chance:.3f}"
+                    f"median of {len(circuits)} heads with a no-op circuit: {quantity}",
+                    circuits[column].median(),
+                    f"{circuits[column].min():.3f} to {circuits[column].max():.3f} in these heads; median of "
+                    f"the other heads {others[column].median():.3f}"
+                    + (random if column == "reading_dark" else ""),
                 )
             )
     # the twin without BOS is the negative control of the embedded model
@@ -79,7 +111,7 @@ def run(study: ss.experiments.Study) -> ss.experiments.Finding:
         study.save(found.sides(layer, head), "circuits_sides")
         study.save(found.profile(layer, head), "circuits_profile")
         ss.figures.circuit_page(
-            f"{study.model.name}, head {layer}.{head}",
+            f"{name}, head {layer}.{head}",
             heads.loc[(layer, head)],
             found.sides(layer, head),
             found.profile(layer, head),
@@ -91,4 +123,7 @@ def run(study: ss.experiments.Study) -> ss.experiments.Finding:
         "does not hold here" if not found.found else "holds" if dark == len(found.found) else "holds partly"
     )
     verdict = f"{word}: a no-op circuit in {said}; {dark} read the sink mostly in the dark band"
+    if found.found:
+        random = heads.loc[found.found, "sink_dark"]
+        verdict += f", where a random direction reads {random.min():.2f} to {random.max():.2f} of it"
     return ss.experiments.Finding(answers, verdict=verdict)

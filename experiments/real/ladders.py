@@ -4,7 +4,8 @@ Question: what does the NLL lose when the spectrum is cut from the dark end, is 
 is it better to keep the tail than to drop it, and is that the sink?
 Design: at the exit below the strongest sink the bands 1 to j of 20 are kept (Phi), for j = 4, 8, 12, 16, 18
 and 19. Omega keeps bands 1 to 14 and the last one, which is the paper's sink-preserving set. The dark band is
-swapped between texts, and removed at the first token alone and at all others.
+removed at the first token alone and at all others, and swapped between texts at all others: without BOS the
+first tokens differ, so that a swap there would exchange the sinks themselves.
 Control: 20 random subspaces that remove as many directions as the last step, and 20 as many as Omega does.
 """
 
@@ -29,7 +30,7 @@ def cells(study: RealStudy) -> dict[str, dict[ss.Site, Any]]:
         u = study.spectra[name]
         made |= {f"{name}|Phi 1:{j}|": ss.phi(u, 1, j) for j in (*KEPT, HEAD, HEAD + 1)}
         made[f"{name}|Omega {HEAD}|"] = ss.omega(u, HEAD)
-        made[f"{name}|dark swapped|"] = ss.remove(u.dark(), ss.Swap())
+        made[f"{name}|dark swapped, all others|"] = ss.remove(u.dark(), ss.Swap(), tokens="all-but-first")
         made[f"{name}|dark, first token|"] = ss.remove(u.dark(), tokens="first")
         made[f"{name}|dark, all others|"] = ss.remove(u.dark(), tokens="all-but-first")
     u = study.unembedding

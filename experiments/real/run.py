@@ -37,14 +37,22 @@ MINUTES = {
     "openings": 5,
     "secondary": 6,
     "spike": 12,
+    "quantisation": 12,
     "designated": 10,
     "circuits": 10,
+    "masks": 2,
+    "steering": 6,
+    "pruning": 20,
+    "kv_cache": 40,
     "spectrum": 1,
     "weights": 1,
     "bos": 1,
 }
-"""The experiments, and what each takes on one core, roughly: a guess at the time that is left. The last five
+"""The experiments, and what each takes on one core, roughly: a guess at the time that is left. The last nine
 are those of the embedded model, here under the folded convention."""
+
+SAMPLED = ("conventions", "ladders")
+"""Experiments whose NLLs may be scored on a sample of predictions; the others measure more than effects."""
 
 Model = Literal["smollm2", "gemma3"]
 
@@ -61,6 +69,9 @@ class Options:
     """Folder of the models, which are fetched if need be."""
     documents: int = 16
     draws: int = 20
+    predict: int | None = None
+    """Number of predictions of each window that are scored, of the experiments conventions and ladders; by
+    default all are. The tables then have it as a column."""
     jobs: int | None = None
     """Experiments that run at the same time, one thread each; by default one for each idle core."""
 
@@ -82,6 +93,7 @@ def record(study: RealStudy, name: str) -> dict[str, Any]:
         "bands": study.unembedding.count,
         "windows": study.windows.record,
         "draws_per_control": study.draws,
+        "predict": study.predict,
         "versions": ss.sweeps.versions(),
     }
 
@@ -91,7 +103,8 @@ def run_one(name: str, experiment: str, options: Options) -> tuple[str, str, flo
     torch.set_num_threads(1)
     out, began = options.out / name, time.process_time()
     model = ss.load(fetch([name], options.fetched)[name])
-    study = replace(prepare(model, NAMES[name], out, options.documents, SPREAD[name]), draws=options.draws)
+    study = prepare(model, NAMES[name], out, options.documents, SPREAD[name])
+    study = replace(study, draws=options.draws, predict=options.predict)
     manifest = record(study, name)
     if stored(out, manifest, experiment):
         return name, experiment, 0.0
@@ -122,6 +135,10 @@ def stored(out: Path, manifest: dict[str, Any], experiment: str) -> bool:
 
 
 def main(options: Options) -> None:
+    if options.predict is not None and (other := [name for name in options.only if name not in SAMPLED]):
+        raise ss.InputError(
+            f"--predict does not apply to the experiment {other[0]}: give --only {' '.join(SAMPLED)}"
+        )
     todo = [(name, experiment) for experiment in options.only for name in options.models]
     cores = sum(busy < 50 for busy in psutil.cpu_percent(1.0, percpu=True))
     jobs = min(options.jobs or max(1, cores), len(todo))

@@ -90,10 +90,11 @@ def chain(recipe: Recipe) -> Tensor:
 def text(moves: Tensor, windows: int, tokens: int, generator: torch.Generator) -> Tensor:
     """Draw windows of token ids, `windows x tokens`, each of which opens with BOS."""
     ids = torch.full((windows, tokens), BOS)
+    copies = is_trigger(torch.arange(len(moves)))
     for i in range(1, tokens):
         last = ids[:, i - 1]
         drawn = torch.multinomial(moves[last], 1, generator=generator).squeeze(1)
-        ids[:, i] = torch.where(is_trigger(last), ids[:, max(i - 2, 0)], drawn)
+        ids[:, i] = torch.where(copies[last], ids[:, max(i - 2, 0)], drawn)
     return ids
 
 
