@@ -15,6 +15,8 @@ import transformers
 from transformers.utils import logging
 
 import spectral_sinks as ss
+from spectral_sinks.measure.sinks.neuron_contributions import contributions
+from spectral_sinks.models.experts import mixture_of
 
 PAGE = Path(__file__).with_name("families.md")
 VOCABULARY, D, HEADS, TOKENS = 96, 32, 4, 24
@@ -73,6 +75,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen 3 MoE": ("Qwen3Moe", SIZES | EXPERTS | HEAD),
     "Qwen3-Next": ("Qwen3Next", SIZES | EXPERTS | LINEAR | {"shared_expert_intermediate_size": 16}),
     "Qwen 3.5": ("Qwen3_5Text", SIZES | LINEAR),
+    "Qwen 3.5 MoE": (
+        "Qwen3_5MoeText",
+        SIZES | EXPERTS | LINEAR | {"shared_expert_intermediate_size": 16},
+    ),
     "Gemma": ("Gemma", SIZES | HEAD),
     "Gemma 2": ("Gemma2", SIZES | HEAD | {"sliding_window": 8}),
     "Gemma 3": ("Gemma3Text", SIZES | HEAD | {"sliding_window": 8}),
@@ -103,7 +109,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "VaultGemma": ("VaultGemma", SIZES | HEAD | {"final_logit_softcapping": 3.0}),
-    "RecurrentGemma": ("RecurrentGemma", SIZES | HEAD | {"lru_width": D, "attention_window_size": 32}),
+    "RecurrentGemma": (
+        "RecurrentGemma",
+        SIZES | HEAD | {"lru_width": D, "attention_window_size": 32, "logits_soft_cap": 5.0},
+    ),
     "GPT-2": ("GPT2", OLDER),
     "OpenAI GPT": ("OpenAIGPT", OLDER),
     "GPT-BigCode": ("GPTBigCode", OLDER),
@@ -156,6 +165,24 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Granite": ("Granite", SIZES | {"logits_scaling": 8.0, "residual_multiplier": 0.22}),
     "Granite MoE": ("GraniteMoe", SIZES | LOCAL | {"logits_scaling": 6.0, "residual_multiplier": 0.22}),
     "Granite MoE, shared expert": ("GraniteMoeShared", SIZES | LOCAL | {"shared_intermediate_size": 32}),
+    "Granite, sliding windows": ("GraniteSWA", SIZES),
+    "Granite MoE, sliding windows": ("GraniteMoeSWA", SIZES | LOCAL),
+    "Granite hybrid": (
+        "GraniteMoeHybrid",
+        SIZES
+        | LOCAL
+        | {
+            "layer_types": ["mamba", "attention", "mamba"],
+            "shared_intermediate_size": 32,
+            "mamba_n_heads": 4,
+            "mamba_d_head": 16,
+            "mamba_d_state": 8,
+            "mamba_n_groups": 1,
+            "mamba_chunk_size": 16,
+            "logits_scaling": 6.0,
+            "residual_multiplier": 0.22,
+        },
+    ),
     "HyperCLOVA X": ("HyperCLOVAX", SIZES | {"logits_scaling": 0.5}),
     "MiniCPM3": (
         "MiniCPM3",
@@ -169,6 +196,30 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "GLM-4": ("Glm4", SIZES | HEAD),
     "GLM-4 MoE": ("Glm4Moe", SIZES | HEAD | ROUTED),
     "DeepSeek V3": ("DeepseekV3", EQUAL | LATENT | ROUTED),
+    "Youtu": ("Youtu", EQUAL | LATENT),
+    "LongCat-Flash": (
+        "LongcatFlash",
+        LATENT
+        | {
+            "vocab_size": VOCABULARY,
+            "hidden_size": D,
+            "num_layers": 2,
+            "num_attention_heads": HEADS,
+            "head_dim": 4,
+            "n_routed_experts": 4,
+            "zero_expert_num": 2,
+            "moe_topk": 2,
+            "ffn_hidden_size": 48,
+            "expert_ffn_hidden_size": 16,
+            "max_position_embeddings": 128,
+        },
+    ),
+    "JetMoE": (
+        "JetMoe",
+        {key: size for key, size in SIZES.items() if key != "num_attention_heads"}
+        | LOCAL
+        | {"kv_channels": 8},
+    ),
     "Llama 4": (
         "Llama4Text",
         SIZES | HEAD | {"intermediate_size_mlp": 48, "num_local_experts": 2, "num_experts_per_tok": 1},
@@ -184,6 +235,18 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "use_mamba_kernels": False,
             "mamba_d_state": 4,
             "mamba_dt_rank": 4,
+        },
+    ),
+    "Zamba 2": (
+        "Zamba2",
+        EQUAL
+        | {
+            "mamba_d_state": 8,
+            "mamba_ngroups": 1,
+            "n_mamba_heads": 4,
+            "num_mem_blocks": 1,
+            "use_mamba_kernels": False,
+            "layers_block_type": ["hybrid", "mamba", "hybrid"],
         },
     ),
     "MiniMax": (
@@ -210,8 +273,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Seed-OSS": ("SeedOss", SIZES | HEAD),
     "Apertus": ("Apertus", SIZES),
     "AfMoE": ("Afmoe", SIZES | EXPERTS),
+    "Laguna": ("Laguna", SIZES | HEAD | EXPERTS | {"shared_expert_intermediate_size": 16, "gating": True}),
     "BitNet": ("BitNet", SIZES),
     "DiffLlama": ("DiffLlama", SIZES),
+    "ModernBERT decoder": ("ModernBertDecoder", EQUAL | {"cls_token_id": 0, "sep_token_id": 1}),
+    "HRM-Text": ("HrmText", EQUAL | HEAD),
     "Mamba": ("Mamba", {"vocab_size": VOCABULARY, "hidden_size": D, "num_hidden_layers": 3, "state_size": 8}),
 }
 """The families of the page: the prefix of the configuration's class, and tiny sizes."""
@@ -249,6 +315,7 @@ def row(family: str) -> dict[str, str]:
     why: dict[str, str] = {}
     with TemporaryDirectory() as folder:
         plain.save_pretrained(folder)
+        plain = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
         found["folder"] = _tried(lambda: _folder_is_right(folder, plain), why, family, folder)
         try:
             model = ss.load(folder)
@@ -315,26 +382,96 @@ def _attention_is_right(model: ss.LanguageModel, plain: Any, windows: ss.Windows
     table = ss.attention_by_head(model, windows, length=TOKENS)
     got = torch.tensor(table.groupby(["layer", "head"])["attention"].mean().to_numpy()).view(-1, HEADS)
     ids = torch.tensor([list(window) for window in windows.rows])
-    with torch.no_grad():
-        maps = plain(input_ids=ids, output_attentions=True, use_cache=False).attentions
-    maps = [each for each in maps if each is not None]
+    maps = eager_maps(plain, ids)
     if len(maps) > len(got):  # maps of layers that are no softmax
         maps = [maps[layer] for layer in model.attention_layers]
     truth = torch.stack([each[:, :, :, 0].mean((0, 2)).double() for each in maps])
     return torch.allclose(got, truth, atol=1e-6)
 
 
-def page(rows: dict[str, dict[str, str]]) -> str:
-    """Return the page from measured rows."""
+def eager_maps(plain: Any, ids: torch.Tensor) -> list[torch.Tensor]:
+    """Return the attention maps of plain transformers by which values are averaged.
+
+    Where eager maps leave out the share of a learned sink, that share is read off what W_O receives, which is
+    less by it than the map times the values.
+    """
+    sinks = [part for part in plain.modules() if getattr(part, "sinks", None) is not None]
+    sinks = [part for part in sinks if hasattr(part, "v_proj")]
+    seen: list[torch.Tensor] = []
+    handles = [
+        handle
+        for part in sinks
+        for handle in (
+            part.v_proj.register_forward_hook(lambda _, __, values: seen.append(values)),
+            part.o_proj.register_forward_pre_hook(lambda _, given: seen.append(given[0])),
+        )
+    ]
+    with torch.no_grad():
+        maps = plain(input_ids=ids, output_attentions=True, use_cache=False).attentions
+    for handle in handles:
+        handle.remove()
+    maps = [each for each in maps if each is not None]
+    for part, values, mixed in zip(sinks, seen[::2], seen[1::2], strict=True):
+        each = maps[part.layer_idx]
+        if bool((each.sum(-1) < 1 - 1e-4).any()):
+            continue
+        heads = each.shape[1]
+        mixed = mixed.unflatten(-1, (heads, -1)).transpose(1, 2)
+        values = values.unflatten(-1, (-1, mixed.shape[-1])).transpose(1, 2)
+        whole = each @ values.repeat_interleave(heads // values.shape[1], dim=1)
+        maps[part.layer_idx] = each * (mixed * whole).sum(-1, True) / whole.square().sum(-1, True)
+    return maps
+
+
+def counted(family: str) -> str:
+    """Return the line of the second table for one family, measured now."""
+    plain = build(family)
+    model = ss.load(plain)
+    ids = torch.randint(2, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(5))
+    windows, calls, last = ss.Windows.of_ids(ids, model), list[ss.attention.AttentionCall](), model.layers - 1
+    traits = model.layout.traits
+    before = "a gate" if traits.gated else "something else" if "written" in traits.lacking else "nothing"
+    with torch.no_grad(), ss.attention.attending(model, calls.append):
+        plain(ids, use_cache=False)
+    logit = "yes" if any(call.sinks is not None for call in calls) else "no"
+    cells = [family, before, logit]
+    try:
+        mixture = mixture_of(model, last)
+        shared = "" if mixture is None or mixture.shared is None else ", one shared"
+        cells.append("plain" if mixture is None else f"experts{shared}")
+    except ss.InputError:
+        cells.append("experts")
+    for measure in (
+        lambda: ss.head_use(model, windows),
+        lambda: contributions(model, windows, 0, last, torch.ones(D, dtype=torch.float64), None),
+    ):
+        try:
+            measure()
+            cells.append("yes")
+        except ss.InputError:
+            cells.append("refused")
+    return f"| {' | '.join(cells)} |"
+
+
+COUNTED = (
+    *("Qwen3-Next", "Qwen 3.5", "Qwen 3.5 MoE", "AfMoE", "Laguna"),
+    *("gpt-oss", "MiMo-V2-Flash", "Granite, sliding windows"),
+    *("Mixtral", "Qwen 3 MoE", "Llama 4", "BitNet", "MiniMax"),
+)
+"""The families of the second table."""
+
+
+def page(rows: dict[str, dict[str, str]], second: list[str]) -> str:
+    """Return the page from measured rows, and from the lines of its second table."""
     lines = [
         f"| {name} | " + " | ".join(cells[key] for key in COLUMNS) + " |" for name, cells in rows.items()
     ]
-    return INTRODUCTION + "\n".join(lines) + "\n"
+    return INTRODUCTION + "\n".join(lines) + "\n" + SECOND + "\n".join(second) + "\n"
 
 
 def line(family: str) -> str:
     """Return the line of the page for one family, measured now."""
-    return page({family: row(family)}).splitlines()[-1]
+    return page({family: row(family)}, []).partition(SECOND)[0].splitlines()[-1]
 
 
 COLUMNS = ("loads", "NLL", "filter", "attention", "folder", "refused")
@@ -347,7 +484,8 @@ and compares every number with plain transformers.
 - *loads*: `load` finds all modules by itself.
 - *NLL* and *filter*: the loss, without and with a filter at the exit of a layer, is that of transformers to
   1e-5.
-- *attention*: the attention to a token in every head is that of transformers' eager maps.
+- *attention*: the attention to a token in every head is that of transformers' eager maps (less the share of a
+  learned sink, where these leave it out).
 - *folder*: `read_spectrum` of the folder gives the singular values of the unembedding.
 - *refused*: what the family does not have, and why.
 
@@ -359,6 +497,21 @@ it is used.
 |---|---|---|---|---|---|---|
 """
 
+SECOND = """
+## Gates, learned logits and experts
+
+What acts besides queries, keys, values and a plain MLP, and whether it is counted
+([what that means](using-sinks.md#gates-learned-logits-and-experts)).
+
+- *before W_O*: what the output of the heads passes before W_O reads it.
+- *logit*: whether some layers have a learned logit that takes a share of the attention and has no value.
+- *heads*: `head_use`, `no_op_circuits` and `ss.sinks.head_removal` count both, or refuse the family.
+- *neurons*: `spike_writers` counts the neurons of the last layer's MLP, or refuses it.
+
+| family | before W_O | logit | MLP | heads | neurons |
+|---|---|---|---|---|---|
+"""
+
 
 def main() -> None:
     """Measure all families and write the page."""
@@ -366,7 +519,10 @@ def main() -> None:
     logging.disable_progress_bar()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        PAGE.write_text(page({family: row(family) for family in FAMILIES}))
+        rows = {family: row(family) for family in FAMILIES}
+        made = PAGE.with_suffix(".part")  # CI makes the site from these pages at the same time
+        made.write_text(page(rows, [counted(family) for family in COUNTED]))
+        made.replace(PAGE)
 
 
 if __name__ == "__main__":
