@@ -3,7 +3,6 @@
 And what a measurement holds at most, beside a plain pass.
 """
 
-import ctypes
 import gc
 import json
 import os
@@ -19,6 +18,7 @@ import pytest
 import torch
 from support import tiny_models
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 import spectral_sinks as ss
 from spectral_sinks.measure import memory
@@ -353,40 +353,30 @@ def test_a_real_shortage() -> None:
         np.testing.assert_allclose(ours, theirs, atol=1e-6)
 
 
-TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 TOKENS, WIDTH, LAYERS = 384, 512, 32
 SITES = [ss.Site("embedding"), *(ss.Site("exit", layer) for layer in range(LAYERS))]
 STREAM = LAYERS * TOKENS * WIDTH * 4
 """Bytes of the residuals at all exits."""
 
 
-def taken(run: Callable[[], object]) -> int:
-    """Return the most bytes that `run` took at once, beyond what this process held before (Linux).
+def taken(run: Callable[[], object], folder: Path) -> int:
+    """Return the most bytes that tensors made by `run` took at once, by PyTorch's record of allocations.
 
-    It is the less of two runs, since what else the process does can only add to it.
+    It is the same each time: what the process holds besides, and what its allocator keeps, do not count.
     """
-    return min(_taken(run) for _ in range(2))
-
-
-def _taken(run: Callable[[], object]) -> int:
-
-    def status(name: str) -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
-
     gc.collect()
-    assert TRIM is not None
-    TRIM(0)  # what was freed before would take up a part of what is allocated now
-    Path("/proc/self/clear_refs").write_text("5")
-    before = status("VmRSS")
-    run()
-    return status("VmHWM") - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        run()
+    trace = folder / "trace.json"
+    record.export_chrome_trace(str(trace))
+    events = [
+        event["args"] for event in json.loads(trace.read_text())["traceEvents"] if event["name"] == "[memory]"
+    ]
+    before = events[0]["Total Allocated"] - events[0]["Bytes"]
+    return max(event["Total Allocated"] for event in events) - before
 
 
-@pytest.mark.skipif(
-    TRIM is None or not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux to see the peak"
-)
-def test_no_measurement_holds_the_residuals_of_all_layers() -> None:
+def test_no_measurement_holds_the_residuals_of_all_layers(tmp_path: Path) -> None:
     """They are reduced where they arise, and what is kept of them does not keep them in memory."""
     sizes: dict[str, Any] = {
         "hidden_size": WIDTH,
@@ -407,10 +397,12 @@ def test_no_measurement_holds_the_residuals_of_all_layers() -> None:
             model.module.model(ids, use_cache=False)
 
     found = {
-        "find_sinks": taken(lambda: ss.find_sinks(model, windows, spectrum, length=TOKENS, draws=2)),
-        "energy": taken(lambda: ss.energy(model, windows, spectrum)),
+        "find_sinks": taken(
+            lambda: ss.find_sinks(model, windows, spectrum, length=TOKENS, draws=2), tmp_path
+        ),
+        "energy": taken(lambda: ss.energy(model, windows, spectrum), tmp_path),
     }
-    most = taken(plain) + 0.8 * STREAM
+    most = taken(plain, tmp_path) + STREAM / 2
     assert max(found.values()) < most, f"{found} of {most:.0f}"
-    held = taken(lambda: ss.trace(model, ids, {}, SITES, readout=lambda final, read, weights: None))
+    held = taken(lambda: ss.trace(model, ids, {}, SITES, readout=lambda final, read, weights: None), tmp_path)
     assert held > STREAM, "residuals that are held would show"
