@@ -94,13 +94,13 @@ def run_kv_cache(options: KvCache) -> None:
     if options.figure is not None:
         ss.figures.cache_costs(found.positions, found.table, found.base, options.figure)
     record = found.record()
-    show(options.json, record, Group(*_tables(record)))
+    show(options.json, record, Group(*_tables(record, options.size)))
 
 
-def _tables(record: dict[str, Any]) -> Iterator[Any]:
+def _tables(record: dict[str, Any], size: int) -> Iterator[Any]:
     texts, tokens = record["texts"], record["tokens"]
     title = (
-        f"Caches of {record['model']}, {record['size']} entries of each head; {texts} "
+        f"Caches of {record['model']}, {size} entries of each head; {texts} "
         f"text{'s' * (texts > 1)} of {tokens} tokens in blocks of {record['block']}; NLL in nats per token"
     )
     rows = [
@@ -116,7 +116,7 @@ def _tables(record: dict[str, Any]) -> Iterator[Any]:
         for row in record["caches"]
     ]
     columns = ("cache", "NLL to", "from", "more", "95 %", "MB", "tokens/s")
-    ranges = ("", f"{record['size'] - 1}", f"{tokens // 2}", "", "", "", "")
+    ranges = ("", f"{size - 1}", f"{tokens // 2}", "", "", "", "")
     yield table(title, tuple(f"{a} {b}".strip() for a, b in zip(columns, ranges, strict=True)), rows)
     yield (
         f"more: NLL from token {tokens // 2} on above {record['base']}. MB: of one text. tokens/s: per "

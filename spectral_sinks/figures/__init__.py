@@ -17,7 +17,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "eu_dark": ["eu_dark"],
         "fills": ["fills", "sink_preserving", "swap"],
         "generation": ["generation"],
-        "kv_cache": ["cache_costs", "kv_cache"],
+        "kv_cache": ["cache_costs"],
         "lens": ["lens"],
         "main": ["birth", "bos", "ladder", "sink", "spectrum"],
         "no_bos": ["no_bos"],

@@ -16,7 +16,6 @@ from .fills import sink_preserving as sink_preserving
 from .fills import swap as swap
 from .generation import generation as generation
 from .kv_cache import cache_costs as cache_costs
-from .kv_cache import kv_cache as kv_cache
 from .lens import lens as lens
 from .main import birth as birth
 from .main import bos as bos
@@ -58,7 +57,6 @@ __all__ = [
     'eu_dark',
     'fills',
     'generation',
-    'kv_cache',
     'ladder',
     'lens',
     'no_bos',

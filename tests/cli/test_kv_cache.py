@@ -35,7 +35,7 @@ def test_json_is_the_library_s(run: Run, checkpoint: Path, text: Path, tmp_path:
     done = run("--text", text, "--size", 20, "--first", 2, "--length", 100, "--figure", figure, "--json")
     assert (done.status, done.err) == (0, "") and done.out.count("\n") == 1
     record = json.loads(done.out)
-    assert (record["texts"], record["tokens"], record["size"], record["base"]) == (2, 100, 20, "all entries")
+    assert (record["texts"], record["tokens"], record["base"]) == (2, 100, "all entries")
     by = {row["cache"]: row for row in record["caches"]}
     assert list(by) == [
         "all entries",
@@ -49,6 +49,7 @@ def test_json_is_the_library_s(run: Run, checkpoint: Path, text: Path, tmp_path:
     model = ss.load(checkpoint)
     ids = ss.nll.join_documents(ss.documents(text), model, length=100, count=2)
     settings = ss.nll.cache_settings(20, 100, first=2)
+    assert record["settings"] == settings
     for name, own in settings.items():
         read = ss.nll.cached_nll(model, ids, ss.nll.KVCache(model, **own) if own else None)
         row = by[name]

@@ -1,9 +1,8 @@
-"""The experiment on caches: its tables say what the caches themselves say."""
+"""The experiment on caches: its caches are those that it names, and its text is what was not trained on."""
 
 from pathlib import Path
 
 import pytest
-import torch
 from support import tiny_models
 
 import spectral_sinks as ss
@@ -14,32 +13,30 @@ PARTS = find_experiment("kv_cache").__globals__
 
 def test_each_cache_is_measured_and_compared_with_the_first_four_and_a_window(tmp_path: Path) -> None:
     model, ids = tiny_models.model("llama"), tiny_models.ids(2, 128)
-    positions, caches = PARTS["measure"](model, ids, 40, 64)
-    by = caches.set_index("cache")
-    assert len(by) == 14 and set(by["kind"]) == {"entries", "integers"}
-    direct = (
-        ss.nll.cached_nll(model, ids, ss.nll.KVCache(model, 40, bits=4), block=64).nll[:, 63:].double().mean()
-    )
-    plain = ss.nll.cached_nll(model, ids, ss.nll.KVCache(model, 40), block=64)
-    assert by.loc["int4", "nll"] == pytest.approx(float(direct))
-    assert by.loc["int4", "more"] == pytest.approx(
-        float(direct - plain.nll[:, 63:].double().mean()), abs=1e-9
-    )
+    costs = ss.nll.compare_caches(model, ids, PARTS["settings"](40), base=PARTS["BASE"])
+    by = costs.table.set_index("cache")
+    assert len(by) == 14 and list(costs.settings) == list(by.index)
+    assert set(by.index[by["kind"] == "control"]) == {"all entries", "window", "random", "first 4 + random"}
+    coarse = ss.nll.cached_nll(model, ids, ss.nll.KVCache(model, 40, bits=4))
+    plain = ss.nll.cached_nll(model, ids, ss.nll.KVCache(model, 40))
+    late = [float(read.nll[:, 63:].double().mean()) for read in (coarse, plain)]
+    assert by.loc["int4", "nll"] == pytest.approx(late[0])
+    assert by.loc["int4", "more"] == pytest.approx(late[0] - late[1], abs=1e-9)
+    assert by.loc["int4", "early"] == pytest.approx(float(coarse.nll[:, :39].double().mean()))
     assert by.loc["first 4 + window", "more"] == 0
-    assert by.loc["first 4 + window", "bytes"] == plain.nbytes / 2 == 3 * 2 * 2 * 40 * model.head_size * 4
-    assert (by["bytes"].drop("all entries") < by.loc["all entries", "bytes"]).all()
+    assert by.loc["first 4 + window", "nbytes"] == plain.nbytes / 2 == 3 * 2 * 2 * 40 * model.head_size * 4
+    assert (by["nbytes"].drop("all entries") < by.loc["all entries", "nbytes"]).all()
+    positions = costs.positions
     edges = positions[positions["cache"] == "window"][["start", "stop"]].to_numpy().tolist()
     assert edges == [[1, 32], [32, 64], [64, 128]]
-    ss.figures.kv_cache(positions, caches, tmp_path / "kv_cache.png")
+    bounded = costs.table[costs.table["cache"] != "all entries"]
+    ss.figures.cache_costs(positions, bounded, costs.base, tmp_path / "kv_cache.png")
     assert (tmp_path / "kv_cache.png").stat().st_size > 10_000
 
 
-def test_streams_are_articles_after_the_opening() -> None:
-    model = ss.load()
-    ids = PARTS["streams"](model, True, 2, 200)
-    assert ids.shape == (2, 200) and (ids[:, 0] == model.bos).all()
-    assert not (ids[:, 1:] == model.bos).any()
-    last = ss.cut([ss.documents()[-1]], model, bos="never", length=64)
-    assert torch.equal(ids[0, 1:65], last.rows[0])
-    with pytest.raises(ss.InputError, match="read fewer streams"):
-        PARTS["streams"](model, True, 1000, 10**6)
+def test_the_base_is_one_of_the_caches() -> None:
+    model, ids = tiny_models.model("llama"), tiny_models.ids(2, 64)
+    with pytest.raises(ss.InputError, match=r"base 'windows': choose from all, window"):
+        ss.nll.compare_caches(model, ids, {"all": {}, "window": {"size": 20}}, base="windows")
+    costs = ss.nll.compare_caches(model, ids, {"all": {}, "window": {"size": 20}})
+    assert (costs.base, costs.table["more"].iloc[0]) == ("all", 0)

@@ -10,7 +10,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "attribution": ["first_order"],
         "bos_policy": ["BosComparison", "compare_bos"],
-        "cache_comparison": ["CacheCosts", "cache_costs", "cache_settings"],
+        "cache_comparison": ["CacheCosts", "cache_costs", "cache_settings", "compare_caches"],
         "cached_texts": ["CachedNLL", "KVCache", "cached_nll", "held_bytes", "join_documents"],
         "effects": ["Effect", "evaluate", "evaluate_all"],
         "generation": ["continuation_nll", "generate", "generate_all"],

@@ -5,6 +5,7 @@ from .bos_policy import compare_bos as compare_bos
 from .cache_comparison import CacheCosts as CacheCosts
 from .cache_comparison import cache_costs as cache_costs
 from .cache_comparison import cache_settings as cache_settings
+from .cache_comparison import compare_caches as compare_caches
 from .cached_texts import CachedNLL as CachedNLL
 from .cached_texts import KVCache as KVCache
 from .cached_texts import cached_nll as cached_nll
@@ -36,6 +37,7 @@ __all__ = [
     'cache_settings',
     'cached_nll',
     'compare_bos',
+    'compare_caches',
     'continuation_nll',
     'distinct',
     'evaluate',

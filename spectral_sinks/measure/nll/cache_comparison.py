@@ -1,7 +1,7 @@
 """What bounded caches of keys and values cost on long texts, beside their controls."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,17 +42,16 @@ class CacheCosts(Result):
     texts: int
     tokens: int
     """Tokens of a text."""
-    size: int
-    first: int
+    settings: dict[str, dict[str, Any]]
+    """The arguments of each `KVCache`, by name; none for a cache that drops nothing."""
     block: int
     base: str
-    """The cache with which the others are compared: the one that drops nothing, or, if that does not fit into
-    the memory, the first entries and a window."""
+    """The cache with which the others are compared."""
     table: pd.DataFrame
     """One row per cache: `cache`, `kind` ("control" or "bounded"), `nbytes` of one text,
-    `tokens_per_second`, `tokens_per_processor_second`, `early` (the NLL of the tokens before the cache is
-    full), `nll` (that of the second half of the text) and `more` (that above `base`), with `_low` and
-    `_high`."""
+    `tokens_per_second`, `tokens_per_processor_second`, `early` (the NLL of the tokens before the smallest
+    cache is full), `nll` (that of the second half of the text) and `more` (that above `base`), with `_low`
+    and `_high`."""
     positions: pd.DataFrame
     """The NLL between consecutive positions: `cache`, `start`, `stop`, `nll`, `low`, `high`."""
 
@@ -61,7 +60,7 @@ class CacheCosts(Result):
 
     def record(self) -> dict[str, Any]:
         """Return everything as a dictionary that JSON can hold."""
-        own = ("model", "texts", "tokens", "size", "first", "block", "base")
+        own = ("model", "texts", "tokens", "settings", "block", "base")
         return {name: getattr(self, name) for name in own} | {
             "caches": self.table.to_dict("records"),
             "positions": self.positions.to_dict("records"),
@@ -164,10 +163,38 @@ def cache_costs(
         InputError: as `cached_nll`, `cache_settings` and `KVCache` do.
 
     """
-    length = ids.shape[1]
     settings = cache_settings(
-        size, length, first=first, positions=positions, others=others, draws=draws, seed=seed
+        size, ids.shape[1], first=first, positions=positions, others=others, draws=draws, seed=seed
     )
+    return compare_caches(model, ids, settings, block=block, progress=progress)
+
+
+def compare_caches(
+    model: LanguageModel,
+    ids: Int[Tensor, "texts tokens"],
+    settings: Mapping[str, Mapping[str, Any]],
+    *,
+    base: str | None = None,
+    block: int = 64,
+    progress: Callable[[str, int], object] | None = None,
+) -> CacheCosts:
+    """Read long texts through each of several caches, and compare their NLL with that of one of them.
+
+    Args:
+        model: a causal language model in this process.
+        ids: texts of equal length.
+        settings: the arguments of each `KVCache`, by a name of one's own; none for a cache that drops
+            nothing. Such a cache is left out, with a warning, if it does not fit into the memory.
+        base: the cache with which the others are compared; by default the first that was measured.
+        block: tokens that are read at once.
+        progress: a function that is called with the name of the cache and the number of tokens of each block.
+
+    Raises:
+        InputError: as `cached_nll` and `KVCache` do, and if `base` is not measured.
+
+    """
+    if base is not None and base not in settings:
+        raise InputError(f"base {base!r}: choose from {', '.join(settings)}")
     caches = {name: KVCache(model, **own) if own else None for name, own in settings.items()}
     reads: dict[str, CachedNLL] = {}
     for name, cache in caches.items():
@@ -175,13 +202,15 @@ def cache_costs(
         try:
             reads[name] = cached_nll(model, ids, cache, block=block, progress=tick)
         except CacheTooLarge as error:
-            if name != WHOLE:
+            if cache is not None or len(caches) == 1 or name == base:
                 raise
-            warnings.warn(f"{WHOLE} is left out: {error}", SpectralWarning, stacklevel=2)
+            warnings.warn(f"{name} is left out: {error}", SpectralWarning, stacklevel=2)
+    length = ids.shape[1]
     half = length // 2
+    full = min((own["size"] for own in settings.values() if own.get("size")), default=length)
     edges = [1, *(2**power for power in range(5, 30) if 2**power < length), length]
     late = {name: read.nll[:, half - 1 :].double().mean(1).numpy() for name, read in reads.items()}
-    base = next(iter(reads))
+    base = base or next(iter(reads))
     rows: list[dict[str, Any]] = []
     parts: list[pd.DataFrame] = []
     for name, read in reads.items():
@@ -193,21 +222,19 @@ def cache_costs(
             "nbytes": read.nbytes / len(ids),
             "tokens_per_second": read.tokens_per_second,
             "tokens_per_processor_second": read.tokens_per_processor_second,
-            "early": float(read.nll[:, : size - 1].double().mean()),
+            "early": float(read.nll[:, : min(full, length) - 1].double().mean()),
         }
         for column, values in (("nll", late[name]), ("more", late[name] - late[base])):
             low, high = mean_interval(values)
             row |= {column: float(values.mean()), f"{column}_low": low, f"{column}_high": high}
         rows.append(row)
-    table = pd.DataFrame(rows)
     return CacheCosts(
         model.name,
         len(ids),
         length,
-        size,
-        first,
+        {name: dict(own) for name, own in settings.items()},
         block,
         base,
-        table,
+        pd.DataFrame(rows),
         pd.concat(parts, ignore_index=True),
     )
