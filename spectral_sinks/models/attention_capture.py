@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import StaticLayer
+from transformers.generation.utils import GenerationMixin
 from transformers.masking_utils import sdpa_mask
 
 from spectral_sinks.errors import InputError
@@ -31,6 +32,9 @@ WEIGHTS = 2**20
 
 HOOKS = "_spectral_hooks"
 """Attribute of an attention module that stores its hooks."""
+
+REORDER = "_reorder_cache"
+"""What a beam search of transformers calls, if the model has it, where it reorders the rows of a batch."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ class AttentionCall:
     ids: Int[Tensor, "batch tokens"] | None = None
     """Token ids from the beginning of the text to the last query; None where they are not known.
 
-    A beam search reorders the rows of a batch, and the ids do not follow that.
+    They follow the rows of a batch that `generate` reorders in a beam search.
     """
     past: int = 0
     """Number of tokens before the first query, whose keys come from a cache."""
@@ -270,6 +274,8 @@ def attending(model: "Transformer", look: AttentionHook) -> Iterator[None]:
     watching = module.register_forward_pre_hook(text.read, with_kwargs=True)
     hooked: list[nn.Module] = []
     outer: dict[nn.Module, Any] = {}
+    generating = [part for part in module.modules() if isinstance(part, GenerationMixin)]
+    reorder = [getattr(part, REORDER, _reorder_cache) for part in generating]
     for layer in model.attention_layers:
         block = module.get_submodule(f"{model.layout.layers}.{layer}")
         for part in block.get_submodule(model.layout.attention).modules():
@@ -279,6 +285,8 @@ def attending(model: "Transformer", look: AttentionHook) -> Iterator[None]:
             part.__dict__[HOOKS] = (layer, (*hooks, look), text)
             hooked.append(part)
     try:
+        for part, inner in zip(generating, reorder, strict=True):
+            part.__dict__[REORDER] = text.following(inner)
         if before not in (BLOCKWISE, WHOLE):
             module.set_attn_implementation(BLOCKWISE)
         yield
@@ -286,10 +294,20 @@ def attending(model: "Transformer", look: AttentionHook) -> Iterator[None]:
         if before not in (BLOCKWISE, WHOLE):
             module.set_attn_implementation(before)
         watching.remove()
+        for part, inner in zip(generating, reorder, strict=True):
+            if inner is _reorder_cache:
+                part.__dict__.pop(REORDER)
+            else:
+                part.__dict__[REORDER] = inner
         for part in hooked:
             part.__dict__.pop(HOOKS)
             if part in outer:
                 part.__dict__[HOOKS] = outer[part]
+
+
+def _reorder_cache(cache: Any, beams: Tensor) -> Any:
+    cache.reorder_cache(beams)
+    return cache
 
 
 def can_attend(model: "Transformer") -> bool:
@@ -322,6 +340,16 @@ class _Text:
         nearer to the queries; None and 0 if the cache has dropped none of them.
         """
         return getattr(self.cached(layer), "shown", (None, 0))
+
+    def following(self, reorder: Callable[[Any, Tensor], Any]) -> Callable[[Any, Tensor], Any]:
+        """Return a function that reorders a cache, and the ids with it."""
+
+        def reordered(cache: Any, beams: Tensor) -> Any:
+            if self.ids is not None:
+                self.ids = self.ids.index_select(0, beams.to(self.ids.device))
+            return reorder(cache, beams)
+
+        return reordered
 
     def read(self, module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
         ids: Tensor | None = named.get("input_ids", given[0] if given else None)

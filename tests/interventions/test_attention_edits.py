@@ -284,6 +284,29 @@ def test_a_cache_agrees_with_a_whole_pass(family: str) -> None:
     assert torch.equal(*found) and not torch.equal(found[0], ss.generate(model, prompts, new=10))
 
 
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_tokens_are_those_of_each_beam(blocks: int) -> None:
+    """The score of a beam is that of its whole text under the same edit; beams change places on the way."""
+    model, prompt = tiny_models.model("llama"), tiny_models.ids(3, 8)
+    settings: dict[str, Any] = {"num_beams": 4, "num_return_sequences": 4, "max_new_tokens": 10}
+    settings |= {"do_sample": False, "eos_token_id": None, "length_penalty": 0.0}
+    frequent = int(model.module.generate(prompt, **settings)[:, 8:].mode().values.mode().values)
+    edit = ss.attention.MaskKey(token=frequent)
+    with ExitStack() as stack:
+        for look in (edit, lambda call: None)[:blocks]:
+            stack.enter_context(ss.attending(model, look))
+        beams = model.module.generate(prompt, **settings, return_dict_in_generate=True, output_scores=True)
+    assert (beams.sequences[:, 8:-1] == frequent).any(1).sum() > 3
+    with torch.no_grad(), ss.attending(model, edit):
+        scores = model.module(beams.sequences, use_cache=False).logits[:, 7:-1].log_softmax(-1)
+    own = scores.gather(2, beams.sequences[:, 8:, None]).sum((1, 2))
+    torch.testing.assert_close(own, beams.sequences_scores, atol=1e-4, rtol=1e-4)
+    with torch.no_grad():
+        plain = model.module(beams.sequences, use_cache=False).logits[:, 7:-1].log_softmax(-1)
+    assert (plain.gather(2, beams.sequences[:, 8:, None]).sum((1, 2)) - own).abs().max() > 1e-2
+    assert not hasattr(model.module, "_reorder_cache")
+
+
 def test_a_cache_filled_outside_has_no_ids() -> None:
     model = tiny_models.model()
     with torch.no_grad():
