@@ -195,14 +195,13 @@ def run_nll(options: Nll) -> None:
         rows.append(("delta_nll of random controls", " ".join(marked)))
         rows.append(("controls that reach the filter's", f"{reached} of {len(controls)}"))
         if options.screen is not None:
-            exact = len(controls) - sum(screened)
-            rows.append(
-                (
-                    "controls measured on all tokens",
-                    f"{exact} of {len(controls)}; the others (~) were screened on {options.screen} tokens of "
-                    "each window, and no interval of theirs holds the filter's (95 % for all together)",
+            exact = f"{len(controls) - sum(screened)} of {len(controls)}"
+            if any(screened):
+                exact += (
+                    f"; the others (~) were screened on {options.screen} tokens of each window, and no "
+                    "interval of theirs holds the filter's (95 % for all together)"
                 )
-            )
+            rows.append(("controls measured on all tokens", exact))
     made = table(f"NLL (nats per {token}) of {model.name}", ("", ""), rows)
     said = disagreement_on(shares)
     notes = [Text(f"At {site}, position 0 is {said} {why(shares)}.")] if said else []
