@@ -12,7 +12,7 @@ from support import page_models, tiny_models
 
 import spectral_sinks as ss
 from spectral_sinks.pages.model_report import ModelReport, report, sentence
-from spectral_sinks.pages.report_page import BLUES, charts_of
+from spectral_sinks.pages.report_charts import BLUES, charts_of
 
 
 def windows_of(model: ss.LanguageModel, documents: int = 3) -> ss.Windows:

@@ -11,7 +11,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from spectral_sinks.errors import InputError, SpectralWarning
-from spectral_sinks.interventions.kv_cache import KVCache, Positions
+from spectral_sinks.interventions.kv_cache import KVCache
+from spectral_sinks.interventions.kv_layer import Positions
 from spectral_sinks.measure.nll.cached_texts import CachedNLL, CacheTooLarge, cached_nll
 from spectral_sinks.measure.results import Result
 from spectral_sinks.models.language import LanguageModel

@@ -17,7 +17,8 @@ from transformers.cache_utils import DynamicLayer, QuantizedLayer, StaticLayer
 
 from spectral_sinks.data.joined_texts import join_documents as join_documents
 from spectral_sinks.errors import InputError, SpectralWarning
-from spectral_sinks.interventions.kv_cache import KVCache, KVLayer, held_bytes
+from spectral_sinks.interventions.kv_cache import KVCache, held_bytes
+from spectral_sinks.interventions.kv_layer import KVLayer
 from spectral_sinks.interventions.tracing import trace
 from spectral_sinks.measure.memory import free
 from spectral_sinks.measure.nll.scoring import score
