@@ -44,11 +44,12 @@ MINUTES = {
     "steering": 6,
     "pruning": 20,
     "kv_cache": 40,
+    "bars": 1,
     "spectrum": 1,
     "weights": 1,
     "bos": 1,
 }
-"""The experiments, and what each takes on one core, roughly: a guess at the time that is left. The last nine
+"""The experiments, and what each takes on one core, roughly: a guess at the time that is left. The last ten
 are those of the embedded model, here under the folded convention."""
 
 SAMPLED = ("conventions", "ladders")
