@@ -27,15 +27,15 @@ OTHER_STYLES: list[dict[str, Any]] = [
     {"color": color, "linestyle": line, "marker": marker}
     for color, line, marker in (
         ("#8a6d3b", "-", "o"),
-        ("#d99a88", "-.", "P"),
-        ("#2b6ca3", "-", "^"),
-        ("#555555", "--", "D"),
-        ("#6f9fc8", ":", "v"),
-        ("#8a6d3b", "--", ">"),
-        ("#8a6d3b", ":", "<"),
+        ("#4f7f3f", "--", "P"),
+        ("#7a4f9a", "-", "p"),
+        ("#8a6d3b", ":", "d"),
+        ("#4f7f3f", "-.", "h"),
+        ("#7a4f9a", ":", "*"),
+        ("#8a6d3b", "-.", "X"),
     )
 ]
-"""What caches of other names are drawn with, in turn."""
+"""What caches of other names are drawn with, in turn: in colours that the usual ones lack."""
 
 
 def cache_costs(positions: pd.DataFrame, caches: pd.DataFrame, base: str, path: Path) -> None:
