@@ -45,11 +45,12 @@ MINUTES = {
     "pruning": 20,
     "kv_cache": 40,
     "bars": 1,
+    "fills": 12,
     "spectrum": 1,
     "weights": 1,
     "bos": 1,
 }
-"""The experiments, and what each takes on one core, roughly: a guess at the time that is left. The last ten
+"""The experiments, and what each takes on one core, roughly: a guess at the time that is left. The last eleven
 are those of the embedded model, here under the folded convention."""
 
 SAMPLED = ("conventions", "ladders")
