@@ -89,12 +89,12 @@ class KVCache(Cache):
         exact_first: bool = True,
         seed: int = 0,
     ) -> None:
-        chosen = None if isinstance(first, Integral) else tuple(sorted(set(first)))
+        given: Any = first
+        chosen: tuple[int, ...] | None = None if isinstance(given, Integral) else tuple(sorted(set(given)))
         if chosen is not None:
             if chosen and chosen[0] < 0:
                 raise InputError(f"position {chosen[0]}: positions count from 0 at the beginning of the text")
-            first = len(chosen)
-        assert isinstance(first, Integral)
+        first = int(given) if chosen is None else len(chosen)
         room = (size or 0) - first
         usual = room if evict == "window" else max(1, min(room, (size or 0) // 2))
         if evict == "window" and size is not None and recent not in (None, room):

@@ -138,7 +138,7 @@ def head_removal(
     """
     if model.remote is not None:
         raise InputError(f"{model.name} is on a server, and heads are silenced by hooks: load it here")
-    chosen: Sequence[Order] = [orders] if isinstance(orders, str) else orders
+    chosen: Any = [orders] if isinstance(orders, str) else orders
     orders = list(dict.fromkeys(chosen))
     if unknown := [order for order in orders if order not in get_args(Order)]:
         raise InputError(f"order {unknown[0]!r}: choose from {', '.join(get_args(Order))}")

@@ -173,7 +173,8 @@ def quantisation_report(
         raise InputError(f"{model.name} is on a server, and its unembedding is quantised here: load it here")
     model.require_head("the NLL of a quantised model")
     rule.require(model)
-    steps: Sequence[Granularity] = [per] if isinstance(per, str) else per
+    single: Any = [per]
+    steps: Sequence[Granularity] = single if isinstance(per, str) else per
     spectra = list(by_convention(model, spectrum).values())
     if wrong := [each.matrix for each in spectra if each.matrix != "unembedding"]:
         raise InputError(f"the spectrum of {wrong[0]}: give that of the unembedding (read_spectra)")
