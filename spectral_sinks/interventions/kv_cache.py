@@ -91,9 +91,8 @@ class KVCache(Cache):
     ) -> None:
         given: Any = first
         chosen: tuple[int, ...] | None = None if isinstance(given, Integral) else tuple(sorted(set(given)))
-        if chosen is not None:
-            if chosen and chosen[0] < 0:
-                raise InputError(f"position {chosen[0]}: positions count from 0 at the beginning of the text")
+        if chosen and chosen[0] < 0:
+            raise InputError(f"position {chosen[0]}: positions count from 0 at the beginning of the text")
         first = int(given) if chosen is None else len(chosen)
         room = (size or 0) - first
         usual = room if evict == "window" else max(1, min(room, (size or 0) // 2))
