@@ -7,14 +7,14 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from spectral_sinks.data.texts import Bos
+from spectral_sinks.data.texts import Bos, listed_texts
 from spectral_sinks.data.token_ids import TextEncoder
 from spectral_sinks.errors import InputError, SpectralWarning
 from spectral_sinks.models.language import LanguageModel
 
 
 def join_documents(
-    documents: Iterable[str],
+    documents: Iterable[str] | str,
     model: LanguageModel,
     *,
     length: int,
@@ -30,15 +30,15 @@ def join_documents(
     a warning.
 
     Args:
-        documents: the documents.
+        documents: the documents, or a single one.
         model: the model whose tokenizer is used.
         length: number of tokens of a text, with those that open it. It may exceed the context of the model.
         count: the largest number of texts.
         bos: "always" opens each text with BOS, "never" with nothing, and "auto" as the tokenizer does.
 
     Raises:
-        InputError: for a model without a tokenizer, or without BOS for "always", and for a text in which
-            nothing is left to predict.
+        InputError: for a model without a tokenizer, or without BOS for "always", for what `documents` reads
+            (a table, a path, the name of a file), and for a text in which nothing is left to predict.
 
     """
     if model.tokenizer is None:
@@ -52,7 +52,7 @@ def join_documents(
         raise InputError(
             f"{count} texts of {length} tokens: expected at least one, of at least {2 + len(opening)} tokens"
         )
-    given = list(documents)
+    given = listed_texts(documents)
     encoder = TextEncoder(model.tokenizer, model.name)
     rows: list[list[int]] = []
     current = list(opening)

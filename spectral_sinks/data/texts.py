@@ -186,7 +186,7 @@ def cut(
             the template refuses or rewrites.
 
     """
-    given = _given(texts, chat)
+    given = listed_texts(texts, chat)
     if model.tokenizer is None:
         raise InputError(
             f"{model.name} came without a tokenizer: load(model, tokenizer=...) or Windows.of_ids"
@@ -270,7 +270,7 @@ def cut(
     )
 
 
-def _given(texts: Any, chat: bool) -> list[Any]:
+def listed_texts(texts: Any, chat: bool = False) -> list[Any]:
     """Return the documents as a list. Raises InputError for what `documents` reads.
 
     Iterating over a table gives the names of its columns, which would be taken for the texts.

@@ -65,7 +65,7 @@ class AttentionEdit:
 class AtToken(AttentionEdit):
     """An edit at one position, counted from 0, or at every occurrence of a token id.
 
-    Exactly one of the two is given.
+    Exactly one of the two is given. A text that is padded on the left begins after the padding.
     """
 
     position: int | None = None
@@ -93,9 +93,12 @@ class AtToken(AttentionEdit):
         """
         length = call.past + call.query.shape[2]
         if self.position is not None:
-            if self.position >= length:
-                raise InputError(f"position {self.position}: the text has {length} tokens, 0 to {length - 1}")
-            return (torch.arange(length, device=call.query.device) == self.position)[None]
+            shortest = length if call.starts is None else length - int(call.starts.max())
+            if self.position >= shortest:
+                raise InputError(
+                    f"position {self.position}: the text has {shortest} tokens, 0 to {shortest - 1}"
+                )
+            return torch.arange(length, device=call.query.device) == self.position + call.openings
         if call.ids is None:
             raise InputError(
                 f"{type(self).__name__}(token={self.token}) needs the token ids of the whole text: this pass "

@@ -34,7 +34,8 @@ class MaskKey(AtToken):
     def changed(self, call: AttentionCall) -> AttentionCall:
         query, key = call.query_positions[:, None], call.key_positions
         keys = self.chosen_keys(call)[:, None, None]
-        hidden = keys & (query != key) & (query >= self.since)
+        since = self.since + call.openings[:, None, None]
+        hidden = keys & (query != key) & (query >= since)
         if self.heads is not None:
             hidden = hidden & self.acting(call)
         if self.renormalise:
@@ -99,12 +100,16 @@ class CopyKey(AtToken):
 
     def changed(self, call: AttentionCall) -> AttentionCall:
         positions = call.key_positions
-        found = (positions == self.source).nonzero().flatten().tolist()
-        if not found:
+        source = self.source + call.openings
+        found = positions == source  # [#batch, keys]
+        if not found.any(1).all():
             raise InputError(f"position {self.source} is not among the keys of layer {call.layer}")
-        at = found[0]
-        keys = self.chosen_keys(call) & (positions >= self.source)
-        key, value = (self.placed(old, old[:, :, at : at + 1], keys, call) for old in (call.key, call.value))
+        rows = torch.arange(len(call.key), device=positions.device)
+        at = found.int().argmax(1).expand(len(rows))
+        keys = self.chosen_keys(call) & (positions >= source)
+        key, value = (
+            self.placed(old, old[rows, :, at][:, :, None], keys, call) for old in (call.key, call.value)
+        )
         return replace(call, key=key, value=value)
 
 
@@ -132,11 +137,12 @@ class Streaming(AttentionEdit):
 
     def changed(self, call: AttentionCall) -> AttentionCall:
         query, key = call.query_positions[:, None], call.key_positions
+        place = key - call.openings  # [#batch, keys], in the text
         if isinstance(self.first, int):
-            stays = key < self.first
+            stays = place < self.first
         else:
-            stays = torch.isin(key, torch.tensor(sorted(self.first), dtype=key.dtype, device=key.device))
-        visible = (stays | (query - key < self.recent))[None, None]
+            stays = torch.isin(place, torch.tensor(sorted(self.first), dtype=key.dtype, device=key.device))
+        visible = stays[:, None, None] | (query - key < self.recent)
         if self.heads is not None:
             visible = visible | ~self.acting(call)
         return replace(call, mask=call.visible() & visible)

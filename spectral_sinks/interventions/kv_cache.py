@@ -7,6 +7,7 @@ keys and values can be stored as integers.
 
 from collections.abc import Collection, Iterable
 from dataclasses import replace
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -88,12 +89,11 @@ class KVCache(Cache):
         exact_first: bool = True,
         seed: int = 0,
     ) -> None:
-        chosen = None if isinstance(first, int) else tuple(sorted(set(first)))
-        if chosen is not None:
-            if chosen and chosen[0] < 0:
-                raise InputError(f"position {chosen[0]}: positions count from 0 at the beginning of the text")
-            first = len(chosen)
-        assert isinstance(first, int)
+        given: Any = first
+        chosen: tuple[int, ...] | None = None if isinstance(given, Integral) else tuple(sorted(set(given)))
+        if chosen and chosen[0] < 0:
+            raise InputError(f"position {chosen[0]}: positions count from 0 at the beginning of the text")
+        first = int(given) if chosen is None else len(chosen)
         room = (size or 0) - first
         usual = room if evict == "window" else max(1, min(room, (size or 0) // 2))
         if evict == "window" and size is not None and recent not in (None, room):
@@ -187,8 +187,9 @@ class KVCache(Cache):
     def __call__(self, call: AttentionCall) -> AttentionCall | None:
         """Let a layer's attention weights be counted: the cache is an attention hook."""
         layer = self.layers[call.layer]
-        if not isinstance(layer, KVLayer) or not layer.awaiting:
+        if not isinstance(layer, KVLayer) or not layer.awaiting or layer.watched:
             return None
+        layer.watched = True  # blocks may be nested, as around `cached_nll`, which opens one itself
         return replace(call, observers=(*call.observers, layer.observer(call)))
 
 

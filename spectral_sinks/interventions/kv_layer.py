@@ -106,6 +106,8 @@ class KVLayer(CacheLayerMixin):
         """Attention that each entry has received, summed over queries and the query heads of its key head."""
         self.awaiting = False
         """Whether the attention of the last block has not been seen yet."""
+        self.watched = False
+        """Whether an observer will see it."""
         self.shown: tuple[Tensor | None, int] = None, 0
         """Places in the text of the last pass's keys, `[#batch, #heads, keys]`, and by how many positions the
         cache counted them nearer to the queries; None and 0 if none had been dropped."""
@@ -162,7 +164,8 @@ class KVLayer(CacheLayerMixin):
             self.places = longer(self.places, own)
         if self.rule.evict == "attention":
             zeros = torch.zeros(*key_states.shape[:2], new, device=self.device)
-            self.received, self.awaiting = longer(self.received, zeros), True
+            self.received = longer(self.received, zeros)
+            self.awaiting, self.watched = True, False
         else:
             self.evict()
         return keys, values

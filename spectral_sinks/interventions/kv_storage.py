@@ -19,13 +19,16 @@ def quantised(
 ) -> tuple[UInt8[Tensor, "... tokens size"], Tensor, Tensor]:
     """Round to integers between the smallest and the largest value of each group.
 
-    Returns the integers, the smallest values and the steps; `integers * step + smallest` is at most half a
-    step away from `x`. A group is one channel of all `tokens`, or one token.
+    Returns the integers, the smallest values and the steps; `integers * step + smallest` is at most about
+    half a step away from `x`, if it is computed in float32. A group is one channel of all `tokens`, or one
+    token.
     """
     dim = -2 if by == "channel" else -1
     low, high = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
-    step = ((high - low) / (2**bits - 1)).clamp_min(torch.finfo(x.dtype).tiny)
-    codes = ((x - low) / step).round().clamp(0, 2**bits - 1)
+    # in half precision the quotients alone would be wrong by a step, and the step is rounded as it is stored
+    wide = torch.promote_types(x.dtype, torch.float32)
+    step = ((high.to(wide) - low) / (2**bits - 1)).to(x.dtype).clamp_min(torch.finfo(x.dtype).tiny)
+    codes = ((x.to(wide) - low) / step).round().clamp(0, 2**bits - 1)
     return codes.to(torch.uint8), low, step
 
 
@@ -138,7 +141,8 @@ class Storage:
         low, step = self.low, self.step
         if self.groups is not None:
             low, step = (taken(x, self.groups.long()) for x in (low, step))
-        middle = unpack_codes(self.codes, self.bits).to(low.dtype) * step + low
+        wide = torch.promote_types(low.dtype, torch.float32)
+        middle = (unpack_codes(self.codes, self.bits).to(wide) * step + low).to(low.dtype)
         return torch.cat([self.first, middle, self.last], dim=2)
 
     def keep(self, index: Int[Tensor, "batch heads kept"]) -> None:

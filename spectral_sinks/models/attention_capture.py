@@ -74,6 +74,9 @@ class AttentionCall:
     recounted: int = 0
     """By how many positions queries are turned beyond what their place among the keys says. It is 0 unless a
     cache counts the positions of its keys anew, and has dropped some."""
+    starts: Int[Tensor, "batch"] | None = None
+    """Number of padding tokens before each text, in a batch that is padded on the left; None for no padding
+    there. The positions of queries and keys count this padding."""
     kept: Bool[Tensor, "... queries keys"] | None = None
     """False where a weight is dropped after the softmax, so that rows sum to less than 1."""
     extra_key: Float[Tensor, "#batch extra_heads extra size"] | None = None
@@ -93,7 +96,7 @@ class AttentionCall:
 
     @property
     def query_positions(self) -> Int[Tensor, "queries"]:
-        """Positions of the queries in the text, counted from 0."""
+        """Positions of the queries in the text, counted from 0; padding on the left counts as text."""
         return self.past + torch.arange(self.query.shape[2], device=self.query.device)
 
     @property
@@ -111,6 +114,13 @@ class AttentionCall:
             return self.places[0, 0].to(self.query.device)
         gone = max(0, self.past + self.query.shape[2] - self.key.shape[2])
         return gone + torch.arange(self.key.shape[2], device=self.query.device)
+
+    @property
+    def openings(self) -> Int[Tensor, "#batch 1"]:
+        """The position at which each text begins, which is 0 without padding on the left."""
+        if self.starts is None:
+            return torch.zeros(1, 1, dtype=torch.long, device=self.query.device)
+        return self.starts.to(self.query.device)[:, None]
 
     def visible(self, rows: slice = slice(None)) -> Bool[Tensor, "#batch #heads rows keys"]:
         """Return which keys the queries in `rows` may see."""
@@ -325,6 +335,7 @@ class _Text:
         self.ids: Tensor | None = None
         self.past = 0
         self.cache: Any = None
+        self.starts: Tensor | None = None
 
     def cached(self, layer: int) -> Any:
         """Return the cache of a layer, or None."""
@@ -351,12 +362,22 @@ class _Text:
 
         return reordered
 
+    def padding(self, mask: Any) -> Tensor | None:
+        """Return the number of padding tokens before each text, by the mask of this pass or of those before.
+
+        In a beam search the beams of one prompt have the same padding.
+        """
+        if not isinstance(mask, Tensor) or mask.ndim != 2:  # a mask of queries and keys, from a static cache
+            return self.starts if self.past else None
+        return None if bool(mask[:, 0].all()) else (mask != 0).int().argmax(1)
+
     def read(self, module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
         ids: Tensor | None = named.get("input_ids", given[0] if given else None)
         if ids is not None and ids.ndim != 2:  # pixels
             ids = None
         self.cache = cache = named.get("past_key_values")
         self.past = 0 if cache is None else int(cache.get_seq_length())
+        self.starts = self.padding(named.get("attention_mask"))
         if self.past and ids is not None:
             before = self.ids
             known = before is not None and before.shape == (len(ids), self.past)
@@ -400,6 +421,7 @@ def _attention(
         text.ids,
         text.past,
         *text.held(layer),
+        starts=text.starts,
     )
     for look in hooks:
         call = look(call) or call

@@ -50,3 +50,17 @@ def test_bad_input_is_refused() -> None:
         join(["w3 w4"], other, length=3, bos="always")
     with pytest.raises(ss.InputError, match="without a tokenizer"):
         join(["w3"], ss.load(tiny_models.plain()), length=3)
+
+
+def test_a_single_document_need_not_be_a_list() -> None:
+    """Its letters are no documents."""
+    model, text = tiny_models.model(), tiny_models.text(40)
+    found = ss.nll.join_documents(text, model, length=10, count=3)
+    assert torch.equal(found, ss.nll.join_documents([text], model, length=10, count=3))
+    assert found[:, 1:].flatten().tolist() == [int(word[1:]) for word in text.split()][:27]
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_table_is_no_document() -> None:
+    with pytest.raises(ss.InputError, match="read files and tables by"):
+        ss.nll.join_documents({"text": ["w5 w6 w7"]}, tiny_models.model(), length=3)

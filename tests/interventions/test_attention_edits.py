@@ -430,3 +430,51 @@ def test_a_source_that_a_sliding_cache_has_let_go_of_is_refused() -> None:
         pytest.raises(ss.InputError, match="not among the keys"),
     ):
         ss.generate(model, ids()[:, :12], new=3)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        ss.attention.MaskKey(0),
+        ss.attention.MaskKey(1, since=4),
+        ss.attention.MaskKey(token=7),
+        ss.attention.Restrict(3),
+        ss.attention.SetValue(0, value=0.5),
+        ss.attention.CopyKey(3, source=1),
+        ss.attention.Streaming(2, 3),
+        ss.attention.Streaming({1, 4}, 3),
+    ],
+)
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_positions_count_from_the_beginning_of_a_text_that_is_padded_on_the_left(
+    family: str, edit: Any
+) -> None:
+    """Each text of a padded batch is what it is alone, in one pass and while the batch generates."""
+    model = tiny_models.model(family)
+    texts = [tiny_models.ids(1, count, seed=count)[0] for count in (9, 6, 7)]
+    padded = torch.stack([torch.cat([torch.full((9 - len(text),), tiny_models.EOS), text]) for text in texts])
+    mask = torch.tensor([[0] * (9 - len(text)) + [1] * len(text) for text in texts])
+    new = 1 if isinstance(edit, ss.attention.CopyKey) else 8  # a sliding cache drops the source
+    greedy: dict[str, Any] = {"max_new_tokens": new, "do_sample": False, "eos_token_id": None}
+    with torch.no_grad(), ss.attending(model, edit):
+        places = (mask.cumsum(1) - 1).clamp_min(0)
+        found = model.module(padded, attention_mask=mask, position_ids=places).logits
+        grown = model.module.generate(padded, attention_mask=mask, **greedy)
+        for row, text in enumerate(texts):
+            alone = model.module(text[None]).logits[0]
+            torch.testing.assert_close(found[row, 9 - len(text) :], alone, atol=1e-5, rtol=1e-4)
+            own = model.module.generate(text[None], attention_mask=torch.ones(1, len(text)), **greedy)
+            assert torch.equal(grown[row, 9:], own[0, len(text) :])
+    if edit.__class__ is ss.attention.MaskKey and edit.position == 0:
+        with torch.no_grad():
+            plain = model.module(padded, attention_mask=mask, position_ids=places).logits
+        assert (plain[1] - found[1]).abs().max() > 1e-2, "the edit acts"
+
+
+def test_a_position_beyond_the_shortest_text_of_a_padded_batch_is_refused() -> None:
+    model, ids = tiny_models.model(), tiny_models.ids(2, 6)
+    mask = torch.ones_like(ids)
+    mask[1, :2] = 0
+    refused = pytest.raises(ss.InputError, match="the text has 4 tokens, 0 to 3")
+    with torch.no_grad(), ss.attending(model, ss.attention.MaskKey(4)), refused:
+        model.module(ids, attention_mask=mask)

@@ -1,7 +1,9 @@
 """A cache that is large enough changes nothing; a bounded one does what a Llama in float64 does by hand."""
 
-from typing import Any
+from contextlib import ExitStack
+from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -469,3 +471,22 @@ def test_other_entries_than_the_first_may_stay(block: int) -> None:
     torch.testing.assert_close(read(model, IDS, same, block), read(model, IDS, plain, block))
     with pytest.raises(ss.InputError, match="in place of the first entries"):
         ss.nll.KVCache(model, 8, first=[3], evict="random")
+
+
+def test_a_block_around_a_measurement_counts_attention_once() -> None:
+    """`cached_nll` opens a block itself, and the same cache may be the hook of one around it."""
+    model, found = tiny_models.model(), []
+    for times in (0, 1, 2):
+        cache = ss.nll.KVCache(model, 12, evict="attention")
+        with ExitStack() as stack:
+            for _ in range(times):
+                stack.enter_context(ss.attending(model, cache))
+            found.append(ss.nll.cached_nll(model, IDS, cache, block=4).nll)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_sizes_may_be_integers_of_numpy() -> None:
+    model = tiny_models.model()
+    cache = ss.nll.KVCache(model, cast(int, np.int64(8)), first=cast(int, np.int64(3)))
+    assert cache.rule == ss.nll.KVCache(model, 8, first=3).rule

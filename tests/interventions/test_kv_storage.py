@@ -1,5 +1,7 @@
 """Integers are at most half a step off, and the entries that are kept are those that were asked for."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -100,3 +102,19 @@ def test_nothing_that_was_dropped_stays_in_memory() -> None:
     counted = sum(x.numel() * x.element_size() for x in storage.tensors)
     assert counted == sum(x.untyped_storage().nbytes() for x in storage.tensors)
     assert storage.low is not None and storage.low.shape[2] <= 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("by", ["channel", "token"])
+def test_half_precision_adds_no_more_than_its_own_rounding(dtype: torch.dtype, bits: Any, by: Any) -> None:
+    x = (torch.randn(1, 2, 64, 64, generator=torch.Generator().manual_seed(0)) + 3).to(dtype)
+    held = Storage(bits, by, 32)
+    held.append(x)
+    found = held.read()
+    assert found is not None and found.dtype == dtype
+    groups = (x.double().unflatten(2, (-1, 32)), -2) if by == "channel" else (x.double(), -1)
+    step = (groups[0].amax(groups[1], keepdim=True) - groups[0].amin(groups[1], keepdim=True)) / (2**bits - 1)
+    error = (found.double() - x.double()).abs().view_as(groups[0])
+    rounding = torch.finfo(dtype).eps / 2 * x.double().abs().max()  # of the result
+    assert (error <= 0.51 * step + rounding).all()

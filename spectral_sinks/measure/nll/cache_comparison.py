@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from jaxtyping import Int
 from torch import Tensor
 
@@ -94,6 +95,7 @@ def cache_settings(
             entries than a cache has.
 
     """
+    others = [others] if isinstance(others, str) else others
     if unknown := [name for name in others if name not in OTHERS]:
         raise InputError(f"cache {unknown[0]!r}: choose from {', '.join(OTHERS)}")
     if size <= first:
@@ -164,6 +166,7 @@ def cache_costs(
         InputError: as `cached_nll`, `cache_settings` and `KVCache` do.
 
     """
+    ids = torch.as_tensor(ids)
     settings = cache_settings(
         size, ids.shape[1], first=first, positions=positions, others=others, draws=draws, seed=seed
     )
@@ -191,9 +194,12 @@ def compare_caches(
         progress: a function that is called with the name of the cache and the number of tokens of each block.
 
     Raises:
-        InputError: as `cached_nll` and `KVCache` do, and if `base` is not measured.
+        InputError: as `cached_nll` and `KVCache` do, for no cache, and if `base` is not measured.
 
     """
+    ids = torch.as_tensor(ids)
+    if not settings:
+        raise InputError("no cache to measure: give the arguments of at least one, as in {'whole': {}}")
     if base is not None and base not in settings:
         raise InputError(f"base {base!r}: choose from {', '.join(settings)}")
     caches = {name: KVCache(model, **own) if own else None for name, own in settings.items()}
@@ -216,7 +222,7 @@ def compare_caches(
     parts: list[pd.DataFrame] = []
     for name, read in reads.items():
         parts.append(read.by_position(edges).assign(cache=name))
-        control = name in (WHOLE, "window") or "random" in name
+        control = not settings[name] or name == "window" or "random" in name
         row: dict[str, Any] = {
             "cache": name,
             "kind": "control" if control else "bounded",

@@ -98,8 +98,8 @@ def cached_nll(
     Raises:
         InputError: for another kind of model, a cache that grows with the text beyond the free memory, the
             `KVCache` of another model, a static cache that is shorter than the text, a `QuantizedCache`,
-            fewer than two tokens, a block of less than one, and texts beyond the context of a model whose
-            positions are learned one by one.
+            fewer than two tokens, ids outside the vocabulary, a block of less than one, and texts beyond the
+            context of a model whose positions are learned one by one.
 
     """
     if not model.causal or model.remote is not None:
@@ -107,11 +107,15 @@ def cached_nll(
         raise InputError(
             f"{model.name} {kind}: a text is read through a cache by causal models in this process"
         )
-    if ids.ndim != 2 or ids.shape[1] < 2 or block < 1:
+    ids = torch.as_tensor(ids).long()
+    if ids.ndim != 2 or not ids.numel() or ids.shape[1] < 2 or block < 1:
         raise InputError(
             f"ids of shape {tuple(ids.shape)} in blocks of {block}: expected [texts, tokens] of at least two "
             "tokens, and blocks of at least one"
         )
+    if not 0 <= int(ids.min()) <= int(ids.max()) < model.vocabulary:
+        bad = ids[(ids < 0) | (ids >= model.vocabulary)][0]
+        raise InputError(f"token id {int(bad)} lies outside the vocabulary of {model.vocabulary}")
     length = ids.shape[1]
     limited = not any(name.endswith("inv_freq") for name, _ in model.module.named_buffers())
     if limited and model.context is not None and length > model.context:

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,7 +40,8 @@ class Sample:
     @classmethod
     def of(cls, predict: "Sample | int | None") -> "Sample | None":
         """Return a sample of a number of predictions (seed 0), or None to score all predictions."""
-        return cls(predict) if isinstance(predict, int) else predict
+        given: Any = predict
+        return cls(int(given)) if isinstance(given, Integral) else given
 
     def drawn(self, window: int, predicted: int) -> Int[Tensor, "scored"]:
         """Return which of the `predicted` predictions of a window are scored, in ascending order.

@@ -1,6 +1,7 @@
 """Many interventions on a sample of predictions, and exactly those that the sample leaves open."""
 
 from collections.abc import Callable, Mapping
+from math import isfinite
 from statistics import NormalDist
 
 import numpy as np
@@ -54,11 +55,14 @@ def screen(
         One effect for each cell, in the order of `cells`.
 
     Raises:
-        InputError: as `evaluate_all` does, and if neither a threshold nor a number of largest cells is given.
+        InputError: as `evaluate_all` does, if neither a threshold nor a number of largest cells is given, and
+            for a threshold that is not finite.
 
     """
     if largest < 0 or (threshold is None and not largest):
         raise InputError("a screen needs to know what turns on the answer: give a threshold, or largest=5")
+    if threshold is not None and not isfinite(threshold):
+        raise InputError(f"threshold {threshold}: every difference lies on no side of it; give a number")
     found = evaluate_all(model, windows, cells, batch_size=batch_size, predict=predict, progress=progress)
     chosen = {name: cells[name] for name in undecided(found, threshold, largest)}
     exact = evaluate_all(model, windows, chosen, batch_size=batch_size, progress=progress) if chosen else {}

@@ -26,7 +26,8 @@ class CleanDirection(Result):
     """A direction without the parts of the residual stream that carry the sink."""
 
     vector: Float[Tensor, "d"]
-    """What is left, in the dtype of the input; shorter than the input by what was taken out."""
+    """What is left, in the dtype of the input (float32 for integers); shorter than the input by what was
+    taken out."""
     table: pd.DataFrame
     """One row per part: `part`, its `rank`, the `share` of the direction's energy in it, the share `random`
     of a random direction (r/d) with the interval of 95 % of draws, `random_low` to `random_high`, and whether
@@ -84,10 +85,13 @@ def clean(
             f"a vector of shape {tuple(vector.shape)}: the rule of {rule.model} is for vectors of width "
             f"{rule.d}"
         )
+    if not vector.is_floating_point():
+        vector = vector.float()  # a part of it is no vector of integers
     precise = vector.detach().double().cpu()
     if not precise.isfinite().all() or not precise.any():
         raise InputError("the vector is zero or not finite, so it has no direction")
     parts = parts_of(rule, site)
+    remove = [remove] if isinstance(remove, str) else remove
     chosen = list(parts) if remove is None else list(dict.fromkeys(remove))
     if unknown := [name for name in chosen if name not in parts]:
         raise InputError(f"no part is called {unknown[0]!r}: choose from {', '.join(parts)}")

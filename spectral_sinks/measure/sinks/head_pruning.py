@@ -138,11 +138,18 @@ def head_removal(
     """
     if model.remote is not None:
         raise InputError(f"{model.name} is on a server, and heads are silenced by hooks: load it here")
+    chosen: Any = [orders] if isinstance(orders, str) else orders
+    orders = list(dict.fromkeys(chosen))
     if unknown := [order for order in orders if order not in get_args(Order)]:
         raise InputError(f"order {unknown[0]!r}: choose from {', '.join(get_args(Order))}")
     total = len(model.attention_layers) * model.heads
     tried = np.unique(np.geomspace(1, total, STEPS).round().astype(int))
-    steps: Sequence[int] = tried.tolist() if counts is None else counts
+    steps: Sequence[int] = tried.tolist() if counts is None else list(dict.fromkeys(counts))
+    if not steps or not orders or draws < 0 or (list(orders) == ["random"] and not draws):
+        raise InputError(
+            f"{len(steps)} numbers of heads, {len(orders)} orders and {draws} random draws: nothing would be "
+            "removed; give at least one of each"
+        )
     if wrong := [count for count in steps if not 1 <= count <= total]:
         raise InputError(f"{wrong[0]} heads: {model.name} has {total}")
     heads = _scores(model, windows if scored_on is None else scored_on, position, batch_size)

@@ -173,15 +173,17 @@ def quantisation_report(
         raise InputError(f"{model.name} is on a server, and its unembedding is quantised here: load it here")
     model.require_head("the NLL of a quantised model")
     rule.require(model)
+    single: Any = [per]
+    steps: Sequence[Granularity] = single if isinstance(per, str) else per
     spectra = list(by_convention(model, spectrum).values())
     if wrong := [each.matrix for each in spectra if each.matrix != "unembedding"]:
         raise InputError(f"the spectrum of {wrong[0]}: give that of the unembedding (read_spectra)")
-    quantisers = [FakeQuantiser(b, p) for b in dict.fromkeys(bits) for p in dict.fromkeys(per)]
+    quantisers = [FakeQuantiser(b, p) for b in dict.fromkeys(bits) for p in dict.fromkeys(steps)]
     chosen = residual_sites(model) if sites is None else list(dict.fromkeys(sites))
     if not quantisers or not chosen or draws < 0:
         raise InputError(
-            f"bits {list(bits)}, steps per {list(per)}, {len(chosen)} sites and {draws} draws: give at least "
-            "one of each of the first three, and 0 draws or more"
+            f"bits {list(bits)}, steps per {list(steps)}, {len(chosen)} sites and {draws} draws: give at "
+            "least one of each of the first three, and 0 draws or more"
         )
     channels = {site: rule.channels(site) for site in (*chosen, *alone)}
     places = [(each, site) for each in quantisers for site in dict.fromkeys(alone)]

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
+from spectral_sinks.errors import InputError
 from spectral_sinks.measure.attention.by_position import PositionAttention
 
 SHARE, FEWEST = 0.5, 0.25
@@ -109,8 +110,31 @@ def in_documents(
 def marked(
     ids: Int[Tensor, "batch tokens"], positions: Collection[int], tokens: Collection[int]
 ) -> Bool[Tensor, "batch tokens"]:
-    """Mark some positions, and some token ids wherever they occur."""
-    found = torch.isin(ids, torch.tensor(sorted(tokens), dtype=ids.dtype, device=ids.device))
+    """Mark some positions, and some token ids wherever they occur.
+
+    Raises InputError for ids that are no batch of texts of one length.
+    """
+    ids = as_batch(ids)
+    found = torch.isin(ids, torch.tensor(sorted(tokens), dtype=torch.long, device=ids.device))
     here = [position for position in positions if position < ids.shape[1]]
     found[:, here] = True
     return found
+
+
+def as_batch(ids: object) -> Int[Tensor, "batch tokens"]:
+    """Return token ids as a tensor of integers of 64 bits, also those in lists or in an array.
+
+    Raises InputError for ids that are no batch of texts of one length.
+    """
+    try:
+        found = torch.as_tensor(ids)
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            "the token ids are no batch of texts of one length: give [batch, tokens], and texts of other "
+            "lengths one by one"
+        ) from error
+    if found.ndim != 2 or found.is_floating_point():
+        raise InputError(
+            f"token ids of shape {tuple(found.shape)} and dtype {found.dtype}: give integers [batch, tokens]"
+        )
+    return found.long()

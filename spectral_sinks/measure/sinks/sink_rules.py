@@ -28,7 +28,7 @@ from spectral_sinks.measure.residual.massive import high_norm_cutoff, robust_lev
 from spectral_sinks.measure.residual.matrix_spectrum import by_convention
 from spectral_sinks.measure.results import Result
 from spectral_sinks.measure.sinks.find import Sinks
-from spectral_sinks.measure.sinks.rule import counted, marked
+from spectral_sinks.measure.sinks.rule import as_batch, counted, marked
 from spectral_sinks.models.base import Transformer
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.spectra.spectrum import Spectrum
@@ -143,7 +143,7 @@ class SinkRule(Result):
         """
         site = self.site if site is None else site
         index = 0 if site.kind == "embedding" else site.layer + 1
-        if site.kind not in ("embedding", "exit") or not 0 <= index < len(self.cutoffs):
+        if site.kind not in ("embedding", "exit") or site.layer < 0 or index >= len(self.cutoffs):
             raise InputError(
                 f"{site}: the rule of {self.model} knows the embedding and the exits 0 to "
                 f"{len(self.cutoffs) - 2}"
@@ -325,6 +325,7 @@ def sink_mask(
 
     """
     rule.require(model)
+    ids = as_batch(ids)
     if by not in get_args(By):
         raise InputError(f"by {by!r}: choose from {', '.join(get_args(By))}")
     windows = Windows.of_ids(ids, model)

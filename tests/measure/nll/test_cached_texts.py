@@ -1,6 +1,7 @@
 """The NLL through a cache: that of one whole pass where nothing is dropped, in blocks of any size."""
 
 import gc
+from typing import Any
 
 import pytest
 import torch
@@ -130,3 +131,25 @@ def test_a_whole_text_beyond_the_context_is_that_of_one_pass_and_is_said() -> No
         with pytest.warns(ss.SpectralWarning, match=said):
             found = ss.nll.cached_nll(model, ids, cache)
         torch.testing.assert_close(found.nll[0], expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_ids_may_be_lists_and_lie_in_the_vocabulary() -> None:
+    model, ids = tiny_models.model("llama"), IDS[:2, :9]
+    expected = ss.nll.cached_nll(model, ids).nll
+    for same in (ids.int(), ids.tolist(), ids.numpy()):
+        given: Any = same
+        assert torch.equal(ss.nll.cached_nll(model, given).nll, expected)
+    for bad in (-1, 97):
+        wrong = ids.clone()
+        wrong[1, 3] = bad
+        with pytest.raises(ss.InputError, match=f"token id {bad} lies outside the vocabulary of 97"):
+            ss.nll.cached_nll(model, wrong)
+
+
+def test_a_comparison_of_caches_needs_one_and_marks_its_controls() -> None:
+    model = tiny_models.model("llama")
+    with pytest.raises(ss.InputError, match="no cache to measure"):
+        ss.nll.compare_caches(model, IDS, {})
+    table = ss.nll.compare_caches(model, IDS[:2, :9], {"mine": {}, "four": {"size": 4, "first": 1}}).table
+    assert table["kind"].tolist() == ["control", "bounded"], "a cache that drops nothing is a control"

@@ -1,5 +1,8 @@
 """A screen: what it confirms, recomputed from planted intervals, and the marks of what it does not."""
 
+from typing import cast
+
+import numpy as np
 import pandas as pd
 import pytest
 from support import tiny_models
@@ -59,3 +62,21 @@ def test_a_screen_without_a_question(options):
     windows = ss.Windows.of_ids(tiny_models.ids(2, 20), model)
     with pytest.raises(ss.InputError, match="give a threshold, or largest=5"):
         ss.nll.screen(model, windows, {"none": {}}, **options)
+
+
+def test_a_threshold_that_is_no_number_is_refused():
+    model = tiny_models.model()
+    windows = ss.Windows.of_ids(tiny_models.ids(2, 20), model)
+    with pytest.raises(ss.InputError, match="threshold nan"):
+        ss.nll.screen(model, windows, {"none": {}}, threshold=float("nan"))
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_the_number_of_predictions_may_be_an_integer_of_numpy():
+    model = tiny_models.model()
+    windows = ss.Windows.of_ids(tiny_models.ids(2, 20), model)
+    few, same = (
+        ss.evaluate(model, windows, {EXIT: ss.rnd(model.d, 2, 0)}, predict=count)
+        for count in (4, cast(int, np.int64(4)))
+    )
+    pd.testing.assert_frame_equal(few.table, same.table)

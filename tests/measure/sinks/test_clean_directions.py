@@ -88,3 +88,15 @@ def test_what_has_no_answer_is_refused(planted: Any) -> None:
         ss.clean(torch.randn(D), rule, remove=[])
     with pytest.raises(ss.InputError, match="knows the embedding"):
         ss.clean(torch.randn(D), rule, site=ss.Site("mlp", 1))
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_direction_of_integers_loses_what_the_same_numbers_lose(planted: Any) -> None:
+    rule, _ = planted
+    whole = torch.randint(-3, 4, (D,), generator=torch.Generator().manual_seed(0))
+    found, same = ss.clean(whole, rule), ss.clean(whole.float(), rule)
+    assert found.vector.dtype == torch.float32 and torch.equal(found.vector, same.vector)
+    alone: Any = "carrier"
+    assert torch.equal(
+        ss.clean(whole, rule, remove=alone).vector, ss.clean(whole, rule, remove=["carrier"]).vector
+    )

@@ -96,3 +96,18 @@ def test_attention_to_a_learned_logit_is_attention_that_writes_nothing() -> None
     assert heads["no_op"].idxmax() == (0, 1) and heads.loc[(0, 1), "to_sink_logit"] > 0.99
     assert abs(found.table["delta_nll"]).max() < 1e-3
     assert heads.loc[(LAYER, HEAD), "no_op"] > 0.9, "the planted no-op head is the next"
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_numbers_and_orders_that_are_named_twice_count_once(planted: Any) -> None:
+    model, windows, _ = planted
+    orders: Any = "weights"
+    found = ss.sinks.head_removal(model, windows, orders=orders, counts=(2, 1, 2))
+    assert found.table["order"].unique().tolist() == ["weights"]
+    assert found.summary()["removed"].tolist() == [2, 1] and len(found.within()) == 3
+    twice = ss.sinks.head_removal(model, windows, orders=("weights", "weights"), counts=(2, 1))
+    assert twice.table.equals(found.table)
+    for options in ({"counts": ()}, {"orders": ()}, {"orders": ("random",), "draws": 0}, {"draws": -1}):
+        nothing: Any = options
+        with pytest.raises(ss.InputError, match="nothing would be removed"):
+            ss.sinks.head_removal(model, windows, **nothing)

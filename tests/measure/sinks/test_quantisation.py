@@ -224,3 +224,14 @@ def test_what_has_no_answer_is_refused(planted: Any) -> None:
     embedding = ss.read_spectrum(model, "embedding")
     with pytest.raises(ss.InputError, match="give that of the unembedding"):
         ss.sinks.quantisation_report(model, windows, rule, embedding)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_one_kind_of_steps_need_not_be_a_list(planted: Any) -> None:
+    model, windows, rule, spectra, report = planted
+    per: Any = "token"
+    found = ss.sinks.quantisation_report(
+        model, windows, rule, spectra, bits=(8,), per=per, sites=SITES, draws=2, batch_size=2
+    )
+    expected = rows(report, bits=8, per="token").reset_index(drop=True)
+    pd.testing.assert_frame_equal(found.table, expected)

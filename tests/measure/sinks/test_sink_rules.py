@@ -1,5 +1,6 @@
 """Masks mark planted sinks in unseen text, rules survive a round trip, and what does not fit is refused."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any, cast
@@ -160,3 +161,24 @@ def test_what_does_not_fit_is_refused(planted: Any) -> None:
     none = ss.find_sinks(other, windows, spectrum, draws=2)
     with pytest.raises(ss.InputError, match="no sink was found"):
         ss.SinkRule.learn(other, none)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_ids_of_any_kind_are_marked_alike(planted: Any) -> None:
+    model, found, rule = planted
+    ids, truth = scattered(3, seed=4)
+    for kind in (ids.int(), ids.to(torch.uint8), ids.tolist(), ids.numpy()):
+        assert torch.equal(found.mask(kind), truth) and torch.equal(rule.mask(kind), truth)
+        for by in ("norm", "place"):
+            assert torch.equal(ss.sink_mask(model, kind, rule, by=by), truth), by
+    large = dataclasses.replace(rule, token_ids=(0, 70000))  # more than the type of the ids holds
+    assert torch.equal(large.mask(ids.to(torch.uint8)), truth)
+    for wrong in (ids[0], [[1, 2, 3], [4, 5]], ids.float()):
+        with pytest.raises(ss.InputError, match=r"batch, tokens"):
+            found.mask(wrong)
+
+
+def test_there_is_no_exit_below_the_first_layer(planted: Any) -> None:
+    _, _, rule = planted
+    with pytest.raises(ss.InputError, match=r"exit -1: the rule .* knows the embedding and the exits 0"):
+        rule.channels(ss.Site("exit", -1))
