@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -315,9 +316,17 @@ class Transformer:
 
 
 def numbers_of(part: nn.Module) -> list[tuple[str, Any]]:
-    """Return the numbers among the attributes of a module, such as the epsilon of a norm."""
-    return sorted(
-        (name, value)
-        for name, value in vars(part).items()
-        if isinstance(value, bool | int | float) and not name.startswith("_") and name not in CHANGING
-    )
+    """Return the numbers among the attributes of a module, such as the epsilon of a norm.
+
+    A number of NumPy and a tensor that is neither a parameter nor a buffer count as the numbers they hold.
+    """
+    found: list[tuple[str, Any]] = []
+    for name, value in vars(part).items():
+        if name.startswith("_") or name in CHANGING:
+            continue
+        if isinstance(value, np.generic | np.ndarray) or (isinstance(value, Tensor) and not value.is_meta):
+            value = (str(value.dtype), value.tolist())
+        elif not isinstance(value, bool | int | float):
+            continue
+        found.append((name, value))
+    return sorted(found, key=lambda item: item[0])

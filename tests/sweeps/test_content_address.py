@@ -318,6 +318,17 @@ def test_a_model_that_was_changed_after_its_hash(change: Callable[[Any], None], 
     assert len(ss.sweeps.Store(tmp_path / "out").rows()) == 2 * 5
 
 
+@pytest.mark.parametrize("kind", [float, np.float32, torch.tensor])
+def test_a_number_of_a_module_counts_whatever_its_type(kind: Callable[[float], Any]) -> None:
+    model = changed(lambda module: None)
+    attention = model.module.model.layers[1].self_attn
+    found: list[str] = []
+    for scaling in (0.1, 3.0, 0.1):
+        attention.scaling = kind(scaling)
+        found.append(model.fingerprint)
+    assert found[0] == found[2] != found[1]
+
+
 def test_a_sweep_measures_anew_what_it_holds(tmp_path: Path) -> None:
     model = changed(lambda module: None)
     sweep = ss.Sweep.of(model, small_sweeps.windows(), CELL)
