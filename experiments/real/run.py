@@ -50,8 +50,8 @@ MINUTES = {
     "weights": 1,
     "bos": 1,
 }
-"""The experiments, and what each takes on one core, roughly: a guess at the time that is left. The last eleven
-are those of the embedded model, here under the folded convention."""
+"""The experiments, and what each takes on one core, roughly: a guess at the time that is left. Those from
+`quantisation` on are experiments of the embedded model, here under the folded convention."""
 
 SAMPLED = ("conventions", "ladders")
 """Experiments whose NLLs may be scored on a sample of predictions; the others measure more than effects."""

@@ -377,7 +377,8 @@ class _Text:
             ids = None
         self.cache = cache = named.get("past_key_values")
         self.past = 0 if cache is None else int(cache.get_seq_length())
-        self.starts = self.padding(named.get("attention_mask"))
+        second = given[1] if len(given) > 1 and ids is not None else None
+        self.starts = self.padding(named.get("attention_mask", second))
         if self.past and ids is not None:
             before = self.ids
             known = before is not None and before.shape == (len(ids), self.past)

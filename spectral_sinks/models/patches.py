@@ -6,8 +6,12 @@ an attribute `address`, or the numbers of the model are not stored.
 
 import hashlib
 import inspect
+import sys
+import sysconfig
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 from torch import nn
@@ -28,6 +32,10 @@ LIBRARIES = frozenset(
 )
 """Packages whose modules and hooks do what the configuration says."""
 
+STANDARD, INSTALLED = sysconfig.get_path("stdlib"), {"site-packages", "dist-packages"}
+"""The folder of the standard library, and the names of those of packages: functions from elsewhere are a
+user's."""
+
 HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 
 GLOBAL_HOOKS = ("_global_forward_pre_hooks", "_global_forward_hooks")
@@ -36,11 +44,12 @@ GLOBAL_HOOKS = ("_global_forward_pre_hooks", "_global_forward_hooks")
 def patches(model: Transformer) -> list[str]:
     """Return a text for each function of a user's that changes what the model computes; [] for a plain model.
 
-    These are forward hooks, replaced `forward` methods, an attention implementation registered with
-    transformers, and classes of modules that come from no library, which are known by their source. Raises
+    These are forward hooks, replaced `forward` methods, functions put in place of a library's on a module, on
+    its class or in the file of its class, an attention implementation registered with transformers, and
+    classes of modules that come from no library, which are known by their source. Raises
     InputError for a function without an attribute `address`, and for a class without a source.
     """
-    return [*_attention(model), *_hooks(model.module), *_classes(model.module)]
+    return [*_attention(model), *_hooks(model.module), *_functions(model.module), *_classes(model.module)]
 
 
 def _attention(model: Transformer) -> Iterator[str]:
@@ -66,6 +75,23 @@ def _hooks(module: nn.Module) -> Iterator[str]:
             yield _addressed(f"the replaced forward of {path or 'the model'}", forward)
 
 
+def _functions(module: nn.Module) -> Iterator[str]:
+    kinds: dict[type, None] = {}
+    for path, part in module.named_modules():
+        if _of_library(type(part)):
+            kinds |= dict.fromkeys(type(part).__mro__)
+            for name, value in vars(part).items():
+                if name != "forward" and _of_user(value):
+                    yield _addressed(f"the function {name} of {path or 'the model'}", value)
+    files = dict.fromkeys(kind.__module__ for kind in kinds if _of_library(kind))
+    places = [(kind.__qualname__, vars(kind)) for kind in kinds if _of_library(kind)]
+    places += [(name, vars(sys.modules[name])) for name in files if name in sys.modules]
+    for place, values in places:
+        for name, value in list(values.items()):
+            if name != "forward" and _of_user(value):
+                yield _addressed(f"the function {name} of {place}", value)
+
+
 def _classes(module: nn.Module) -> Iterator[str]:
     own = {type(part) for part in module.modules() if not _of_library(type(part))}
     for kind in sorted(own, key=lambda each: each.__qualname__):
@@ -89,6 +115,20 @@ def _of_library(function: Callable[..., Any]) -> bool:
     function = getattr(function, "__func__", function)
     home = getattr(function, "__module__", None) or type(function).__module__
     return home.partition(".")[0] in LIBRARIES
+
+
+def _of_user(value: Any) -> bool:
+    """Whether a value is a function that no installed package defines, whatever name it has been given."""
+    while isinstance(value, partial):
+        value = value.func
+    value = getattr(value, "__func__", value)
+    if not isinstance(value, FunctionType):
+        return False
+    home = str(value.__globals__.get("__name__"))  # `functools.wraps` does not change it
+    if home.partition(".")[0] in LIBRARIES:
+        return False
+    file = getattr(sys.modules.get(home), "__file__", None)
+    return file is None or not (Path(file).is_relative_to(STANDARD) or INSTALLED & set(Path(file).parts))
 
 
 def _addressed(what: str, function: Any) -> str:

@@ -1,5 +1,6 @@
 """The content address of a cell changes with all that its numbers depend on, and with nothing else."""
 
+import functools
 import inspect
 import pickle
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import pytest
 import torch
 from support import small_sweeps, tiny_models
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.models.llama import modeling_llama
 
 import spectral_sinks as ss
 from spectral_sinks.measure.nll import replay
@@ -349,9 +351,23 @@ def doubling(kind: str, patch: pytest.MonkeyPatch, address: str | None) -> ss.La
         mlp = type(tiny_models.plain().model.layers[1].mlp)
         original = mlp.forward
         patch.setattr(mlp, "forward", own(lambda self, x: 2 * original(self, x)))
+    elif kind == "function of a file":
+        rotated = modeling_llama.apply_rotary_pos_emb
+
+        @functools.wraps(rotated)
+        def twice(q: Any, *given: Any, **named: Any) -> Any:
+            return rotated(2 * q, *given, **named)
+
+        patch.setattr(modeling_llama, "apply_rotary_pos_emb", own(twice))
+    elif kind == "function of a class":
+        normed = modeling_llama.LlamaRMSNorm.__call__
+        patch.setattr(modeling_llama.LlamaRMSNorm, "__call__", own(lambda *given: 2 * normed(*given)))
     model = changed(lambda module: None)
     part = model.module.model.layers[1].mlp
-    if kind == "hook":
+    if kind == "function of a module":
+        del part.act_fn
+        part.act_fn = own(functools.partial(lambda factor, x: factor * torch.nn.functional.silu(x), 2))
+    elif kind == "hook":
         part.register_forward_hook(own(lambda _, given, output: 2 * output))
     elif kind == "hook before":
         part.register_forward_pre_hook(own(lambda _, given: (2 * given[0],)))
@@ -364,13 +380,19 @@ def doubling(kind: str, patch: pytest.MonkeyPatch, address: str | None) -> ss.La
     return model
 
 
-@pytest.mark.parametrize("kind", ["hook", "hook before", "hook on all", "forward", "forward of a class"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("hook", "hook before", "hook on all", "forward", "forward of a class"),
+        *("function of a file", "function of a class", "function of a module"),
+    ],
+)
 def test_a_function_that_acts_in_the_model(kind: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     plain = numbers(changed(lambda module: None), out)
     with pytest.MonkeyPatch.context() as patch:
         model = doubling(kind, patch, None)
-        with pytest.raises(ss.InputError, match=r"(hook|forward of) .* has no content address"):
+        with pytest.raises(ss.InputError, match=r"(hook|forward of|function) .* has no content address"):
             ss.sweep(ss.Sweep.of(model, small_sweeps.windows(), CELL), out)
     for place, name in enumerate(("one", "other"), start=2):
         with pytest.MonkeyPatch.context() as patch:
