@@ -3,6 +3,7 @@
 Question: which component writes the content of the tail, and does filtering the tail of one early MLP cost
 far more than filtering any other (Cancedda 2024, section 4)?
 Design: Phi, Psi and Omega act on the output of one MLP or one attention component at a time, at all tokens.
+All layers are taken in turn; in a real model, the layers of its study.
 Control: Rnd removes random subspaces of the rank that Phi removes from the same output.
 """
 
@@ -12,7 +13,7 @@ import spectral_sinks as ss
 
 
 def run(study: ss.experiments.Study) -> ss.experiments.Finding:
-    sites = [ss.Site(kind, layer) for kind in ("mlp", "attention") for layer in range(study.model.layers)]
+    sites = [ss.Site(kind, layer) for kind in ("mlp", "attention") for layer in study.layers]
     steps = {"kept": (1, 4, 8, 12, 16, 19, 20), "random_at": (8, 19)}
     tables = {site: study.ladder(site, **steps) for site in sites}
     table = pd.concat(list(tables.values()), ignore_index=True)

@@ -58,6 +58,18 @@ class RealStudy(ss.experiments.Study):
         return sorted({max(self.onset - 1, 0), self.strongest - 1, *spread})
 
     @cached_property
+    def layers(self) -> list[int]:
+        """The layers of the exits that are edited, and the one whose MLP writes most to position 0.
+
+        Only layers below that with the strongest sink count as writers.
+        """
+        sites = [ss.Site("mlp", layer) for layer in range(self.strongest)]
+        written = ss.energy(self.model, self.windows, self.unembedding, sites)
+        first = written[written["position_class"] != "other"]
+        writer = int(first.groupby("layer")["norm"].mean().idxmax())
+        return sorted({*self.exits, writer})
+
+    @cached_property
     def below_sink(self) -> int:
         """The exit that the layer with the strongest sink reads."""
         return self.strongest - 1

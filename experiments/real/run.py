@@ -49,6 +49,7 @@ MINUTES = {
     "spectrum": 1,
     "weights": 1,
     "bos": 1,
+    "components": 40,
 }
 """The experiments, and what each takes on one core, roughly: a guess at the time that is left. Those from
 `quantisation` on are experiments of the embedded model, here under the folded convention."""

@@ -39,6 +39,21 @@ def test_exits_are_those_of_the_rule(study: RealStudy) -> None:
     assert study.below_sink == study.strongest - 1
 
 
+def test_layers_are_those_of_the_exits_and_the_largest_writer(study: RealStudy) -> None:
+    written: list[float] = []
+    hooks = [
+        layer.mlp.register_forward_hook(
+            lambda _, __, output: written.append(output[:, 0].double().norm(dim=-1).mean().item())
+        )
+        for layer in study.model.module.model.layers
+    ]
+    residuals(study, 0)
+    for hook in hooks:
+        hook.remove()
+    writer = int(np.argmax(written[: study.strongest]))
+    assert study.layers == sorted({*study.exits, writer})
+
+
 def test_dark_shares_of_every_convention(study: RealStudy) -> None:
     table = conventions.shares(study)
     weight, gain = study.model.unembedding_weight.detach().double(), study.model.final_gain.double()
