@@ -33,13 +33,13 @@ class KVCache(Cache):
     is read at once is seen whole, and then cut. "random" is the control of "attention", and `first=0` is the
     control of "window".
 
-    With `positions="cache"` keys are stored before the rotation by position, and turned in each pass as if
-    the entries and the block stood at positions 0, 1, 2, ... in their order. With "text" they are stored as
-    they come, and keep the positions of the text.
+    With `positions="cache"` keys are turned in each pass as if the entries and the block stood at positions
+    0, 1, 2, ... in their order. With "text" they keep the positions of the text.
 
     With `bits`, keys and values are stored as packed integers between the smallest and the largest value of a
     group, as in KIVI (Liu et al. 2024): keys by channel in groups of `group` tokens, or by token; values by
-    token. The tokens of a block see each other as they are.
+    token. The tokens of a block see each other as they are. With `positions="cache"`, what is rounded is the
+    key before its rotation by position.
 
     Layers with a sliding window of their own (Gemma 3) keep it, and nothing else is done to them.
 
@@ -223,6 +223,15 @@ def _check_pass(module: nn.Module, given: Any, named: dict[str, Any]) -> None:
         raise InputError(
             "the attention mask numbers keys by their positions, and a KVCache holds others: leave it out, "
             "and every token sees what the cache holds"
+        )
+    read = next(
+        (x for x in (*given, named.get("input_ids"), named.get("inputs_embeds")) if x is not None), None
+    )
+    rows = cache.bounded[0].stored_values.shape[0]
+    if rows and isinstance(read, Tensor) and len(read) != rows:
+        raise InputError(
+            f"the KVCache holds {rows} texts, and this pass has {len(read)}: make a new cache, or call its "
+            "reset() to begin again"
         )
     counted = any(layer.rotation is not None for layer in cache.bounded)
     if counted and isinstance(positions, Tensor) and positions.ndim == 2:

@@ -141,20 +141,17 @@ class KVLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         if self.awaiting:
             raise unseen()
-        held, new = self.held, key_states.shape[2]
+        new = key_states.shape[2]
         keys, values = key_states, value_states
         old = self.stored_keys.read(), self.stored_values.read()
         if old[0] is not None and old[1] is not None:
-            before = old[0]
-            if self.rotation is not None:
-                # Queries are turned by their place in the text, and only differences of places matter: the
-                # entries are counted back from the first query
-                before = self.rotation.turned(before, torch.arange(self.seen - held, self.seen))
+            before = self._counted_back(old[0])
             keys, values = torch.cat([before, keys], dim=2), torch.cat([old[1], values], dim=2)
         places = torch.arange(self.seen, self.seen + new)
         self.shown = self._shown(places)
-        plain = key_states if self.rotation is None else self.rotation.turned(key_states, -places)
-        self.stored_keys.append(plain)
+        if self.rotation is not None and self.rule.bits is not None:
+            key_states = self.rotation.turned(key_states, -places)
+        self.stored_keys.append(key_states)
         self.stored_values.append(value_states)
         self.seen += new
         if self.rule.size is None:
@@ -216,6 +213,23 @@ class KVLayer(CacheLayerMixin):
         self.stored_values.keep(index)
         self.places = None if self.places is None else taken(self.places, index)
         self.received = None if self.received is None else taken(self.received, index)
+
+    def _counted_back(
+        self, keys: Float[Tensor, "batch heads entries size"]
+    ) -> Float[Tensor, "batch heads entries size"]:
+        """Return the stored keys of the entries, turned as if they stood just before the next token.
+
+        Queries are turned by their place in the text, and only differences of places matter. Keys that are
+        stored as they came are turned by what their place changes; with `bits` they are stored before the
+        rotation. The former loses nothing in half precision as long as nothing is dropped.
+        """
+        if self.rotation is None:
+            return keys
+        by = torch.arange(self.seen - self.held, self.seen, device=keys.device)
+        if self.rule.bits is None:
+            own = self.entries().to(keys.device)
+            by = by - (own if self.places is not None else own[:1, :1])
+        return self.rotation.turned(keys, by) if by.any() else keys
 
     def _shown(self, new: Int[Tensor, "new"]) -> tuple[Tensor | None, int]:
         gone = self.seen - self.held

@@ -135,11 +135,14 @@ class Rotation:
     """Radians per position."""
 
     def turned(
-        self, keys: Float[Tensor, "batch heads keys size"], by: Int[Tensor, "keys"]
+        self, keys: Float[Tensor, "batch heads keys size"], by: Int[Tensor, "*#each keys"]
     ) -> Float[Tensor, "batch heads keys size"]:
-        """Return keys turned by numbers of positions; negative numbers turn them back."""
+        """Return keys turned by numbers of positions; negative numbers turn them back.
+
+        The numbers may differ between rows and heads.
+        """
         # float32 as in the modules of transformers, so that turning back undoes what they did
-        angles = by.to(keys.device)[:, None].float() * self.rates.to(keys.device)
+        angles = by.to(keys.device)[..., None].float() * self.rates.to(keys.device)
         wide = keys.to(torch.promote_types(keys.dtype, torch.float32))
         across = wide[..., self.partner.to(keys.device)] * self.sign.to(wide)
         return (wide * angles.cos().to(wide) + across * angles.sin().to(wide)).to(keys.dtype)
