@@ -127,7 +127,8 @@ def split_text(text: str, separator: str | None) -> list[str]:
 def decoded(data: bytes, name: str) -> str:
     """Decode UTF-8 without a byte order mark, with a line feed at the end of each line.
 
-    Raises InputError for another encoding, as far as a byte order mark or the first wrong byte shows it.
+    Raises InputError for another encoding, as far as a byte order mark, the first wrong byte or a NUL shows
+    it.
     """
     for mark, encoding in MARKS.items():
         if data.startswith(mark):
@@ -145,6 +146,11 @@ def decoded(data: bytes, name: str) -> str:
             f"{name} is not UTF-8 text ({error.reason} 0x{wrong.hex()} at byte {error.start}{hint}): "
             "save it as UTF-8"
         ) from error
+    if "\0" in text:
+        raise InputError(
+            f"{name} is not UTF-8 text (it holds NUL characters, as UTF-16 without a byte order mark and "
+            "binary files do): save it as UTF-8"
+        )
     return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
 
 

@@ -30,6 +30,14 @@ def closed() -> Iterator[None]:
     gc.collect()
 
 
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le"])
+@pytest.mark.parametrize("name", ["my.txt", "my.jsonl"])
+def test_wide_characters_without_a_mark_are_no_utf8(encoding: str, name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(json.dumps({"text": "w5 w6"}).encode(encoding))
+    with pytest.raises(ss.InputError, match=f"{name} is not UTF-8 text .it holds NUL characters, as UTF-16"):
+        ss.documents(tmp_path / name)
+
+
 @pytest.mark.usefixtures("closed")
 @pytest.mark.filterwarnings("ignore:unclosed file", "ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("form", ["jsonl", "csv", "parquet", "txt"])
@@ -196,7 +204,7 @@ def test_separators_without_text_between_them_are_no_empty_documents(tmp_path: P
 
 @given(st.text(), st.booleans(), st.sampled_from(["\n", "\r\n", "\r"]))
 def test_a_mark_and_line_ends_are_no_text(text: str, mark: bool, end: str) -> None:
-    text = text.replace("\r", "").removeprefix("\ufeff")
+    text = text.replace("\r", "").replace("\0", "").removeprefix("\ufeff")
     data = codecs.BOM_UTF8 * mark + text.replace("\n", end).encode()
     assert decoded(data, "it") == text
 
