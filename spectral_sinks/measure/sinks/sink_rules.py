@@ -302,6 +302,7 @@ def sink_mask(
     *,
     by: By = "norm",
     site: Site | None = None,
+    attention_mask: Bool[Tensor, "batch tokens"] | Int[Tensor, "batch tokens"] | None = None,
     batch_size: int | None = None,
 ) -> Bool[Tensor, "batch tokens"]:
     """Mark the sink tokens of a text, to keep them out of means, directions, dictionaries or statistics.
@@ -317,23 +318,29 @@ def sink_mask(
         rule: what was learned on a sample: `SinkRule.learn`.
         by: how tokens are marked.
         site: the embedding or the exit whose norms count; by default the rule's own site.
+        attention_mask: 1 or True for the tokens of each text and 0 for padding on either side, as a tokenizer
+            returns it; by default nothing is padding. Padding is not marked, and positions count from the
+            first token of each text.
         batch_size: windows in a pass.
 
     Raises:
         InputError: for the rule of another model, an unknown `by`, a site that is not one of the residual
-            stream, and ids that the model cannot read.
+            stream, ids that the model cannot read, and a mask that leaves gaps or does not fit the ids.
 
     """
     rule.require(model)
     ids = as_batch(ids)
     if by not in get_args(By):
         raise InputError(f"by {by!r}: choose from {', '.join(get_args(By))}")
-    windows = Windows.of_ids(ids, model)
+    real = _unpadded(ids, attention_mask)
+    windows = Windows.of_ids([row[own] for row, own in zip(ids, real, strict=True)], model)
+    found = torch.zeros(ids.shape, dtype=torch.bool)
     if by != "norm":
-        return rule.mask(ids, by)
+        for row, own, window in zip(found, real, windows.rows, strict=True):
+            row[own] = rule.mask(window[None], by)[0]
+        return found
     index = rule.index(site)
     site = residual_sites(model)[index]
-    found = torch.zeros(ids.shape, dtype=torch.bool)
     for places, rows in batches(model, windows, batch_size):
         norms = trace(
             model,
@@ -342,7 +349,30 @@ def sink_mask(
             [site],
             readout=lambda final, read, weights: read[site].float().norm(dim=-1).cpu(),
         )
-        found[places] = norms > rule.cutoffs[index]
+        for place, marks in zip(places, norms > rule.cutoffs[index], strict=True):
+            found[place, real[place]] = marks
+    return found
+
+
+def _unpadded(ids: Int[Tensor, "batch tokens"], attention_mask: Any) -> list[slice]:
+    """Return where the text of each row stands. Raises InputError for a mask that does not fit or has gaps."""
+    if attention_mask is None:
+        return [slice(0, ids.shape[1])] * len(ids)
+    mask = torch.as_tensor(attention_mask).cpu().bool()
+    if mask.shape != ids.shape:
+        raise InputError(
+            f"an attention mask of shape {tuple(mask.shape)} for ids of shape {tuple(ids.shape)}: give one "
+            "number for each token"
+        )
+    found = []
+    for place, own in enumerate(mask):
+        where = own.nonzero().flatten().tolist()
+        if not where or len(where) != where[-1] - where[0] + 1:
+            raise InputError(
+                f"the attention mask of text {place} is empty or has gaps: give ones for a text, zeros for "
+                "padding before or after it"
+            )
+        found.append(slice(where[0], where[-1] + 1))
     return found
 
 

@@ -41,6 +41,25 @@ def test_the_mask_marks_the_planted_token_in_unseen_text(planted: Any) -> None:
     assert not ss.sink_mask(model, ids, rule, by="position").any()
 
 
+@pytest.mark.parametrize("by", ["norm", "position", "token", "place"])
+@pytest.mark.parametrize("left", [True, False])
+def test_padding_is_not_marked_and_moves_no_position(by: Any, left: bool) -> None:
+    """The padding is the token that is the sink, and the texts have other lengths."""
+    model, spectrum, windows = sinking(20)
+    rule = ss.SinkRule.learn(model, ss.find_sinks(model, windows, spectrum, draws=2))
+    texts = [row[:length] for row, length in zip(scattered(4, seed=9)[0], (64, 40, 40, 12), strict=True)]
+    ids, mask = torch.zeros(4, 70, dtype=torch.long), torch.zeros(4, 70, dtype=torch.long)
+    truth = torch.zeros(4, 70, dtype=torch.bool)
+    for row, text in enumerate(texts):
+        own = slice(70 - len(text), 70) if left else slice(0, len(text))
+        ids[row, own], mask[row, own] = text, 1
+        truth[row, own] = ss.sink_mask(model, text[None], rule, by=by)[0]
+    assert truth.any(1).sum() >= (by != "token") * 3
+    found = ss.sink_mask(model, ids, rule, by=by, attention_mask=mask, batch_size=2)
+    assert torch.equal(found, truth)
+    assert torch.equal(ss.sink_mask(model, ids, rule, by=by, attention_mask=mask.bool()), truth)
+
+
 def test_a_position_is_marked_whatever_it_holds() -> None:
     model, spectrum, windows = sinking(20)
     found = ss.find_sinks(model, windows, spectrum, draws=2)
@@ -148,6 +167,13 @@ def test_what_does_not_fit_is_refused(planted: Any) -> None:
         ss.sink_mask(other, ids, rule)
     with pytest.raises(ss.InputError, match="choose from norm, position, token, place"):
         ss.sink_mask(model, ids, rule, by=cast(Any, "size"))
+    for mask, message in (
+        (torch.ones(2, 3), r"shape \(2, 3\) for ids of shape \(2, 64\)"),
+        (torch.tensor([[1] * 64, [0] * 64]), "text 1 is empty or has gaps"),
+        (torch.tensor([[1, 0] * 32, [1] * 64]), "text 0 is empty or has gaps"),
+    ):
+        with pytest.raises(ss.InputError, match=message):
+            ss.sink_mask(model, ids, rule, attention_mask=cast(Any, mask))
     with pytest.raises(ss.InputError, match="use sink_mask"):
         rule.mask(ids, "norm")
     with pytest.raises(ss.InputError, match="knows the embedding and the exits 0 to 2"):
