@@ -355,7 +355,7 @@ def sink_mask(
 
 
 def _unpadded(ids: Int[Tensor, "batch tokens"], attention_mask: Any) -> list[slice]:
-    """Return where the text of each row stands. Raises InputError for a mask that does not fit or has gaps."""
+    """Return where the text of each row stands. Raises InputError for a mask that does not fit."""
     if attention_mask is None:
         return [slice(0, ids.shape[1])] * len(ids)
     mask = torch.as_tensor(attention_mask).cpu().bool()
