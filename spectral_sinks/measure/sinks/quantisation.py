@@ -92,8 +92,9 @@ class QuantisationReport(Result):
     def by_site(self) -> pd.DataFrame:
         """Return one row per site and kind of quantisation with nothing spared.
 
-        The columns are the `error` of sinks and of others, the `sink_share` of the squared error, and, where
-        it was measured, `delta_nll` of the site alone with its interval.
+        The columns are `error_sinks`, `error_others`, the `sink_share` of the squared error, and, where it
+        was measured, `delta_nll` of the site alone with its interval. Errors are NaN at sites that were
+        quantised alone only.
         """
         plain = self.errors[self.errors["spared"] == "nothing"]
         keys = ["bits", "per", "site"]
@@ -105,7 +106,10 @@ class QuantisationReport(Result):
                 "sink_share": wide["share", "sinks"],
             }
         ).reset_index()
-        return found if self.alone.empty else found.merge(self.alone, on=keys, how="left")
+        if self.alone.empty:
+            return found
+        only = self.alone[~self.alone["site"].isin(found["site"])]
+        return pd.concat([found.merge(self.alone, on=keys, how="left"), only], ignore_index=True)
 
     def record(self) -> dict[str, Any]:
         """Return the summary, the sites and the angles as a dictionary that JSON can hold."""

@@ -117,6 +117,18 @@ def test_where_the_error_lies(planted: Any) -> None:
     assert len(report.by_site()) == 2 * 2 * 2
 
 
+def test_a_site_that_is_only_quantised_alone_has_a_row(planted: Any) -> None:
+    model, windows, rule, spectra, report = planted
+    found = ss.sinks.quantisation_report(
+        model, windows, rule, spectra[0], sites=SITES[:1], draws=0, alone=[SITES[1]]
+    ).by_site()
+    assert found["site"].tolist() == [str(SITES[0])] * 4 + [str(SITES[1])] * 4
+    last = found.tail(4).set_index(["bits", "per"])
+    expected = report.by_site().set_index(["site", "bits", "per"]).loc[str(SITES[1])]
+    np.testing.assert_allclose(last["delta_nll"], expected["delta_nll"][last.index], atol=1e-6)
+    assert last["error_sinks"].isna().all()
+
+
 def test_as_many_random_tokens_and_channels_are_spared(planted: Any) -> None:
     *_, report = planted
     table = report.table.set_index(["what", "bits", "per", "spared"])
