@@ -33,8 +33,8 @@ INCIDENTAL = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transfo
 """Configuration entries that do not change what a model computes."""
 
 
-CHANGING = ("max_seq_len_cached", "gradient_checkpointing")
-"""Attributes of modules that change while a model runs, and do not change what it computes."""
+CHANGING = ("max_seq_len_cached", "gradient_checkpointing", "name_or_path", "loss_type")
+"""Attributes of modules that differ between runs, and do not change what the model computes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -292,8 +292,8 @@ class Transformer:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of what the model computes with: weights, buffers, the kinds and numbers of its modules,
-        the active adapters and the configuration.
+        """SHA-256 of what the model computes with: weights, buffers, the kinds of its modules with the
+        numbers and strings that they hold, the active adapters and the configuration.
 
         It is computed anew each time, since any of these can be changed in place. What is not hashed is in
         `patches`. For a model whose weights are on a server, the hash covers the configuration, the model's
@@ -305,7 +305,7 @@ class Transformer:
             digest.update(where.encode())
             return digest.hexdigest()
         for name, part in self.module.named_modules():
-            digest.update(f"{name} {type(part).__qualname__} {numbers_of(part)}".encode())
+            digest.update(f"{name} {type(part).__qualname__} {settings_of(part)}".encode())
         for name, tensor in (*stored_tensors(self.module), *unsaved_buffers(self.module)):
             if tensor.is_meta:
                 raise InputError(f"{self.name}: the weights of {name!r} are not in memory, so have no hash")
@@ -315,10 +315,11 @@ class Transformer:
         return digest.hexdigest()
 
 
-def numbers_of(part: nn.Module) -> list[tuple[str, Any]]:
-    """Return the numbers among the attributes of a module, such as the epsilon of a norm.
+def settings_of(part: nn.Module) -> list[tuple[str, Any]]:
+    """Return the numbers and strings among the attributes of a module, such as the epsilon of a norm.
 
-    A number of NumPy and a tensor that is neither a parameter nor a buffer count as the numbers they hold.
+    Lists and tuples of them count, and so do the numbers in an array of NumPy or in a tensor that is neither
+    a parameter nor a buffer.
     """
     found: list[tuple[str, Any]] = []
     for name, value in vars(part).items():
@@ -326,7 +327,13 @@ def numbers_of(part: nn.Module) -> list[tuple[str, Any]]:
             continue
         if isinstance(value, np.generic | np.ndarray) or (isinstance(value, Tensor) and not value.is_meta):
             value = (str(value.dtype), value.tolist())
-        elif not isinstance(value, bool | int | float):
+        elif not _is_setting(value):
             continue
         found.append((name, value))
     return sorted(found, key=lambda item: item[0])
+
+
+def _is_setting(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(each is None or _is_setting(each) for each in value)
+    return isinstance(value, bool | int | float | str)

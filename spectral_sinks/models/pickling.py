@@ -12,7 +12,7 @@ import torch
 
 from spectral_sinks.errors import InputError
 from spectral_sinks.models.attention_sdpa import BLOCKWISE, WHOLE
-from spectral_sinks.models.base import numbers_of
+from spectral_sinks.models.base import settings_of
 from spectral_sinks.models.effective_weights import offloaded
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.models.layout import Layout
@@ -76,9 +76,9 @@ def reduce_model(model: LanguageModel) -> tuple[Any, ...]:
 
 
 def _kinds(module: torch.nn.Module) -> dict[str, Any]:
-    """Return the class and the numbers of each part of a model, by path."""
+    """Return the class and the settings of each part of a model, by path."""
     return {
-        path: (type(part), [number for number in numbers_of(part) if number[0] != "training"])
+        path: (type(part), [setting for setting in settings_of(part) if setting[0] != "training"])
         for path, part in module.named_modules()
         if path
     }

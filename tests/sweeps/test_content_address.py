@@ -331,6 +331,19 @@ def test_a_number_of_a_module_counts_whatever_its_type(kind: Callable[[float], A
     assert found[0] == found[2] != found[1]
 
 
+@pytest.mark.parametrize(
+    "values", [("full", "sliding"), ((1, None), (2, None)), (["a", [1.5]], ["a", [2.5]])]
+)
+def test_strings_and_sequences_of_a_module_count(values: tuple[Any, Any]) -> None:
+    model = changed(lambda module: None)
+    attention = model.module.model.layers[1].self_attn
+    found: list[str] = []
+    for value in (values[0], values[1], values[0]):
+        attention.kind = value
+        found.append(model.fingerprint)
+    assert found[0] == found[2] != found[1]
+
+
 def test_a_sweep_measures_anew_what_it_holds(tmp_path: Path) -> None:
     model = changed(lambda module: None)
     sweep = ss.Sweep.of(model, small_sweeps.windows(), CELL)
