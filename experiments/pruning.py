@@ -17,7 +17,9 @@ BUDGETS = (0.01, 0.05, 0.1)
 
 def run(study: ss.experiments.Study) -> ss.experiments.Finding:
     other = study.unseen(length=64)
-    found = ss.sinks.head_removal(study.model, study.openings, scored_on=other, draws=study.draws)
+    found = ss.sinks.head_removal(
+        study.model, study.openings, scored_on=other, draws=study.draws, predict=study.predict
+    )
     study.save(found.heads, "pruning_heads")
     study.save(found.summary(), "pruning")
     within = study.save(found.within(BUDGETS), "pruning_within")

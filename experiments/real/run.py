@@ -54,7 +54,7 @@ MINUTES = {
 """The experiments, and what each takes on one core, roughly: a guess at the time that is left. Those from
 `quantisation` on are experiments of the embedded model, here under the folded convention."""
 
-SAMPLED = ("conventions", "ladders")
+SAMPLED = ("conventions", "ladders", "pruning")
 """Experiments whose NLLs may be scored on a sample of predictions; the others measure more than effects."""
 
 Model = Literal["smollm2", "gemma3"]
@@ -73,8 +73,8 @@ class Options:
     documents: int = 16
     draws: int = 20
     predict: int | None = None
-    """Number of predictions of each window that are scored, of the experiments conventions and ladders; by
-    default all are. The tables then have it as a column."""
+    """Number of predictions of each window that are scored, of the experiments conventions, ladders and
+    pruning; by default all are. The tables then have it as a column."""
     jobs: int | None = None
     """Experiments that run at the same time, one thread each; by default one for each idle core."""
 

@@ -19,7 +19,7 @@ from spectral_sinks.interventions.tracing import trace
 from spectral_sinks.measure.attention.received import EPSILON
 from spectral_sinks.measure.circuits.heads import head_use
 from spectral_sinks.measure.memory import batches
-from spectral_sinks.measure.nll.scoring import predicted, score
+from spectral_sinks.measure.nll.scoring import Sample, predicted, score
 from spectral_sinks.measure.results import Result
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.models.masked_lm import masked_ids
@@ -51,6 +51,8 @@ class HeadRemoval(Result):
     table: pd.DataFrame
     """One row per document, `order`, `draw` (of random orders) and number of `removed` heads: `nll` and
     `delta_nll`."""
+    predict: int | None = None
+    """Number of predictions of each window that were scored; None if all were."""
 
     def summary(self) -> pd.DataFrame:
         """Return one row per order and number of removed heads: `delta_nll`, with its range.
@@ -94,6 +96,7 @@ class HeadRemoval(Result):
             "model": self.model,
             "position": self.position,
             "heads": len(self.heads),
+            **({} if self.predict is None else {"predict": self.predict}),
             "within": self.within().to_dict("records"),
             "costs": self.summary().to_dict("records"),
         }
@@ -108,6 +111,7 @@ def head_removal(
     orders: Sequence[Order] = get_args(Order),
     counts: Sequence[int] | None = None,
     draws: int = 20,
+    predict: int | Sample | None = None,
     batch_size: int | None = None,
 ) -> HeadRemoval:
     """Remove heads in several orders, and measure the NLL against the number of removed heads.
@@ -126,12 +130,15 @@ def head_removal(
         orders: the orders.
         counts: the numbers of removed heads; by default at most 12 from 1 to all, in even ratios.
         draws: the number of random orders.
+        predict: number of predictions of each window that are scored, the same ones for all orders and
+            counts, as in `evaluate_all`; by default all are. The intervals over documents contain what the
+            sample adds.
         batch_size: windows in a pass.
 
     Raises:
         InputError: if no head gives the position, or a learned logit, more than 0.3 of its attention; for
-            counts that the model does not have, and unknown orders; where heads cannot be told apart; and for
-            a model on a server.
+            counts that the model does not have, and unknown orders; where heads cannot be told apart; for a
+            sample of fewer than two predictions; and for a model on a server.
 
     Sources: Michel et al. 2019 (removal of heads); Fesser et al. 2026 (value ratio).
 
@@ -158,14 +165,16 @@ def head_removal(
             f"no sink at position {position} of {model.name}: its strongest head gives it "
             f"{heads['attention'].max():.3f} of the attention; give its position (find_sinks)"
         )
-    before = _nll(model, windows, (), batch_size)
+    sample = Sample.of(predict)
+    before = _nll(model, windows, (), sample, batch_size)
     rows: list[pd.DataFrame] = []
     for order, draw, ranked in _ranked(heads, orders, draws):
         for count in steps:
-            found = _nll(model, windows, ranked[:count], batch_size)
+            found = _nll(model, windows, ranked[:count], sample, batch_size)
             part = pd.DataFrame({"document": found.index, "nll": found, "delta_nll": found - before})
             rows.append(part.assign(order=order, draw=draw, removed=count))
-    return HeadRemoval(model.name, position, heads, pd.concat(rows, ignore_index=True))
+    scored = None if sample is None else sample.count
+    return HeadRemoval(model.name, position, heads, pd.concat(rows, ignore_index=True), scored)
 
 
 def _scores(model: LanguageModel, windows: Windows, position: int, batch_size: int | None) -> pd.DataFrame:
@@ -210,24 +219,27 @@ def _ranked(
 
 
 def _nll(
-    model: LanguageModel, windows: Windows, heads: Sequence[tuple[int, int]], batch_size: int | None
+    model: LanguageModel,
+    windows: Windows,
+    heads: Sequence[tuple[int, int]],
+    sample: Sample | None,
+    batch_size: int | None,
 ) -> pd.Series:
-    """Return the NLL by document with some heads removed."""
+    """Return the NLL by document with some heads removed, over all predictions or a sample of them."""
     owners: list[int] = []
     tokens: list[int] = []
     parts: list[Tensor] = []
     with silenced(model, heads=heads):
         for places, ids in batches(model, windows, batch_size):
             ids = ids.to(model.device)
-            parts.append(
-                trace(
-                    model,
-                    ids if model.causal else masked_ids(model, ids),
-                    {},
-                    readout=lambda final, *_, ids=ids: score(model, final, ids).nll.double().mean(1).cpu(),
-                )
-            )
+            every = predicted(model, ids.shape[1])
+            chosen = None if sample is None else torch.stack([sample.drawn(place, every) for place in places])
+
+            def mean_nll(final: Tensor, *_: Any, ids: Tensor = ids, chosen: Tensor | None = chosen) -> Tensor:
+                return score(model, final, ids, chosen=chosen).nll.double().mean(1).cpu()
+
+            parts.append(trace(model, ids if model.causal else masked_ids(model, ids), {}, readout=mean_nll))
             owners += [windows.document[place] for place in places]
-            tokens += [predicted(model, ids.shape[1])] * len(places)
+            tokens += [every] * len(places)
     documents, values = document_means(torch.cat(parts).numpy(), owners, tokens)
     return pd.Series(values, pd.Index(documents, name="document"))

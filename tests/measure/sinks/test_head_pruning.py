@@ -32,17 +32,25 @@ def test_the_planted_no_op_head_goes_first(planted: Any) -> None:
     assert found.within((1e9,))["heads"].tolist() == [12.0] * 4
 
 
+@pytest.mark.parametrize("predict", [None, 5])
 @pytest.mark.parametrize("family", ["llama grouped", "gpt2", "gemma2", "gpt_neox"])
-def test_costs_and_norms_are_those_of_weights_set_to_zero(family: str) -> None:
+def test_costs_and_norms_are_those_of_weights_set_to_zero(family: str, predict: int | None) -> None:
     model, windows = made(family)
-    found = ss.sinks.head_removal(model, windows, orders=("weights",), counts=(2,))
+    found = ss.sinks.head_removal(model, windows, orders=("weights",), counts=(2,), predict=predict)
+    assert found.predict == predict and found.record().get("predict") == predict
     first = found.heads.sort_values("weight").head(2)
     ids = torch.stack(windows.rows)
 
     def nll(module: Any) -> torch.Tensor:
         with torch.no_grad():
             logits = module(ids).logits[:, :-1].double().transpose(1, 2)
-        return torch.nn.functional.cross_entropy(logits, ids[:, 1:], reduction="none").mean(1)
+        each = torch.nn.functional.cross_entropy(logits, ids[:, 1:], reduction="none")
+        if predict is None:
+            return each.mean(1)
+        drawn = [
+            np.random.default_rng((0, i)).choice(len(row), 5, replace=False) for i, row in enumerate(each)
+        ]
+        return torch.stack([row[some].mean() for row, some in zip(each, drawn, strict=True)])
 
     changed: Any = copy.deepcopy(model.module)
     with torch.no_grad():
