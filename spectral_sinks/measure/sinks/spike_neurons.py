@@ -190,9 +190,11 @@ def spike_writers(
     shortest = min(windows.lengths)
     if not 0 <= position < shortest:
         raise InputError(f"position {position}: the windows have {shortest} tokens, 0 to {shortest - 1}")
-    if model.layers < 2 or (layer is not None and not 0 <= layer < model.layers - 1):
+    last = max(model.attention_layers, default=0)
+    if last < 1 or (layer is not None and not 0 <= layer < last):
         raise InputError(
-            f"layer {layer}: {model.name} has {model.layers} layers, and the onset layer is not the last"
+            f"layer {layer}: the onset layer lies below another layer with softmax attention, and the last of "
+            f"{model.name} is {last}"
         )
     flow = _flow(model, windows, position, batch_size)
     strongest = 1 + int(flow.mass[1:].mean(1).argmax())

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from support import tiny_models
-from support.planted_circuits import ALWAYS, MARK, made
+from support.planted_circuits import ALWAYS, MARK, MORE, made
 from support.planted_sinks import D, gaussian, sinking
 from torch import Tensor
 
@@ -142,7 +142,7 @@ def test_what_has_no_answer_is_refused(planted: Any) -> None:
     for options, said in (
         ({"position": 64}, "the windows have 64 tokens"),
         ({"position": 3}, "no sink at position 3"),
-        ({"layer": 2}, "the onset layer is not the last"),
+        ({"layer": 2}, "below another layer with softmax attention, and the last .* is 2"),
         ({"counts": (0,)}, "0 silent neurons: layer 0 has 48"),
         ({"counts": (49,)}, "49 silent neurons"),
     ):
@@ -156,6 +156,20 @@ def test_what_has_no_answer_is_refused(planted: Any) -> None:
         ss.spike_writers(given, texts)
     with pytest.raises(ss.InputError, match="head 5"), silenced(model, heads=[(0, 5)]):
         pass
+
+
+def test_no_layer_above_the_last_attention_of_a_hybrid_is_an_onset() -> None:
+    name, sizes = MORE["qwen3_next"]
+    kinds = ["full_attention", "full_attention", "linear_attention", "linear_attention"]
+    config = getattr(transformers, name)(**(sizes | {"num_hidden_layers": 4, "layer_types": kinds}))
+    module = transformers.AutoModelForCausalLM.from_config(config).eval()
+    model = ss.load(module, tokenizer=tiny_models.tokenizer())
+    windows = ss.Windows.of_ids(tiny_models.ids(3, 12) % 80, model)
+    for layer in (1, 2):
+        with pytest.raises(
+            ss.InputError, match=rf"layer {layer}: .* softmax attention, and the last .* is 1"
+        ):
+            ss.spike_writers(model, windows, layer=layer)
 
 
 EXPERT, NEURON = 2, 5
