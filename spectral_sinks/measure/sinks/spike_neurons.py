@@ -193,7 +193,7 @@ def spike_writers(
     last = max(model.attention_layers, default=0)
     if last < 1 or (layer is not None and not 0 <= layer < last):
         raise InputError(
-            f"layer {layer}: the onset layer lies below another layer with softmax attention, and the last of "
+            f"layer {layer}: the onset layer lies below another layer of softmax attention, and the last of "
             f"{model.name} is {last}"
         )
     flow = _flow(model, windows, position, batch_size)

@@ -142,7 +142,7 @@ def test_what_has_no_answer_is_refused(planted: Any) -> None:
     for options, said in (
         ({"position": 64}, "the windows have 64 tokens"),
         ({"position": 3}, "no sink at position 3"),
-        ({"layer": 2}, "below another layer with softmax attention, and the last .* is 2"),
+        ({"layer": 2}, "below another layer of softmax attention, and the last .* is 2"),
         ({"counts": (0,)}, "0 silent neurons: layer 0 has 48"),
         ({"counts": (49,)}, "49 silent neurons"),
     ):
