@@ -39,7 +39,8 @@ class KVCache(Cache):
     With `bits`, keys and values are stored as packed integers between the smallest and the largest value of a
     group, as in KIVI (Liu et al. 2024): keys by channel in groups of `group` tokens, or by token; values by
     token. The tokens of a block see each other as they are. With `positions="cache"`, what is rounded is the
-    key before its rotation by position.
+    key before its rotation by position; in half precision, turning it back and forth rounds it as well, which
+    `positions="text"` avoids.
 
     Layers with a sliding window of their own (Gemma 3) keep it, and nothing else is done to them.
 
