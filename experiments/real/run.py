@@ -50,6 +50,7 @@ MINUTES = {
     "weights": 1,
     "bos": 1,
     "components": 40,
+    "lens": 90,
 }
 """The experiments, and what each takes on one core, roughly: a guess at the time that is left. Those from
 `quantisation` on are experiments of the embedded model, here under the folded convention."""
