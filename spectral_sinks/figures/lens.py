@@ -1,6 +1,7 @@
 """Figure of the logit lens by band."""
 
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -32,8 +33,7 @@ def lens(table: pd.DataFrame, spread: pd.DataFrame, path: Path) -> None:
             }
             mean_line(axes[0, 0], part["band"], part, name, style)
         axes[0, 0].set(xlabel="bands read (1 to k)", ylabel="NLL of the logit lens (nats per token)")
-        low, high = axes[0, 0].get_ylim()
-        axes[0, 0].set_ylim(low, high + 0.3 * (high - low))
+        _room_above(axes[0, 0])
         ticks = sorted({1, *range(5, table["band"].max(), 5), table["band"].max()})
         for axis in axes[0]:
             axis.set_xticks(ticks)
@@ -64,7 +64,15 @@ def lens(table: pd.DataFrame, spread: pd.DataFrame, path: Path) -> None:
             part = _at(table, reading, last, score)
             mean_line(axis, part["band"], part, f"bands of the unembedding, exit {last}", FIRST)
             axis.set(xlabel="bands read (1 to k)" if reading == together else "band k", ylabel=label)
+            if reading == alone:
+                _room_above(axis)
             axis.legend()
+
+
+def _room_above(axis: Any) -> None:
+    """Make room for a legend above what is drawn."""
+    low, high = axis.get_ylim()
+    axis.set_ylim(low, high + 0.3 * (high - low))
 
 
 def _at(table: pd.DataFrame, reading: str, layer: int, score: str) -> pd.DataFrame:
