@@ -115,7 +115,7 @@ def ladder(table: pd.DataFrame, path: Path, columns: str, title: str) -> None:
         axes[0, 0].set_yscale("symlog", linthresh=0.1)
         axes[1, 0].set_ylabel("mean $\\alpha_1$ of the layers above\n(dotted: untouched)")
         handles = axes[0, 0].get_legend_handles_labels()
-        axes[1, -1].legend(*handles, fontsize=7, loc="upper center")
+        axes[1, -1].legend(*handles, fontsize=7, loc="best")
 
 
 def sink(heads: pd.DataFrame, removal: pd.DataFrame, path: Path) -> None:
