@@ -42,7 +42,7 @@ MINUTES = {
     "circuits": 10,
     "masks": 2,
     "steering": 6,
-    "pruning": 20,
+    "pruning": 40,
     "kv_cache": 40,
     "bars": 1,
     "fills": 12,
