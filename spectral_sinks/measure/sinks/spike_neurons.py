@@ -192,8 +192,9 @@ def spike_writers(
         raise InputError(f"position {position}: the windows have {shortest} tokens, 0 to {shortest - 1}")
     last = max(model.attention_layers, default=0)
     if last < 1 or (layer is not None and not 0 <= layer < last):
+        named = "" if layer is None else f"layer {layer}: "
         raise InputError(
-            f"layer {layer}: the onset layer lies below another layer of softmax attention, and the last of "
+            f"{named}the onset layer lies below another layer of softmax attention, and the last of "
             f"{model.name} is {last}"
         )
     flow = _flow(model, windows, position, batch_size)
