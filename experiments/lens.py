@@ -20,11 +20,15 @@ def run(study: ss.experiments.Study) -> ss.experiments.Finding:
     # the lens by bands of the unembedding, and by bands of random bases at some numbers of bands
     model, windows, u = study.model, study.windows, study.unembedding
     count, last = u.count, model.layers - 1
-    own = ss.residual.band_lens(model, windows, {"U": u})
+    own = ss.residual.band_lens(model, windows, {"U": u}, predict=study.predict)
     steps = sorted({max(1, round(count * part)) for part in (0.25, 0.5, 0.75)} | {max(1, count - 1), count})
     random = pd.concat(
         ss.residual.band_lens(
-            model, windows, {f"random {seed}": ss.spectra.random_spectrum(u.d, count, seed)}, bands=steps
+            model,
+            windows,
+            {f"random {seed}": ss.spectra.random_spectrum(u.d, count, seed)},
+            bands=steps,
+            predict=study.predict,
         )
         for seed in range(study.draws)
     )

@@ -34,6 +34,7 @@ NAMES = {"smollm2": "SmolLM2-135M-Instruct (Q4_1)", "gemma3": "Gemma 3 270M (Q4_
 MINUTES = {
     "conventions": 40,
     "ladders": 12,
+    "same_energy": 15,
     "openings": 5,
     "secondary": 6,
     "spike": 12,
@@ -51,12 +52,18 @@ MINUTES = {
     "bos": 1,
     "components": 40,
     "lens": 90,
+    "generation": 60,
+    "reads": 60,
 }
 """The experiments, and what each takes on one core, roughly: a guess at the time that is left. Those from
 `quantisation` on are experiments of the embedded model, here under the folded convention."""
 
-SAMPLED = ("conventions", "ladders", "pruning")
+SAMPLED = ("conventions", "ladders", "components", "lens", "same_energy", "pruning")
 """Experiments whose NLLs may be scored on a sample of predictions; the others measure more than effects."""
+
+SAMPLES = {"gemma3": dict.fromkeys(("components", "lens", "same_energy", "pruning"), 16)}
+"""Predictions of each window that are scored by default where all would take hours: the vocabulary of Gemma 3
+is five times that of SmolLM2."""
 
 Model = Literal["smollm2", "gemma3"]
 
@@ -74,8 +81,9 @@ class Options:
     documents: int = 16
     draws: int = 20
     predict: int | None = None
-    """Number of predictions of each window that are scored, of the experiments conventions, ladders and
-    pruning; by default all are. The tables then have it as a column."""
+    """Number of predictions of each window that are scored, of the experiments conventions, ladders,
+    components, lens, same_energy and pruning. The default is all, and 16 in the last four on Gemma 3. The
+    tables then have it as a column."""
     jobs: int | None = None
     """Experiments that run at the same time, one thread each; by default one for each idle core."""
 
@@ -108,7 +116,8 @@ def run_one(name: str, experiment: str, options: Options) -> tuple[str, str, flo
     out, began = options.out / name, time.process_time()
     model = ss.load(fetch([name], options.fetched)[name])
     study = prepare(model, NAMES[name], out, options.documents, SPREAD[name])
-    study = replace(study, draws=options.draws, predict=options.predict)
+    predict = SAMPLES.get(name, {}).get(experiment) if options.predict is None else options.predict
+    study = replace(study, draws=options.draws, predict=predict)
     manifest = record(study, name)
     if stored(out, manifest, experiment):
         return name, experiment, 0.0

@@ -10,6 +10,7 @@ import numpy as np
 import openings
 import pandas as pd
 import pytest
+import same_energy
 import secondary
 import spike
 import torch
@@ -173,3 +174,48 @@ def test_a_sample_of_predictions_is_a_column_of_the_tables(study: RealStudy, tmp
     real = importlib.import_module("run")
     with pytest.raises(ss.InputError, match="--predict does not apply to the experiment spike: give --only"):
         real.main(real.Options(only=("ladders", "spike"), predict=8))
+
+
+def test_the_defaults_of_samples_belong_to_experiments_that_can_be_sampled() -> None:
+    real = importlib.import_module("run")
+    for name, counts in real.SAMPLES.items():
+        assert name in real.NAMES and set(counts) <= set(real.SAMPLED) <= set(real.MINUTES)
+
+
+def test_controls_of_the_same_energy(study: RealStudy) -> None:
+    """The draws take the energy of the band, at the same tokens, and the lens is that of the library."""
+    found = same_energy.run(study)
+    chosen = pd.read_csv(study.out / "same_energy_components.csv")
+    costliest = chosen.loc[chosen["delta_nll"].idxmax()]
+    site = ss.Site(costliest["site"], int(costliest["layer"]))
+    alone = study.evaluate({"x": {site: ss.remove(study.unembedding.dark())}})["x"]
+    table = pd.read_csv(study.out / "same_energy_output.csv").set_index(["tokens", "edit"]).sort_index()
+    assert table.loc[("all", "dark"), "delta_nll"].item() == pytest.approx(alone.delta_nll, rel=1e-4)
+    for tokens in same_energy.WHERE:
+        energy = table.loc[(tokens, "dark"), "removed_energy_share"].item()
+        np.testing.assert_allclose(
+            table.loc[(tokens, "same energy"), "removed_energy_share"], energy, rtol=0.02
+        )
+        assert (table.loc[(tokens, "same rank"), "rank"] == study.unembedding.dark().rank).all()
+
+    read = pd.read_csv(study.out / "same_energy_lens.csv").set_index(["layer", "edit"]).sort_index()
+    last, count = study.model.layers - 1, study.unembedding.count
+    rows = ss.residual.band_lens(study.model, study.windows, {"U": study.unembedding}, alone=False)
+    nll = rows.groupby(["layer", "band"])["nll"].mean()
+    for layer in (last // 2, last):
+        risen = nll[layer, count - 1] - nll[layer, count]
+        assert read.loc[(layer, "dark"), "delta_nll"].item() == pytest.approx(risen, rel=1e-3, abs=1e-4)
+        energy = read.loc[(layer, "dark"), "removed_energy_share"].item()
+        np.testing.assert_allclose(
+            read.loc[(layer, "same energy"), "removed_energy_share"], energy, rtol=0.02
+        )
+
+    beyond = [row["value"] > most for row, most in zip(found.answers, drawn_most(table, read), strict=True)]
+    word = "holds" if all(beyond) else "holds partly" if any(beyond) else "does not hold here"
+    assert found.verdict.startswith(f"{word}: ") and f"at {sum(beyond)} of 5 places" in found.verdict
+
+
+def drawn_most(table: pd.DataFrame, read: pd.DataFrame) -> list[float]:
+    most = [table.loc[(tokens, "same energy"), "delta_nll"].max() for tokens in same_energy.WHERE]
+    layers = read.index.get_level_values("layer").unique()
+    return most + [read.loc[(layer, "same energy"), "delta_nll"].max() for layer in layers]

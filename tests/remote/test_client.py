@@ -113,6 +113,7 @@ MEASUREMENTS: dict[str, Callable[[ss.LanguageModel, ss.Windows, ss.Spectrum], pd
     "verdict, two conventions": lambda m, w, u: ss.sink_verdict(m, w, both(), draws=3).summary(),
     "received": lambda m, w, u: ss.sinks.received(m, w, {"dark": u.dark(), "rest": u.dark().complement()}),
     "lens": lambda m, w, u: ss.residual.band_lens(m, w, {"u": u}, bands=[1, 4]),
+    "lens of a sample": lambda m, w, u: ss.residual.band_lens(m, w, {"u": u}, bands=[1, 4], predict=3),
     "weights": lambda m, w, u: ss.residual.weight_shares(m, {"dark": u.dark()}, convention="folded"),
     "screen": lambda m, w, u: ss.nll.first_order(m, w, u),
     "mean": lambda m, w, u: pd.DataFrame(ss.mean_residual(m, w, ss.Site("exit", 1)).numpy()),

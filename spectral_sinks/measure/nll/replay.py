@@ -122,9 +122,7 @@ class Batch:
         self.attention = reads and partial(_received, model)
         self.predicted, self.chosen = predicted(model, ids.shape[1]), None
         if sample is not None:
-            self.chosen = torch.stack(
-                [sample.drawn(index, self.predicted) for index in drawn_as or self.indices]
-            )
+            self.chosen = sample.drawn_each(drawn_as or self.indices, self.predicted)
             self.predicted = self.chosen.shape[1]
         self.memory = memory or Memory(model, ids.shape[1])
         self._starts = sorted({layer for layer in starts if layer is not None and layer >= 0})

@@ -53,6 +53,10 @@ class Sample:
             np.sort(generator.choice(predicted, min(self.count, predicted), replace=False))
         )
 
+    def drawn_each(self, windows: Sequence[int], predicted: int) -> Int[Tensor, "windows scored"]:
+        """Return `drawn` of several windows of one length."""
+        return torch.stack([self.drawn(window, predicted) for window in windows])
+
 
 @dataclass(frozen=True)
 class Scores:

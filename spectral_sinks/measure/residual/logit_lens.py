@@ -14,7 +14,7 @@ from spectral_sinks.errors import InputError
 from spectral_sinks.interventions.sites import Site
 from spectral_sinks.interventions.tracing import trace
 from spectral_sinks.measure.memory import batches
-from spectral_sinks.measure.nll.scoring import chunk
+from spectral_sinks.measure.nll.scoring import Sample, chunk
 from spectral_sinks.measure.residual.band_energy import residual_sites
 from spectral_sinks.models.effective_weights import constant
 from spectral_sinks.models.language import LanguageModel
@@ -114,6 +114,7 @@ def band_lens(
     bands: Sequence[int] | None = None,
     alone: bool = True,
     batch_size: int | None = None,
+    predict: int | Sample | None = None,
 ) -> pd.DataFrame:
     """Read the next-token distribution from bands 1 to k of the residual, and from band k alone.
 
@@ -128,6 +129,9 @@ def band_lens(
         bands: the bands k; all by default.
         alone: whether to read band k alone as well.
         batch_size: windows in a pass.
+        predict: number of predictions of each window that are read, drawn at random with seed 0; a `Sample`
+            has a seed of its own. None reads all. The time is nearly in proportion to it. `attrs["predict"]`
+            of the table says how many were read.
 
     Returns:
         One row per `document`, `site` (its kind), `layer` (-1 for the embedding), `basis` (a key of
@@ -136,28 +140,32 @@ def band_lens(
         same most likely token.
 
     Raises:
-        InputError: for a spectrum of another width, for bands that it does not have, and for an encoder whose
-            logits are not a sum over bands.
+        InputError: for a spectrum of another width, for bands that it does not have, for an encoder whose
+            logits are not a sum over bands, and for a sample of fewer than two predictions.
 
     """
     sites = residual_sites(model) if sites is None else list(sites)
     for spectrum in spectra.values():
         if bands is not None and not set(bands) <= set(range(1, spectrum.count + 1)):
             raise InputError(f"bands {sorted(bands)}: {spectrum!r} has bands 1 to {spectrum.count}")
-    readings = (TOGETHER, ALONE) if alone else (TOGETHER,)
+    readings, sample = (TOGETHER, ALONE) if alone else (TOGETHER,), Sample.of(predict)
     made = (
         spectra if model.remote else {name: Reader.of(model, spectrum) for name, spectrum in spectra.items()}
     )
     rows: list[dict[str, Any]] = []
     for places, ids in batches(model, windows, batch_size):
-        found = _scored(model, ids.to(model.device), made, sites, readings, bands)
+        chosen = None if sample is None else sample.drawn_each(places, ids.shape[1] - 1)
+        found = _scored(model, ids.to(model.device), made, sites, readings, bands, chosen)
         for (site, name, reading, band), parts in found.items():
             scores = torch.cat(parts).view(len(ids), -1, 3).mean(1)
             layer = -1 if site.kind == "embedding" else site.layer
             for place, (nll, kl, top1) in zip(places, scores.tolist(), strict=True):
                 key = (windows.document[place], site.kind, layer, name, reading, band)
                 rows.append(dict(zip(KEYS, key, strict=True)) | {"nll": nll, "kl": kl, "top1": top1})
-    return pd.DataFrame(rows).groupby(list(KEYS), sort=False, as_index=False).mean()
+    table = pd.DataFrame(rows).groupby(list(KEYS), sort=False, as_index=False).mean()
+    if sample is not None:
+        table.attrs["predict"] = sample.count
+    return table
 
 
 @remotely
@@ -168,13 +176,20 @@ def _scored(
     sites: Sequence[Site],
     readings: Sequence[str],
     bands: Sequence[int] | None,
+    chosen: Int[Tensor, "batch scored"] | None,
 ) -> dict[tuple[Site, str, str, int], list[Tensor]]:
-    """Score every prediction of a batch, by site, basis, reading and band, in parts."""
+    """Score every prediction of a batch, or those chosen, by site, basis, reading and band, in parts."""
     made = {name: Reader.of(model, r) if isinstance(r, Spectrum) else r for name, r in readers.items()}
-    reads = dict.fromkeys(sites, lambda x: x[:, :-1].flatten(0, 1))
+    width = ids.shape[1] - 1
+    places = torch.arange(width).expand(len(ids), -1) if chosen is None else chosen
+    rows = torch.arange(len(ids))[:, None].expand_as(places)
+
+    def at(x: Tensor, after: int = 0) -> Tensor:
+        return x[rows.to(x.device), after + places.to(x.device)].flatten(0, 1)
+
+    reads = dict.fromkeys(sites, at)
     residuals, final = trace(model, ids, {}, reads, readout=lambda final, read, weights: (read, final))
-    targets = ids[:, 1:].flatten()
-    truth = final[:, :-1].flatten(0, 1)
+    targets, truth = at(ids, after=1), at(final)
     step = chunk(model, truth.device)
     found: dict[tuple[Site, str, str, int], list[Tensor]] = {}
     for start in range(0, len(truth), step):

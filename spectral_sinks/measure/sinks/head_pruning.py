@@ -233,7 +233,7 @@ def _nll(
         for places, ids in batches(model, windows, batch_size):
             ids = ids.to(model.device)
             every = predicted(model, ids.shape[1])
-            chosen = None if sample is None else torch.stack([sample.drawn(place, every) for place in places])
+            chosen = None if sample is None else sample.drawn_each(places, every)
 
             def mean_nll(final: Tensor, *_: Any, ids: Tensor = ids, chosen: Tensor | None = chosen) -> Tensor:
                 return score(model, final, ids, chosen=chosen).nll.double().mean(1).cpu()

@@ -99,6 +99,28 @@ def test_bases_together_are_bases_alone_and_chosen_bands_are_some_of_all() -> No
         ss.residual.band_lens(model, windows, bases, bands=[5])
 
 
+def test_a_sample_is_the_mean_over_the_predictions_that_are_drawn() -> None:
+    """Against the logits of the model at all positions, of which the sample's are picked here."""
+    model = tiny_models.model()
+    windows = ss.Windows.of_ids(IDS, model)
+    sample = ss.nll.Sample(5, seed=3)
+    last, u = ss.Site("exit", 2), ss.read_spectrum(model, bands=4)
+    for batch_size in (None, 3):
+        table = ss.residual.band_lens(
+            model, windows, {"U": u}, [last], bands=[2], alone=False, batch_size=batch_size, predict=sample
+        )
+        assert table.attrs["predict"] == 5
+        other = direct(model, residual(model, last)[:, :-1], u, 0, 2).log_softmax(-1)
+        nll = -other.gather(-1, IDS[:, 1:, None])[..., 0]
+        drawn = [float(nll[window, sample.drawn(window, 14)].mean()) for window in range(4)]
+        assert table["nll"].tolist() == pytest.approx(drawn, rel=2e-5)
+    every = ss.residual.band_lens(model, windows, {"U": u}, [last], bands=[2], predict=100)
+    whole = ss.residual.band_lens(model, windows, {"U": u}, [last], bands=[2])
+    assert np.allclose(every["nll"], whole["nll"], atol=1e-6) and "predict" not in whole.attrs
+    with pytest.raises(ss.InputError, match="predict 1: give at least 2 predictions"):
+        ss.residual.band_lens(model, windows, {"U": u}, predict=1)
+
+
 def test_a_band_that_the_vocabulary_does_not_read_changes_nothing() -> None:
     module = tiny_models.build()
     with torch.no_grad():

@@ -1,0 +1,150 @@
+"""Is it the dark band, or the energy in it? Controls of the same energy for single components and the lens.
+
+Question: does the removal of the dark band from what a component writes, or from what the logit lens reads,
+cost more than the loss of as much energy in random directions? A random subspace of the band's rank, the
+control of `components.py` and `lens.py`, takes less energy where the band holds more than chance.
+Design: of the MLPs and attention components in the layers of the study, the one whose output costs most
+without its dark band is taken. The band is removed from its output at all tokens, at the first alone and at
+all but the first. The lens reads the exit at half of the depth and the last one without the dark band, with
+the scale that the final norm has for the whole residual.
+Control: 20 random subspaces of the same rank, and 20 that take the same share of the energy of the same
+tokens, at the same place.
+"""
+
+from typing import Any
+
+import pandas as pd
+import torch
+from real_study import RealStudy, difference, mass_above, words
+
+import spectral_sinks as ss
+
+WHERE = {"all": slice(None), "first": slice(1), "all-but-first": slice(1, None)}
+CONTROLS = ("same rank", "same energy")
+
+
+def run(study: RealStudy) -> ss.experiments.Finding:
+    chosen = study.save(components(study), "same_energy_components")
+    costliest = chosen.loc[chosen["delta_nll"].idxmax()]
+    written = study.save(
+        output(study, ss.Site(costliest["site"], int(costliest["layer"]))), "same_energy_output"
+    )
+    last = study.model.layers - 1
+    read = study.save(
+        pd.concat([lens(study, layer) for layer in (last // 2, last)], ignore_index=True), "same_energy_lens"
+    )
+    compared = [compare(part, f"output of {costliest['site']} {costliest['layer']}, {tokens} tokens")
+                for tokens, part in written.groupby("tokens", sort=False)]  # fmt: skip
+    compared += [compare(part, f"lens at exit {layer}") for layer, part in read.groupby("layer", sort=False)]
+    return ss.experiments.Finding([row for row, _ in compared], verdict=verdict(compared))
+
+
+def residuals(study: RealStudy, site: ss.Site) -> torch.Tensor:
+    """Return what passes at a site, `[windows, tokens, d]`."""
+    found = [
+        ss.trace(
+            study.model, ids.to(study.model.device), {}, [site],
+            readout=lambda final, read, weights: read[site].cpu(),
+        )
+        for _, ids in study.windows.batches(16)
+    ]  # fmt: skip
+    return torch.cat(found)
+
+
+def components(study: RealStudy) -> pd.DataFrame:
+    """Return the cost of each component's dark band, at all tokens."""
+    sites = [ss.Site(kind, layer) for kind in ("mlp", "attention") for layer in study.layers]
+    dark = ss.remove(study.unembedding.dark())
+    effects = study.evaluate({str(site): {site: dark} for site in sites})
+    return pd.DataFrame(
+        {"site": site.kind, "layer": site.layer} | difference(effects[str(site)]) for site in sites
+    )
+
+
+def output(study: RealStudy, site: ss.Site) -> pd.DataFrame:
+    """Return the effect of removing the dark band, and of each control, from the output of a component."""
+    dark, x = study.unembedding.dark(), residuals(study, site)
+    cells: dict[str, dict[ss.Site, Any]] = {}
+    for tokens, part in WHERE.items():
+        cells[f"{tokens}|dark|"] = {site: ss.remove(dark, tokens=tokens)}
+        for seed in range(study.draws):
+            random = ss.random_subspace(dark.d, dark.rank, seed)
+            matched = ss.spectra.energy_matched(dark, x[:, part], seed)
+            cells[f"{tokens}|same rank|{seed}"] = {site: ss.remove(random, tokens=tokens)}
+            cells[f"{tokens}|same energy|{seed}"] = {site: ss.remove(matched, tokens=tokens)}
+    rows: list[dict[str, Any]] = []
+    for name, effect in study.evaluate(cells).items():
+        tokens, edit, draw = name.split("|")
+        rows.append(
+            {"site": site.kind, "layer": site.layer, "tokens": tokens, "edit": edit, "draw": draw}
+            | {"rank": effect.rank}
+            | difference(effect)
+            | mass_above(effect, site.layer)
+            | {"removed_energy_share": float(effect.table["removed_energy_share"].mean())}
+        )
+    return pd.DataFrame(rows)
+
+
+def lens(study: RealStudy, layer: int) -> pd.DataFrame:
+    """Return what the NLL of the lens at an exit rises by without the dark band, and without each control."""
+    model, site, dark = study.model, ss.Site("exit", layer), study.unembedding.dark()
+    x = residuals(study, site)
+    spaces = {"dark|": dark}
+    for seed in range(study.draws):
+        spaces[f"same rank|{seed}"] = ss.random_subspace(dark.d, dark.rank, seed)
+        spaces[f"same energy|{seed}"] = ss.spectra.energy_matched(dark, x, seed)
+    rows: list[dict[str, Any]] = []
+    for name, space in spaces.items():
+        edit, draw = name.split("|")
+        kept = dark.d - space.rank
+        found = ss.residual.band_lens(
+            model,
+            study.windows,
+            {name: ending_in(space)},
+            [site],
+            bands=[kept, dark.d],
+            alone=False,
+            predict=study.predict,
+        )
+        nll = found.set_index(["document", "band"])["nll"].unstack()
+        risen = nll[kept] - nll[dark.d]
+        low, high = ss.stats.mean_interval(risen)
+        rows.append(
+            {"layer": layer, "edit": edit, "draw": draw, "rank": space.rank}
+            | {"delta_nll": risen.mean(), "low": low, "high": high}
+            | {"removed_energy_share": float(space.share(x.double()).mean())}
+        )
+    return pd.DataFrame(rows)
+
+
+def ending_in(space: ss.Subspace) -> ss.Spectrum:
+    """Return a basis of one direction per band whose last bands span a subspace."""
+    own = space.orthonormal().cpu().double()
+    whole = torch.linalg.qr(torch.cat([own, torch.eye(space.d, dtype=torch.float64)], dim=1)).Q
+    vectors = torch.cat([whole[:, space.rank :], whole[:, : space.rank]], dim=1)
+    values = torch.arange(space.d, 0, -1, dtype=torch.float64)
+    return ss.Spectrum(vectors, values, space.name, count=space.d)
+
+
+def compare(rows: pd.DataFrame, place: str) -> tuple[dict[str, Any], bool]:
+    """Return the answer for one place, and whether the band costs more than every draw of its energy."""
+    dark = rows[rows["edit"] == "dark"].iloc[0]
+    said = [f"{dark['removed_energy_share']:.3f} of the energy"]
+    drawn = {kind: rows[rows["edit"] == kind] for kind in CONTROLS}
+    for kind, part in drawn.items():
+        ranks = f"rank {part['rank'].min()} to {part['rank'].max()}"
+        said.append(f"{len(part)} of the {kind} ({ranks}) {words(part['delta_nll'])}")
+    cost, interval = float(dark["delta_nll"]), (float(dark["low"]), float(dark["high"]))
+    found = ss.experiments.answer(
+        f"NLL difference without the dark band, {place}", cost, "; ".join(said), interval
+    )
+    return found, cost > drawn["same energy"]["delta_nll"].max()
+
+
+def verdict(compared: list[tuple[dict[str, Any], bool]]) -> str:
+    beyond = [row["quantity"].split(", ", 1)[1] for row, more in compared if more]
+    word = "holds" if len(beyond) == len(compared) else "holds partly" if beyond else "does not hold here"
+    return (
+        f"{word}: the dark band costs more than any random subspace of the same energy at {len(beyond)} of "
+        f"{len(compared)} places ({'; '.join(beyond) or 'none'})"
+    )
