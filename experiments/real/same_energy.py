@@ -19,7 +19,7 @@ from real_study import RealStudy, difference, mass_above, words
 
 import spectral_sinks as ss
 
-WHERE = {"all": slice(None), "first": slice(1), "all-but-first": slice(1, None)}
+WHERE: dict[Any, slice] = {"all": slice(None), "first": slice(1), "all-but-first": slice(1, None)}
 CONTROLS = ("same rank", "same energy")
 
 
