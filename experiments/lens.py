@@ -6,7 +6,8 @@ Design: at the embedding and at every exit, the final norm and the unembedding r
 residual, and band k alone. The measures are the NLL of the next token, the KL divergence from the model's own
 distribution, and the agreement of the most likely token. The norm keeps the scale of the whole residual, so
 the contributions of the bands to a logit add up.
-Control: random (Haar) bases, divided into as many bands. Their bands are alike, so any order will do.
+Control: random (Haar) bases, divided into as many bands, at half of the depth and at the last exit. Their
+bands are alike, so any order will do.
 """
 
 import pandas as pd
@@ -21,12 +22,14 @@ def run(study: ss.experiments.Study) -> ss.experiments.Finding:
     model, windows, u = study.model, study.windows, study.unembedding
     count, last = u.count, model.layers - 1
     own = ss.residual.band_lens(model, windows, {"U": u}, predict=study.predict)
+    compared = list(dict.fromkeys([max(0, last // 2), last]))
     steps = sorted({max(1, round(count * part)) for part in (0.25, 0.5, 0.75)} | {max(1, count - 1), count})
     random = pd.concat(
         ss.residual.band_lens(
             model,
             windows,
             {f"random {seed}": ss.spectra.random_spectrum(u.d, count, seed)},
+            [ss.Site("exit", layer) for layer in compared],
             bands=steps,
             predict=study.predict,
         )
@@ -53,7 +56,7 @@ def run(study: ss.experiments.Study) -> ss.experiments.Finding:
         nll = at(own, ss.residual.TOGETHER, layer, count, "document", "nll")
         place = "embedding" if layer < 0 else f"exit {layer}"
         answers.append(ss.experiments.answer(f"{place}: NLL of the logit lens, all bands", nll))
-    for layer in dict.fromkeys([max(0, last // 2), last]):
+    for layer in compared:
         step = at(own, ss.residual.TOGETHER, layer, count - 1, "document", "nll") - at(
             own, ss.residual.TOGETHER, layer, count, "document", "nll"
         )
