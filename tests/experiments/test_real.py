@@ -1,6 +1,8 @@
 """The experiments on real models, run on the embedded one: their numbers, recomputed another way."""
 
 import importlib
+import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -219,3 +221,30 @@ def drawn_most(table: pd.DataFrame, read: pd.DataFrame) -> list[float]:
     most = [table.loc[(tokens, "same energy"), "delta_nll"].max() for tokens in same_energy.WHERE]
     layers = read.index.get_level_values("layer").unique()
     return most + [read.loc[(layer, "same energy"), "delta_nll"].max() for layer in layers]
+
+
+RESULTS = Path(__file__).parents[2] / "results"
+ROW = re.compile(
+    r"^\|.* `(?P<name>\w+)` \| (?P<smollm2>[^|]+) \| (?P<gemma3>[^|]+) \|(?P<embedded>.*)\|$", re.M
+)
+
+
+def test_the_page_has_the_verdicts_of_the_tables() -> None:
+    """A star marks a reading of tables whose experiment has no rule for a verdict."""
+    page = (RESULTS / "real" / "README.md").read_text().split("## ")[1]
+    rows = list(ROW.finditer(page))
+    assert len(rows) == page.count("\n| ") - 1 > 15
+    for row in rows:
+        for folder in ("smollm2", "gemma3"):
+            path, shown = RESULTS / "real" / folder / f"{row['name']}.json", row[folder]
+            if not path.is_file():
+                assert shown == "not run", row["name"]
+            elif stated := json.loads(path.read_text())["verdict"]:
+                assert stated.startswith(f"{shown}:"), row["name"]
+            else:
+                assert re.fullmatch(r"(holds|holds partly|does not hold here)\*", shown), row["name"]
+    embedded = pd.read_csv(RESULTS / "verdicts.csv").set_index("experiment")["verdict"]
+    for row in rows:
+        for name, word, star in re.findall(r"`(\w+)` ([a-z ]+)(\*?)", row["embedded"]):
+            assert (name in embedded) != bool(star)
+            assert star or re.search(rf"\b{word.strip()}( \(|:)", embedded[name]), name

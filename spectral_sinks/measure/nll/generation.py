@@ -129,7 +129,8 @@ def continuation_nll(
     for part in texts.split(rows):
 
         def readout(final: Tensor, *_: Any, ids: Tensor = part) -> Tensor:
-            return score(model, final, ids).nll[:, -new:].double().mean(1).cpu()
+            scored = slice(-new - 1, None)  # nothing before the last token of the prompt
+            return score(model, final[:, scored], ids[:, scored]).nll.double().mean(1).cpu()
 
         losses.append(trace(model, part.to(model.device), interventions or {}, readout=readout))
     return torch.cat(losses).view(count, draws)
