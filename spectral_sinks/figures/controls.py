@@ -59,6 +59,10 @@ def controls(table: pd.DataFrame, tests: pd.DataFrame, layer: int, path: Path) -
         axis.legend(loc="upper center")
 
 
+MANY = 14
+"""Number of places from which on the names of layers are numbers."""
+
+
 def reads(table: pd.DataFrame, below: int, path: Path) -> None:
     """Draw the cost, and the share of the sink that is left, when one component reads no dark band, beside
     random draws.
@@ -71,7 +75,7 @@ def reads(table: pd.DataFrame, below: int, path: Path) -> None:
     places = [place for place in table["place"].unique() if place != "reference"]
     dark, random = table[table["draw"] == "dark"], table[table["draw"] != "dark"]
     reference = dark[dark["place"] == "reference"].iloc[0]
-    with saved_figure(path, 2, 1, (9, 5.4), sharex=True) as axes:
+    with saved_figure(path, 2, 1, (max(9, 0.36 * len(places)), 5.4), sharex=True) as axes:
         for axis, value in ((axes[0, 0], "mean"), (axes[1, 0], "sink_left")):
             for index, kind in enumerate([*kinds, "all four"]):
                 style = styles.get(kind, {"color": "#000000", "marker": "D"}) | {"linestyle": "none"}
@@ -103,3 +107,8 @@ def reads(table: pd.DataFrame, below: int, path: Path) -> None:
         axes[1, 0].text(0.01, 0.03, note, transform=axes[1, 0].transAxes, fontsize=7)
         shown = [place.replace("above", f"above\nexit {below}").replace(", ", ",\n") for place in places]
         axes[1, 0].set_xticks(range(len(places)), shown)
+        if len(places) > MANY:
+            axes[1, 0].set_xticks(range(len(places)), [place.removeprefix("layer ") for place in places])
+            for place, tick in zip(places, axes[1, 0].get_xticklabels(), strict=True):
+                tick.set(rotation=0 if place.startswith("layer ") else 90, fontsize=7)
+            axes[1, 0].set_xlabel(f"layer that reads, or several layers (above exit {below})")
