@@ -86,44 +86,48 @@ def output(study: RealStudy, site: ss.Site) -> pd.DataFrame:
 
 
 def lens(study: RealStudy, layer: int) -> pd.DataFrame:
-    """Return what the NLL of the lens at an exit rises by without the dark band, and without each control."""
-    model, site, dark = study.model, ss.Site("exit", layer), study.unembedding.dark()
-    x = residuals(study, site)
+    """Return what the NLL of the lens at an exit rises by without the dark band, and without each control.
+
+    Raises InputError for a model whose final norm centres the residual, which would mix what is left out with
+    the rest.
+    """
+    model, dark = study.model, study.unembedding.dark()
+    if model.centres_residual:
+        raise ss.InputError(f"the final norm of {model.name} is a LayerNorm: this lens is for RMSNorm")
+    x = residuals(study, ss.Site("exit", layer))
+    ids, sample = torch.stack(list(study.windows.rows)), ss.nll.Sample.of(study.predict)
+    rows, width = torch.arange(len(ids)), ids.shape[1] - 1
+    places = torch.arange(width).expand(len(ids), -1)
+    if sample is not None:
+        places = sample.drawn_each(rows.tolist(), width)
+    read, targets = x[rows[:, None], places], ids[rows[:, None], places + 1]
+    with torch.no_grad():
+        final = model.module.get_submodule(model.layout.final_norm)(read)
+    gained = model.final_gain * read
+    scale = (final * gained).sum(-1, keepdim=True) / gained.square().sum(-1, keepdim=True)
+
+    def nll(final: torch.Tensor) -> pd.Series:
+        logits = model.unembed(final).flatten(0, 1)
+        losses = torch.nn.functional.cross_entropy(logits, targets.flatten(), reduction="none")
+        by_window = losses.detach().view_as(targets).double().mean(1).numpy()
+        return pd.Series(by_window, study.windows.document).groupby(level=0).mean()
+
+    whole = nll(final)
     spaces = {"dark|": dark}
     for seed in range(study.draws):
         spaces[f"same rank|{seed}"] = ss.random_subspace(dark.d, dark.rank, seed)
         spaces[f"same energy|{seed}"] = ss.spectra.energy_matched(dark, x, seed)
-    rows: list[dict[str, Any]] = []
+    found: list[dict[str, Any]] = []
     for name, space in spaces.items():
         edit, draw = name.split("|")
-        kept = dark.d - space.rank
-        found = ss.residual.band_lens(
-            model,
-            study.windows,
-            {name: ending_in(space)},
-            [site],
-            bands=[kept, dark.d],
-            alone=False,
-            predict=study.predict,
-        )
-        nll = found.set_index(["document", "band"])["nll"].unstack()
-        risen = nll[kept] - nll[dark.d]
+        risen = nll(final - scale * model.final_gain * space.project(read)) - whole
         low, high = ss.stats.mean_interval(risen)
-        rows.append(
+        found.append(
             {"layer": layer, "edit": edit, "draw": draw, "rank": space.rank}
             | {"delta_nll": risen.mean(), "low": low, "high": high}
             | {"removed_energy_share": float(space.share(x.double()).mean())}
         )
-    return pd.DataFrame(rows)
-
-
-def ending_in(space: ss.Subspace) -> ss.Spectrum:
-    """Return a basis of one direction per band whose last bands span a subspace."""
-    own = space.orthonormal().cpu().double()
-    whole = torch.linalg.qr(torch.cat([own, torch.eye(space.d, dtype=torch.float64)], dim=1)).Q
-    vectors = torch.cat([whole[:, space.rank :], whole[:, : space.rank]], dim=1)
-    values = torch.arange(space.d, 0, -1, dtype=torch.float64)
-    return ss.Spectrum(vectors, values, space.name, count=space.d)
+    return pd.DataFrame(found)
 
 
 def compare(rows: pd.DataFrame, place: str) -> tuple[dict[str, Any], bool]:
