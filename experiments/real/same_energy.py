@@ -136,7 +136,8 @@ def compare(rows: pd.DataFrame, place: str) -> tuple[dict[str, Any], bool]:
     said = [f"{dark['removed_energy_share']:.3f} of the energy"]
     drawn = {kind: rows[rows["edit"] == kind] for kind in CONTROLS}
     for kind, part in drawn.items():
-        ranks = f"rank {part['rank'].min()} to {part['rank'].max()}"
+        least, most = part["rank"].min(), part["rank"].max()
+        ranks = f"rank {least}" if least == most else f"rank {least} to {most}"
         said.append(f"{len(part)} of the {kind} ({ranks}) {words(part['delta_nll'])}")
     cost, interval = float(dark["delta_nll"]), (float(dark["low"]), float(dark["high"]))
     found = ss.experiments.answer(
