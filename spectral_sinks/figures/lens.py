@@ -70,9 +70,15 @@ def lens(table: pd.DataFrame, spread: pd.DataFrame, path: Path) -> None:
 
 
 def _room_above(axis: Any) -> None:
-    """Make room for a legend above what is drawn."""
-    low, high = axis.get_ylim()
-    axis.set_ylim(low, high + 0.3 * (high - low))
+    """Make room for a legend above what is drawn, on a logarithmic scale if it spans a factor of ten."""
+    least, most = axis.dataLim.intervaly
+    if 0 < least < most / 10:
+        axis.set_yscale("log")
+        low, high = axis.get_ylim()
+        axis.set_ylim(low, high * (high / low) ** 0.3)
+    else:
+        low, high = axis.get_ylim()
+        axis.set_ylim(low, high + 0.3 * (high - low))
 
 
 def _at(table: pd.DataFrame, reading: str, layer: int, score: str) -> pd.DataFrame:
