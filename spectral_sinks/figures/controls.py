@@ -104,7 +104,7 @@ def reads(table: pd.DataFrame, below: int, path: Path) -> None:
         axes[0, 0].legend(fontsize=7, ncols=5, loc="upper left")
         axes[1, 0].set(ylabel="share of the sink left", ylim=(0, None))
         note = "single layer: the first layer affected; several: mean of the layers above the exit"
-        axes[1, 0].text(0.01, 0.03, note, transform=axes[1, 0].transAxes, fontsize=7)
+        axes[1, 0].set_title(note, fontsize=8)
         shown = [place.replace("above", f"above\nexit {below}").replace(", ", ",\n") for place in places]
         axes[1, 0].set_xticks(range(len(places)), shown)
         if len(places) > MANY:
