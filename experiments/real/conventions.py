@@ -15,7 +15,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from real_study import RealStudy, difference, mass_above, words
+from real_study import RealStudy, difference, mass_above, residuals, words
 
 import spectral_sinks as ss
 
@@ -61,22 +61,10 @@ def shares(study: RealStudy) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def first_tokens(study: RealStudy, site: ss.Site) -> torch.Tensor:
-    """Return the residuals of position 0 at a site, `[windows, d]`."""
-    found = [
-        ss.trace(
-            study.model, ids.to(study.model.device), {}, [site],
-            readout=lambda final, read, weights: read[site][:, 0].cpu(),
-        )
-        for _, ids in study.windows.batches(16)
-    ]  # fmt: skip
-    return torch.cat(found)
-
-
 def cells(study: RealStudy, layer: int) -> dict[str, dict[ss.Site, Any]]:
     """Make the cells of one exit, named tokens|edit|draw."""
     site, width = ss.Site("exit", layer), study.model.d
-    x = first_tokens(study, site)
+    x = residuals(study.model, study.windows, site)[:, 0]
     mean = ss.Mean(ss.mean_residual(study.model, study.windows, site))
     made: dict[str, Any] = {}
     dark = {name: study.spectra[name].dark() for name in RUN}

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 
 import spectral_sinks as ss
 
@@ -94,6 +95,17 @@ def prepare(
         name=name,
         spread=spread,
     )
+
+
+def residuals(model: ss.LanguageModel, windows: ss.Windows, site: ss.Site) -> torch.Tensor:
+    """Return what passes at a site, `[windows, tokens, d]`, in the order of the windows."""
+    found: list[torch.Tensor] = []
+    order: list[int] = []
+    for places, ids in windows.batches(16):
+        ids = ids.to(model.device)
+        found.append(ss.trace(model, ids, {}, [site], readout=lambda final, read, weights: read[site].cpu()))
+        order += places
+    return torch.cat(found)[torch.tensor(order).argsort()]
 
 
 def difference(effect: ss.Effect) -> dict[str, float]:

@@ -34,7 +34,7 @@ NAMES = {"smollm2": "SmolLM2-135M-Instruct (Q4_1)", "gemma3": "Gemma 3 270M (Q4_
 MINUTES = {
     "conventions": 40,
     "ladders": 12,
-    "same_energy": 15,
+    "same_energy": 20,
     "openings": 5,
     "secondary": 6,
     "spike": 12,
@@ -51,7 +51,7 @@ MINUTES = {
     "weights": 1,
     "bos": 1,
     "components": 40,
-    "lens": 90,
+    "lens": 30,
     "generation": 60,
     "reads": 60,
 }

@@ -15,7 +15,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from real_study import RealStudy, difference, mass_above, words
+from real_study import RealStudy, difference, mass_above, residuals, words
 
 import spectral_sinks as ss
 
@@ -39,18 +39,6 @@ def run(study: RealStudy) -> ss.experiments.Finding:
     return ss.experiments.Finding([row for row, _ in compared], verdict=verdict(compared))
 
 
-def residuals(study: RealStudy, site: ss.Site) -> torch.Tensor:
-    """Return what passes at a site, `[windows, tokens, d]`."""
-    found = [
-        ss.trace(
-            study.model, ids.to(study.model.device), {}, [site],
-            readout=lambda final, read, weights: read[site].cpu(),
-        )
-        for _, ids in study.windows.batches(16)
-    ]  # fmt: skip
-    return torch.cat(found)
-
-
 def components(study: RealStudy) -> pd.DataFrame:
     """Return the cost of each component's dark band, at all tokens."""
     sites = [ss.Site(kind, layer) for kind in ("mlp", "attention") for layer in study.layers]
@@ -63,7 +51,7 @@ def components(study: RealStudy) -> pd.DataFrame:
 
 def output(study: RealStudy, site: ss.Site) -> pd.DataFrame:
     """Return the effect of removing the dark band, and of each control, from the output of a component."""
-    dark, x = study.unembedding.dark(), residuals(study, site)
+    dark, x = study.unembedding.dark(), residuals(study.model, study.windows, site)
     cells: dict[str, dict[ss.Site, Any]] = {}
     for tokens, part in WHERE.items():
         cells[f"{tokens}|dark|"] = {site: ss.remove(dark, tokens=tokens)}
@@ -94,7 +82,7 @@ def lens(study: RealStudy, layer: int) -> pd.DataFrame:
     model, dark = study.model, study.unembedding.dark()
     if model.centres_residual:
         raise ss.InputError(f"the final norm of {model.name} is a LayerNorm: this lens is for RMSNorm")
-    x = residuals(study, ss.Site("exit", layer))
+    x = residuals(study.model, study.windows, ss.Site("exit", layer))
     ids, sample = torch.stack(list(study.windows.rows)), ss.nll.Sample.of(study.predict)
     rows, width = torch.arange(len(ids)), ids.shape[1] - 1
     places = torch.arange(width).expand(len(ids), -1)

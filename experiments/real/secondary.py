@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from real_study import TOKENS, RealStudy
+from real_study import TOKENS, RealStudy, residuals
 
 import spectral_sinks as ss
 
@@ -52,17 +52,6 @@ def relative(study: RealStudy, windows: ss.Windows, edits: Sequence[Any] = ()) -
         found.append(torch.stack([seen[layer] for layer in sorted(seen)], 1))
         order += places
     return torch.cat(found).double().numpy()[np.argsort(order)]
-
-
-def residuals(study: RealStudy, windows: ss.Windows, layer: int) -> torch.Tensor:
-    """Return what a layer reads, `[windows, T, d]`."""
-    site = ss.Site("exit", layer - 1) if layer else ss.Site("embedding")
-    found: list[torch.Tensor] = []
-    order: list[int] = []
-    for places, ids in windows.batches(16):
-        found.append(ss.trace(study.model, ids, {}, [site], readout=lambda final, read, weights: read[site]))
-        order += places
-    return torch.cat(found)[torch.tensor(order).argsort()]
 
 
 def profile(study: RealStudy, x: torch.Tensor) -> np.ndarray:
@@ -115,7 +104,8 @@ def describe(
     layer: int,
 ) -> dict[str, Any]:
     """Measure the occurrences of a token in one layer."""
-    x = residuals(study, windows, layer)
+    site = ss.Site("exit", layer - 1) if layer else ss.Site("embedding")
+    x = residuals(study.model, windows, site)
     member = ids == token
     member[:, [0, *range(OPENING, TOKENS)]] = False
     norms = x.norm(dim=-1)

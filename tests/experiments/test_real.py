@@ -12,6 +12,7 @@ import numpy as np
 import openings
 import pandas as pd
 import pytest
+import real_study
 import same_energy
 import secondary
 import spike
@@ -156,7 +157,7 @@ class Flat(ss.attention.AttentionEdit):
 def test_secondary_describes_position_0_as_itself(study: RealStudy) -> None:
     ids = torch.stack(list(study.windows.rows)).numpy()
     seen = secondary.relative(study, study.windows)
-    x = secondary.residuals(study, study.windows, 1)
+    x = real_study.residuals(study.model, study.windows, ss.Site("exit", 0))
     np.testing.assert_allclose(x[:, 0].double(), residuals(study, 0)[:, 0], atol=1e-5)
     token = int(ids[0, 5])
     row = secondary.describe(study, study.windows, ids, seen, token, "control", 1)
