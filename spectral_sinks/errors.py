@@ -40,6 +40,11 @@ class SpectralWarning(UserWarning):
     """The result can be used, with a caveat that the message states."""
 
 
+def plural(count: int, noun: str) -> str:
+    """Return a count with its noun, such as "1 document" and "3 documents"."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 LONGEST = 280
 """Characters that `brief` keeps."""
 

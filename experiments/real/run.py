@@ -11,15 +11,16 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
+from functools import cache
+from itertools import repeat
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import pandas as pd
 import psutil
-import torch
 import tyro
 from fetch import expected, fetch
 from real_study import RealStudy, prepare
@@ -112,24 +113,42 @@ def record(study: RealStudy, name: str) -> dict[str, Any]:
     }
 
 
-def run_one(name: str, experiment: str, options: Options) -> tuple[str, str, float]:
-    """Run one experiment on one model, unless its tables are there; return what it took in seconds."""
-    torch.set_num_threads(1)
-    out, began = options.out / name, time.process_time()
+def predictions(name: str, experiment: str, options: Options) -> int | None:
+    """Return how many predictions of each window an experiment scores; None is all of them."""
+    return SAMPLES.get(name, {}).get(experiment) if options.predict is None else options.predict
+
+
+@cache
+def prepared(name: str, options: Options) -> RealStudy:
+    """Return the study of a model; a process that runs several experiments on it loads it once."""
     model = ss.load(fetch([name], options.fetched)[name])
-    study = prepare(model, NAMES[name], out, options.documents, SPREAD[name])
-    predict = SAMPLES.get(name, {}).get(experiment) if options.predict is None else options.predict
-    study = replace(study, draws=options.draws, predict=predict)
-    manifest = record(study, name)
-    if stored(out, manifest, experiment):
-        return name, experiment, 0.0
+    study = prepare(model, NAMES[name], options.out / name, options.documents, SPREAD[name])
+    return replace(study, draws=options.draws)
+
+
+def unfinished(name: str, options: Options) -> list[str]:
+    """Return the experiments on a model whose tables are not there, or are made of other things."""
+    manifest = record(prepared(name, options), name)
+    return [
+        experiment
+        for experiment in options.only
+        if not stored(
+            options.out / name, manifest | {"predict": predictions(name, experiment, options)}, experiment
+        )
+    ]
+
+
+def run_one(name: str, experiment: str, options: Options) -> tuple[str, str, float]:
+    """Run one experiment on one model; return what it took in seconds of processor time."""
+    began = time.process_time()
+    study = replace(prepared(name, options), predict=predictions(name, experiment, options))
     finding = find(experiment)(study)
     study.save(
         pd.DataFrame([{"experiment": experiment, **row} for row in finding.answers]), f"{experiment}_summary"
     )
     seconds = time.process_time() - began
     done = {"verdict": finding.verdict, "processor_seconds": round(seconds)}
-    (out / f"{experiment}.json").write_text(json.dumps(manifest | done, indent=1) + "\n")
+    (study.out / f"{experiment}.json").write_text(json.dumps(record(study, name) | done, indent=1) + "\n")
     return name, experiment, seconds
 
 
@@ -154,25 +173,38 @@ def main(options: Options) -> None:
         raise ss.InputError(
             f"--predict does not apply to the experiment {other[0]}: give --only {' '.join(SAMPLED)}"
         )
-    todo = [(name, experiment) for experiment in options.only for name in options.models]
+    asked = len(options.models) * len(options.only)
     cores = sum(busy < 50 for busy in psutil.cpu_percent(1.0, percpu=True))
-    jobs = min(options.jobs or max(1, cores), len(todo))
+    jobs = min(options.jobs or max(1, cores), asked)
     fetch(options.models, options.fetched)
+    # spawn, since a forked process inherits locks of torch's threads
+    with ProcessPoolExecutor(jobs, get_context("spawn"), ss.sweeps.begin_worker, (1,)) as pool:
+        try:
+            run_all(pool, options, asked, jobs)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def run_all(pool: Executor, options: Options, asked: int, jobs: int) -> None:
+    """Run the experiments whose tables are not there, and print progress."""
+    missing = dict(zip(options.models, pool.map(unfinished, options.models, repeat(options)), strict=True))
+    todo = [(name, one) for one in options.only for name in options.models if one in missing[name]]
     left = sum(MINUTES.get(experiment, 10) for _, experiment in todo)
-    print(f"{len(todo)} experiments, {jobs} at a time: about {left / jobs:.0f} minutes", file=sys.stderr)
+    say(f"{asked - len(todo)} of {asked} experiments are there; the others: about {left / jobs:.0f} minutes")
     began = time.monotonic()
-    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
-        waiting = [pool.submit(run_one, name, experiment, options) for name, experiment in todo]
-        for count, done in enumerate(as_completed(waiting), start=1):
-            name, experiment, seconds = done.result()
-            left = max(0, left - MINUTES.get(experiment, 10))
-            took = "as before" if not seconds else f"{seconds / 60:.1f} minutes of processor time"
-            print(
-                f"{name} {experiment}: {took}; {count} of {len(todo)} after "
-                f"{(time.monotonic() - began) / 60:.0f} minutes, about {left / jobs:.0f} left",
-                file=sys.stderr,
-                flush=True,
-            )
+    waiting = [pool.submit(run_one, name, experiment, options) for name, experiment in todo]
+    for count, done in enumerate(as_completed(waiting), start=1):
+        name, experiment, seconds = done.result()
+        left -= MINUTES.get(experiment, 10)
+        say(
+            f"{name} {experiment}: {seconds / 60:.1f} minutes of processor time; {count} of {len(todo)} "
+            f"after {(time.monotonic() - began) / 60:.0f} minutes, about {left / jobs:.0f} left"
+        )
+
+
+def say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
 
 
 def experiments_of(arguments: Sequence[str] | None = None) -> Options:
@@ -184,5 +216,8 @@ if __name__ == "__main__":
     try:
         main(experiments_of())
     except ss.InputError as error:
-        print(error, file=sys.stderr)
+        say(str(error))
         sys.exit(1)
+    except KeyboardInterrupt:
+        say("stopped: the same command goes on where it stopped")
+        sys.exit(130)

@@ -10,6 +10,7 @@ import spectral_sinks as ss
 from spectral_sinks.cli.options import Running, ran
 from spectral_sinks.cli.output import show, table
 from spectral_sinks.cli.parsing import Natural
+from spectral_sinks.errors import plural
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -67,7 +68,7 @@ def run_circuits(options: Circuits) -> None:
     where = f"at position {position}" if options.token is None else f"at {position}"
     title = (
         f"No-op circuits of {found.model}, sink {where}, {windows.length} tokens per "
-        f"window, {windows.record['documents']} documents "
+        f"window, {plural(windows.record['documents'], 'document')} "
         f"(dark share of a random direction in the {spectrum.matrix}: {result['random_dark']:.3f})"
     )
     rows = [

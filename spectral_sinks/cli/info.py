@@ -29,6 +29,10 @@ def run_info(options: Info) -> None:
     found = _described(options)
     found |= _bos(options, found)
     rows = [(k, str(v)) for k, v in found.items() if k != "bos_comparison"]
+    if found["opens_with_bos"] and found["causal"]:
+        rows.append(
+            ("NLL with and without BOS", "not compared, since texts open with it; nll and sinks compare")
+        )
     show(options.json, found, table("", ("", ""), rows + bos_row(found)))
 
 

@@ -16,6 +16,7 @@ from spectral_sinks.cli.options import Reading
 from spectral_sinks.cli.output import show, table
 from spectral_sinks.cli.parsing import Count, Draws, Natural, Seed
 from spectral_sinks.cli.progress import note, spoken
+from spectral_sinks.errors import plural
 from spectral_sinks.files import figure_format
 
 
@@ -100,8 +101,8 @@ def run_kv_cache(options: KvCache) -> None:
 def _tables(record: dict[str, Any], size: int) -> Iterator[Any]:
     texts, tokens = record["texts"], record["tokens"]
     title = (
-        f"Caches of {record['model']}, {size} entries of each head; {texts} "
-        f"text{'s' * (texts > 1)} of {tokens} tokens in blocks of {record['block']}; NLL in nats per token"
+        f"Caches of {record['model']}, {size} entries of each head; "
+        f"{plural(texts, 'text')} of {tokens} tokens in blocks of {record['block']}; NLL in nats per token"
     )
     rows = [
         (

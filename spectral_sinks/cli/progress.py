@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from spectral_sinks.cli.output import say
+from spectral_sinks.errors import plural
 
 if TYPE_CHECKING:
     import spectral_sinks as ss
@@ -56,7 +57,7 @@ def say_cost(model: ss.LanguageModel, windows: ss.Windows, batch_size: int | Non
     if sum(windows.lengths) < LARGE:
         return
     documents = windows.record["documents"]
-    counted = f"{len(windows)} windows of {documents} document{'s' * (documents > 1)}"
+    counted = f"{plural(len(windows), 'window')} of {plural(documents, 'document')}"
     note(counted)
     said = f"{counted}, {sum(windows.lengths)} tokens"
     if not model.weightless:

@@ -16,6 +16,7 @@ from spectral_sinks.cli.options import Running
 from spectral_sinks.cli.output import show, table
 from spectral_sinks.cli.parsing import Count, Draws
 from spectral_sinks.cli.progress import note
+from spectral_sinks.errors import plural
 from spectral_sinks.files import figure_format
 
 LENGTH = 64
@@ -110,7 +111,7 @@ def parse_bits(text: str) -> list[int]:
 
 def _tables(record: dict[str, Any]) -> Iterator[Any]:
     title = (
-        f"Fake quantisation of {record['model']}, {record['documents']} documents, "
+        f"Fake quantisation of {record['model']}, {plural(record['documents'], 'document')}, "
         f"{record['sink_tokens']:.1%} of the tokens are sinks by {record['marked_by']}; NLL in nats per token"
     )
     rows: list[tuple[str, ...]] = []

@@ -14,6 +14,7 @@ import spectral_sinks as ss
 from spectral_sinks.cli.options import Running, bos_record, bos_row, ran, why
 from spectral_sinks.cli.output import plain, show, table
 from spectral_sinks.cli.parsing import Between, Draws
+from spectral_sinks.errors import plural
 from spectral_sinks.files import figure_format
 from spectral_sinks.spectra.conventions import suffixes
 
@@ -132,7 +133,7 @@ def _roles(rows: list[dict[str, Any]]) -> Any:
     lines = [
         (
             Text(row["role"]),
-            f"{row['tokens']}\n{row['documents']} documents",
+            f"{row['tokens']}\n{plural(row['documents'], 'document')}",
             str(row["sink_tokens"]),
             _on_lines(row, "attention"),
             f"{_on_lines(row, 'share')}\nuniform {row['uniform_share']:.3f}",

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import spectral_sinks as ss
 from spectral_sinks.cli.output import plain, table
+from spectral_sinks.errors import plural
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,7 +27,7 @@ def answers(
 def of_images(pixels: ss.Pixels) -> str:
     """Say what the model has read."""
     record = pixels.record
-    count = f"{record['images']} image{'s' * (record['images'] != 1)}"
+    count = plural(record["images"], "image")
     if pixels.alike:
         sides = (
             f"{record['width']} x {record['height']} pixels ({record['columns']} x {record['rows']} patches)"
@@ -136,7 +137,7 @@ def of_registers(found: ss.vision.Outliers, record: dict[str, Any], registers: i
         for row in rows
         if row["state"].startswith("random") and row["measure"] == "outlier share" and row["layer"] == layer
     ]
-    count = f"{registers} test-time register{'s' * (registers > 1)}"
+    count = plural(registers, "test-time register")
     said = (
         f"Registers: with {count}, the share of outliers at layer {layer} changes from "
         f"{mean('original', 'outlier share', layer):.2%} to {mean('repaired', 'outlier share', layer):.2%}; "

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from spectral_sinks.data.chats import Chat, ChatEncoder, is_chat
 from spectral_sinks.data.token_ids import TextEncoder, listed
-from spectral_sinks.errors import InputError, SpectralWarning
+from spectral_sinks.errors import InputError, SpectralWarning, plural
 from spectral_sinks.models.language import LanguageModel
 from spectral_sinks.models.masked_lm import RULE
 
@@ -138,7 +138,8 @@ class Windows:
         return len(self.rows)
 
     def __repr__(self) -> str:
-        return f"Windows({len(self)} of up to {self.length} tokens, {self.record['documents']} documents)"
+        documents = plural(self.record["documents"], "document")
+        return f"Windows({len(self)} of up to {self.length} tokens, {documents})"
 
 
 def cut(
@@ -235,14 +236,14 @@ def cut(
         raise InputError(f"the text is shorter than two tokens: {short[0][:40]!r}")
     if short:
         warnings.warn(
-            f"{len(short)} documents shorter than two tokens are left out, such as {short[0][:40]!r}",
+            f"documents shorter than two tokens are left out: {len(short)}, such as {short[0][:40]!r}",
             SpectralWarning,
             stacklevel=2,
         )
     if held:
         warnings.warn(
-            f"{len(held)} documents contain strings of special tokens, such as {held[0]!r}, which are read "
-            "as text",
+            f"{plural(len(held), 'document')} with strings of special tokens, such as {held[0]!r}, which are "
+            "read as text",
             SpectralWarning,
             stacklevel=2,
         )

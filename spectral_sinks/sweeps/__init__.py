@@ -18,5 +18,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "remote_jobs": ["collect", "jobs"],
         "run": ["Done", "Report", "plan", "sweep"],
         "store": ["Store"],
+        "workers": ["begin_worker"],
     },
 )

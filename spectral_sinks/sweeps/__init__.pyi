@@ -15,6 +15,7 @@ from .run import Report as Report
 from .run import plan as plan
 from .run import sweep as sweep
 from .store import Store as Store
+from .workers import begin_worker as begin_worker
 
 __all__ = [
     'Cell',
@@ -24,6 +25,7 @@ __all__ = [
     'Store',
     'Sweep',
     'SweepFile',
+    'begin_worker',
     'collect',
     'effect_table',
     'grid',

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from spectral_sinks.errors import plural
 from spectral_sinks.interventions.sites import Site
 from spectral_sinks.measure.memory import Memory, row_bytes
 from spectral_sinks.measure.nll.replay import Batch
@@ -80,8 +81,9 @@ class Cost:
 
     def __str__(self) -> str:
         return (
-            f"{self.cells} cells x {self.windows} windows in {self.units} units: {self.forwards:.1f} forward "
-            f"passes over the text, about {duration(self.floor)} on one process of this machine, about "
+            f"{plural(self.cells, 'cell')} x {plural(self.windows, 'window')} in "
+            f"{plural(self.units, 'unit')}: {self.forwards:.1f} forward passes over the text, about "
+            f"{duration(self.floor)} on one process of this machine, about "
             f"{self.bytes / 2**30:.1f} GiB beside the weights"
         )
 

@@ -15,7 +15,7 @@ import pandas as pd
 from pydantic import TypeAdapter, ValidationError
 from tqdm import tqdm
 
-from spectral_sinks.errors import InputError, RemoteError, without_secrets
+from spectral_sinks.errors import InputError, RemoteError, plural, without_secrets
 from spectral_sinks.files import atomic_write, clearly, read_regular
 from spectral_sinks.measure.nll.remote_batch import RemoteBatch
 from spectral_sinks.measure.nll.replay import BatchResult
@@ -288,8 +288,8 @@ class RemoteCost:
 
     def __str__(self) -> str:
         return (
-            f"{self.cells} cells x {self.windows} windows in {self.jobs} jobs, about "
-            f"{self.bytes / 2**20:.1f} MB to send"
+            f"{plural(self.cells, 'cell')} x {plural(self.windows, 'window')} in {plural(self.jobs, 'job')}, "
+            f"about {self.bytes / 2**20:.1f} MB to send"
         )
 
 

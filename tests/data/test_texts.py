@@ -160,7 +160,7 @@ def test_the_name_of_a_file_is_no_text(tmp_path: Path) -> None:
 
 
 def test_a_short_document_among_others_is_left_out_and_counted() -> None:
-    with pytest.warns(ss.SpectralWarning, match="1 documents .* are left out, such as .w7."):
+    with pytest.warns(ss.SpectralWarning, match="documents .* are left out: 1, such as .w7."):
         windows = ss.cut(["w5 w6", "w7", "w8 w9"], OPENING)
     assert [row.tolist()[1:] for row in windows.rows] == [[5, 6], [8, 9]]
     assert windows.document == (0, 2)

@@ -17,7 +17,7 @@ SAID = "strings of special tokens, such as '{}', which are read as text"
 def test_the_embedded_model_reads_bos_as_text() -> None:
     model = ss.load()
     for text in ("<bos>The river", "The <bos> river", "The river<bos>"):
-        with pytest.warns(ss.SpectralWarning, match="1 documents contain " + SAID.format("<bos>")):
+        with pytest.warns(ss.SpectralWarning, match="1 document with " + SAID.format("<bos>")):
             windows = ss.cut([text, "The river rises."], model)
         ids = windows.rows[0].tolist()
         assert ids[0] == model.bos and model.bos not in ids[1:], "BOS is there once"

@@ -185,6 +185,24 @@ def test_the_defaults_of_samples_belong_to_experiments_that_can_be_sampled() -> 
         assert name in real.NAMES and set(counts) <= set(real.SAMPLED) <= set(real.MINUTES)
 
 
+def test_an_experiment_whose_tables_are_there_is_not_run_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = importlib.import_module("run")
+    monkeypatch.setattr(real, "fetch", lambda names, _: {name: "sinklet" for name in names})
+    monkeypatch.setattr(real, "expected", lambda name: {"model": name})
+    options = real.Options(("smollm2",), ("spectrum", "lens"), tmp_path, documents=3, draws=2)
+    assert real.unfinished("smollm2", options) == ["spectrum", "lens"]
+    _, _, seconds = real.run_one("smollm2", "spectrum", options)
+    assert seconds > 0 and len(pd.read_csv(tmp_path / "smollm2/spectrum_summary.csv"))
+    assert real.unfinished("smollm2", options) == ["lens"]
+    for other in ({"draws": 3}, {"documents": 4}):
+        assert real.unfinished("smollm2", replace(options, **other)) == ["spectrum", "lens"]
+    path = tmp_path / "smollm2/spectrum.json"
+    path.write_text(path.read_text()[:-20])
+    assert real.unfinished("smollm2", options) == ["spectrum", "lens"]
+
+
 def test_controls_of_the_same_energy(study: RealStudy) -> None:
     """The draws take the energy of the band, at the same tokens, and the lens is that of the library."""
     found = same_energy.run(study)

@@ -319,7 +319,7 @@ def opened(model: Transformer, windows: Inputs, length: int) -> Inputs:
         )
     if short := len(windows) - len(kept):
         warnings.warn(
-            f"{short} of {len(windows)} windows are shorter than {length} tokens and left out",
+            f"windows shorter than {length} tokens are left out: {short} of {len(windows)}",
             SpectralWarning,
             stacklevel=3,
         )

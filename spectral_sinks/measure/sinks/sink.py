@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from spectral_sinks.data.texts import Windows
+from spectral_sinks.errors import plural
 from spectral_sinks.interventions.sites import Site
 from spectral_sinks.interventions.tracing import deepest, trace
 from spectral_sinks.measure.attention.by_position import PositionAttention
@@ -85,9 +86,9 @@ class Sink:
         end = "the last" if self.erasure_layer is None else str(self.erasure_layer - 1)
         dark = "".join(f", {each.share.value:.3f} dark ({name})" for name, each in self.conventions.items())
         return (
-            f"<Sink at {place} in {self.documents} documents: layers {self.onset_layer} to {end}; at layer "
-            f"{self.layer} attention {self.attention_mass.value:.3f}, norm ratio {self.norm_ratio.value:.3g}"
-            f"{dark}>"
+            f"<Sink at {place} in {plural(self.documents, 'document')}: layers {self.onset_layer} to {end}; "
+            f"at layer {self.layer} attention {self.attention_mass.value:.3f}, "
+            f"norm ratio {self.norm_ratio.value:.3g}{dark}>"
         )
 
     @property
@@ -145,7 +146,7 @@ class Sink:
 
 def counted_sinks(sinks: Sequence[Sink]) -> str:
     """Return how many sinks there are, in words."""
-    return "no sink" if not sinks else f"{len(sinks)} sink{'s' * (len(sinks) != 1)}"
+    return plural(len(sinks), "sink") if sinks else "no sink"
 
 
 def scalars(result: Any) -> dict[str, Any]:

@@ -199,7 +199,7 @@ def test_a_bidirectional_model_is_read_whole_and_over_all_queries() -> None:
 def test_short_windows_are_left_out_with_a_warning() -> None:
     model = tiny_models.model()
     windows = ss.Windows.of_ids([IDS[0], IDS[1, :40], IDS[2]], model, [0, 1, 2])
-    with pytest.warns(ss.SpectralWarning, match="1 of 3 windows are shorter than 64 tokens and left out"):
+    with pytest.warns(ss.SpectralWarning, match="windows shorter than 64 tokens are left out: 1 of 3"):
         found = ss.attention.attention_by_position(model, windows)
     alone = ss.attention.attention_by_position(model, ss.Windows.of_ids(IDS[[0, 2]], model, [0, 2]))
     assert np.allclose(found.alpha, alone.alpha, atol=1e-6) and found.windows.document == (0, 2)
@@ -236,7 +236,7 @@ def test_padding_is_refused_on_either_side() -> None:
 def test_a_sequence_of_length_one_has_no_attention_to_measure() -> None:
     with pytest.raises(ss.InputError, match="expected at least two tokens"):
         ss.Windows.of_ids([[5]], tiny_models.model())
-    with pytest.warns(ss.SpectralWarning, match="1 documents shorter than two tokens"):
+    with pytest.warns(ss.SpectralWarning, match="documents shorter than two tokens are left out: 1"):
         windows = ss.cut([tiny_models.text(70), "w7"], tiny_models.model(), length=64)
     assert ss.attention.attention_by_position(tiny_models.model(), windows).alpha.shape[0] == 1
 

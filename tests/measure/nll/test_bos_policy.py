@@ -93,6 +93,8 @@ def test_info_compares_where_bos_is_there_and_not_used(
     assert found["bos_comparison"]["opens_with_bos"] is False
     main(["info", ss.DEFAULT, "--json"])
     assert "bos_comparison" not in json.loads(capsys.readouterr().out)
+    main(["info", ss.DEFAULT])
+    assert "not compared, since texts open with it" in " ".join(capsys.readouterr().out.split())
     monkeypatch.setattr("spectral_sinks.cli.info.LARGEST", 1000)
     main(["info", str(file)])
     assert "GiB of weights: `nll` and `sinks` compare both" in capsys.readouterr().err
