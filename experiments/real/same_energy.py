@@ -11,6 +11,7 @@ Control: 20 random subspaces of the same rank, and 20 that take the same share o
 tokens, at the same place.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import pandas as pd
@@ -73,13 +74,17 @@ def output(study: RealStudy, site: ss.Site) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def lens(study: RealStudy, layer: int) -> pd.DataFrame:
-    """Return what the NLL of the lens at an exit rises by without the dark band, and without each control.
+def read_lens(
+    study: RealStudy, layer: int
+) -> tuple[torch.Tensor, torch.Tensor, Callable[[torch.Tensor], pd.Series]]:
+    """Return the residuals at an exit, those that the lens reads, and what its NLL rises by without a part.
 
+    The first are `[windows, tokens, d]`, and the second have only the tokens whose prediction is scored. The
+    function takes what is left out of the second, of the same shape, and returns a value for each document.
     Raises InputError for a model whose final norm centres the residual, which would mix what is left out with
     the rest.
     """
-    model, dark = study.model, study.unembedding.dark()
+    model = study.model
     if model.centres_residual:
         raise ss.InputError(f"the final norm of {model.name} is a LayerNorm: this lens is for RMSNorm")
     x = residuals(study.model, study.windows, ss.Site("exit", layer))
@@ -101,6 +106,13 @@ def lens(study: RealStudy, layer: int) -> pd.DataFrame:
         return pd.Series(by_window, study.windows.document).groupby(level=0).mean()
 
     whole = nll(final)
+    return x, read, lambda removed: nll(final - scale * model.final_gain * removed) - whole
+
+
+def lens(study: RealStudy, layer: int) -> pd.DataFrame:
+    """Return what the NLL of the lens at an exit rises by without the dark band, and without each control."""
+    dark = study.unembedding.dark()
+    x, read, risen_without = read_lens(study, layer)
     spaces = {"dark|": dark}
     for seed in range(study.draws):
         spaces[f"same rank|{seed}"] = ss.random_subspace(dark.d, dark.rank, seed)
@@ -108,7 +120,7 @@ def lens(study: RealStudy, layer: int) -> pd.DataFrame:
     found: list[dict[str, Any]] = []
     for name, space in spaces.items():
         edit, draw = name.split("|")
-        risen = nll(final - scale * model.final_gain * space.project(read)) - whole
+        risen = risen_without(space.project(read))
         low, high = ss.stats.mean_interval(risen)
         found.append(
             {"layer": layer, "edit": edit, "draw": draw, "rank": space.rank}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import conventions
 import ladders
+import leak
 import numpy as np
 import openings
 import pandas as pd
@@ -240,6 +241,56 @@ def drawn_most(table: pd.DataFrame, read: pd.DataFrame) -> list[float]:
     most = [table.loc[(tokens, "same energy"), "delta_nll"].max() for tokens in same_energy.WHERE]
     layers = read.index.get_level_values("layer").unique()
     return most + [read.loc[(layer, "same energy"), "delta_nll"].max() for layer in layers]
+
+
+def test_what_leaks_is_one_of_two_parts_of_what_a_random_subspace_takes(study: RealStudy) -> None:
+    dark, x = study.unembedding.dark(), residuals(study, study.below_sink)
+    p = dark.basis.double() @ dark.basis.double().T
+    made = leak.edits(study, x)
+    for seed in range(study.draws):
+        basis = ss.random_subspace(dark.d, dark.rank, seed).basis.double()
+        r = basis @ basis.T
+        for name, taken in (("random", r), ("dark part", r @ p), ("other part", r @ (torch.eye(dark.d) - p))):
+            torch.testing.assert_close(made[f"{name}|{seed}"](x), x - x @ taken.T, rtol=1e-6, atol=1e-6)
+    shrunk = made["dark shrunk|"](x)
+    lost = (x.square().sum(-1) - shrunk.square().sum(-1)) / x.square().sum(-1)
+    assert lost.mean().item() == pytest.approx(dark.rank / dark.d, rel=1e-6)
+    torch.testing.assert_close(shrunk - shrunk @ p, x - x @ p)
+    cosine = torch.nn.functional.cosine_similarity(shrunk @ p, x @ p, dim=-1)
+    torch.testing.assert_close(cosine, torch.ones_like(cosine))
+    with pytest.raises(ss.InputError, match=r"the dark band has 0\.000 of the energy"):
+        leak.edits(study, x - x @ p)
+
+    found = leak.run(study)
+    table = pd.read_csv(study.out / "leak.csv").set_index(["place", "edit", "draw"])["delta_nll"].sort_index()
+    site = ss.Site("exit", study.below_sink)
+    for tokens, place in (("all", "all tokens"), ("first", "first token")):
+        alone = study.evaluate(
+            {"x": {site: ss.remove(ss.random_subspace(dark.d, dark.rank, 1), tokens=tokens)}}
+        )
+        expected = pytest.approx(alone["x"].delta_nll, rel=1e-4, abs=1e-6)
+        assert table[f"exit {site.layer}, {place}", "random", 1] == expected
+    last = study.model.layers - 1
+    lens = same_energy.lens(study, last)
+    lens = lens[lens["edit"] == "same rank"]["delta_nll"].to_numpy()
+    np.testing.assert_allclose(table[f"lens at exit {last}", "random"], lens, rtol=1e-3, atol=1e-5)
+    assert len(found.answers) == 12
+
+
+@pytest.mark.parametrize(
+    ("part", "rest", "shrunk", "word"),
+    [
+        (3.0, 0.5, 0.1, "holds: "),
+        (1.9, 0.5, 0.1, "does not hold here: "),
+        (3.0, 2.5, 0.1, "does not hold here: "),
+        (3.0, 0.5, 2.5, "does not hold here: "),
+    ],
+)
+def test_a_leak_explains_what_its_parts_explain(part: float, rest: float, shrunk: float, word: str) -> None:
+    cost = {"random": (2.0, 6.0), "dark part": (part, part), "other part": (0.1, rest)}
+    rows = [{"edit": edit, "delta_nll": value} for edit, values in cost.items() for value in values]
+    rows.append({"edit": "dark shrunk", "delta_nll": shrunk, "low": 0.0, "high": 3.0})
+    assert leak.verdict([leak.compare(pd.DataFrame(rows), "somewhere")]).startswith(word)
 
 
 RESULTS = Path(__file__).parents[2] / "results"
