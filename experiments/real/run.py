@@ -54,7 +54,7 @@ MINUTES = {
     "bos": 1,
     "components": 40,
     "lens": 30,
-    "generation": 60,
+    "generation": 80,
     "reads": 60,
 }
 """The experiments, and what each takes on one core, roughly: a guess at the time that is left. Those from
@@ -87,8 +87,7 @@ class Options:
     predict: int | None = None
     """Number of predictions of each window that are scored, of the experiments conventions, ladders,
     same_energy, leak, pruning, components, lens and reads. The default is all, and 16 in the last six on
-    Gemma 3.
-    The tables then have it as a column."""
+    Gemma 3. The tables then have it as a column."""
     jobs: int | None = None
     """Experiments that run at the same time, one thread each; by default one for each idle core."""
 
