@@ -126,6 +126,11 @@ class Study:
         return int(heads.groupby("layer")["attention"].mean().iloc[1:].idxmax()) - 1
 
     @cached_property
+    def exits(self) -> list[int]:
+        """The layers at whose exit the residual stream is filtered: all."""
+        return list(range(self.model.layers))
+
+    @cached_property
     def layers(self) -> list[int]:
         """The layers whose components are filtered one by one: all."""
         return list(range(self.model.layers))

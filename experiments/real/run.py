@@ -56,15 +56,26 @@ MINUTES = {
     "lens": 30,
     "generation": 80,
     "reads": 60,
+    "eu_dark": 15,
 }
 """The experiments, and what each takes on one core, roughly: a guess at the time that is left. Those from
 `quantisation` on are experiments of the embedded model, here under the folded convention."""
 
-SAMPLED = ("conventions", "ladders", "same_energy", "leak", "pruning", "components", "lens", "reads")
+SAMPLED = (
+    "conventions",
+    "ladders",
+    "same_energy",
+    "leak",
+    "pruning",
+    "components",
+    "lens",
+    "reads",
+    "eu_dark",
+)
 """Experiments whose NLLs may be scored on a sample of predictions; the others measure more than effects."""
 
 SAMPLES: dict[str, dict[str, int]] = {
-    "gemma3": dict.fromkeys(("same_energy", "leak", "pruning", "components", "lens", "reads"), 16)
+    "gemma3": dict.fromkeys(("same_energy", "leak", "pruning", "components", "lens", "reads", "eu_dark"), 16)
 }
 """Predictions of each window that are scored by default where all would take hours: the vocabulary of Gemma 3
 is five times that of SmolLM2."""
@@ -86,8 +97,8 @@ class Options:
     draws: int = 20
     predict: int | None = None
     """Number of predictions of each window that are scored, of the experiments conventions, ladders,
-    same_energy, leak, pruning, components, lens and reads. The default is all, and 16 in the last six on
-    Gemma 3. The tables then have it as a column."""
+    same_energy, leak, pruning, components, lens, reads and eu_dark. The default is all, and 16 in the last
+    seven on Gemma 3. The tables then have it as a column."""
     jobs: int | None = None
     """Experiments that run at the same time, one thread each; by default one for each idle core."""
 

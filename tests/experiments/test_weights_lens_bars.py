@@ -1,10 +1,12 @@
 """The experiments on weights, lens, E-dark against U-dark, and bars, run on models of several kinds."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.linalg
 import torch
 from support import tiny_models
 from support.tiny_study import run, study
@@ -69,6 +71,22 @@ def test_a_tied_model_has_one_tail(family: str, tmp_path: Path) -> None:
     assert tiny_models.model(family).tied
     answers = run("eu_dark", study(tiny_models.model(family), tmp_path, 20))
     assert len(answers) == 1 and answers["value"].iloc[0] == pytest.approx(1)
+
+
+def test_a_tied_model_has_two_tails_with_the_gain_folded_in(tmp_path: Path) -> None:
+    model = tiny_models.model("qwen2")
+    folded = ss.read_spectrum(model, convention="folded")
+    made = replace(study(model, tmp_path, 20), unembedding=folded, draws=2)
+    vars(made)["exits"] = [0, 1]
+    ss.experiments.find_experiment("eu_dark")(made)
+    table = pd.read_csv(tmp_path / "eu_dark.csv")
+    assert set(table["layer"]) == {0, 1} and {"U-dark", "E-dark", "union"} <= set(table["name"])
+    angles = pd.read_csv(tmp_path / "eu_dark_angles.csv")
+    expected = scipy.linalg.subspace_angles(
+        folded.dark().orthonormal().double(),
+        ss.read_spectrum(model, "embedding").dark().orthonormal().double(),
+    )
+    np.testing.assert_allclose(np.arccos(angles["cosine"].clip(upper=1)), np.sort(expected), atol=1e-3)
 
 
 @pytest.mark.parametrize(("family", "named"), [("gpt2", True), ("mistral", False)])
