@@ -92,7 +92,7 @@ def eu_dark(
             axis.annotate(row["name"], spot, xytext=(4, -8), textcoords="offset points", fontsize=7)
         axis.set(xlabel="share of energy removed (mean over tokens)", ylabel="NLL above untouched (nats)")
         axis.set_title(f"exit {layer}", fontsize=8)
-        axis.legend(loc="upper left")
+        axis.legend()
 
 
 def _dots(style: dict[str, Any]) -> dict[str, Any]:
