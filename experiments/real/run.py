@@ -203,7 +203,8 @@ def run_all(pool: Executor, options: Options, asked: int, jobs: int) -> None:
     missing = dict(zip(options.models, pool.map(unfinished, options.models, repeat(options)), strict=True))
     todo = [(name, one) for one in options.only for name in options.models if one in missing[name]]
     left = sum(MINUTES.get(experiment, 10) for _, experiment in todo)
-    say(f"{asked - len(todo)} of {asked} experiments are there; the others: about {left / jobs:.0f} minutes")
+    others = f"; the others: about {left / jobs:.0f} minutes" if todo else ""
+    say(f"{asked - len(todo)} of {asked} experiments are there{others}")
     began = time.monotonic()
     waiting = [pool.submit(run_one, name, experiment, options) for name, experiment in todo]
     for count, done in enumerate(as_completed(waiting), start=1):
